@@ -1,0 +1,241 @@
+"""Schemas and fake kernels of every operator: the one contract that all backends share.
+
+Each operator is declared once here. Its checks (`_checks.py`) run in the fake kernel (compile,
+export, meta) and before the reference implementation.
+
+Conventions (see docs/architecture.md for the numeric contract):
+  words     32 signs in an int32, least significant bit first, along the channels, channels last.
+            Bit 1 is +1, and x is +1 unless x < 0; bits past the last channel are 0.
+  channels  the number of real channels behind the words, since words alone cannot tell.
+  filter    words of shape (Cout, kh, kw, ceil(Cin/groups/32)), or the same tiled by `tile_weight`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitkernels._checks import (
+    TILE,
+    check_binary_conv2d,
+    check_binary_linear,
+    check_clip,
+    check_epilogue,
+    check_estimator,
+    check_mask_grad,
+    check_rprelu,
+    check_sign_pack,
+    check_tile_weight,
+    check_unpack,
+    conv_geometry,
+    linear_geometry,
+    pool_geometry,
+    wants_channels_last,
+    word_count,
+)
+
+LIB = torch.library.Library("bitkernels", "DEF")
+
+_EPILOGUE = (
+    "float? clamp_min=None, float? clamp_max=None, Tensor? scale=None, Tensor? bias=None, "
+    "Tensor? residual=None, Tensor? shift_in=None, Tensor? slope=None, Tensor? shift_out=None"
+)
+_CONV = (
+    "Tensor words, Tensor weight_words, SymInt channels, int[2] stride=1, int[2] padding=0, "
+    "int[2] dilation=1, int groups=1, *, int pad_value=0, SymInt? out_channels=None, "
+    + _EPILOGUE
+)
+_LINEAR = (
+    "Tensor words, Tensor weight_words, SymInt channels, *, SymInt? out_channels=None, " + _EPILOGUE
+)
+_REAL_OUT = "ScalarType? dtype=None"
+_PACKED_OUT = "Tensor? sign_shift=None"
+_TRAIN = (
+    "Tensor? scale=None, str input_estimator='ste_sign', float? input_clip=1.0, "
+    "str weight_estimator='ste_sign', float? weight_clip=1.0, float beta=5.0, "
+    "bool scale_weight_grad=True, ScalarType? dtype=None"
+)
+
+SCHEMAS = (
+    "sign_pack(Tensor input, Tensor? shift=None, int dim=-1) -> Tensor",
+    "sign_pack_mask(Tensor input, float clip, Tensor? shift=None, int dim=-1) -> (Tensor, Tensor)",
+    "mask_grad(Tensor grad, Tensor mask_words, int dim=-1) -> Tensor",
+    "unpack(Tensor words, SymInt channels, ScalarType dtype=float32, int dim=-1) -> Tensor",
+    "tile_weight(Tensor weight_words, int groups=1) -> Tensor",
+    f"packed_conv2d({_CONV}, {_REAL_OUT}, bool channels_last=True) -> Tensor",
+    f"packed_conv2d.packed({_CONV}, {_PACKED_OUT}, Tensor? threshold=None) -> Tensor",
+    f"packed_conv2d.both({_CONV}, {_REAL_OUT}, bool channels_last=True, {_PACKED_OUT})"
+    " -> (Tensor, Tensor)",
+    f"packed_linear({_LINEAR}, {_REAL_OUT}) -> Tensor",
+    f"packed_linear.packed({_LINEAR}, {_PACKED_OUT}, Tensor? threshold=None) -> Tensor",
+    f"packed_linear.both({_LINEAR}, {_REAL_OUT}, {_PACKED_OUT}) -> (Tensor, Tensor)",
+    "packed_max_pool2d(Tensor words, int[2] kernel_size, int[2] stride=[], "
+    "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False) -> Tensor",
+    "rsign(Tensor input, Tensor shift, *, str estimator='approx_sign', float? clip=1.0, "
+    "float beta=5.0) -> Tensor",
+    "rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) -> Tensor",
+    "rprelu_backward(Tensor grad, Tensor input, Tensor shift_in, Tensor slope)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "binary_conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+    "int[2] padding=0, int[2] dilation=1, int groups=1, *, int pad_value=0, "
+    f"{_TRAIN}) -> Tensor",
+    "binary_conv2d.padding(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+    "str padding='valid', int[2] dilation=1, int groups=1, *, int pad_value=0, "
+    f"{_TRAIN}) -> Tensor",
+    f"binary_linear(Tensor input, Tensor weight, Tensor? bias=None, *, {_TRAIN}) -> Tensor",
+)
+for _schema in SCHEMAS:
+    LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def empty_real(like: Tensor, shape, dtype, channels_last: bool) -> Tensor:
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or torch.float32, device=like.device,
+                       memory_format=format)
+
+
+def empty_words(like: Tensor, shape, channels: int) -> Tensor:
+    return like.new_empty((*shape, word_count(channels)), dtype=torch.int32)
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"bitkernels::{name}", lib=LIB)
+
+
+@_fake("sign_pack")
+def _(input, shift=None, dim=-1):
+    dim = check_sign_pack("sign_pack", input, shift, dim)
+    rest = [s for i, s in enumerate(input.shape) if i != dim]
+    return empty_words(input, rest, input.shape[dim])
+
+
+@_fake("sign_pack_mask")
+def _(input, clip, shift=None, dim=-1):
+    dim = check_sign_pack("sign_pack_mask", input, shift, dim)
+    check_clip("sign_pack_mask", "clip", clip)
+    rest = [s for i, s in enumerate(input.shape) if i != dim]
+    return empty_words(input, rest, input.shape[dim]), empty_words(input, rest, input.shape[dim])
+
+
+@_fake("mask_grad")
+def _(grad, mask_words, dim=-1):
+    check_mask_grad(grad, mask_words, dim)
+    return torch.empty_like(grad)
+
+
+@_fake("unpack")
+def _(words, channels, dtype=torch.float32, dim=-1):
+    dim = check_unpack(words, channels, dtype, dim)
+    return words.new_empty((*words.shape[:-1], channels), dtype=dtype).movedim(-1, dim)
+
+
+@_fake("tile_weight")
+def _(weight_words, groups=1):
+    check_tile_weight(weight_words, groups)
+    tiles = groups * ((weight_words.shape[0] // groups + TILE - 1) // TILE)
+    return weight_words.new_empty((tiles, *weight_words.shape[1:], TILE))
+
+
+def check_conv(words, weight_words, channels, stride=(1,), padding=(0,), dilation=(1,), groups=1, *,
+               pad_value=0, out_channels=None, channels_last=True, **epilogue):
+    """Output shape (N, Cout, OH, OW) of a packed_conv2d call, its arguments checked."""
+    op = "packed_conv2d"
+    shape, *_ = conv_geometry(op, words, weight_words, channels, stride, padding, dilation, groups,
+                              pad_value, out_channels)
+    check_epilogue(op, words, shape, shape[1], **epilogue)
+    return shape
+
+
+def check_linear(words, weight_words, channels, *, out_channels=None, **epilogue):
+    """Output shape (..., out) of a packed_linear call, its arguments checked."""
+    shape = linear_geometry("packed_linear", words, weight_words, channels, out_channels)
+    check_epilogue("packed_linear", words, shape, shape[-1], **epilogue)
+    return shape
+
+
+@_fake("packed_conv2d")
+def _(words, *args, dtype=None, channels_last=True, **kw):
+    return empty_real(words, check_conv(words, *args, dtype=dtype, **kw), dtype, channels_last)
+
+
+@_fake("packed_conv2d.packed")
+def _(words, *args, **kw):
+    n, cout, oh, ow = check_conv(words, *args, **kw)
+    return empty_words(words, (n, oh, ow), cout)
+
+
+@_fake("packed_conv2d.both")
+def _(words, *args, dtype=None, channels_last=True, **kw):
+    n, cout, oh, ow = shape = check_conv(words, *args, dtype=dtype, **kw)
+    return empty_real(words, shape, dtype, channels_last), empty_words(words, (n, oh, ow), cout)
+
+
+@_fake("packed_linear")
+def _(words, *args, dtype=None, **kw):
+    return empty_real(words, check_linear(words, *args, dtype=dtype, **kw), dtype, False)
+
+
+@_fake("packed_linear.packed")
+def _(words, *args, **kw):
+    *rest, cout = check_linear(words, *args, **kw)
+    return empty_words(words, rest, cout)
+
+
+@_fake("packed_linear.both")
+def _(words, *args, dtype=None, **kw):
+    *rest, cout = shape = check_linear(words, *args, dtype=dtype, **kw)
+    return empty_real(words, shape, dtype, False), empty_words(words, rest, cout)
+
+
+@_fake("packed_max_pool2d")
+def _(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
+    *_, (oh, ow) = pool_geometry(words, kernel_size, stride, padding, dilation, ceil_mode)
+    return words.new_empty((words.shape[0], oh, ow, words.shape[3]))
+
+
+@_fake("rsign")
+def _(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
+    check_rprelu("rsign", input, shift=shift)
+    check_estimator("rsign", "estimator", estimator)
+    return torch.empty_like(input)
+
+
+@_fake("rprelu")
+def _(input, shift_in, slope, shift_out):
+    check_rprelu("rprelu", input, shift_in=shift_in, slope=slope, shift_out=shift_out)
+    return torch.empty_like(input)
+
+
+@_fake("rprelu_backward")
+def _(grad, input, shift_in, slope):
+    check_rprelu("rprelu_backward", input, shift_in=shift_in, slope=slope)
+    vector = input.new_empty((input.shape[1],), dtype=torch.float32)
+    return torch.empty_like(input), vector, torch.empty_like(vector), torch.empty_like(vector)
+
+
+def _conv_train_fake(input, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1,
+                     *, pad_value=0, scale=None, input_estimator="ste_sign", input_clip=1.0,
+                     weight_estimator="ste_sign", weight_clip=1.0, beta=5.0, scale_weight_grad=True,
+                     dtype=None):
+    shape, *_ = check_binary_conv2d(
+        input, weight, bias, stride, padding, dilation, groups, pad_value=pad_value, scale=scale,
+        input_estimator=input_estimator, weight_estimator=weight_estimator, dtype=dtype)
+    batched = shape if len(shape) == 4 else (1, *shape)
+    out = empty_real(input, batched, dtype or input.dtype, wants_channels_last(input, weight))
+    return out if len(shape) == 4 else out.squeeze(0)
+
+
+_fake("binary_conv2d")(_conv_train_fake)
+
+
+@_fake("binary_conv2d.padding")
+def _(input, weight, bias=None, stride=(1,), padding="valid", *args, **kw):
+    return _conv_train_fake(input, weight, bias, stride, padding, *args, **kw)
+
+
+@_fake("binary_linear")
+def _(input, weight, bias=None, *, scale=None, input_estimator="ste_sign", input_clip=1.0,
+      weight_estimator="ste_sign", weight_clip=1.0, beta=5.0, scale_weight_grad=True, dtype=None):
+    shape = check_binary_linear(input, weight, bias, scale=scale, input_estimator=input_estimator,
+                                weight_estimator=weight_estimator, dtype=dtype)
+    return empty_real(input, shape, dtype or input.dtype, False)

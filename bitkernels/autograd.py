@@ -1,0 +1,351 @@
+"""The differentiable operators: forward on bits, backward by straight-through estimators.
+
+`binary_conv2d`, `binary_linear` and `rsign` run the packed operators forward. For the backward they
+keep packed bits (the signs of the input and the mask |x| <= clip: 2 bits an element), never a real
+copy; only estimators that need |x| itself (approx_sign, swish_sign) keep a reference to the input.
+The real part of the backward is `aten.convolution_backward` on operands expanded from those bits.
+
+Estimators of d sign(x) / dx (Larq's names, plus the two trivial ones):
+  ste_sign     1 where |x| <= clip (clip None: everywhere)
+  approx_sign  2 - 2|x| where |x| <= 1 (Bi-Real Net)
+  swish_sign   beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta x)) (BNN+)
+  identity     1
+  none         no gradient
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bitkernels import reference
+from bitkernels._checks import (
+    check_binary_conv2d,
+    check_binary_linear,
+    check_estimator,
+    check_rprelu,
+    wants_channels_last,
+)
+from bitkernels._ops import LIB
+
+ops = torch.ops.bitkernels
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
+    """grad times the estimator's derivative at x; `x` real, any shape; result in grad's dtype."""
+    if name == "identity" or (name == "ste_sign" and clip is None):
+        return grad
+    if name == "ste_sign":
+        return torch.where(x.abs() <= clip, grad, torch.zeros_like(grad))
+    if name == "approx_sign":
+        return (grad * (2 - 2 * x.abs()).clamp(min=0)).to(grad.dtype)
+    bx = beta * x
+    # For large |bx| cosh overflows to inf and the quotient is 0, as it should be.
+    slope = beta * (2 - bx * torch.tanh(bx / 2)) / (1 + torch.cosh(bx))
+    return (grad * slope).to(grad.dtype)
+
+
+class _Signs:
+    """What one input of a binary operator keeps: its packed signs, and what its estimator needs."""
+
+    @staticmethod
+    def pack(x: Tensor, name: str, clip: float | None, dim: int) -> tuple[Tensor, Tensor | None]:
+        """(words, saved): saved is packed mask bits, a reference to x, or None."""
+        if name == "ste_sign" and clip is not None:
+            return ops.sign_pack_mask.default(x, clip, None, dim)
+        saved = x if name in ("approx_sign", "swish_sign") else None
+        return ops.sign_pack.default(x, None, dim), saved
+
+    @staticmethod
+    def grad(grad: Tensor, saved: Tensor | None, name: str, clip, beta: float, dim: int) -> Tensor:
+        if saved is None:
+            return grad
+        if name == "ste_sign":
+            return ops.mask_grad.default(grad, saved, dim)
+        return estimator_grad(grad, saved, name, clip, beta)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _finish_weight_grad(ctx, grad: Tensor, weight: Tensor, signs: Tensor, scale: Tensor | None):
+    """(dweight, dscale) from the gradient with respect to the unscaled signs of the weight."""
+    grad_weight = grad_scale = None
+    rows = (-1, *[1] * (weight.dim() - 1))
+    if scale is not None and ctx.needs_input_grad[3]:
+        grad_scale = (grad * signs).flatten(1).sum(1).to(scale.dtype)
+    if ctx.needs_input_grad[1]:
+        if scale is not None and ctx.conf["scale_weight_grad"]:
+            grad = grad * scale.view(rows).to(grad.dtype)
+        grad_weight = estimator_grad(grad.to(weight.dtype), weight, ctx.conf["weight_estimator"],
+                                     ctx.conf["weight_clip"], ctx.conf["beta"])
+    return grad_weight, grad_scale
+
+
+def _wanted(ctx) -> tuple[bool, bool]:
+    """Whether the real backward must compute the input's and the weight's gradients."""
+    wants_input = ctx.needs_input_grad[0] and ctx.conf["input_estimator"] != "none"
+    trains_weight = ctx.needs_input_grad[1] and ctx.conf["weight_estimator"] != "none"
+    return wants_input, trains_weight or ctx.needs_input_grad[3]
+
+
+def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
+    signs = reference.sign(weight).to(dtype)
+    if scale is None:
+        return signs, signs
+    return signs, signs * scale.view(-1, *[1] * (weight.dim() - 1)).to(dtype)
+
+
+class _BinaryConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, scale, conf):
+        with _below_autograd():
+            words, saved = _Signs.pack(input, conf["input_estimator"], conf["input_clip"], 1)
+            out = _conv2d_on_words(words, input, weight, bias, scale, conf)
+        ctx.save_for_backward(words, saved, weight, scale)
+        ctx.conf = conf
+        ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        words, saved, weight, scale = ctx.saved_tensors
+        conf, channels = ctx.conf, weight.shape[1] * ctx.conf["groups"]
+        wants_input, wants_weight = _wanted(ctx)
+        grad_input = grad_weight = grad_scale = grad_bias = None
+        if wants_input or wants_weight:
+            x = ops.unpack.default(words, channels, grad.dtype, 1)
+            signs, scaled = _scaled_signs(weight, scale, grad.dtype)
+            top, bottom, left, right = conf["pad"]
+            height, width = x.shape[2:]
+            explicit = conf["pad_value"] != 0 or top != bottom or left != right
+            if explicit:
+                x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
+            # The unscaled output gradient meets scaled weights: its product with x is then the
+            # gradient of the unscaled signs, from which every rule for the weight follows.
+            grad_input, grad_signs, _ = torch.ops.aten.convolution_backward(
+                grad, x, scaled, None, conf["stride"], (0, 0) if explicit else (top, left),
+                conf["dilation"], False, (0, 0), conf["groups"], (wants_input, wants_weight, False))
+            if wants_input:
+                if explicit:
+                    grad_input = grad_input[:, :, top : top + height, left : left + width]
+                grad_input = _Signs.grad(grad_input.to(ctx.input_dtype), saved,
+                                         conf["input_estimator"], conf["input_clip"],
+                                         conf["beta"], 1)
+            if wants_weight:
+                grad_weight, grad_scale = _finish_weight_grad(ctx, grad_signs, weight, signs, scale)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+        if conf["weight_estimator"] == "none":
+            grad_weight = None
+        return grad_input, grad_weight, grad_bias, grad_scale, None
+
+
+def _conv2d_on_words(words, input, weight, bias, scale, conf):
+    weight_words = ops.sign_pack.default(weight, None, 1)
+    return ops.packed_conv2d.default(
+        words, weight_words, input.shape[1], conf["stride"], conf["pad"], conf["dilation"],
+        conf["groups"], pad_value=conf["pad_value"], scale=scale, bias=bias,
+        dtype=conf["dtype"] or input.dtype, channels_last=wants_channels_last(input, weight))
+
+
+def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1, *,
+                   pad_value=0, scale=None, input_estimator="ste_sign", input_clip=1.0,
+                   weight_estimator="ste_sign", weight_clip=1.0, beta=5.0, scale_weight_grad=True,
+                   dtype=None):
+    _, stride, pad, dilation = check_binary_conv2d(
+        input, weight, bias, stride, padding, dilation, groups, pad_value=pad_value, scale=scale,
+        input_estimator=input_estimator, weight_estimator=weight_estimator, dtype=dtype)
+    conf = dict(stride=stride, pad=pad, dilation=dilation, groups=groups, pad_value=pad_value,
+                input_estimator=input_estimator, input_clip=input_clip,
+                weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
+                scale_weight_grad=scale_weight_grad, dtype=dtype)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    if _needs_grad(input, weight, bias, scale):
+        out = _BinaryConv2d.apply(batched, weight, bias, scale, conf)
+    else:
+        with _below_autograd():
+            words = ops.sign_pack.default(batched, None, 1)
+            out = _conv2d_on_words(words, batched, weight, bias, scale, conf)
+    return out if input.dim() == 4 else out.squeeze(0)
+
+
+def _binary_conv2d_padding(input, weight, bias=None, stride=(1,), padding="valid", *args, **kw):
+    return _binary_conv2d(input, weight, bias, stride, padding, *args, **kw)
+
+
+class _BinaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, scale, conf):
+        with _below_autograd():
+            words, saved = _Signs.pack(input, conf["input_estimator"], conf["input_clip"], -1)
+            out = _linear_on_words(words, input, weight, bias, scale, conf)
+        ctx.save_for_backward(words, saved, weight, scale)
+        ctx.conf = conf
+        ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        words, saved, weight, scale = ctx.saved_tensors
+        conf = ctx.conf
+        wants_input, wants_weight = _wanted(ctx)
+        grad_input = grad_weight = grad_scale = grad_bias = None
+        signs, scaled = _scaled_signs(weight, scale, grad.dtype)
+        if wants_input:
+            grad_input = _Signs.grad((grad @ scaled).to(ctx.input_dtype), saved,
+                                     conf["input_estimator"], conf["input_clip"], conf["beta"], -1)
+        if wants_weight:
+            x = ops.unpack.default(words, weight.shape[1], grad.dtype, -1)
+            grad_signs = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            grad_weight, grad_scale = _finish_weight_grad(ctx, grad_signs, weight, signs, scale)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        if conf["weight_estimator"] == "none":
+            grad_weight = None
+        return grad_input, grad_weight, grad_bias, grad_scale, None
+
+
+def _linear_on_words(words, input, weight, bias, scale, conf):
+    return ops.packed_linear.default(
+        words, ops.sign_pack.default(weight), weight.shape[1], scale=scale, bias=bias,
+        dtype=conf["dtype"] or input.dtype)
+
+
+def _binary_linear(input, weight, bias=None, *, scale=None, input_estimator="ste_sign",
+                   input_clip=1.0, weight_estimator="ste_sign", weight_clip=1.0, beta=5.0,
+                   scale_weight_grad=True, dtype=None):
+    check_binary_linear(input, weight, bias, scale=scale, input_estimator=input_estimator,
+                        weight_estimator=weight_estimator, dtype=dtype)
+    conf = dict(input_estimator=input_estimator, input_clip=input_clip,
+                weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
+                scale_weight_grad=scale_weight_grad, dtype=dtype)
+    if _needs_grad(input, weight, bias, scale):
+        return _BinaryLinear.apply(input, weight, bias, scale, conf)
+    with _below_autograd():
+        words = ops.sign_pack.default(input)
+        return _linear_on_words(words, input, weight, bias, scale, conf)
+
+
+class _RSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, shift, estimator, clip, beta):
+        saved = input if estimator in ("approx_sign", "swish_sign") else None
+        with _below_autograd():
+            if estimator == "ste_sign" and clip is not None:
+                saved = ops.sign_pack_mask.default(input, clip, shift, 1)[1]
+            out = ops.rsign.default(input, shift)
+        ctx.save_for_backward(saved, shift)
+        ctx.conf = estimator, clip, beta
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved, shift = ctx.saved_tensors
+        estimator, clip, beta = ctx.conf
+        if estimator == "none":
+            return None, None, None, None, None
+        if saved is not None and estimator != "ste_sign":
+            saved = saved + reference.per_channel(shift, saved)
+        grad_input = _Signs.grad(grad, saved, estimator, clip, beta, 1)
+        grad_shift = None
+        if ctx.needs_input_grad[1]:
+            reduce = [d for d in range(grad.dim()) if d != 1]
+            grad_shift = grad_input.sum(reduce, dtype=shift.dtype)
+        return grad_input, grad_shift, None, None, None
+
+
+def _rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
+    check_rprelu("rsign", input, shift=shift)
+    check_estimator("rsign", "estimator", estimator)
+    if _needs_grad(input, shift):
+        return _RSign.apply(input, shift, estimator, clip, beta)
+    with _below_autograd():
+        return ops.rsign.default(input, shift)
+
+
+class _RPReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, shift_in, slope, shift_out):
+        ctx.save_for_backward(input, shift_in, slope)
+        ctx.shift_out_dtype = shift_out.dtype
+        with _below_autograd():
+            return ops.rprelu.default(input, shift_in, slope, shift_out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        input, shift_in, slope = ctx.saved_tensors
+        grads = ops.rprelu_backward.default(grad, input, shift_in, slope)
+        return (grads[0], grads[1].to(shift_in.dtype), grads[2].to(slope.dtype),
+                grads[3].to(ctx.shift_out_dtype))
+
+
+def _rprelu(input, shift_in, slope, shift_out):
+    if _needs_grad(input, shift_in, slope, shift_out):
+        return _RPReLU.apply(input, shift_in, slope, shift_out)
+    with _below_autograd():
+        return ops.rprelu.default(input, shift_in, slope, shift_out)
+
+
+# Without an Autograd key of their own these would detach silently; they refuse instead.
+RAW = ("sign_pack", "sign_pack_mask", "mask_grad", "packed_conv2d", "packed_conv2d.packed",
+       "packed_conv2d.both", "packed_linear", "packed_linear.packed", "packed_linear.both",
+       "rprelu_backward")
+
+
+def _refuse_grad(name: str):
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(ops, packet), overload or "default")
+    names = [a.name for a in op._schema.arguments]
+
+    def forward(*args, **kw):
+        if torch.is_grad_enabled():
+            for arg, value in (*zip(names, args, strict=False), *kw.items()):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"bitkernels::{packet}: {arg} must not require grad, this operator has no "
+                        "gradient; use binary_conv2d or binary_linear to train, or .detach()")
+        with _below_autograd():
+            return op(*args, **kw)
+
+    return forward
+
+
+def _autocast(op, device: str):
+    """Under autocast the output, not the input, is cast: a cast could round x < 0 up to 0."""
+
+    def forward(*args, dtype=None, **kw):
+        with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+        ):
+            if dtype is None and args[0].dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(device)
+            return op(*args, dtype=dtype, **kw)
+
+    return forward
+
+
+for _name, _fn in (("binary_conv2d", _binary_conv2d),
+                   ("binary_conv2d.padding", _binary_conv2d_padding),
+                   ("binary_linear", _binary_linear)):
+    LIB.impl(_name, _fn, "Autograd")
+    # Below autograd (inference mode) the same function finds no gradient to record.
+    LIB.impl(_name, _fn, "CompositeExplicitAutograd")
+LIB.impl("rsign", _rsign, "Autograd")
+LIB.impl("rprelu", _rprelu, "Autograd")
+for _name in RAW:
+    LIB.impl(_name, _refuse_grad(_name), "Autograd")
+for _name in ("binary_conv2d.default", "binary_conv2d.padding", "binary_linear.default"):
+    _packet, _overload = _name.split(".")
+    _op = getattr(getattr(ops, _packet), _overload)
+    for _device in ("cpu", "cuda"):
+        LIB.impl(_name.removesuffix(".default"), _autocast(_op, _device),
+                 f"Autocast{_device.upper()}")
