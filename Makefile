@@ -1,0 +1,83 @@
+# Everything a developer runs. `make test` and `make bench` need only python3 with venv, and a C++
+# compiler for the fast CPU kernels; they set up $(VENV) at the first call.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRAS ?= test,bench,dev,triton
+CXX ?= g++
+CXX_NEON ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+
+PY := $(VENV)/bin/python
+ENV_STAMP := $(VENV)/.bitkernels-environment
+BUILD_STAMP := $(VENV)/.bitkernels-build
+ENGINE := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc)
+TEST_SOURCES := $(wildcard csrc/cpu/*.cpp)
+CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
+WARN := -Wall -Wextra
+KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+.PHONY: help test bench build test-all kernel-test kernel-test-neon abi-audit lint clean
+
+help:
+	@echo "make test              build and run the tests"
+	@echo "make bench             build and measure binary against real convolutions"
+	@echo "make build             set up $(VENV) and build into it"
+	@echo "make test-all          the tests once for each CPU kernel of this machine"
+	@echo "make kernel-test       the C++ kernels alone, plain and under sanitizers"
+	@echo "make kernel-test-neon  the same for aarch64, under qemu"
+	@echo "make abi-audit         the built extension keeps to the stable ABIs"
+	@echo "make lint              ruff, mypy, clang-format"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' EXTRAS=$(EXTRAS)"
+
+test: build
+	$(PY) -m pytest
+
+bench: build
+	$(PY) benchmarks/bench_conv.py
+
+build: $(BUILD_STAMP)
+
+$(ENV_STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel ninja
+	$(PY) -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(BUILD_STAMP): $(ENV_STAMP) setup.py pyproject.toml $(ENGINE)
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+test-all: build
+	@set -e; kernels=$$($(PY) -m bitkernels --cpu-kernels); \
+	for kernel in $$kernels reference; do \
+	  echo "== BITKERNELS_CPU=$$kernel"; \
+	  BITKERNELS_CPU=$$kernel $(PY) -m pytest; \
+	done
+
+kernel-test:
+	mkdir -p build
+	$(CXX) -O3 $(KERNEL_FLAGS) $(TEST_SOURCES) -o build/kernel_test
+	build/kernel_test
+	$(CXX) $(SANITIZE) $(KERNEL_FLAGS) $(TEST_SOURCES) -o build/kernel_test_sanitized
+	build/kernel_test_sanitized
+
+kernel-test-neon:
+	mkdir -p build
+	$(CXX_NEON) -static -O3 $(KERNEL_FLAGS) $(TEST_SOURCES) -o build/kernel_test_neon
+	$(QEMU) build/kernel_test_neon
+
+abi-audit: build
+	$(VENV)/bin/torch-abi-audit bitkernels/_C.abi3.so
+	$(VENV)/bin/abi3audit --strict --assume-minimum-abi3 3.10 bitkernels/_C.abi3.so
+
+lint: build
+	$(VENV)/bin/ruff check $(PY_FORMATTED)
+	$(VENV)/bin/mypy
+	$(if $(CXX_FORMATTED),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FORMATTED))
+
+clean:
+	rm -rf build dist *.egg-info bitkernels/*.so

@@ -1,0 +1,103 @@
+"""`python -m bitkernels`: what is installed here, which kernels would run and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import bitkernels
+
+FEATURES = ("popcnt", "avx2", "avx512_bw", "avx512_vl", "avx512_vpopcntdq", "avx512_bitalg",
+            "neon", "sve")
+DISTRIBUTIONS = {"triton": ("triton", "pytorch-triton-rocm", "triton-windows"),
+                 "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
+
+
+def installed_version(names: tuple[str, ...]) -> str:
+    """From the metadata of the distribution, so that nothing heavy is imported."""
+    found = {d.name: d.version for d in map(_distribution, names) if d is not None}
+    return ", ".join(f"{v} ({n})" for n, v in found.items()) or "not installed"
+
+
+def _distribution(name: str) -> metadata.Distribution | None:
+    try:
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_backend():
+    """`bitkernels.backends.cpu`, or None in a version without it."""
+    if importlib.util.find_spec("bitkernels.backends.cpu") is None:
+        return None
+    return importlib.import_module("bitkernels.backends.cpu")
+
+
+def supported_cpu_kernels() -> list[str]:
+    cpu = cpu_backend()
+    return [name for name, supported in cpu.kernels() if supported] if cpu else []
+
+
+def report() -> list[tuple[str, str]]:
+    rows = [
+        ("bitkernels", f"{bitkernels.__version__} in {Path(bitkernels.__file__).parent}"),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+    ]
+    rows += [(name, installed_version(names)) for name, names in DISTRIBUTIONS.items()]
+    rows += [("variables", ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items())
+                                     if k.startswith("BITKERNELS_")) or "none set")]
+    return rows + cpu_rows() + gpu_rows()
+
+
+def cpu_rows() -> list[tuple[str, str]]:
+    found = torch.cpu.get_capabilities()
+    features = [name for name in FEATURES if found.get(name)]
+    rows = [("cpu", f"{found.get('cpu_name', platform.machine())}: {' '.join(features) or '-'}")]
+    cpu = cpu_backend()
+    active = cpu.active() if cpu else None
+    if importlib.util.find_spec("bitkernels._C") is None:
+        rows.append(("cpu engine", "not built; install a C++ compiler, then "
+                                   "pip install --no-build-isolation --force-reinstall --no-deps"))
+    if cpu and cpu.kernels():
+        rows.append(("cpu kernels", ", ".join(
+            name if supported else f"{name} (not on this CPU)"
+            for name, supported in cpu.kernels())))
+    forced = os.environ.get("BITKERNELS_CPU")
+    why = f"BITKERNELS_CPU={forced}" if forced else "the fastest this CPU runs"
+    rows.append(("runs on cpu", f"{active} ({why})" if active else "reference (plain PyTorch)"))
+    return rows
+
+
+def gpu_rows() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("gpu", "none")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rows.append((f"gpu {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, "
+                                     f"{gpu.total_memory / 2**30:.0f} GiB"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bitkernels", description=__doc__)
+    parser.add_argument("--cpu-kernels", action="store_true",
+                        help="print only the names of the CPU kernels that this machine runs")
+    if parser.parse_args().cpu_kernels:
+        print("\n".join(supported_cpu_kernels()))
+        return
+    rows = report()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()
