@@ -1,0 +1,318 @@
+"""Binary convolutions against PyTorch's own, layer by layer.
+
+  python benchmarks/bench_conv.py              every layer, batch 1 and 8, one and all threads
+  python benchmarks/bench_conv.py --quick      two layers, short
+  python benchmarks/bench_conv.py --layers 3x3:64@56 3x3/2:128@56 --batch 1 --threads 1
+
+A layer is kernel[/stride]:channels@size, with as many output as input channels. Timed are
+
+  bitkernels real     real channels-last input -> sign and pack -> convolve -> real output
+  bitkernels packed   packed input -> convolve, integer threshold a channel -> packed output
+  fp32, bf16, ...     torch.nn.functional.conv2d, the faster of channels-last and contiguous
+  int8                PyTorch's quantized convolution, int8 input and output
+
+and `match` says whether, in this run, the real output was equal to conv2d of the signs, integer by
+integer, and the packed output to the bits of its comparison with the thresholds. A complete run
+writes conv.csv, conv.json and conv.png to benchmarks/results/<device>, a partial one only to
+--output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import common
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+ops = torch.ops.bitkernels
+LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7",
+          "1x1:512@14", "3x3/2:128@56", "5x5:192@27", "3x3:32@112")
+QUICK = ("3x3:64@56", "3x3:256@14")
+BATCHES = (1, 8)
+OURS = ("bitkernels real", "bitkernels packed")
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    channels: int
+    size: int
+    kernel: int
+    stride: int
+
+    @classmethod
+    def parse(cls, name: str) -> Layer:
+        found = re.fullmatch(r"(\d+)x\1(?:/(\d+))?:(\d+)@(\d+)", name)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{name!r} is not kernel[/stride]:channels@size, "
+                                             "as 3x3:64@56 or 3x3/2:128@56")
+        kernel, stride, channels, size = (int(group or 1) for group in found.groups())
+        return cls(name, channels, size, kernel, stride)
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    def products(self, batch: int) -> int:
+        out = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        return batch * out * out * self.channels * self.channels * self.kernel**2
+
+
+class Case:
+    """One layer at one batch size: its operands, the calls to time, and the exact answer."""
+
+    def __init__(self, layer: Layer, batch: int, device: common.Device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        c, k = layer.channels, layer.kernel
+        x = torch.randn(batch, c, layer.size, layer.size, generator=generator)
+        x[torch.rand(x.shape, generator=generator) < 0.01] = 0.0
+        w = torch.randn(c, c, k, k, generator=generator)
+        self.layer, self.batch, self.device = layer, batch, device
+        self.x = x.to(device.type, device.real, memory_format=torch.channels_last)
+        self.w = w.to(device.type, memory_format=torch.channels_last)
+        self.conv = ([layer.stride] * 2, [layer.padding] * 2)
+        self.filter = ops.tile_weight.default(ops.sign_pack.default(self.w, None, 1))
+        self.words = ops.sign_pack.default(self.x, None, 1)
+        spread = int((c * k * k) ** 0.5)
+        low = torch.randint(-spread, spread + 1, (c,), generator=generator, dtype=torch.int32)
+        top = torch.full_like(low, torch.iinfo(torch.int32).max)
+        self.threshold = torch.stack((low, top)).to(device.type)
+        signs = [torch.where(t < 0, -1, 1).to(device.exact) for t in (self.x, self.w)]
+        self.dot = F.conv2d(*signs, None, *self.conv).round()
+
+    def real(self) -> Tensor:
+        words = ops.sign_pack.default(self.x, None, 1)
+        return ops.packed_conv2d.default(words, self.filter, self.layer.channels, *self.conv,
+                                         out_channels=self.layer.channels, dtype=self.device.real)
+
+    def packed(self) -> Tensor:
+        return ops.packed_conv2d.packed(self.words, self.filter, self.layer.channels, *self.conv,
+                                        out_channels=self.layer.channels, threshold=self.threshold)
+
+    def match(self) -> bool:
+        expected = (self.dot >= self.threshold[0].view(-1, 1, 1)).movedim(1, -1).cpu().numpy()
+        words = self.packed().cpu().numpy().astype("<i4").view(np.uint8)
+        bits = np.unpackbits(words, axis=-1, bitorder="little").astype(bool)
+        channels = self.layer.channels
+        return (torch.equal(self.real(), self.dot.to(self.device.real))
+                and np.array_equal(bits[..., :channels], expected)
+                and not bits[..., channels:].any())
+
+    def rivals(self) -> dict[str, Callable[[], Tensor]]:
+        """PyTorch's convolutions; variants of one type are named type/variant."""
+        calls: dict[str, Callable[[], Tensor]] = {}
+        for name, dtype in self.device.rivals.items():
+            for variant, format in (("channels_last", torch.channels_last),
+                                    ("contiguous", torch.contiguous_format)):
+                x, w = (t.to(dtype).contiguous(memory_format=format) for t in (self.x, self.w))
+                calls[f"{name}/{variant}"] = (
+                    lambda x=x, w=w: F.conv2d(x, w, None, *self.conv))
+        return calls
+
+    def int8(self) -> Callable[[], Tensor]:
+        """PyTorch's quantized convolution; RuntimeError where it has none."""
+        if not self.device.int8:
+            raise RuntimeError("PyTorch has no int8 convolution on this device")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, and still PyTorch's only int8 convolution
+            x = torch.quantize_per_tensor(self.x, 0.05, 64, torch.quint8)
+            w = torch.quantize_per_tensor(self.w, 0.05, 0, torch.qint8)
+            weight = torch.ops.quantized.conv2d_prepack(w, None, *self.conv, [1, 1], 1)
+        call = torch.ops.quantized.conv2d
+        call(x, weight, 1.0, 64)
+        return lambda: call(x, weight, 1.0, 64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the fastest variant of every provider."""
+
+    layer: str
+    batch: int
+    threads: int
+    products: int
+    times: dict[str, common.Times]
+    variants: dict[str, str]
+    match: bool
+
+    def speedup(self, provider: str, baseline: str) -> float | None:
+        if provider not in self.times:
+            return None
+        return self.times[baseline].p50 / self.times[provider].p50
+
+    def ceiling(self, rate: float | None) -> float | None:
+        """Part of the popcount rate that the packed convolution reaches."""
+        if rate is None:
+            return None
+        return self.products / self.times["bitkernels packed"].p50 / (rate * self.threads)
+
+
+def measure(case: Case, threads: int, seconds: float, notes: dict[str, str], each) -> Row:
+    device = case.device
+    device.set_threads(threads)
+    calls = {"bitkernels real": case.real, "bitkernels packed": case.packed, **case.rivals()}
+    try:
+        calls["int8"] = case.int8()
+    except RuntimeError as error:
+        notes.setdefault("int8", str(error).splitlines()[0])
+    match = case.match()
+    times: dict[str, common.Times] = {}
+    variants: dict[str, str] = {}
+    for name, measured in common.measure_in_turns(device, calls, seconds, each).items():
+        provider, _, variant = name.partition("/")
+        if provider not in times or measured.p50 < times[provider].p50:
+            times[provider], variants[provider] = measured, variant
+    return Row(case.layer.name, case.batch, threads, case.layer.products(case.batch), times,
+               variants, match)
+
+
+def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
+        device: common.Device, seconds: float, notes: dict[str, str]):
+    """(rows, bit products per second that only counting bits reaches on one thread, or None)."""
+    rows: list[Row] = []
+    rates: list[float] = []
+    with torch.inference_mode(), tqdm(total=len(layers) * len(batches) * len(threads),
+                                      unit="row", disable=None) as progress:
+        for layer in layers:
+            for batch in batches:
+                case = Case(layer, batch, device)
+                rate = device.popcount_rate()
+                rates += [] if rate is None else [rate]
+                for count in threads:
+                    rows.append(measure(
+                        case, count, seconds, notes,
+                        lambda name, label=f"{layer.name} batch {batch}": progress.set_postfix_str(
+                            f"{label}, {name}")))
+                    progress.update()
+    return rows, (statistics.median(rates) if rates else None)
+
+
+def geometric_means(rows: Sequence[Row], baseline: str) -> dict[str, float]:
+    return {provider: statistics.geometric_mean(row.speedup(provider, baseline) for row in rows)
+            for provider in rows[0].times if provider != baseline}
+
+
+def table(rows: Sequence[Row], device: common.Device, rate: float | None) -> str:
+    base = device.baseline
+    rivals = [*device.rivals, "int8"]
+    headers = ["layer", "batch", "threads", *(f"{r}\nms" for r in rivals), "real\nms", "packed\nms",
+               f"real\nover {base}", f"packed\nover {base}", "match"]
+    if rate is not None:
+        headers.append("of popcount\nceiling")
+    lines = []
+    for row in rows:
+        times = [f"{row.times[p].p50 * 1e3:.3f}" if p in row.times else "n/a"
+                 for p in (*rivals, *OURS)]
+        line = [row.layer, row.batch, row.threads, *times,
+                *(f"{row.speedup(p, base):.2f}x" for p in OURS), "yes" if row.match else "NO"]
+        if rate is not None:
+            line.append(f"{row.ceiling(rate):.0%}")
+        lines.append(line)
+    return tabulate(lines, headers, stralign="right", disable_numparse=True)
+
+
+def csv_rows(rows: Sequence[Row], device: common.Device, record: dict, rate: float | None):
+    """One line a row and provider, so that files of different devices can be joined."""
+    for row in rows:
+        for provider, times in row.times.items():
+            ours = provider in OURS
+            yield {
+                "kernel_name": "packed_conv2d", "kernel_provider": provider, "mode": "inference",
+                "metric": "ms", "layer": row.layer, "batch": row.batch, "threads": row.threads,
+                **{q: f"{value * 1e3:.6g}" for q, value in asdict(times).items()},
+                "variant": row.variants[provider],
+                f"speedup_over_{device.baseline}":
+                    f"{row.speedup(provider, device.baseline):.4g}",
+                "match": row.match if ours else "",
+                "popcount_ceiling":
+                    f"{row.ceiling(rate):.4g}" if rate and provider == "bitkernels packed" else "",
+                "device": record["device"], "kernel": record["kernel"],
+                "bitkernels": record["bitkernels"], "torch": record["torch"],
+                "date": record["date"],
+            }
+
+
+def panels(rows: Sequence[Row], baseline: str):
+    for batch in dict.fromkeys(row.batch for row in rows):
+        for threads in dict.fromkeys(row.threads for row in rows):
+            part = [row for row in rows if (row.batch, row.threads) == (batch, threads)]
+            means = geometric_means(part, baseline)
+            order = [p for p in means if p not in OURS] + list(OURS)
+            yield common.Panel(
+                f"batch {batch}, {threads} thread{'s' * (threads > 1)}",
+                [*(row.layer.replace(":", "\n") for row in part), "geometric\nmean"],
+                {p: [*(row.speedup(p, baseline) for row in part), means[p]] for p in order})
+
+
+def save(output: Path, rows: Sequence[Row], device: common.Device, record: dict,
+         rate: float | None, means: dict[str, float]) -> None:
+    common.write_csv(output / "conv.csv", list(csv_rows(rows, device, record, rate)))
+    common.write_json(output / "conv.json", {
+        "environment": record, "baseline": device.baseline, "unit": "s",
+        "geometric_mean_speedup": means,
+        "rows": [asdict(row) | {"popcount_ceiling": row.ceiling(rate)} for row in rows]})
+    common.write_bars(
+        output / "conv.png", list(panels(rows, device.baseline)),
+        len({row.threads for row in rows}),
+        f"Convolution: speed-up over PyTorch's {device.baseline} on {device.name}\n"
+        f"{record['kernel']} kernels, torch {record['torch']}, {record['date'][:10]}",
+        f"times faster than {device.baseline}")
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two layers, short")
+    parser.add_argument("--layers", nargs="+", type=Layer.parse, metavar="LAYER")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--threads", nargs="+", type=int, help="default: one and all")
+    parser.add_argument("--min-run-time", type=float, metavar="SECONDS",
+                        help="timed per provider and row (0.4; 0.05 with --quick)")
+    parser.add_argument("--output", type=Path, metavar="DIR")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    args = parser.parse_args(arguments)
+
+    device = common.pick_device(args.device)
+    layers = args.layers or [Layer.parse(name) for name in (QUICK if args.quick else LAYERS)]
+    threads = args.threads or device.threads
+    seconds = args.min_run_time or (0.05 if args.quick else 0.4)
+    notes: dict[str, str] = {}
+    rows, rate = run(layers, args.batch, threads, device, seconds, notes)
+    means = geometric_means(rows, device.baseline)
+    record = common.environment(device) | {"min_run_time": seconds, "popcount_rate": rate,
+                                           "not_available": notes}
+
+    print(table(rows, device, rate))
+    print(f"\ngeometric mean over {device.baseline}: "
+          + ", ".join(f"{name} {mean:.2f}x" for name, mean in means.items()))
+    print(", ".join(f"{key} {value}" for key, value in record.items()
+                    if key not in ("not_available", "popcount_rate")))
+    for name, reason in notes.items():
+        print(f"{name} n/a: {reason}")
+    if record["kernel"] == "reference":
+        print("bitkernels ran its reference implementation here, which is written to be read: "
+              "these speeds say nothing about a compiled backend")
+    complete = not args.quick and (layers, args.batch, threads) == (
+        [Layer.parse(name) for name in LAYERS], list(BATCHES), device.threads)
+    output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
+    if output is not None:
+        save(output, rows, device, record, rate, means)
+        print(f"wrote {output}/conv.csv, conv.json and conv.png")
+    if not all(row.match for row in rows):
+        raise SystemExit("some outputs do not match conv2d of the signs")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What the benchmarks share: the device and its timer, the environment record, and the outputs.
+
+Times are medians in seconds with the 20th and 80th percentile beside them. Candidates are timed in
+turns, a part of the run time each, so that a slow moment of the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import bitkernels
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call: 20th percentile, median, 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Times:
+        return cls(*(float(q) for q in np.quantile(seconds, (0.2, 0.5, 0.8))))
+
+
+class CpuDevice:
+    """This machine's processor: `threads` threads of PyTorch, torch.utils.benchmark's timer."""
+
+    type = "cpu"
+    real = torch.float32  # the type of real inputs and outputs of binary layers
+    exact = torch.float32  # sums of less than 2^24 signs are exact
+    baseline = "fp32"  # speed-ups are over this
+    rivals: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    int8 = True
+
+    def __init__(self) -> None:
+        self.name = _cpu_name()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.threads = sorted({1, min(torch.get_num_threads(), cores or 1)})
+        self.details = {"instruction_set": torch.backends.cpu.get_cpu_capability(),
+                        "cores": cores}
+
+    def set_threads(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+
+    def measure(self, call: Callable[[], object], seconds: float) -> list[float]:
+        from torch.utils.benchmark import Timer
+
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=seconds).times
+
+    def popcount_rate(self) -> float | None:
+        """Bit products per second of one thread that only counts bits, None if not offered."""
+        op = getattr(torch.ops.bitkernels, "_cpu_popcount_rate", None)
+        return None if op is None else float(op())
+
+
+class GpuDevice:
+    """The current GPU: cuDNN picks its algorithm by trial, Triton's timer empties the L2 cache."""
+
+    type = "cuda"
+    real = torch.bfloat16
+    exact = torch.float64
+    baseline = "bf16"
+    rivals: Mapping[str, torch.dtype] = {
+        "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    int8 = False
+
+    def __init__(self) -> None:
+        self.name = torch.cuda.get_device_name()
+        self.threads = [1]
+        capability = torch.cuda.get_device_capability()
+        torch.backends.cudnn.benchmark = True
+        self.details = {"compute_capability": f"{capability[0]}.{capability[1]}",
+                        "runtime": torch.version.cuda or torch.version.hip,
+                        "cudnn": torch.backends.cudnn.version(),
+                        "fp32_is_tf32": torch.backends.cudnn.allow_tf32}
+
+    def set_threads(self, threads: int) -> None:
+        """Host threads do not matter to a GPU's time."""
+
+    def measure(self, call: Callable[[], object], seconds: float) -> list[float]:
+        from triton.testing import do_bench
+
+        milliseconds = do_bench(call, warmup=max(1, int(250 * seconds)),
+                                rep=max(1, int(1000 * seconds)), return_mode="all")
+        return [t / 1000 for t in milliseconds]
+
+    def popcount_rate(self) -> float | None:
+        return None
+
+
+Device = CpuDevice | GpuDevice
+
+
+def pick_device(name: str | None) -> Device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return GpuDevice() if name == "cuda" else CpuDevice()
+
+
+def measure_in_turns(device: Device, calls: Mapping[str, Callable[[], object]], seconds: float,
+                     each: Callable[[str], object] = lambda name: None) -> dict[str, Times]:
+    """Times of every call, about `seconds` each; `each(name)` is told of every turn."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            samples[name] += device.measure(call, seconds / ROUNDS)
+            each(name)
+    return {name: Times.of(seconds) for name, seconds in samples.items()}
+
+
+def _cpu_name() -> str:
+    """The model name; on x86 with family and model, since virtual machines shorten the name."""
+    fields: dict[str, str] = {}
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']} model {fields.get('model', '?')})"
+    return name
+
+
+def slug(name: str) -> str:
+    name = name.lower().replace("(r)", "").replace("(tm)", "")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def engine(device: Device) -> str:
+    """Which backend packed_conv2d runs on here: the device's own, or 'reference'."""
+    key = device.type.upper()
+    own = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", key)
+    return device.type if own else "reference"
+
+
+def environment(device: Device) -> dict[str, object]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.name,
+        **device.details,
+        "kernel": engine(device),
+        "bitkernels": bitkernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, record: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One group of bars a label, one bar a series; None leaves a gap."""
+
+    title: str
+    labels: Sequence[str]
+    series: Mapping[str, Sequence[float | None]]
+
+
+COLORS = {"bitkernels real": "#1f6feb", "bitkernels packed": "#f0883e"}
+GREYS = ("#9aa4af", "#c4ccd4", "#dfe4e8")
+
+
+def write_bars(path: Path, panels: Sequence[Panel], columns: int, title: str, ylabel: str) -> None:
+    """Grouped bars, `columns` panels a row, with a line at 1 and numbers on our bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = -(-len(panels) // columns)
+    groups = max(len(panel.labels) for panel in panels)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, sharey=True, layout="constrained",
+                                figsize=(columns * max(4.5, 1.1 * groups), 3.4 * lines + 0.6))
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        width = 0.86 / len(panel.series)
+        greys = iter(GREYS)
+        for i, (name, values) in enumerate(panel.series.items()):
+            at = np.arange(len(values)) + (i - (len(panel.series) - 1) / 2) * width
+            bars = axis.bar(at, [v or 0 for v in values], width, label=name,
+                            color=COLORS.get(name) or next(greys))
+            if name in COLORS:
+                axis.bar_label(bars, [f"{v:.1f}" if v else "" for v in values], fontsize=7,
+                               padding=1)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(panel.labels)), panel.labels, fontsize=8)
+        axis.set_title(panel.title, fontsize=10)
+        axis.margins(y=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    for row in axes:
+        row[0].set_ylabel(ylabel)
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False)
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

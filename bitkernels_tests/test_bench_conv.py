@@ -1,0 +1,56 @@
+"""benchmarks/bench_conv.py end to end on one small layer: files written, outputs correct."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bitkernels
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tabulate")
+pytest.importorskip("tqdm")
+
+BENCH = Path(__file__).parents[1] / "benchmarks" / "bench_conv.py"
+LAYERS = ("3x3/2:40@9",)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    output = tmp_path_factory.mktemp("bench_conv")
+    command = [sys.executable, str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu",
+               "--layers", *LAYERS, "--batch", "1", "2", "--threads", "1", "--output", str(output)]
+    env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return output, run.stdout
+
+
+def test_table_names_layers_and_means(results):
+    _, printed = results
+    assert all(layer in printed for layer in LAYERS)
+    assert "geometric mean over fp32" in printed
+
+
+def test_csv_has_every_provider_and_all_match(results):
+    output, _ = results
+    with (output / "conv.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    providers = {row["kernel_provider"] for row in rows}
+    assert {"bitkernels real", "bitkernels packed", "fp32", "bf16"} <= providers
+    assert len(rows) == 2 * len(providers)
+    ours = [row["match"] for row in rows if row["kernel_provider"].startswith("bitkernels")]
+    assert ours == ["True"] * 4
+    assert all(0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
+
+
+def test_json_and_chart(results):
+    output, _ = results
+    record = json.loads((output / "conv.json").read_text())
+    assert {"device", "torch", "bitkernels", "kernel", "date"} <= set(record["environment"])
+    assert len(record["rows"]) == 2 and all(row["match"] for row in record["rows"])
+    assert (output / "conv.png").read_bytes().startswith(b"\x89PNG")
