@@ -1,0 +1,40 @@
+"""Fixtures of the whole test-suite: a fixed seed, the devices to test, markers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import bitkernels  # noqa: F401
+
+
+def available_devices() -> list[str]:
+    """The devices under test: BITKERNELS_TEST_DEVICE (comma separated), or all there are."""
+    chosen = os.environ.get("BITKERNELS_TEST_DEVICE")
+    if chosen:
+        return chosen.split(",")
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA or AMD GPU, skipped without one")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(params=available_devices())
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(20)
