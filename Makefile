@@ -49,6 +49,8 @@ $(ENV_STAMP):
 
 $(BUILD_STAMP): $(ENV_STAMP) setup.py pyproject.toml $(ENGINE)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	@test -e bitkernels/_C.abi3.so || echo "bitkernels: built without the C++ CPU engine;" \
+	  "$(PY) -m pip install -v --no-build-isolation --no-deps . says why"
 	touch $@
 
 test-all: build
@@ -71,7 +73,7 @@ kernel-test-neon:
 	$(QEMU) build/kernel_test_neon
 
 abi-audit: build
-	$(VENV)/bin/torch-abi-audit bitkernels/_C.abi3.so
+	$(VENV)/bin/torch-abi-audit --check both bitkernels/_C.abi3.so
 	$(VENV)/bin/abi3audit --strict --assume-minimum-abi3 3.10 bitkernels/_C.abi3.so
 
 lint: build
