@@ -1,0 +1,166 @@
+"""Binary convolutions: `torch.nn.Conv1d/2d/3d` whose input and weight are quantized first."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
+from bitkernels.nn.packed import PackedConv1d, PackedConv2d
+
+_conv2d = torch.ops.bitkernels.binary_conv2d.default
+_conv2d_padding = torch.ops.bitkernels.binary_conv2d.padding
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
+    pad_value: int
+
+    def _set_padding(self, pad_value: int) -> None:
+        if pad_value not in (-1, 0, 1):
+            raise ValueError(
+                f"{type(self).__name__}: pad_value must be -1, 0 or 1, got {pad_value!r}")
+        if pad_value and self.padding_mode != "zeros":
+            raise ValueError(
+                f"{type(self).__name__}: pad_value={pad_value} needs padding_mode='zeros', got "
+                f"{self.padding_mode!r}")
+        self.pad_value = pad_value
+
+    def _real_forward(self, input: Tensor, convolution) -> Tensor:
+        """The PyTorch convolution of the quantized tensors, padded after quantization."""
+        x, weight = self._real_operands(input)
+        if not self.pad_value:
+            return self._conv_forward(x, weight, self.bias)
+        x = F.pad(x, self._reversed_padding_repeated_twice, value=float(self.pad_value))
+        return convolution(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class BinaryConv1d(_BinaryConv, nn.Conv1d):
+    """`torch.nn.Conv1d` of the signs of input and weight; see `BinaryConv2d`.
+
+    Input (N, Cin, L) or (Cin, L); computed as a two-dimensional convolution of height 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int],
+                 stride: int | tuple[int] = 1, padding: str | int | tuple[int] = 0,
+                 dilation: int | tuple[int] = 1, groups: int = 1, bias: bool = True,
+                 padding_mode: PaddingMode = "zeros", device=None, dtype=None, *,
+                 input_quantizer: QuantizerLike = "ste_sign",
+                 weight_quantizer: QuantizerLike = "ste_sign",
+                 weight_scale: WeightScale = None, pad_value: int = 0) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
+        self._set_padding(pad_value)
+        self._configure(input_quantizer, weight_quantizer, weight_scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (2, 3):
+            raise RuntimeError("BinaryConv1d: input must be (N, C, L) or (C, L), got shape "
+                               f"{tuple(input.shape)}")
+        if not self.on_bits:
+            return self._real_forward(input, F.conv1d)
+        input, weight = self._bit_operands(input)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,)
+        convolution = _conv2d_padding if isinstance(padding, str) else _conv2d
+        return convolution(
+            input.unsqueeze(-2), weight.unsqueeze(-2), self.bias, (1, self.stride[0]),
+            padding if isinstance(padding, str) else (0, padding[0]),
+            (1, self.dilation[0]), self.groups, pad_value=self.pad_value, scale=self.scale(),
+            **self._train_args).squeeze(-2)
+
+    def pack(self) -> PackedConv1d:
+        """The inference twin, with equal outputs. Raises ValueError if `pack_obstacle` has one."""
+        self.packable()
+        return PackedConv1d.from_layer(self)
+
+
+class BinaryConv2d(_BinaryConv, nn.Conv2d):
+    """`torch.nn.Conv2d` of the signs of input and weight, on 1-bit arithmetic.
+
+    output = scale * conv2d(sign(input), sign(weight)) + bias: the convolution is exact in integers,
+    scale and bias are applied in float32, the result has the input's dtype (under autocast, the
+    autocast dtype). Constructor, shapes, padding and state_dict keys are those of `nn.Conv2d`, so
+    real and binary layers exchange checkpoints; `weight` holds the latent real weights.
+
+    Input (N, Cin, H, W) or (Cin, H, W), of any floating dtype. For the backward one or two bits are
+    kept for each input value, by estimators that need it (approx_sign, swish_sign) a reference to
+    the input.
+
+    pad_value: what padding_mode "zeros" pads the quantized input with: 0 (contributes nothing), -1
+      or +1 (the QuickNet of Larq Zoo). The modes "reflect", "replicate" and "circular" pad the
+      input as `nn.Conv2d` does.
+    input_quantizer, weight_quantizer, weight_scale: see `BinaryLayer`. With a quantizer that is not
+      binary (DoReFa, SteTern, SteHeaviside, NoOp(precision=32), ...) the layer is
+      `torch.nn.functional.conv2d` on the quantized tensors.
+
+    Raises ValueError for options that do not fit, RuntimeError from the operator for inputs that do
+    not.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+                 stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+                 dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True,
+                 padding_mode: PaddingMode = "zeros", device=None, dtype=None, *,
+                 input_quantizer: QuantizerLike = "ste_sign",
+                 weight_quantizer: QuantizerLike = "ste_sign",
+                 weight_scale: WeightScale = None, pad_value: int = 0) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
+        self._set_padding(pad_value)
+        self._configure(input_quantizer, weight_quantizer, weight_scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.on_bits:
+            return self._real_forward(input, F.conv2d)
+        input, weight = self._bit_operands(input)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        convolution = _conv2d_padding if isinstance(padding, str) else _conv2d
+        return convolution(
+            input, weight, self.bias, self.stride, padding, self.dilation, self.groups,
+            pad_value=self.pad_value, scale=self.scale(), **self._train_args)
+
+    def pack(self) -> PackedConv2d:
+        """The inference twin, with equal outputs. Raises ValueError if `pack_obstacle` has one."""
+        self.packable()
+        return PackedConv2d.from_layer(self)
+
+
+class BinaryConv3d(_BinaryConv, nn.Conv3d):
+    """`torch.nn.Conv3d` of the quantized input and weight; see `BinaryConv2d` for the options.
+
+    It trains the same networks, but computes on real numbers: `torch.nn.functional.conv3d` of -1
+    and +1. It has no packed twin.
+    """
+
+    _always_real = True
+
+    def __init__(self, in_channels: int, out_channels: int,
+                 kernel_size: int | tuple[int, int, int], stride: int | tuple[int, int, int] = 1,
+                 padding: str | int | tuple[int, int, int] = 0,
+                 dilation: int | tuple[int, int, int] = 1, groups: int = 1, bias: bool = True,
+                 padding_mode: PaddingMode = "zeros", device=None, dtype=None, *,
+                 input_quantizer: QuantizerLike = "ste_sign",
+                 weight_quantizer: QuantizerLike = "ste_sign",
+                 weight_scale: WeightScale = None, pad_value: int = 0) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype)
+        self._set_padding(pad_value)
+        self._configure(input_quantizer, weight_quantizer, weight_scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._real_forward(input, F.conv3d)
+
+    def pack(self) -> nn.Module:
+        """Raises ValueError: there is no packed three-dimensional convolution."""
+        self.packable()
+        raise AssertionError("unreachable")
