@@ -329,3 +329,21 @@ def wants_channels_last(input: Tensor, weight: Tensor) -> bool:
         and t.is_contiguous(memory_format=torch.channels_last)
         for t in (input, weight)
     )
+
+
+def check_grad_like(op: str, grad: Tensor, input: Tensor) -> None:
+    if grad.dtype != input.dtype or grad.shape != input.shape:
+        fail(op, "grad", describe(input), describe(grad))
+
+
+def empty_around(t: Tensor, dim: int) -> Tensor:
+    """An empty tensor like `t`: dense with `dim` innermost if `t` is, else contiguous."""
+    step = t.shape[dim]
+    innermost = step == 1 or t.stride(dim) == 1
+    for i in reversed(range(t.dim())):
+        if i != dim:
+            innermost = innermost and (t.shape[i] == 1 or t.stride(i) == step)
+            step = step * t.shape[i]
+    if innermost:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)

@@ -22,12 +22,14 @@ from bitkernels._checks import (
     check_clip,
     check_epilogue,
     check_estimator,
+    check_grad_like,
     check_mask_grad,
     check_rprelu,
     check_sign_pack,
     check_tile_weight,
     check_unpack,
     conv_geometry,
+    empty_around,
     linear_geometry,
     pool_geometry,
     wants_channels_last,
@@ -119,8 +121,7 @@ def _(input, clip, shift=None, dim=-1):
 
 @_fake("mask_grad")
 def _(grad, mask_words, dim=-1):
-    check_mask_grad(grad, mask_words, dim)
-    return torch.empty_like(grad)
+    return empty_around(grad, check_mask_grad(grad, mask_words, dim))
 
 
 @_fake("unpack")
@@ -197,20 +198,21 @@ def _(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=Fals
 def _(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     check_rprelu("rsign", input, shift=shift)
     check_estimator("rsign", "estimator", estimator)
-    return torch.empty_like(input)
+    return empty_around(input, 1)
 
 
 @_fake("rprelu")
 def _(input, shift_in, slope, shift_out):
     check_rprelu("rprelu", input, shift_in=shift_in, slope=slope, shift_out=shift_out)
-    return torch.empty_like(input)
+    return empty_around(input, 1)
 
 
 @_fake("rprelu_backward")
 def _(grad, input, shift_in, slope):
     check_rprelu("rprelu_backward", input, shift_in=shift_in, slope=slope)
+    check_grad_like("rprelu_backward", grad, input)
     vector = input.new_empty((input.shape[1],), dtype=torch.float32)
-    return torch.empty_like(input), vector, torch.empty_like(vector), torch.empty_like(vector)
+    return empty_around(input, 1), vector, torch.empty_like(vector), torch.empty_like(vector)
 
 
 def _conv_train_fake(input, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1,

@@ -4,4 +4,5 @@ Every operator has a reference kernel for all devices (`reference`); a faster ba
 own kernels for its device over it. Importing registers names only: nothing is compiled or tuned.
 """
 
+from bitkernels.backends import cpu as cpu
 from bitkernels.backends import reference as reference

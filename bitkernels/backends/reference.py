@@ -36,8 +36,8 @@ def sign_pack_mask(input, clip, shift=None, dim=-1):
 
 @_register("mask_grad")
 def mask_grad(grad, mask_words, dim=-1):
-    return reference.mask_grad(
-        grad, mask_words, _checks.check_mask_grad(grad, mask_words, dim))
+    dim = _checks.check_mask_grad(grad, mask_words, dim)
+    return _checks.empty_around(grad, dim).copy_(reference.mask_grad(grad, mask_words, dim))
 
 
 @_register("unpack")
@@ -80,17 +80,20 @@ def packed_max_pool2d(words, kernel_size, stride=(), padding=(0,), dilation=(1,)
 @_register("rprelu_backward")
 def rprelu_backward(grad, input, shift_in, slope):
     _checks.check_rprelu("rprelu_backward", input, shift_in=shift_in, slope=slope)
-    return reference.rprelu_backward(grad, input, shift_in, slope)
+    _checks.check_grad_like("rprelu_backward", grad, input)
+    grad_input, *sums = reference.rprelu_backward(grad, input, shift_in, slope)
+    return _checks.empty_around(input, 1).copy_(grad_input), *sums
 
 
 @_register("rsign")
 def rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     _checks.check_rprelu("rsign", input, shift=shift)
     _checks.check_estimator("rsign", "estimator", estimator)
-    return reference.rsign(input, shift)
+    return _checks.empty_around(input, 1).copy_(reference.rsign(input, shift))
 
 
 @_register("rprelu")
 def rprelu(input, shift_in, slope, shift_out):
     _checks.check_rprelu("rprelu", input, shift_in=shift_in, slope=slope, shift_out=shift_out)
-    return reference.rprelu(input, shift_in, slope, shift_out)
+    out = reference.rprelu(input, shift_in, slope, shift_out)
+    return _checks.empty_around(input, 1).copy_(out)

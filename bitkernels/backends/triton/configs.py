@@ -1,0 +1,93 @@
+"""Which GPU this is, what the environment asks for, and the tile sizes each GPU family gets.
+
+Environment, read at call time:
+  BITKERNELS_TRITON            0: the reference runs instead of every Triton kernel
+  BITKERNELS_TRITON_INNER      popc, int8 or b1: forces the inner product where it applies
+  BITKERNELS_TRITON_AUTOTUNE   1: triton.autotune over the shipped configurations; default 0, fixed
+
+The tiles were chosen from register and spill counts of ahead-of-time compiles; no GPU has timed
+them yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+INNER = ("b1", "int8", "popc")
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def enabled() -> bool:
+    return os.environ.get("BITKERNELS_TRITON", "1") != "0"
+
+
+def autotuning() -> bool:
+    return os.environ.get("BITKERNELS_TRITON_AUTOTUNE", "0") == "1" and not interpreting()
+
+
+def forced_inner() -> str | None:
+    forced = os.environ.get("BITKERNELS_TRITON_INNER")
+    if forced and forced not in INNER:
+        raise RuntimeError(f"BITKERNELS_TRITON_INNER must be one of {', '.join(INNER)}, "
+                           f"got {forced!r}")
+    return forced or None
+
+
+@functools.cache
+def _family(index: int) -> str:
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return "old"
+    return f"sm{major}{minor}" if major < 9 else f"sm{major}0"
+
+
+def family(device: torch.device) -> str:
+    """sm80, sm86, sm89, sm90, sm100, sm120, ..., hip, old (before sm_80) or interpret."""
+    if device.type == "cpu":
+        return "interpret"
+    return _family(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def has_b1(family: str) -> bool:
+    """Native b1 mma.sync with `and`: sm_80 to sm_90. Later GPUs only emulate it, by int8."""
+    return family in ("sm80", "sm86", "sm87", "sm89", "sm90")
+
+
+def inline_ptx(family: str) -> bool:
+    return family.startswith("sm")
+
+
+# (BLOCK_M, BLOCK_N, BLOCK_K in bytes, num_warps, num_stages); first is the fixed configuration.
+INT8 = {
+    "sm80": ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3)),
+    "sm90": ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+    "sm100": ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
+    "sm120": ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3)),
+    "hip": ((128, 64, 32, 4, 2), (64, 64, 32, 4, 2)),
+    "interpret": ((64, 64, 32, 4, 1),),
+}
+# (BLOCK_M, BLOCK_N, num_warps)
+POPC = {
+    "default": ((32, 32, 4), (64, 32, 4), (16, 32, 2)),
+    "interpret": ((64, 64, 4),),
+}
+# (num_warps,): every warp owns 64 x 64 outputs, warps are stacked along M.
+B1 = ((4,), (2,), (1,))
+
+
+def table(inner: str, family: str) -> tuple[tuple[int, ...], ...]:
+    if inner == "b1":
+        return B1
+    if inner == "popc":
+        return POPC.get(family, POPC["default"])
+    if family not in INT8:
+        family = "sm80" if family.startswith("sm8") else "sm120"
+    return INT8[family]

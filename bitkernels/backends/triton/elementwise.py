@@ -1,0 +1,51 @@
+"""Views of a tensor as rows by channels, and what the elementwise launchers share.
+
+A tensor and its channel dimension become (outer, inner, channels) with one stride each, so that
+NCHW memory, channels-last memory and plain matrices run in the same kernel without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def collapse(dim: int, *tensors: Tensor) -> tuple[int, int, list[tuple[int, int, int]]] | None:
+    """(outer, inner, [(outer stride, inner stride, channel stride) of each]) or None.
+
+    Rows are the sizes without `dim`, in order; outer * inner of them. None if the tensors' strides
+    need more than two row dimensions.
+    """
+    rest = [d for d in range(tensors[0].dim()) if d != dim and tensors[0].shape[d] != 1]
+    groups: list[list[int]] = []  # runs of dimensions that every tensor walks with one stride
+    for d in rest:
+        if groups and all(
+            t.stride(groups[-1][-1]) == t.stride(d) * t.shape[d] for t in tensors
+        ):
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    if len(groups) > 2:
+        return None
+    sizes = [math.prod(tensors[0].shape[d] for d in g) for g in groups]
+    sizes = [1] * (2 - len(sizes)) + sizes
+    strides = []
+    for t in tensors:
+        s = [t.stride(g[-1]) for g in groups]
+        strides.append((*[0] * (2 - len(s)), *s, t.stride(dim)))
+    return sizes[0], sizes[1], strides
+
+
+def tile_shape(channel_stride: int, channels: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_C): 2048 elements, long along what is contiguous in memory."""
+    if channel_stride != 1:
+        return 256, 8
+    block_c = min(max(32, 1 << (channels - 1).bit_length()), 256)
+    return max(2048 // block_c, 8), block_c
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these types: float64 runs in the reference."""
+    return not any(t is not None and t.dtype == torch.float64 for t in tensors)

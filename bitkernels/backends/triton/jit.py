@@ -1,0 +1,89 @@
+"""Device functions shared by the kernels: popcount, bit planes, packing, the epilogue.
+
+Everything is written so that the interpreter and AMD run plain integer code; inline PTX is behind
+constexpr switches (PTX).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def popcount(x, PTX: tl.constexpr):
+    """Number of set bits of every int32."""
+    if PTX:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32,
+                                         is_pure=True, pack=1)
+    else:
+        u = x.to(tl.uint32, bitcast=True)
+        u = u - ((u >> 1) & 0x55555555)
+        u = (u & 0x33333333) + ((u >> 2) & 0x33333333)
+        u = (u + (u >> 4)) & 0x0F0F0F0F
+        u = u + (u >> 8)
+        u = u + (u >> 16)
+        return (u & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def bit_plane(x, BIT: tl.constexpr, PTX: tl.constexpr):
+    """Bit BIT of every byte of an int8 tensor, as int8 0 or 1: two instructions for four bytes."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.b32 t, $1, $2; and.b32 $0, t, 0x01010101; }",
+            "=r,r,n", [x, BIT], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        return (x >> BIT) & 1
+
+
+@triton.jit
+def pack_signs(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Booleans (ROWS, COLS) to int32 words (ROWS, COLS / 32)."""
+    wide = tl.reshape(bits.to(tl.int32), (ROWS, COLS // 32, 32))
+    return tl.sum(wide << tl.arange(0, 32)[None, None, :], axis=2)
+
+
+@triton.jit
+def vector(ptr, cols, mask):
+    return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def epilogue(dot, cols, col_mask, residual, clamp_min, clamp_max, scale, bias, shift_in, slope,
+             shift_out):
+    """reference.epilogue on a tile of dot products; absent parts are None.
+
+    `cols` broadcasts against `dot`. Compiled without fused multiply-add: one rounding a step.
+    """
+    y = dot.to(tl.float32)
+    if clamp_min is not None:
+        y = tl.maximum(y, clamp_min)
+    if clamp_max is not None:
+        y = tl.minimum(y, clamp_max)
+    if scale is not None:
+        y = y * vector(scale, cols, col_mask)
+    if bias is not None:
+        y = y + vector(bias, cols, col_mask)
+    if residual is not None:
+        y = y + residual.to(tl.float32)
+    if slope is not None:
+        if shift_in is not None:
+            y = y + vector(shift_in, cols, col_mask)
+        y = tl.where(y > 0, y, y * vector(slope, cols, col_mask))
+        if shift_out is not None:
+            y = y + vector(shift_out, cols, col_mask)
+    return y
+
+
+@triton.jit
+def sign_bits(y, dot, cols, col_mask, sign_shift, threshold, N):
+    """Output bits of a tile: not (y + sign_shift < 0), or low <= dot <= high with thresholds."""
+    if threshold is not None:
+        low = tl.load(threshold + cols, mask=col_mask, other=0)
+        high = tl.load(threshold + N + cols, mask=col_mask, other=0)
+        return (dot >= low) & (dot <= high) & col_mask
+    else:
+        if sign_shift is not None:
+            y = y + vector(sign_shift, cols, col_mask)
+        return ~(y < 0) & col_mask

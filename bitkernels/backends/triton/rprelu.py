@@ -1,0 +1,119 @@
+"""rprelu and its backward, one pass over memory each.
+
+The per-channel gradients are sums of two stages: every program of the backward adds the tiles it
+walks in a fixed order and writes one partial row; a second kernel adds the partial rows in order.
+No atomics, so the same input gives the same bits on every run. The number of programs depends on
+the shape alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from bitkernels import reference
+from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape
+
+PARTIALS = 512  # partial rows a channel at most: about four programs for each of 132 processors
+
+
+@triton.jit
+def rprelu_kernel(x, shift_in, slope, shift_out, out, rows, inner, channels, so, si, sc, oo, oi, oc,
+                  BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    col_ok = c < channels
+    ok = (r < rows)[:, None] & col_ok[None, :]
+    outer, rest = r // inner, r % inner
+    v = tl.load(x + (outer * so + rest * si)[:, None] + (c * sc)[None, :], mask=ok, other=0.0)
+    y = v.to(tl.float32) + tl.load(shift_in + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    y = tl.where(y > 0, y, y * tl.load(slope + c, mask=col_ok, other=0.0).to(tl.float32)[None, :])
+    y = y + tl.load(shift_out + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + (outer * oo + rest * oi)[:, None] + (c * oc)[None, :],
+             y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, channels, tiles,
+                           go, gi, gc, so, si, sc, oo, oi, oc,
+                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    col_ok = c < channels
+    inside = tl.load(shift_in + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    steep = tl.load(slope + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    sum_in = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    sum_slope = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    sum_out = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    r = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    for _ in range(program, tiles, programs):
+        ok = (r < rows)[:, None] & col_ok[None, :]
+        outer, rest = r // inner, r % inner
+        g = tl.load(grad + (outer * go + rest * gi)[:, None] + (c * gc)[None, :], mask=ok,
+                    other=0.0).to(tl.float32)
+        v = tl.load(x + (outer * so + rest * si)[:, None] + (c * sc)[None, :], mask=ok, other=0.0)
+        y = v.to(tl.float32) + inside
+        gx = tl.where(y > 0, g, g * steep)
+        tl.store(out + (outer * oo + rest * oi)[:, None] + (c * oc)[None, :],
+                 gx.to(out.dtype.element_ty), mask=ok)
+        sum_in += tl.where(ok, gx, 0.0)
+        sum_slope += tl.where((y > 0) | ~ok, 0.0, g * y)
+        sum_out += g
+        r += programs * BLOCK_R
+    at = partial + program * 3 * channels + c
+    tl.store(at, tl.sum(sum_in, axis=0), mask=col_ok)
+    tl.store(at + channels, tl.sum(sum_slope, axis=0), mask=col_ok)
+    tl.store(at + 2 * channels, tl.sum(sum_out, axis=0), mask=col_ok)
+
+
+@triton.jit
+def rprelu_reduce_kernel(partial, out, programs, columns, BLOCK_P: tl.constexpr,
+                         BLOCK_C: tl.constexpr):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        total += tl.load(partial + p[:, None] * columns + c[None, :],
+                         mask=(p < programs)[:, None] & (c < columns)[None, :], other=0.0)
+    tl.store(out + c, tl.sum(total, axis=0), mask=c < columns)
+
+
+def rprelu(input, shift_in, slope, shift_out):
+    out = torch.empty_like(input)
+    view = collapse(1, input, out)
+    if view is None or not takes(input, shift_in, slope, shift_out):
+        return out.copy_(reference.rprelu(input, shift_in, slope, shift_out))
+    outer, inner, [strides, out_strides] = view
+    channels = input.shape[1]
+    if outer * inner and channels:
+        block_r, block_c = tile_shape(strides[2], channels)
+        grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
+        rprelu_kernel[grid](input, shift_in.contiguous(), slope.contiguous(),
+                            shift_out.contiguous(), out, outer * inner, inner, channels, *strides,
+                            *out_strides, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+                            enable_fp_fusion=False)
+    return out
+
+
+def rprelu_backward(grad, input, shift_in, slope):
+    out = torch.empty_like(input)
+    view = collapse(1, grad, input, out)
+    if view is None or not takes(grad, input, shift_in, slope):
+        grad_input, *vectors = reference.rprelu_backward(grad, input, shift_in, slope)
+        return (out.copy_(grad_input), *vectors)
+    outer, inner, [grad_strides, strides, out_strides] = view
+    rows, channels = outer * inner, input.shape[1]
+    sums = input.new_zeros((3, channels), dtype=torch.float32)
+    if rows and channels:
+        block_r, block_c = tile_shape(strides[2], channels)
+        tiles = triton.cdiv(rows, block_r)
+        programs = min(tiles, PARTIALS)
+        partial = input.new_empty((programs, 3, channels), dtype=torch.float32)
+        rprelu_backward_kernel[(programs, triton.cdiv(channels, block_c))](
+            grad, input, shift_in.contiguous(), slope.contiguous(), out, partial, rows, inner,
+            channels, tiles, *grad_strides, *strides, *out_strides, BLOCK_R=block_r,
+            BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False)
+        rprelu_reduce_kernel[(triton.cdiv(3 * channels, 32),)](
+            partial, sums, programs, 3 * channels, BLOCK_P=32, BLOCK_C=32, num_warps=4)
+    return out, sums[0], sums[1], sums[2]

@@ -1,0 +1,39 @@
+"""rsign forward: sign(x + shift per channel) in x's own type and layout, one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from bitkernels import reference
+from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape
+
+
+@triton.jit
+def rsign_kernel(x, shift, out, rows, inner, channels, so, si, sc, oo, oi, oc,
+                 BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    col_ok = c < channels
+    ok = (r < rows)[:, None] & col_ok[None, :]
+    outer, rest = r // inner, r % inner
+    v = tl.load(x + (outer * so + rest * si)[:, None] + (c * sc)[None, :], mask=ok, other=0.0)
+    v = v.to(tl.float32) + tl.load(shift + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    sign = tl.where(v < 0, -1.0, 1.0).to(out.dtype.element_ty)
+    tl.store(out + (outer * oo + rest * oi)[:, None] + (c * oc)[None, :], sign, mask=ok)
+
+
+def rsign(input, shift):
+    out = torch.empty_like(input)
+    view = collapse(1, input, out)
+    if view is None or not takes(input, shift):
+        return out.copy_(reference.rsign(input, shift))
+    outer, inner, [strides, out_strides] = view
+    channels = input.shape[1]
+    if outer * inner and channels:
+        block_r, block_c = tile_shape(strides[2], channels)
+        grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
+        rsign_kernel[grid](input, shift.contiguous(), out, outer * inner, inner, channels, *strides,
+                           *out_strides, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    return out

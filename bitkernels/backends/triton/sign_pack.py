@@ -1,0 +1,98 @@
+"""sign_pack and sign_pack_mask: shift, sign (and straight-through mask) and bitpack in one pass.
+
+Two kernels: `rows` where channels are contiguous in memory (channels-last, matrices), `planes` for
+every other stride (NCHW memory), where a thread walks the 32 channels of one row's word and
+neighbouring threads take neighbouring rows, so reads stay coalesced without a layout copy.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bitkernels import reference
+from bitkernels._checks import word_count
+from bitkernels._ops import empty_words
+from bitkernels.backends.triton.elementwise import collapse, takes
+from bitkernels.backends.triton.jit import pack_signs
+
+
+@triton.jit
+def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si,
+                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row_ok, col_ok = r < rows, c < channels
+    ok = row_ok[:, None] & col_ok[None, :]
+    row = (r // inner) * so + (r % inner) * si
+    v = tl.load(x + row[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    if shift is not None:
+        v = v + tl.load(shift + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    w = tl.program_id(1) * (BLOCK_C // 32) + tl.arange(0, BLOCK_C // 32)
+    at = r[:, None] * words + w[None, :]
+    out_ok = row_ok[:, None] & (w < words)[None, :]
+    tl.store(signs + at, pack_signs(~(v < 0) & ok, BLOCK_R, BLOCK_C), mask=out_ok)
+    if masks is not None:
+        tl.store(masks + at, pack_signs((tl.abs(v) <= clip) & ok, BLOCK_R, BLOCK_C), mask=out_ok)
+
+
+@triton.jit
+def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si, sc,
+                            BLOCK_R: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    w = tl.program_id(1)
+    row_ok = r < rows
+    source = x + (r // inner) * so + (r % inner) * si
+    sign_word = tl.zeros([BLOCK_R], tl.int32)
+    mask_word = tl.zeros([BLOCK_R], tl.int32)
+    for bit in tl.static_range(32):
+        c = w * 32 + bit
+        ok = r < tl.where(c < channels, rows, 0)
+        v = tl.load(source + c.to(tl.int64) * sc, mask=ok, other=0.0).to(tl.float32)
+        if shift is not None:
+            v = v + tl.load(shift + c, mask=c < channels, other=0.0).to(tl.float32)
+        sign_word |= (~(v < 0) & ok).to(tl.int32) << bit
+        if masks is not None:
+            mask_word |= ((tl.abs(v) <= clip) & ok).to(tl.int32) << bit
+    tl.store(signs + r * words + w, sign_word, mask=row_ok)
+    if masks is not None:
+        tl.store(masks + r * words + w, mask_word, mask=row_ok)
+
+
+def _launch(input, shift, clip, dim, with_mask):
+    view = collapse(dim, input)
+    if view is None:
+        input = input.contiguous()
+        view = collapse(dim, input)
+    outer, inner, [(so, si, sc)] = view
+    channels, rows = input.shape[dim], outer * inner
+    rest = [s for i, s in enumerate(input.shape) if i != dim]
+    signs = empty_words(input, rest, channels)
+    masks = empty_words(input, rest, channels) if with_mask else None
+    if rows == 0:
+        return signs, masks
+    shift = None if shift is None else shift.contiguous()
+    words = word_count(channels)
+    if sc == 1:
+        block_c = min(max(32, triton.next_power_of_2(channels)), 256)
+        block_r = 4096 // block_c
+        grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
+        sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels, words,
+                                    so, si, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    else:
+        grid = (triton.cdiv(rows, 512), words)
+        sign_pack_planes_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels,
+                                      words, so, si, sc, BLOCK_R=512, num_warps=4)
+    return signs, masks
+
+
+def sign_pack(input, shift=None, dim=-1):
+    if not takes(input, shift):
+        return reference.sign_pack(input, shift, dim)
+    return _launch(input, shift, 0.0, dim, False)[0]
+
+
+def sign_pack_mask(input, clip, shift=None, dim=-1):
+    if not takes(input, shift):
+        return reference.sign_pack_mask(input, clip, shift, dim)
+    return _launch(input, shift, float(clip), dim, True)

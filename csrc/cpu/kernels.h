@@ -1,0 +1,100 @@
+// The CPU engine's inner kernels, free of torch: one table row an instruction set.
+//
+// Words: 32 signs in a uint32_t, bit i of word j is channel 32 j + i, tail bits 0.
+// Filter tiles: 16 output channels innermost, (tile, tap, word, 16); lanes past the last channel 0.
+// No kernel reads or writes outside the ranges its arguments state.
+#pragma once
+#include <cstdint>
+
+namespace bitkernels {
+
+constexpr int kTile = 16;      // output channels in a filter tile
+constexpr int kMaxPixels = 8;  // output pixels in a register tile
+
+enum class DType { kF32, kF16, kBF16, kF64 };
+inline int64_t size_of(DType t) { return t == DType::kF64 ? 8 : t == DType::kF32 ? 4 : 2; }
+
+// popcount(a xor w) of `pixels` x (16 * tiles) dot products over a rectangle of filter taps.
+struct Dot {
+  const uint32_t* a;   // first word of the first tap of the first pixel
+  int64_t a_pixel;     // words from one pixel to the next
+  int64_t a_ky, a_kx;  // words from one tap to the next
+  const uint32_t* w;   // first word of the first tap in the first tile
+  int64_t w_tile;      // words between tiles
+  int64_t w_ky, w_kx;  // words between taps
+  int64_t ky, kx;      // taps
+  int64_t run;         // words a tap (several taps of a row, where they lie next to each other)
+  int32_t* acc;        // out: [pixel][16 * tiles]
+};
+
+// Everything between the integer dot product and memory, see reference.epilogue. Vectors are
+// float32 per output channel, readable 32 past the end; null where absent.
+struct Epilogue {
+  bool clamp = false;
+  float lo = 0, hi = 0;
+  const float *scale = nullptr, *bias = nullptr, *shift_in = nullptr, *slope = nullptr,
+              *shift_out = nullptr, *sign_shift = nullptr;
+  const int32_t *t_lo = nullptr, *t_hi = nullptr;  // packed bit = t_lo <= dot <= t_hi
+  const void* residual = nullptr;
+  DType residual_type = DType::kF32;
+  int64_t residual_channel = 1;  // elements between channels
+  void* out = nullptr;           // real output
+  DType out_type = DType::kF32;
+  bool out_int = false;  // int32 dot products instead
+  int64_t out_channel = 1;
+  uint32_t* words = nullptr;  // packed output
+};
+
+// One register tile on its way out: `pixels` rows of 16 * tiles accumulators.
+struct Tile {
+  const int32_t* acc;
+  int pixels, tiles;
+  int32_t products;  // dot = products - 2 acc
+  int64_t channel;   // first output channel
+  int channels;      // valid ones
+  int64_t out, out_pixel, residual, residual_pixel;  // element offset and step
+  int64_t word, word_pixel;                          // of the word that holds bit `channel`
+};
+
+using DotFn = void (*)(const Dot&);
+
+struct Kernel {
+  const char* name;
+  bool (*supported)();
+  DotFn dot[2][kMaxPixels];  // [tiles - 1][pixels - 1]
+  void (*epilogue)(const Epilogue&, const Tile&);
+  // Signs of x + shift and, where mask is not null, |x + shift| <= clip. `shift` is float, or double
+  // for kF64; may be null. Rows of `channels` innermost elements:
+  void (*pack_rows)(const void* x, DType, int64_t rows, int64_t channels, const void* shift,
+                    double clip, uint32_t* signs, uint32_t* mask);
+  // Up to 32 channels, `plane` elements apart, of `pixels` elements each, to one word a pixel, the
+  // words `words` apart:
+  void (*pack_planes)(const void* x, DType, int64_t pixels, int64_t plane, int channels,
+                      const void* shift, double clip, uint32_t* signs, uint32_t* mask,
+                      int64_t words);
+  void (*unpack_rows)(const uint32_t* words, DType, int64_t rows, int64_t channels, void* out);
+  void (*mask_rows)(const void* grad, DType, int64_t rows, int64_t channels, const uint32_t* mask,
+                    void* out);
+  void (*mask_planes)(const void* grad, DType, int64_t pixels, int64_t plane, int channels,
+                      const uint32_t* mask, int64_t words, void* out);
+  // Activations over n elements. Parameters are float, or double for kF64; element i uses entry i, or
+  // entry i % 16 where `repeat` (16 equal entries: one channel's plane). Sums are added to.
+  void (*rsign)(const void* x, DType, int64_t n, const void* shift, bool repeat, void* out);
+  void (*rprelu)(const void* x, DType, int64_t n, const void* shift_in, const void* slope,
+                 const void* shift_out, bool repeat, void* out);
+  void (*rprelu_backward)(const void* grad, const void* x, DType, int64_t n, const void* shift_in,
+                          const void* slope, bool repeat, void* grad_x, void* sum_in,
+                          void* sum_slope, void* sum_out);
+  // `iterations` rounds of 16 register-only xor + popcount + add; returns products computed.
+  int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
+};
+
+// Best first; every machine supports the last.
+extern const Kernel* const kKernels[];
+extern const int kKernelCount;
+
+// The kernel in use: the first supported one, or the one that BITKERNELS_CPU names. Throws
+// std::runtime_error where that name is unknown or not supported here.
+const Kernel& kernel();
+
+}  // namespace bitkernels

@@ -1,0 +1,119 @@
+// AVX2: popcount of nibbles by table look-up (pshufb), accumulated in bytes and widened to the 32-bit
+// lanes of 8 output channels before a byte can overflow.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace bitkernels::avx2 {
+
+#define BK_TARGET __attribute__((target("avx2,f16c,bmi2,popcnt")))
+
+constexpr const char* kName = "avx2";
+
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
+}
+
+BK_TARGET inline uint32_t nonneg32(const float* x) {
+  uint32_t negative = 0;
+  for (int i = 0; i < 4; ++i) {
+    const __m256 less = _mm256_cmp_ps(_mm256_loadu_ps(x + 8 * i), _mm256_setzero_ps(), _CMP_LT_OQ);
+    negative |= static_cast<uint32_t>(_mm256_movemask_ps(less)) << (8 * i);
+  }
+  return ~negative;
+}
+
+BK_TARGET inline uint32_t within32(const float* x, float clip) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  const __m256 c = _mm256_set1_ps(clip);
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(x + 8 * i), magnitude);
+    bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, c, _CMP_LE_OQ))) << (8 * i);
+  }
+  return bits;
+}
+
+BK_TARGET inline void half_to_float16(const uint16_t* x, float* y) {
+  for (int i = 0; i < 16; i += 8)
+    _mm256_storeu_ps(y + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+}
+
+BK_TARGET inline void float_to_half16(const float* y, uint16_t* x) {
+  for (int i = 0; i < 16; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(y + i), _MM_FROUND_TO_NEAREST_INT));
+}
+
+BK_TARGET inline __m256i byte_popcount(__m256i x) {
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_and_si256(x, nibble);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
+  return _mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
+}
+
+// Sum of the 4 bytes of each 32-bit lane.
+BK_TARGET inline __m256i widen(__m256i bytes) {
+  const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// PIXELS pixels x 8 channels over one run of words; 31 additions of at most 8 fit a byte.
+template <int PIXELS>
+BK_TARGET inline void dot_run(const uint32_t* a, int64_t a_pixel, const uint32_t* w, int64_t run,
+                              __m256i* sum) {
+  while (run > 0) {
+    const int64_t n = run < 31 ? run : 31;
+    __m256i bytes[PIXELS];
+    for (int p = 0; p < PIXELS; ++p) bytes[p] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; ++i) {
+      const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16 * i));
+      for (int p = 0; p < PIXELS; ++p) {
+        const __m256i word = _mm256_set1_epi32(static_cast<int>(a[p * a_pixel + i]));
+        bytes[p] = _mm256_add_epi8(bytes[p], byte_popcount(_mm256_xor_si256(word, weight)));
+      }
+    }
+    for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_add_epi32(sum[p], widen(bytes[p]));
+    a += n;
+    w += 16 * n;
+    run -= n;
+  }
+}
+
+template <int PIXELS, int TILES>
+BK_TARGET void dot(const Dot& d) {
+  for (int half = 0; half < 2 * TILES; ++half) {
+    __m256i sum[PIXELS];
+    for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_setzero_si256();
+    const uint32_t* tile = d.w + half / 2 * d.w_tile + half % 2 * 8;
+    for (int64_t y = 0; y < d.ky; ++y)
+      for (int64_t x = 0; x < d.kx; ++x)
+        dot_run<PIXELS>(d.a + y * d.a_ky + x * d.a_kx, d.a_pixel, tile + y * d.w_ky + x * d.w_kx,
+                        d.run, sum);
+    for (int p = 0; p < PIXELS; ++p)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.acc + p * TILES * 16 + half * 8), sum[p]);
+  }
+}
+
+BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
+  __m256i acc[8], x = _mm256_set1_epi32(static_cast<int>(*sink));
+  for (auto& v : acc) v = _mm256_set1_epi8(1);
+  for (int64_t i = 0; i < iterations; ++i)
+    for (auto& v : acc) v = _mm256_add_epi8(v, byte_popcount(_mm256_xor_si256(v, x)));
+  for (auto& v : acc) *sink += static_cast<uint32_t>(_mm256_extract_epi32(v, 0));
+  return iterations * 8 * 256;
+}
+
+#include "isa_common.inc"
+
+}  // namespace bitkernels::avx2
+#endif

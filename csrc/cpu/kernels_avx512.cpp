@@ -1,0 +1,85 @@
+// AVX-512 with VPOPCNTDQ (Ice Lake, Zen 4 and later): one 512-bit xor, popcount and add per 512
+// products, 16 output channels in the lanes, so that no sum ever crosses a lane.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace bitkernels::avx512 {
+
+#define BK_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,f16c,bmi2")))
+
+constexpr const char* kName = "avx512";
+
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("bmi2");
+}
+
+BK_TARGET inline uint32_t nonneg32(const float* x) {
+  const __m512 zero = _mm512_setzero_ps();
+  const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), zero, _CMP_LT_OQ);
+  const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), zero, _CMP_LT_OQ);
+  return ~(low | high << 16);
+}
+
+BK_TARGET inline uint32_t within32(const float* x, float clip) {
+  const __m512 c = _mm512_set1_ps(clip);
+  const uint32_t low = _mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_loadu_ps(x)), c, _CMP_LE_OQ);
+  const uint32_t high = _mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_loadu_ps(x + 16)), c, _CMP_LE_OQ);
+  return low | high << 16;
+}
+
+BK_TARGET inline void half_to_float16(const uint16_t* x, float* y) {
+  _mm512_storeu_ps(y, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+}
+
+BK_TARGET inline void float_to_half16(const float* y, uint16_t* x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),
+                      _mm512_cvtps_ph(_mm512_loadu_ps(y), _MM_FROUND_TO_NEAREST_INT));
+}
+
+template <int PIXELS, int TILES>
+BK_TARGET void dot(const Dot& d) {
+  __m512i acc[PIXELS][TILES];
+  for (int p = 0; p < PIXELS; ++p)
+    for (int t = 0; t < TILES; ++t) acc[p][t] = _mm512_setzero_si512();
+  for (int64_t y = 0; y < d.ky; ++y)
+    for (int64_t x = 0; x < d.kx; ++x) {
+      const uint32_t* a = d.a + y * d.a_ky + x * d.a_kx;
+      const uint32_t* w = d.w + y * d.w_ky + x * d.w_kx;
+      for (int64_t i = 0; i < d.run; ++i, ++a, w += 16) {
+        __m512i weight[TILES];
+        for (int t = 0; t < TILES; ++t) weight[t] = _mm512_loadu_si512(w + t * d.w_tile);
+        for (int p = 0; p < PIXELS; ++p) {
+          const __m512i word = _mm512_set1_epi32(static_cast<int>(a[p * d.a_pixel]));
+          for (int t = 0; t < TILES; ++t)
+            acc[p][t] = _mm512_add_epi32(
+                acc[p][t], _mm512_popcnt_epi32(_mm512_xor_si512(word, weight[t])));
+        }
+      }
+    }
+  for (int p = 0; p < PIXELS; ++p)
+    for (int t = 0; t < TILES; ++t) _mm512_storeu_si512(d.acc + (p * TILES + t) * 16, acc[p][t]);
+}
+
+BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
+  __m512i acc[16], x = _mm512_set1_epi32(static_cast<int>(*sink));
+  for (auto& v : acc) v = _mm512_set1_epi32(1);
+  for (int64_t i = 0; i < iterations; ++i) {
+    for (auto& v : acc) v = _mm512_add_epi32(v, _mm512_popcnt_epi32(_mm512_xor_si512(v, x)));
+  }
+  for (auto& v : acc) *sink += static_cast<uint32_t>(_mm512_reduce_add_epi32(v));
+  return iterations * 16 * 512;
+}
+
+#include "isa_common.inc"
+
+}  // namespace bitkernels::avx512
+#endif

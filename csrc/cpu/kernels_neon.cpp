@@ -1,0 +1,112 @@
+// NEON (every AArch64): eor, cnt on bytes, byte sums widened to the 32-bit lanes of 4 output channels
+// before a byte can overflow.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace bitkernels::neon {
+
+#define BK_TARGET
+
+constexpr const char* kName = "neon";
+
+bool supported() { return true; }
+
+// One bit a lane to a 4-bit number, by a sum of lane weights.
+inline uint32_t mask4(uint32x4_t all_ones) {
+  const uint32x4_t weight = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(all_ones, weight));
+}
+
+inline uint32_t nonneg32(const float* x) {
+  uint32_t negative = 0;
+  for (int i = 0; i < 8; ++i) negative |= mask4(vcltzq_f32(vld1q_f32(x + 4 * i))) << (4 * i);
+  return ~negative;
+}
+
+inline uint32_t within32(const float* x, float clip) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i)
+    bits |= mask4(vcaleq_f32(vld1q_f32(x + 4 * i), vdupq_n_f32(clip))) << (4 * i);
+  return bits;
+}
+
+inline void half_to_float16(const uint16_t* x, float* y) {
+  for (int i = 0; i < 16; i += 4)
+    vst1q_f32(y + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));
+}
+
+inline void float_to_half16(const float* y, uint16_t* x) {
+  for (int i = 0; i < 16; i += 4)
+    vst1_u16(x + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(y + i))));
+}
+
+// PIXELS pixels x 16 channels over one run of words; 31 additions of at most 8 fit a byte.
+template <int PIXELS>
+inline void dot_run(const uint32_t* a, int64_t a_pixel, const uint32_t* w, int64_t run,
+                    uint32x4_t (*sum)[4]) {
+  while (run > 0) {
+    const int64_t n = run < 31 ? run : 31;
+    uint8x16_t bytes[PIXELS][4];
+    for (int p = 0; p < PIXELS; ++p)
+      for (int q = 0; q < 4; ++q) bytes[p][q] = vdupq_n_u8(0);
+    for (int64_t i = 0; i < n; ++i)
+      for (int q = 0; q < 4; ++q) {
+        const uint32x4_t weight = vld1q_u32(w + 16 * i + 4 * q);
+        for (int p = 0; p < PIXELS; ++p) {
+          const uint32x4_t x = veorq_u32(vdupq_n_u32(a[p * a_pixel + i]), weight);
+          bytes[p][q] = vaddq_u8(bytes[p][q], vcntq_u8(vreinterpretq_u8_u32(x)));
+        }
+      }
+    for (int p = 0; p < PIXELS; ++p)
+      for (int q = 0; q < 4; ++q)
+        sum[p][q] = vpadalq_u16(sum[p][q], vpaddlq_u8(bytes[p][q]));
+    a += n;
+    w += 16 * n;
+    run -= n;
+  }
+}
+
+// Register tiles of at most 4 pixels x 16 channels: 16 byte sums of the 32 registers.
+template <int PIXELS>
+inline void dot_tile(const Dot& d, int first, int tile, int tiles) {
+  uint32x4_t sum[PIXELS][4];
+  for (int p = 0; p < PIXELS; ++p)
+    for (int q = 0; q < 4; ++q) sum[p][q] = vdupq_n_u32(0);
+  const uint32_t* a = d.a + first * d.a_pixel;
+  for (int64_t y = 0; y < d.ky; ++y)
+    for (int64_t x = 0; x < d.kx; ++x)
+      dot_run<PIXELS>(a + y * d.a_ky + x * d.a_kx, d.a_pixel,
+                      d.w + tile * d.w_tile + y * d.w_ky + x * d.w_kx, d.run, sum);
+  for (int p = 0; p < PIXELS; ++p)
+    for (int q = 0; q < 4; ++q)
+      vst1q_s32(d.acc + ((first + p) * tiles + tile) * 16 + 4 * q, vreinterpretq_s32_u32(sum[p][q]));
+}
+
+template <int PIXELS, int TILES>
+void dot(const Dot& d) {
+  constexpr int kFirst = PIXELS > 4 ? PIXELS / 2 : PIXELS, kRest = PIXELS - kFirst;
+  for (int t = 0; t < TILES; ++t) {
+    dot_tile<kFirst>(d, 0, t, TILES);
+    if constexpr (kRest > 0) dot_tile<kRest>(d, kFirst, t, TILES);
+  }
+}
+
+int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
+  uint8x16_t acc[16], x = vreinterpretq_u8_u32(vdupq_n_u32(*sink));
+  for (auto& v : acc) v = vdupq_n_u8(1);
+  for (int64_t i = 0; i < iterations; ++i)
+    for (auto& v : acc) v = vaddq_u8(v, vcntq_u8(veorq_u8(v, x)));
+  for (auto& v : acc) *sink += vaddvq_u8(v);
+  return iterations * 16 * 128;
+}
+
+#include "isa_common.inc"
+
+}  // namespace bitkernels::neon
+#endif

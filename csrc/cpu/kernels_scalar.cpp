@@ -1,0 +1,106 @@
+// Portable: no instruction set beyond the compiler's baseline. Runs everywhere, last in the table.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace bitkernels::scalar {
+
+#define BK_TARGET
+
+constexpr const char* kName = "scalar";
+
+bool supported() { return true; }
+
+inline uint32_t nonneg32(const float* x) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(!(x[i] < 0)) << i;
+  return bits;
+}
+
+inline uint32_t within32(const float* x, float clip) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(std::fabs(x[i]) <= clip) << i;
+  return bits;
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
+  } else if (magnitude >= 0x400) {
+    bits = (magnitude << 13) + (112u << 23);
+  } else {  // subnormal: magnitude * 2^-24, exact in float
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// Round to nearest, ties to even.
+inline uint16_t float_to_half(float y) {
+  uint32_t bits;
+  std::memcpy(&bits, &y, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {                       // subnormal half: adding 1/2 rounds at 2^-24
+    float rounded = 0;
+    std::memcpy(&rounded, &magnitude, 4);
+    rounded += 0.5f;
+    uint32_t r;
+    std::memcpy(&r, &rounded, 4);
+    return sign | static_cast<uint16_t>(r - 0x3f000000);
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return sign | static_cast<uint16_t>((rounded - (112u << 23)) >> 13);
+}
+
+inline void half_to_float16(const uint16_t* x, float* y) {
+  for (int i = 0; i < 16; ++i) y[i] = half_to_float(x[i]);
+}
+
+inline void float_to_half16(const float* y, uint16_t* x) {
+  for (int i = 0; i < 16; ++i) x[i] = float_to_half(y[i]);
+}
+
+inline uint32_t popcount(uint32_t x) {
+  x -= x >> 1 & 0x55555555;
+  x = (x & 0x33333333) + (x >> 2 & 0x33333333);
+  return ((x + (x >> 4)) & 0x0f0f0f0f) * 0x01010101 >> 24;
+}
+
+template <int PIXELS, int TILES>
+void dot(const Dot& d) {
+  for (int t = 0; t < TILES; ++t)
+    for (int p = 0; p < PIXELS; ++p) {
+      uint32_t acc[16] = {};
+      for (int64_t y = 0; y < d.ky; ++y)
+        for (int64_t x = 0; x < d.kx; ++x) {
+          const uint32_t* a = d.a + p * d.a_pixel + y * d.a_ky + x * d.a_kx;
+          const uint32_t* w = d.w + t * d.w_tile + y * d.w_ky + x * d.w_kx;
+          for (int64_t i = 0; i < d.run; ++i, w += 16)
+            for (int lane = 0; lane < 16; ++lane) acc[lane] += popcount(a[i] ^ w[lane]);
+        }
+      std::memcpy(d.acc + (p * TILES + t) * 16, acc, sizeof acc);
+    }
+}
+
+int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
+  uint32_t acc[16], x = *sink;
+  for (auto& v : acc) v = 1;
+  for (int64_t i = 0; i < iterations; ++i)
+    for (auto& v : acc) v += popcount(v ^ x);
+  for (auto& v : acc) *sink += v;
+  return iterations * 16 * 32;
+}
+
+#include "isa_common.inc"
+
+}  // namespace bitkernels::scalar

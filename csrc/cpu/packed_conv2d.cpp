@@ -1,0 +1,275 @@
+// Direct convolution: no im2col, no padded copy. The output is cut into rectangles in which the same
+// filter taps fall inside the image, so that zero padding costs nothing and is exact: taps outside
+// are not visited and not counted. Rectangles are covered by register tiles of up to 8 pixels by 32
+// channels; each tile's sums go through the epilogue while they are in the first-level cache.
+#include "packed_conv2d.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace bitkernels {
+namespace {
+
+constexpr int64_t kChunk = 2 * kTile;   // output channels of a register tile
+constexpr double kMinProducts = 1e7;    // per task, about 10 us of one core
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Output positions [begin, end) whose windows contain exactly the taps [tap_begin, tap_end).
+struct Segment {
+  int64_t begin, end, tap_begin, tap_end;
+};
+
+std::vector<Segment> segments(int64_t out, int64_t size, int64_t taps, int64_t stride, int64_t pad,
+                              int64_t dilation) {
+  std::vector<Segment> list;
+  for (int64_t o = 0; o < out; ++o) {
+    const int64_t origin = o * stride - pad;
+    const int64_t lo = std::min(taps, origin < 0 ? ceil_div(-origin, dilation) : 0);
+    const int64_t last = size - 1 - origin;  // distance from the origin to the last pixel
+    const int64_t hi = last < 0 ? lo : std::max(lo, std::min(taps, last / dilation + 1));
+    if (!list.empty() && list.back().tap_begin == lo && list.back().tap_end == hi)
+      list.back().end = o + 1;
+    else
+      list.push_back({o, o + 1, lo, hi});
+  }
+  return list;
+}
+
+// The input as the register tiles read it: one group's words of a pixel are `words` long.
+struct View {
+  const uint32_t* data;
+  int64_t image, row, pixel, group, words;
+};
+
+struct Plan {
+  const Kernel& kernel;
+  const Conv& conv;
+  const Epilogue& epilogue;
+  View in;
+  Strides out, residual;
+  int64_t out_words, tiles_per_group, tile_size;
+  std::vector<Segment> rows, columns;
+};
+
+// One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx), for one chunk of
+// channels.
+void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segment& ys,
+               const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t count) {
+  const Conv& conv = plan.conv;
+  const View& in = plan.in;
+  const int64_t first = chunk * kChunk;
+  const int channels = static_cast<int>(std::min(kChunk, conv.out_channels - first));
+  const int tiles = channels > kTile ? 2 : 1;
+  const int64_t ky = ys.tap_end - ys.tap_begin, kx = xs.tap_end - xs.tap_begin;
+
+  alignas(64) int32_t acc[kMaxPixels * kChunk];
+  Dot dot;
+  dot.acc = acc;
+  dot.a_pixel = dy * conv.stride_h * in.row + dx * conv.stride_w * in.pixel;
+  dot.a_ky = conv.dilation_h * in.row;
+  dot.a_kx = conv.dilation_w * in.pixel;
+  dot.w_tile = plan.tile_size;
+  dot.w_ky = conv.kw * in.words * kTile;
+  dot.w_kx = in.words * kTile;
+  dot.ky = ky;
+  if (dot.a_kx == in.words) {  // neighbouring taps are neighbours in memory
+    dot.kx = 1;
+    dot.run = kx * in.words;
+  } else {
+    dot.kx = kx;
+    dot.run = in.words;
+  }
+  dot.w = conv.tiles + (g * plan.tiles_per_group + 2 * chunk) * plan.tile_size +
+          ys.tap_begin * dot.w_ky + xs.tap_begin * dot.w_kx;
+
+  Tile tile;
+  tile.acc = acc;
+  tile.tiles = tiles;
+  tile.products = static_cast<int32_t>(ky * kx * conv.channels);
+  tile.channel = g * conv.out_channels + first;
+  tile.channels = channels;
+  tile.out_pixel = dy * plan.out.h + dx * plan.out.w;
+  tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
+  tile.word_pixel = (dy * conv.out_w + dx) * plan.out_words;
+
+  // Equal shares of at most kMaxPixels, so that no thin tile is left over.
+  for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0; --parts) {
+    const int64_t pixels = ceil_div(left, parts);
+    const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
+    const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
+    dot.a = in.data + n * in.image + g * in.group + in_y * in.row + in_x * in.pixel;
+    plan.kernel.dot[tiles - 1][pixels - 1](dot);
+    tile.pixels = static_cast<int>(pixels);
+    tile.out = n * plan.out.n + tile.channel * plan.out.c + y * plan.out.h + x * plan.out.w;
+    tile.residual = n * plan.residual.n + tile.channel * plan.residual.c + y * plan.residual.h +
+                    x * plan.residual.w;
+    tile.word = ((n * conv.out_h + y) * conv.out_w + x) * plan.out_words + tile.channel / 32;
+    plan.kernel.epilogue(plan.epilogue, tile);
+    left -= pixels;
+    y += dy * pixels;
+    x += dx * pixels;
+  }
+}
+
+struct Box {
+  int64_t y0, y1, x0, x1;
+};
+
+void run_box(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Box& box) {
+  for (const Segment& ys : plan.rows)
+    for (const Segment& xs : plan.columns) {
+      const int64_t y0 = std::max(box.y0, ys.begin), y1 = std::min(box.y1, ys.end);
+      const int64_t x0 = std::max(box.x0, xs.begin), x1 = std::min(box.x1, xs.end);
+      if (y0 >= y1 || x0 >= x1) continue;
+      if (x1 - x0 >= std::min<int64_t>(kMaxPixels / 2, y1 - y0)) {
+        for (int64_t y = y0; y < y1; ++y)
+          run_tiles(plan, n, g, chunk, ys, xs, y, x0, 0, 1, x1 - x0);
+      } else {
+        for (int64_t x = x0; x < x1; ++x)
+          run_tiles(plan, n, g, chunk, ys, xs, y0, x, 1, 0, y1 - y0);
+      }
+    }
+}
+
+// `count` bits from bit `begin` of a pixel's words, aligned to bit 0, tail bits 0.
+void copy_bits(const uint32_t* words, int64_t total_words, int64_t begin, int64_t count,
+               uint32_t* out) {
+  const int64_t first = begin / 32, shift = begin % 32, n = ceil_div(count, 32);
+  for (int64_t j = 0; j < n; ++j) {
+    uint32_t word = words[first + j] >> shift;
+    if (shift && first + j + 1 < total_words) word |= words[first + j + 1] << (32 - shift);
+    out[j] = word;
+  }
+  if (count % 32) out[n - 1] &= (1u << count % 32) - 1;
+}
+
+// Groups that do not start at a word, and padding with +-1, go through a copy: (groups, batch,
+// padded height, padded width, words of a group).
+View relayout(Conv& conv, std::vector<uint32_t>& copy) {
+  const int64_t words = ceil_div(conv.channels, 32);
+  const int64_t all_words = ceil_div(conv.groups * conv.channels, 32);
+  const bool pads = conv.pad_value != 0;
+  const int64_t top = pads ? conv.top : 0, left = pads ? conv.left : 0;
+  const int64_t height = conv.height + (pads ? conv.top + conv.bottom : 0);
+  const int64_t width = conv.width + (pads ? conv.left + conv.right : 0);
+  copy.assign(conv.groups * conv.batch * height * width * words, 0);
+  if (conv.pad_value == 1) {
+    for (size_t i = 0; i < copy.size(); ++i)
+      copy[i] = (i + 1) % words || conv.channels % 32 == 0 ? ~0u : (1u << conv.channels % 32) - 1;
+  }
+  parallel_for(conv.groups * conv.batch * conv.height, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t y = i % conv.height, image = i / conv.height;
+      const int64_t n = image % conv.batch, g = image / conv.batch;
+      const uint32_t* from = conv.input + (n * conv.height + y) * conv.width * all_words;
+      uint32_t* to = copy.data() + ((image * height + y + top) * width + left) * words;
+      if (conv.groups == 1) {
+        std::memcpy(to, from, conv.width * words * sizeof(uint32_t));
+        continue;
+      }
+      for (int64_t x = 0; x < conv.width; ++x)
+        copy_bits(from + x * all_words, all_words, g * conv.channels, conv.channels,
+                  to + x * words);
+    }
+  });
+  if (pads) conv.top = conv.bottom = conv.left = conv.right = 0;
+  conv.height = height;
+  conv.width = width;
+  return {copy.data(), height * width * words, width * words, words,
+          conv.batch * height * width * words, words};
+}
+
+bool is_dense(const Strides& s, int64_t height, int64_t width) {
+  return s.h == width * s.w && s.n == height * s.h;
+}
+
+// A 1x1 convolution at stride 1 has no rows: one image of one long row makes full register tiles.
+void flatten_pixels(Conv& conv) {
+  conv.width = conv.out_w = conv.batch * conv.height * conv.width;
+  conv.batch = conv.height = conv.out_h = 1;
+}
+
+}  // namespace
+
+void tile_weight(const uint32_t* weight, int64_t groups, int64_t out_channels, int64_t taps,
+                 uint32_t* tiles) {
+  const int64_t per_group = ceil_div(out_channels, kTile);
+  parallel_for(groups * per_group, 1 + (1 << 16) / (kTile * taps + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t g = t / per_group, first = t % per_group * kTile;
+      uint32_t* tile = tiles + t * taps * kTile;
+      const int64_t lanes = std::min<int64_t>(kTile, out_channels - first);
+      const uint32_t* from = weight + (g * out_channels + first) * taps;
+      for (int64_t k = 0; k < taps; ++k) {
+        for (int64_t lane = 0; lane < lanes; ++lane) tile[k * kTile + lane] = from[lane * taps + k];
+        for (int64_t lane = lanes; lane < kTile; ++lane) tile[k * kTile + lane] = 0;
+      }
+    }
+  });
+}
+
+void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides out,
+                   Strides residual) {
+  const int64_t words = ceil_div(conv.channels, 32);
+  const int64_t all_words = ceil_div(conv.groups * conv.channels, 32);
+  const bool padded = conv.top || conv.bottom || conv.left || conv.right;
+  const bool pointwise = conv.kh == 1 && conv.kw == 1 && conv.stride_h == 1 &&
+                         conv.stride_w == 1 && !padded;
+  if (pointwise && (!epilogue.out || is_dense(out, conv.out_h, conv.out_w)) &&
+      (!epilogue.residual || is_dense(residual, conv.out_h, conv.out_w)))
+    flatten_pixels(conv);
+
+  std::vector<uint32_t> copy;
+  View in = {conv.input, conv.height * conv.width * all_words, conv.width * all_words, all_words,
+             words, words};
+  if ((conv.groups > 1 && conv.channels % 32) || (padded && conv.pad_value != 0))
+    in = relayout(conv, copy);
+
+  const int64_t chunks = ceil_div(conv.out_channels, kChunk);
+  const int64_t out_words = ceil_div(conv.groups * conv.out_channels, 32);
+  // Groups that end inside a word share words: then one task owns a pixel's words, zeroed first.
+  const bool shared_words = epilogue.words && conv.groups > 1 && conv.out_channels % 32;
+  if (shared_words)
+    std::memset(epilogue.words, 0,
+                conv.batch * conv.out_h * conv.out_w * out_words * sizeof(uint32_t));
+
+  const Plan plan = {kernel, conv, epilogue, in, out, residual, out_words,
+                     ceil_div(conv.out_channels, kTile), conv.kh * conv.kw * words * kTile,
+                     segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top,
+                              conv.dilation_h),
+                     segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left,
+                              conv.dilation_w)};
+
+  // Tasks: (image, group, chunk of channels) or image, times blocks of rows (of columns in a
+  // one-row image) where that alone gives too few.
+  const int64_t inner = shared_words ? conv.groups * chunks : 1;
+  const int64_t outer = conv.batch * conv.groups * chunks / inner;
+  const int64_t wanted = ceil_div(4 * parallel_threads(), std::max<int64_t>(outer, 1));
+  const bool by_rows = conv.out_h > 1;
+  const int64_t blocks = parallel_threads() == 1 ? 1
+                         : by_rows               ? std::min(wanted, conv.out_h)
+                                   : std::min(wanted, ceil_div(conv.out_w, kMaxPixels));
+  const double products = static_cast<double>(conv.out_h) * conv.out_w * conv.kh * conv.kw *
+                          conv.channels * kChunk * inner / blocks;
+  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / products));
+  parallel_for(outer * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i % blocks, task = i / blocks;
+      Box box = {0, conv.out_h, 0, conv.out_w};
+      int64_t& lo = by_rows ? box.y0 : box.x0;
+      int64_t& hi = by_rows ? box.y1 : box.x1;
+      const int64_t size = hi;
+      lo = size * block / blocks;
+      hi = size * (block + 1) / blocks;
+      for (int64_t j = 0; j < inner; ++j) {
+        const int64_t at = task * inner + j;
+        run_box(plan, at / chunks / conv.groups, at / chunks % conv.groups, at % chunks, box);
+      }
+    }
+  });
+}
+
+}  // namespace bitkernels

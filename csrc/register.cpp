@@ -1,0 +1,597 @@
+// torch.ops.bitkernels.* on CPU tensors: checks, allocation and threads around the torch-free engine
+// in cpu/. Built on the LibTorch stable ABI, so that one binary serves every torch from 2.11 on.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/packed_conv2d.h"
+#include "cpu/packed_max_pool2d.h"
+#include "cpu/parallel.h"
+#include "cpu/rprelu.h"
+#include "cpu/sign_pack.h"
+
+namespace bitkernels {
+
+int parallel_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void parallel_run(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, grain,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+namespace {
+
+using Sizes = std::vector<int64_t>;
+using OptTensor = std::optional<Tensor>;
+using OptInt = std::optional<int64_t>;
+using OptFloat = std::optional<double>;
+using OptType = std::optional<ScalarType>;
+
+Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(const Sizes& sizes, ScalarType type) {
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= std::max<int64_t>(sizes[i], 1);
+  }
+  return empty_strided(sizes, strides, type);
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+const uint32_t* words_of(const Tensor& t) {
+  return static_cast<const uint32_t*>(t.const_data_ptr());
+}
+uint32_t* mutable_words(const Tensor& t) { return static_cast<uint32_t*>(t.mutable_data_ptr()); }
+
+// A per-channel vector in the type the kernels compute in, readable 32 past its end.
+template <class W>
+std::vector<W> widened(const Tensor& t) {
+  const int64_t n = t.size(0), step = t.stride(0);
+  std::vector<W> out(n + 32, W(0));
+  const void* p = t.const_data_ptr();
+  for (int64_t i = 0; i < n; ++i) switch (t.scalar_type()) {
+      case ScalarType::Double: out[i] = static_cast<W>(static_cast<const double*>(p)[i * step]); break;
+      case ScalarType::Half:
+        out[i] = static_cast<float>(static_cast<const torch::headeronly::Half*>(p)[i * step]);
+        break;
+      case ScalarType::BFloat16:
+        out[i] = static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(p)[i * step]);
+        break;
+      default: out[i] = static_cast<const float*>(p)[i * step];
+    }
+  return out;
+}
+
+class WideVector {
+ public:
+  WideVector(const OptTensor& t, bool wide) {
+    if (!t) return;
+    if (wide)
+      data_ = (doubles_ = widened<double>(*t)).data();
+    else
+      data_ = (floats_ = widened<float>(*t)).data();
+  }
+  const void* get() const { return data_; }
+  const float* floats() const { return static_cast<const float*>(data_); }
+
+ private:
+  std::vector<float> floats_;
+  std::vector<double> doubles_;
+  const void* data_ = nullptr;
+};
+
+// A tensor seen as (outer, channels, inner) around `dim`, in the memory order it has.
+struct Around {
+  Tensor tensor;
+  int64_t outer, channels, inner;
+};
+
+Around around(const Tensor& t, int64_t dim) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t channels = sizes[dim], n = t.dim();
+  bool innermost = channels > 1 ? strides[dim] == 1 : true;  // channels last, the rest dense
+  int64_t step = channels, outer = 1, inner = 1;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    if (i == dim) continue;
+    if (sizes[i] != 1 && strides[i] != step) innermost = false;
+    step *= sizes[i];
+    (i < dim ? outer : inner) *= sizes[i];
+  }
+  if (innermost) return {t, outer * inner, channels, 1};
+  return {dense(t), outer, channels, inner};
+}
+
+Sizes packed_shape(const Tensor& t, int64_t dim) {
+  Sizes shape;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (i != dim) shape.push_back(t.size(i));
+  shape.push_back(word_count(t.size(dim)));
+  return shape;
+}
+
+std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat clip,
+                                   const OptTensor& shift, int64_t dim) {
+  check_real(op, "input", input);
+  dim = normalize_dim(op, input, dim);
+  const int64_t channels = input.size(dim);
+  if (channels < 1) fail(op, "input", "at least 1 channel wide", describe(input));
+  check_channel_vector(op, "shift", shift, channels);
+  const Kernel& k = kernel();
+  const Around x = around(input, dim);
+  const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
+  Tensor signs = empty(packed_shape(input, dim), ScalarType::Int);
+  OptTensor mask;
+  if (clip) mask = empty(packed_shape(input, dim), ScalarType::Int);
+  if (input.numel() > 0)
+    sign_pack(k, x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, channels,
+              x.inner, wide.get(), clip.value_or(0), mutable_words(signs),
+              mask ? mutable_words(*mask) : nullptr);
+  return {signs, mask};
+}
+
+Tensor op_sign_pack(Tensor input, OptTensor shift, int64_t dim) {
+  return std::get<0>(pack("sign_pack", input, std::nullopt, shift, dim));
+}
+
+std::tuple<Tensor, Tensor> op_sign_pack_mask(Tensor input, double clip, OptTensor shift,
+                                             int64_t dim) {
+  const char* op = "sign_pack_mask";
+  check_real(op, "input", input);
+  if (!(clip >= 0)) fail(op, "clip", "at least 0", text(clip));
+  auto [signs, mask] = pack(op, input, clip, shift, dim);
+  return {signs, *mask};
+}
+
+Tensor dense_like(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  return empty_strided({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()},
+                       t.scalar_type());
+}
+
+Tensor op_mask_grad(Tensor grad, Tensor mask_words, int64_t dim) {
+  const char* op = "mask_grad";
+  check_real(op, "grad", grad);
+  dim = normalize_dim(op, grad, dim);
+  check_words(op, "mask_words", mask_words, grad.size(dim), grad.dim());
+  const Sizes shape = packed_shape(grad, dim);
+  for (size_t i = 0; i < shape.size(); ++i)
+    if (mask_words.size(static_cast<int64_t>(i)) != shape[i])
+      fail(op, "mask_words", text("of shape ", tuple_text(shape)), describe(mask_words));
+  const Kernel& k = kernel();
+  const Around g = around(grad, dim);
+  const Tensor mask = dense(mask_words), out = dense_like(g.tensor);
+  if (grad.numel() > 0)
+    mask_grad(k, g.tensor.const_data_ptr(), dtype_of(grad.scalar_type()), g.outer, g.channels,
+              g.inner, words_of(mask), out.mutable_data_ptr());
+  return out;
+}
+
+Tensor op_unpack(Tensor words, int64_t channels, ScalarType dtype, int64_t dim) {
+  const char* op = "unpack";
+  check_words(op, "words", words, channels);
+  if (!is_real(dtype)) fail(op, "dtype", "float32, float16, bfloat16 or float64", text("torch.", name_of(dtype)));
+  dim = normalize_dim(op, words, dim);
+  const Tensor in = dense(words);
+  // Channels stay innermost in memory and move to `dim` in the shape.
+  Sizes sizes, strides;
+  int64_t step = channels;
+  for (int64_t i = words.dim() - 2; i >= 0; --i) {
+    sizes.insert(sizes.begin(), words.size(i));
+    strides.insert(strides.begin(), step);
+    step *= std::max<int64_t>(words.size(i), 1);
+  }
+  sizes.insert(sizes.begin() + dim, channels);
+  strides.insert(strides.begin() + dim, 1);
+  Tensor out = empty_strided(sizes, strides, dtype);
+  const int64_t rows = words.numel() / word_count(channels);
+  unpack(kernel(), words_of(in), dtype_of(dtype), rows, channels, out.mutable_data_ptr());
+  return out;
+}
+
+Tensor tiled(const Tensor& weight_words, int64_t out_channels, int64_t groups) {
+  const Tensor w = dense(weight_words);
+  Sizes shape(w.sizes().begin(), w.sizes().end());
+  const int64_t per_group = out_channels / groups;
+  shape[0] = groups * ((per_group + kTile - 1) / kTile);
+  shape.push_back(kTile);
+  Tensor out = empty(shape, ScalarType::Int);
+  tile_weight(words_of(w), groups, per_group, out_channels ? w.numel() / out_channels : 0,
+              mutable_words(out));
+  return out;
+}
+
+Tensor op_tile_weight(Tensor weight_words, int64_t groups) {
+  const char* op = "tile_weight";
+  if (weight_words.scalar_type() != ScalarType::Int ||
+      (weight_words.dim() != 2 && weight_words.dim() != 4))
+    fail(op, "weight_words", "int32 words of shape (Cout, kh, kw, words) or (Cout, words)",
+         describe(weight_words));
+  const int64_t cout = weight_words.size(0);
+  if (groups < 1 || cout % groups)
+    fail(op, "groups", text("a divisor of ", cout, " output channels"), text(groups));
+  return tiled(weight_words, cout, groups);
+}
+
+// The epilogue's arguments as the schemas give them, one struct for all six entry points.
+struct Parts {
+  OptFloat clamp_min, clamp_max;
+  OptTensor scale, bias, residual, shift_in, slope, shift_out;
+  OptType dtype;
+  OptTensor sign_shift, threshold;
+};
+
+bool has_real_part(const Parts& p) {
+  return p.clamp_min || p.clamp_max || p.residual || p.scale || p.bias || p.shift_in || p.slope ||
+         p.shift_out || p.sign_shift;
+}
+
+void check_epilogue(const char* op, const Parts& p, const Sizes& out_shape, int64_t cout) {
+  check_channel_vector(op, "scale", p.scale, cout);
+  check_channel_vector(op, "bias", p.bias, cout);
+  check_channel_vector(op, "shift_in", p.shift_in, cout);
+  check_channel_vector(op, "slope", p.slope, cout);
+  check_channel_vector(op, "shift_out", p.shift_out, cout);
+  check_channel_vector(op, "sign_shift", p.sign_shift, cout);
+  if (!p.slope && (p.shift_in || p.shift_out))
+    fail(op, "slope", "given with shift_in or shift_out", "None");
+  if (p.residual) {
+    check_cpu(op, "residual", *p.residual);
+    check_real(op, "residual", *p.residual);
+    const auto sizes = p.residual->sizes();
+    if (Sizes(sizes.begin(), sizes.end()) != out_shape)
+      fail(op, "residual", text("of shape ", tuple_text(out_shape)), describe(*p.residual));
+  }
+  if (p.dtype == ScalarType::Int) {
+    if (has_real_part(p))
+      fail(op, "dtype", "a real type when the epilogue has scale, bias, ...", "torch.int32");
+  } else if (p.dtype && !is_real(*p.dtype)) {
+    fail(op, "dtype", "float32, float16, bfloat16, float64 or int32",
+         text("torch.", name_of(*p.dtype)));
+  }
+  if (p.threshold) {
+    check_cpu(op, "threshold", *p.threshold);
+    const auto sizes = p.threshold->sizes();
+    if (p.threshold->scalar_type() != ScalarType::Int || sizes.size() != 2 || sizes[0] != 2 ||
+        sizes[1] != cout)
+      fail(op, "threshold", text("int32 of shape (2, ", cout, ")"), describe(*p.threshold));
+    if (has_real_part(p))
+      fail(op, "threshold", "alone, without scale, bias, ...", "both");
+  }
+}
+
+struct Outputs {
+  OptTensor real, words;
+};
+
+// Allocates the outputs, fills in the epilogue and runs; `shape` is (N, C, H, W) or (..., C).
+Outputs run(const char* op, const Conv& conv, const Parts& p, const Sizes& shape,
+            bool channels_last, bool want_real, bool want_words) {
+  const int64_t cout = conv.groups * conv.out_channels;
+  check_epilogue(op, p, shape, cout);
+  const Kernel& k = kernel();
+  const bool image = op[7] == 'c';  // packed_conv2d, not packed_linear
+  const WideVector scale(p.scale, false), bias(p.bias, false), shift_in(p.shift_in, false),
+      slope(p.slope, false), shift_out(p.shift_out, false), sign_shift(p.sign_shift, false);
+  Epilogue e;
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  e.clamp = p.clamp_min || p.clamp_max;
+  e.lo = static_cast<float>(p.clamp_min.value_or(-kInf));
+  e.hi = static_cast<float>(p.clamp_max.value_or(kInf));
+  e.scale = scale.floats();
+  e.bias = bias.floats();
+  e.shift_in = shift_in.floats();
+  e.slope = slope.floats();
+  e.shift_out = shift_out.floats();
+  e.sign_shift = sign_shift.floats();
+  std::vector<int32_t> thresholds;
+  if (p.threshold) {
+    const Tensor t = dense(*p.threshold);
+    const auto* from = static_cast<const int32_t*>(t.const_data_ptr());
+    thresholds.assign(2 * (cout + 32), 0);
+    std::copy(from, from + cout, thresholds.begin());
+    std::copy(from + cout, from + 2 * cout, thresholds.begin() + cout + 32);
+    e.t_lo = thresholds.data();
+    e.t_hi = thresholds.data() + cout + 32;
+  }
+
+  const int64_t hw = conv.out_h * conv.out_w;
+  const Strides last = {hw * cout, 1, conv.out_w * cout, cout};
+  const Strides planar = {hw * cout, hw, conv.out_w, 1};
+  Strides out = last, residual = last;
+  Outputs result;
+  if (want_real) {
+    const ScalarType type = p.dtype.value_or(ScalarType::Float);
+    if (image && channels_last)
+      result.real = empty_strided(shape, {last.n, last.c, last.h, last.w}, type);
+    else
+      result.real = empty(shape, type);
+    if (image && !channels_last) out = planar;
+    e.out = result.real->mutable_data_ptr();
+    e.out_int = type == ScalarType::Int;
+    e.out_type = dtype_of(type);
+    e.out_channel = out.c;
+  }
+  OptTensor kept;  // keeps a dense copy of the residual alive
+  if (p.residual) {
+    kept = image ? *p.residual : dense(*p.residual);
+    if (image) {
+      const auto s = kept->strides();
+      residual = {s[0], s[1], s[2], s[3]};
+    }
+    e.residual = kept->const_data_ptr();
+    e.residual_type = dtype_of(kept->scalar_type());
+    e.residual_channel = residual.c;
+  }
+  if (want_words) {
+    Sizes packed = shape;
+    if (image) packed = {shape[0], shape[2], shape[3], shape[1]};
+    packed.back() = word_count(cout);
+    result.words = empty(packed, ScalarType::Int);
+    e.words = mutable_words(*result.words);
+  }
+  if (conv.batch * hw > 0 && cout > 0) packed_conv2d(k, conv, e, out, residual);
+  return result;
+}
+
+Outputs conv2d(const Tensor& words, const Tensor& weight_words, int64_t channels,
+               const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+               int64_t pad_value, OptInt out_channels, const Parts& parts, bool channels_last,
+               bool want_real, bool want_words) {
+  const char* op = "packed_conv2d";
+  check_words(op, "words", words, channels, 4);
+  const Filter f = check_filter(op, weight_words, 4, out_channels, groups);
+  check_cpu(op, "weight_words", weight_words);
+  const int64_t cout = f.out_channels;
+  if (groups < 1 || channels % groups || cout % groups)
+    fail(op, "groups",
+         text("a divisor of ", channels, " input and ", cout, " output channels"), text(groups));
+  const int64_t per_group = channels / groups;
+  if (f.taps[2] != word_count(per_group))
+    fail(op, "weight_words",
+         text(word_count(per_group), " words wide for ", per_group, " channels per group"),
+         describe(weight_words));
+  if (pad_value < -1 || pad_value > 1) fail(op, "pad_value", "-1, 0 or 1", text(pad_value));
+  const auto [sh, sw] = pair(op, "stride", stride, 1);
+  const auto [dh, dw] = pair(op, "dilation", dilation, 1);
+  const Padding pad = padding4(op, padding);
+  const int64_t kh = f.taps[0], kw = f.taps[1];
+  if (kh < 1 || kw < 1)
+    fail(op, "weight_words", "a filter of at least 1x1", describe(weight_words));
+  const int64_t n = words.size(0), h = words.size(1), w = words.size(2);
+  const int64_t oh = conv_output_size(op, h, pad.top, pad.bottom, kh, sh, dh);
+  const int64_t ow = conv_output_size(op, w, pad.left, pad.right, kw, sw, dw);
+  const Tensor in = dense(words);
+  const Tensor tiles = f.tiled ? dense(weight_words) : tiled(weight_words, cout, groups);
+  const Conv conv = {n,  h,  w,       groups,     per_group, cout / groups, kh, kw, sh, sw,
+                     pad.top, pad.bottom, pad.left,  pad.right, dh, dw, oh, ow,
+                     static_cast<int>(pad_value), words_of(in), words_of(tiles)};
+  return run(op, conv, parts, {n, cout, oh, ow}, channels_last, want_real, want_words);
+}
+
+Outputs linear(const Tensor& words, const Tensor& weight_words, int64_t channels,
+               OptInt out_channels, const Parts& parts, bool want_real, bool want_words) {
+  const char* op = "packed_linear";
+  check_words(op, "words", words, channels);
+  const Filter f = check_filter(op, weight_words, 2, out_channels, 1);
+  check_cpu(op, "weight_words", weight_words);
+  if (f.taps[0] != word_count(channels))
+    fail(op, "weight_words", text(word_count(channels), " words wide for ", channels, " channels"),
+         describe(weight_words));
+  Sizes shape(words.sizes().begin(), words.sizes().end());
+  shape.back() = f.out_channels;
+  const int64_t rows = words.numel() / word_count(channels);
+  const Tensor in = dense(words);
+  const Tensor tiles = f.tiled ? dense(weight_words) : tiled(weight_words, f.out_channels, 1);
+  const Conv conv = {1, 1, rows, 1, channels, f.out_channels, 1, 1, 1,    1,
+                     0, 0, 0,    0, 1,        1,              1, rows, 0, words_of(in),
+                     words_of(tiles)};
+  return run(op, conv, parts, shape, false, want_real, want_words);
+}
+
+#define BK_EPILOGUE_ARGS                                                                    \
+  OptFloat clamp_min, OptFloat clamp_max, OptTensor scale, OptTensor bias, OptTensor residual, \
+      OptTensor shift_in, OptTensor slope, OptTensor shift_out
+#define BK_EPILOGUE clamp_min, clamp_max, scale, bias, residual, shift_in, slope, shift_out
+#define BK_CONV_ARGS                                                                        \
+  Tensor words, Tensor weight_words, int64_t channels, Sizes stride, Sizes padding,         \
+      Sizes dilation, int64_t groups, int64_t pad_value, OptInt out_channels, BK_EPILOGUE_ARGS
+#define BK_CONV                                                                             \
+  words, weight_words, channels, stride, padding, dilation, groups, pad_value, out_channels
+#define BK_LINEAR_ARGS \
+  Tensor words, Tensor weight_words, int64_t channels, OptInt out_channels, BK_EPILOGUE_ARGS
+#define BK_LINEAR words, weight_words, channels, out_channels
+
+Tensor op_conv2d(BK_CONV_ARGS, OptType dtype, bool channels_last) {
+  return *conv2d(BK_CONV, {BK_EPILOGUE, dtype, {}, {}}, channels_last, true, false).real;
+}
+Tensor op_conv2d_packed(BK_CONV_ARGS, OptTensor sign_shift, OptTensor threshold) {
+  return *conv2d(BK_CONV, {BK_EPILOGUE, {}, sign_shift, threshold}, true, false, true).words;
+}
+std::tuple<Tensor, Tensor> op_conv2d_both(BK_CONV_ARGS, OptType dtype, bool channels_last,
+                                          OptTensor sign_shift) {
+  const Outputs o =
+      conv2d(BK_CONV, {BK_EPILOGUE, dtype, sign_shift, {}}, channels_last, true, true);
+  return {*o.real, *o.words};
+}
+Tensor op_linear(BK_LINEAR_ARGS, OptType dtype) {
+  return *linear(BK_LINEAR, {BK_EPILOGUE, dtype, {}, {}}, true, false).real;
+}
+Tensor op_linear_packed(BK_LINEAR_ARGS, OptTensor sign_shift, OptTensor threshold) {
+  return *linear(BK_LINEAR, {BK_EPILOGUE, {}, sign_shift, threshold}, false, true).words;
+}
+std::tuple<Tensor, Tensor> op_linear_both(BK_LINEAR_ARGS, OptType dtype, OptTensor sign_shift) {
+  const Outputs o = linear(BK_LINEAR, {BK_EPILOGUE, dtype, sign_shift, {}}, true, true);
+  return {*o.real, *o.words};
+}
+
+Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation,
+                     bool ceil_mode) {
+  const char* op = "packed_max_pool2d";
+  if (words.scalar_type() != ScalarType::Int || words.dim() != 4)
+    fail(op, "words", "int32 words of shape (N, H, W, words)", describe(words));
+  const auto k = pair(op, "kernel_size", kernel_size, 1);
+  const auto s = stride.empty() ? k : pair(op, "stride", stride, 1);
+  const auto p = pair(op, "padding", padding, 0);
+  const auto d = pair(op, "dilation", dilation, 1);
+  const auto out_size = [&](int64_t size, int64_t kernel, int64_t step, int64_t pad, int64_t dil) {
+    if (2 * pad > kernel) fail(op, "padding", "at most half of kernel_size", list_text(Sizes{p.first, p.second}));
+    const int64_t reach = dil * (kernel - 1) + 1, padded = size + 2 * pad;
+    if (padded < reach)
+      fail(op, "kernel_size", text("at most the padded input size ", padded),
+           text("a reach of ", reach));
+    int64_t o = (padded - reach + (ceil_mode ? step - 1 : 0)) / step + 1;
+    if (ceil_mode && (o - 1) * step >= size + pad) --o;
+    return o;
+  };
+  const Tensor in = dense(words);
+  Pool pool = {words.size(0), words.size(1), words.size(2), words.size(3), k.first, k.second,
+               s.first, s.second, p.first, p.second, d.first, d.second, 0, 0};
+  pool.out_h = out_size(pool.height, k.first, s.first, p.first, d.first);
+  pool.out_w = out_size(pool.width, k.second, s.second, p.second, d.second);
+  Tensor out = empty({pool.batch, pool.out_h, pool.out_w, pool.words}, ScalarType::Int);
+  packed_max_pool2d(pool, words_of(in), mutable_words(out));
+  return out;
+}
+
+void check_activation(const char* op, const Tensor& input) {
+  check_real(op, "input", input);
+  if (input.dim() < 2) fail(op, "input", "(N, C, ...)", describe(input));
+}
+
+Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat, double) {
+  const char* op = "rsign";
+  check_activation(op, input);
+  check_channel_vector(op, "shift", shift, input.size(1));
+  bool known = false;
+  for (const char* name : {"ste_sign", "approx_sign", "swish_sign", "identity", "none"})
+    known |= estimator == name;
+  if (!known)
+    fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity, none",
+         text("'", estimator, "'"));
+  const Around x = around(input, 1);
+  const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
+  Tensor out = dense_like(x.tensor);
+  if (input.numel() > 0)
+    rsign(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
+          x.inner, wide.get(), out.mutable_data_ptr());
+  return out;
+}
+
+Tensor op_rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) {
+  const char* op = "rprelu";
+  check_activation(op, input);
+  check_channel_vector(op, "shift_in", shift_in, input.size(1));
+  check_channel_vector(op, "slope", slope, input.size(1));
+  check_channel_vector(op, "shift_out", shift_out, input.size(1));
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  const WideVector a(shift_in, wide), b(slope, wide), c(shift_out, wide);
+  const Around x = around(input, 1);
+  Tensor out = dense_like(x.tensor);
+  if (input.numel() > 0)
+    rprelu(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
+           x.inner, a.get(), b.get(), c.get(), out.mutable_data_ptr());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> op_rprelu_backward(Tensor grad, Tensor input,
+                                                              Tensor shift_in, Tensor slope) {
+  const char* op = "rprelu_backward";
+  check_activation(op, input);
+  check_channel_vector(op, "shift_in", shift_in, input.size(1));
+  check_channel_vector(op, "slope", slope, input.size(1));
+  check_cpu(op, "grad", grad);
+  const auto sizes = input.sizes();
+  const Sizes shape(sizes.begin(), sizes.end()),
+      grad_shape(grad.sizes().begin(), grad.sizes().end());
+  if (grad.scalar_type() != input.scalar_type() || grad_shape != shape)
+    fail(op, "grad", describe(input), describe(grad));
+  const Around x = around(input, 1);
+  // The gradient in the memory order of the input.
+  Tensor g = dense_like(x.tensor);
+  torch::stable::copy_(g, grad);
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  const WideVector a(shift_in, wide), b(slope, wide);
+  Tensor grad_x = dense_like(x.tensor);
+  const int64_t c = input.size(1);
+  std::vector<float> sums(3 * c, 0.0f);
+  if (input.numel() > 0)
+    rprelu_backward(kernel(), g.const_data_ptr(), x.tensor.const_data_ptr(),
+                    dtype_of(input.scalar_type()), x.outer, c, x.inner, a.get(), b.get(),
+                    grad_x.mutable_data_ptr(), sums.data());
+  const auto vector = [&](int64_t i) {
+    Tensor t = empty({c}, ScalarType::Float);
+    std::copy(sums.begin() + i * c, sums.begin() + (i + 1) * c,
+              static_cast<float*>(t.mutable_data_ptr()));
+    return t;
+  };
+  return {grad_x, vector(0), vector(1), vector(2)};
+}
+
+// "name supported" a line, best first.
+std::string op_kernels() {
+  std::string lines;
+  for (int i = 0; i < kKernelCount; ++i)
+    lines += text(kKernels[i]->name, " ", kKernels[i]->supported() ? 1 : 0, "\n");
+  return lines;
+}
+std::string op_active() { return kernel().name; }
+int64_t op_popcount_loop(int64_t iterations) {
+  volatile uint32_t seed = 0x12345678;  // unknown to the compiler, and so is the result
+  uint32_t sink = seed;
+  const int64_t products = kernel().popcount_loop(iterations, &sink);
+  seed = sink;
+  return products;
+}
+
+}  // namespace
+}  // namespace bitkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bitkernels, m) {
+  m.def("_cpu_kernels() -> str");
+  m.def("_cpu_active() -> str");
+  m.def("_cpu_popcount_loop(int iterations) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_kernels", TORCH_BOX(&bitkernels::op_kernels));
+  m.impl("_cpu_active", TORCH_BOX(&bitkernels::op_active));
+  m.impl("_cpu_popcount_loop", TORCH_BOX(&bitkernels::op_popcount_loop));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
+  m.impl("sign_pack", TORCH_BOX(&bitkernels::op_sign_pack));
+  m.impl("sign_pack_mask", TORCH_BOX(&bitkernels::op_sign_pack_mask));
+  m.impl("mask_grad", TORCH_BOX(&bitkernels::op_mask_grad));
+  m.impl("unpack", TORCH_BOX(&bitkernels::op_unpack));
+  m.impl("tile_weight", TORCH_BOX(&bitkernels::op_tile_weight));
+  m.impl("packed_conv2d", TORCH_BOX(&bitkernels::op_conv2d));
+  m.impl("packed_conv2d.packed", TORCH_BOX(&bitkernels::op_conv2d_packed));
+  m.impl("packed_conv2d.both", TORCH_BOX(&bitkernels::op_conv2d_both));
+  m.impl("packed_linear", TORCH_BOX(&bitkernels::op_linear));
+  m.impl("packed_linear.packed", TORCH_BOX(&bitkernels::op_linear_packed));
+  m.impl("packed_linear.both", TORCH_BOX(&bitkernels::op_linear_both));
+  m.impl("packed_max_pool2d", TORCH_BOX(&bitkernels::op_max_pool2d));
+  m.impl("rsign", TORCH_BOX(&bitkernels::op_rsign));
+  m.impl("rprelu", TORCH_BOX(&bitkernels::op_rprelu));
+  m.impl("rprelu_backward", TORCH_BOX(&bitkernels::op_rprelu_backward));
+}
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                               nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
