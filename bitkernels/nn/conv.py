@@ -45,6 +45,8 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
     Input (N, Cin, L) or (Cin, L); computed as a two-dimensional convolution of height 1.
     """
 
+    _twin = PackedConv1d
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int],
                  stride: int | tuple[int] = 1, padding: str | int | tuple[int] = 0,
                  dilation: int | tuple[int] = 1, groups: int = 1, bias: bool = True,
@@ -75,11 +77,6 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
             (1, self.dilation[0]), self.groups, pad_value=self.pad_value, scale=self.scale(),
             **self._train_args).squeeze(-2)
 
-    def pack(self) -> PackedConv1d:
-        """The inference twin, with equal outputs. Raises ValueError if `pack_obstacle` has one."""
-        self.packable()
-        return PackedConv1d.from_layer(self)
-
 
 class BinaryConv2d(_BinaryConv, nn.Conv2d):
     """`torch.nn.Conv2d` of the signs of input and weight, on 1-bit arithmetic.
@@ -103,6 +100,8 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
     Raises ValueError for options that do not fit, RuntimeError from the operator for inputs that do
     not.
     """
+
+    _twin = PackedConv2d
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
                  stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
@@ -129,11 +128,6 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             input, weight, self.bias, self.stride, padding, self.dilation, self.groups,
             pad_value=self.pad_value, scale=self.scale(), **self._train_args)
 
-    def pack(self) -> PackedConv2d:
-        """The inference twin, with equal outputs. Raises ValueError if `pack_obstacle` has one."""
-        self.packable()
-        return PackedConv2d.from_layer(self)
-
 
 class BinaryConv3d(_BinaryConv, nn.Conv3d):
     """`torch.nn.Conv3d` of the quantized input and weight; see `BinaryConv2d` for the options.
@@ -141,8 +135,6 @@ class BinaryConv3d(_BinaryConv, nn.Conv3d):
     It trains the same networks, but computes on real numbers: `torch.nn.functional.conv3d` of -1
     and +1. It has no packed twin.
     """
-
-    _always_real = True
 
     def __init__(self, in_channels: int, out_channels: int,
                  kernel_size: int | tuple[int, int, int], stride: int | tuple[int, int, int] = 1,
@@ -159,8 +151,3 @@ class BinaryConv3d(_BinaryConv, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._real_forward(input, F.conv3d)
-
-    def pack(self) -> nn.Module:
-        """Raises ValueError: there is no packed three-dimensional convolution."""
-        self.packable()
-        raise AssertionError("unreachable")

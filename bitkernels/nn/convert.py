@@ -88,7 +88,7 @@ def _replace(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
         if replaced and isinstance(parent, nn.TransformerEncoderLayer):
             # Its fused inference path reads linear1.weight and never calls linear1; 0 is what
             # PyTorch itself sets to turn that path off.
-            parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
+            parent.activation_relu_or_gelu = 0
 
 
 def pack(model: nn.Module) -> nn.Module:

@@ -84,7 +84,7 @@ class BinaryLayer(nn.Module):
     weight_quantizer: Quantize | None
     weight_scale: WeightScale
     on_bits: bool
-    _always_real = False
+    _twin: Any = None  # class of the inference twin; without one a layer computes on reals
 
     def _configure(self, input_quantizer: QuantizerLike, weight_quantizer: QuantizerLike,
                    weight_scale: WeightScale) -> None:
@@ -131,7 +131,7 @@ class BinaryLayer(nn.Module):
         x, w = _operand(self.input_quantizer), _operand(weight_quantizer)
         if x and w and x[2] is not None and w[2] is not None and x[2] != w[2]:
             w = "identity", None, None, True  # the operator has one beta for both
-        self.on_bits = x is not None and w is not None and not self._always_real
+        self.on_bits = x is not None and w is not None and self._twin is not None
         self._scale_rule = scale
         self._weight_sign = weight_quantizer
         self._train_args: dict[str, Any] = {}
@@ -175,18 +175,22 @@ class BinaryLayer(nn.Module):
 
     def pack_obstacle(self) -> str | None:
         """Why this layer has no packed twin, or None if it has one."""
-        if self._always_real:
+        if self._twin is None:
             return "three-dimensional convolutions compute on real numbers"
         if not self.on_bits:
             return (f"input_quantizer={describe(self.input_quantizer)}, weight_quantizer="
                     f"{describe(self.weight_quantizer)} do not both return -1 and +1")
         return None
 
-    def packable(self, name: str | None = None) -> None:
-        """Raise ValueError, naming the layer and the reason, if it has no packed twin."""
-        why = self.pack_obstacle()
-        if why is not None:
-            raise ValueError(f"{name or type(self).__name__} cannot be packed: {why}")
+    def pack(self) -> nn.Module:
+        """The inference twin with packed weights and equal outputs (`bitkernels.nn.packed`).
+
+        Raises ValueError, with the reason, for a layer that has none (see `pack_obstacle`).
+        """
+        obstacle = self.pack_obstacle()
+        if obstacle is not None:
+            raise ValueError(f"{self!r} cannot be packed: {obstacle}")
+        return self._twin.from_layer(self)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(),

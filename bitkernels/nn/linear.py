@@ -27,6 +27,8 @@ class BinaryLinear(BinaryLayer, nn.Linear):
     not.
     """
 
+    _twin = PackedLinear
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None,
                  dtype=None, *, input_quantizer: QuantizerLike = "ste_sign",
                  weight_quantizer: QuantizerLike = "ste_sign",
@@ -40,8 +42,3 @@ class BinaryLinear(BinaryLayer, nn.Linear):
             return F.linear(x, weight, self.bias)
         input, weight = self._bit_operands(input)
         return _linear(input, weight, self.bias, scale=self.scale(), **self._train_args)
-
-    def pack(self) -> PackedLinear:
-        """The inference twin, with equal outputs. Raises ValueError if `pack_obstacle` has one."""
-        self.packable()
-        return PackedLinear.from_layer(self)
