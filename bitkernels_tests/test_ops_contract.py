@@ -1,0 +1,266 @@
+"""What torch asks of every operator: opcheck, compile, dynamic shapes, export, fake strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from bitkernels_tests.cases import ConvCase, dyadic, reals, words_of
+
+ops = torch.ops.bitkernels
+CONV = ConvCase(channels=37, out_channels=19, padding=(1, 0, 2, 1), stride=(2, 1))
+
+
+def leaf(t):
+    return t.detach().requires_grad_()
+
+
+def channels_last(t):
+    return t.to(memory_format=torch.channels_last)
+
+
+def samples(device) -> dict[str, tuple]:
+    """name -> (operator overload, args, kwargs), several of each overload."""
+    kw = dict(device=device)
+    x, w = CONV.reals(**kw)
+    words, weight_words = CONV.words(**kw)
+    c19 = [dyadic(19, **kw) for _ in range(6)]
+    affine = dict(scale=c19[0], bias=c19[1])
+    conv = (words, weight_words, 37, *CONV.args)
+    residual = channels_last(dyadic(*CONV.output_shape, **kw))
+    parts = dict(affine, clamp_min=0.0, residual=residual, shift_in=c19[2], slope=c19[3],
+                 shift_out=c19[4])
+    threshold = torch.stack([torch.arange(-9, 10), torch.arange(-5, 14)]).int().to(device)
+    tiles = ops.tile_weight(weight_words)
+    vector, matrix = words_of(2, 3, 37, **kw), words_of(19, 37, **kw)
+    linear = (vector, matrix, 37)
+    mask = words_of(2, 5, 6, 37, **kw)
+    shift = dyadic(37, **kw)
+    grouped = ConvCase(channels=6, out_channels=4, groups=2, pad_value=-1)
+    gx, gw = (leaf(t) for t in grouped.reals(**kw))
+    pair = (leaf(reals(2, 3, 37, **kw)), leaf(reals(19, 37, **kw)))
+    train = (leaf(x), leaf(w), leaf(c19[5]))
+    rprelu = tuple(leaf(t) for t in (x, shift, shift + 0.25, -shift))
+    return {
+        "sign_pack": (ops.sign_pack.default, (x, None, 1), {}),
+        "sign_pack_last": (ops.sign_pack.default, (x,), {}),
+        "sign_pack_strided": (ops.sign_pack.default, (channels_last(x)[:, :, ::2], shift, 1), {}),
+        "sign_pack_bfloat16": (ops.sign_pack.default, (x.bfloat16(), None, 0), {}),
+        "sign_pack_mask": (ops.sign_pack_mask.default, (x, 1.0, shift, 1), {}),
+        "sign_pack_mask_last": (ops.sign_pack_mask.default, (channels_last(x).half(), 1.25), {}),
+        "mask_grad": (ops.mask_grad.default, (x, mask, 1), {}),
+        "mask_grad_channels_last": (ops.mask_grad.default, (channels_last(x), mask, 1), {}),
+        "mask_grad_strided": (ops.mask_grad.default, (x.movedim(1, -1)[:, ::2], mask[:, ::2]), {}),
+        "unpack": (ops.unpack.default, (words, 37), {}),
+        "unpack_dim": (ops.unpack.default, (words, 37, torch.bfloat16, 1), {}),
+        "unpack_strided": (ops.unpack.default, (words.transpose(0, 1), 37, torch.float64, 0), {}),
+        "tile_weight": (ops.tile_weight.default, (weight_words,), {}),
+        "tile_weight_grouped": (ops.tile_weight.default, (weight_words[:18], 2), {}),
+        "tile_weight_linear": (ops.tile_weight.default, (matrix,), {}),
+        "conv": (ops.packed_conv2d.default, conv, {}),
+        "conv_int32": (ops.packed_conv2d.default, conv, dict(dtype=torch.int32)),
+        "conv_parts": (ops.packed_conv2d.default, conv, dict(parts, channels_last=False)),
+        "conv_tiled": (ops.packed_conv2d.default, (words, tiles, 37), dict(out_channels=19)),
+        "conv_packed": (ops.packed_conv2d.packed, conv, dict(parts, sign_shift=c19[5])),
+        "conv_threshold": (ops.packed_conv2d.packed, conv, dict(threshold=threshold)),
+        "conv_both": (ops.packed_conv2d.both, conv, dict(parts, dtype=torch.float16)),
+        "conv_both_int32": (ops.packed_conv2d.both, conv, dict(dtype=torch.int32, pad_value=1)),
+        "linear": (ops.packed_linear.default, linear, affine),
+        "linear_int32": (ops.packed_linear.default, linear, dict(dtype=torch.int32)),
+        "linear_vector": (ops.packed_linear.default, (vector[0, 0], matrix, 37), {}),
+        "linear_packed": (ops.packed_linear.packed, linear, dict(threshold=threshold)),
+        "linear_both": (ops.packed_linear.both, linear, dict(affine, dtype=torch.bfloat16)),
+        "pool": (ops.packed_max_pool2d.default, (words, (2, 2)), {}),
+        "pool_ceil": (ops.packed_max_pool2d.default, (words, (3,), (2,), (1,), (1,), True), {}),
+        "rsign": (ops.rsign.default, (leaf(x), leaf(shift)), {}),
+        "rsign_ste": (ops.rsign.default, (leaf(channels_last(x)), shift),
+                      dict(estimator="ste_sign")),
+        "rsign_matrix": (ops.rsign.default, (x[:, :, 0, 0], leaf(shift)),
+                         dict(estimator="identity")),
+        "rprelu": (ops.rprelu.default, rprelu, {}),
+        "rprelu_half": (ops.rprelu.default, (leaf(channels_last(x).half()), *rprelu[1:]), {}),
+        "rprelu_backward": (ops.rprelu_backward.default, (x, channels_last(x), shift, shift), {}),
+        "train_conv": (ops.binary_conv2d.default, (*train, *CONV.args), {}),
+        "train_conv_scale": (ops.binary_conv2d.default, (leaf(channels_last(x)), *train[1:]),
+                             dict(scale=leaf(c19[0]), scale_weight_grad=False)),
+        "train_conv_groups": (ops.binary_conv2d.default, (gx, gw, None, *grouped.args),
+                              dict(pad_value=-1, input_estimator="approx_sign")),
+        "train_conv_unbatched": (ops.binary_conv2d.default, (leaf(x[0]), *train[1:]), {}),
+        "train_conv_inference": (ops.binary_conv2d.default, (x, w), dict(dtype=torch.bfloat16)),
+        "train_conv_same": (ops.binary_conv2d.padding, (*train, (1,), "same"), {}),
+        "train_conv_valid": (ops.binary_conv2d.padding, (*train, (2,), "valid"),
+                             dict(weight_estimator="swish_sign")),
+        "train_linear": (ops.binary_linear.default, (*pair, leaf(c19[0])), {}),
+        "train_linear_scale": (ops.binary_linear.default, pair,
+                               dict(scale=leaf(c19[0]), input_estimator="swish_sign")),
+    }
+
+
+NAMES = tuple(samples(torch.device("cpu")))
+
+
+def test_every_overload_has_a_sample():
+    sampled = {str(op) for op, _, _ in samples(torch.device("cpu")).values()}
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bitkernels::")]
+    expected = {n.replace("::", ".") + ("" if "." in n else ".default") for n in names}
+    assert expected and sampled == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, device):
+    op, args, kw = samples(device)[name]
+    torch.library.opcheck(op, args, kw, raise_exception=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_and_meta_outputs_equal_eager(name, device):
+    op, args, kw = samples(device)[name]
+    outputs = op(*args, **kw)
+    mode = FakeTensorMode()
+    fake_args, fake_kw = tree_map_only(torch.Tensor, mode.from_tensor, (args, kw))
+    with mode:
+        fakes = op(*fake_args, **fake_kw)
+    meta_args, meta_kw = tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), (args, kw))
+    metas = op(*meta_args, **meta_kw)
+    if isinstance(outputs, torch.Tensor):
+        outputs, fakes, metas = (outputs,), (fakes,), (metas,)
+    for real, fake, meta in zip(outputs, fakes, metas, strict=True):
+        assert fake.device == real.device and meta.device.type == "meta"
+        for other in (fake, meta):
+            assert (other.shape, other.stride(), other.dtype) == \
+                   (real.shape, real.stride(), real.dtype)
+
+
+def block(x, weight, shift, slope, dense):
+    """Every differentiable operator, in one network."""
+    y = ops.rsign(x, shift)
+    y = ops.binary_conv2d(y, weight, None, (1,), (1,), scale=weight.abs().mean((1, 2, 3)))
+    y = ops.rprelu(y, shift, slope, shift)
+    y = ops.binary_conv2d.padding(y, weight, None, (1,), "same", pad_value=1)
+    return ops.binary_linear(y.mean((2, 3)), dense)
+
+
+def packed_block(x, weight_words, scale, dense_words):
+    """The inference operators, in one network."""
+    words = ops.sign_pack(x, None, 1)
+    y, words = ops.packed_conv2d.both(words, weight_words, 8, (1,), (1,), scale=scale)
+    words = ops.packed_max_pool2d(words, (2, 2))
+    words = ops.packed_conv2d.packed(words, weight_words, 8, (1,), (1,), slope=scale)
+    z = ops.packed_conv2d(words, weight_words, 8, residual=y[:, :, 1:2, 1:2], bias=scale)
+    flat = ops.sign_pack(ops.unpack(words, 8).flatten(1))
+    return z, ops.packed_linear(flat, dense_words, 72)
+
+
+def block_inputs(batch, device):
+    return (leaf(reals(batch, 8, 6, 6, device=device)), leaf(reals(8, 8, 3, 3, device=device)),
+            leaf(reals(8, device=device)), leaf(reals(8, device=device)),
+            leaf(reals(5, 8, device=device)))
+
+
+def packed_inputs(batch, device):
+    return (reals(batch, 8, 6, 6, device=device), words_of(8, 3, 3, 8, device=device),
+            reals(8, device=device), words_of(5, 72, device=device))
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_training_equals_eager(backend, device):
+    if backend == "inductor" and device.type == "cpu":
+        pytest.importorskip("torch._inductor.cpp_builder")
+        try:
+            torch._inductor.cpp_builder.get_cpp_compiler()
+        except torch._inductor.exc.InvalidCxxCompiler:
+            pytest.skip("no C++ compiler")
+    inputs = block_inputs(2, device)
+    expected = block(*inputs)
+    weights = torch.arange(expected.numel(), device=device).view_as(expected).float()
+    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+    y = torch.compile(block, fullgraph=True, backend=backend)(*inputs)
+    grads = torch.autograd.grad((y * weights).sum(), inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    assert all(g.any() for g in expected_grads)
+    for g, e in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("function,make", [(packed_block, packed_inputs), (block, block_inputs)],
+                         ids=["packed", "real"])
+def test_compiled_inference_equals_eager(function, make, device):
+    inputs = make(2, device)
+    with torch.no_grad():
+        expected = function(*inputs)
+        y = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+    for a, b in zip(y, expected, strict=True):
+        assert a.stride() == b.stride() and torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("function,make", [(packed_block, packed_inputs), (block, block_inputs)],
+                         ids=["packed", "real"])
+def test_one_compile_for_every_batch(function, make, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    fixed = make(2, device)[1:]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3, 5):
+            x = make(batch, device)[0]
+            torch._dynamo.mark_dynamic(x, 0)
+            y, expected = compiled(x, *fixed), function(x, *fixed)
+            for a, b in zip(y, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+class _Network(torch.nn.Module):
+    def __init__(self, function, tensors):
+        super().__init__()
+        self.function = function
+        for i, t in enumerate(tensors):
+            self.register_buffer(f"t{i}", t.detach())
+
+    def forward(self, x):
+        return self.function(x, *self.buffers())
+
+
+@pytest.mark.parametrize("function,make", [(packed_block, packed_inputs), (block, block_inputs)],
+                         ids=["packed", "real"])
+def test_export_with_dynamic_batch(function, make, device):
+    x, *tensors = make(2, device)
+    network = _Network(function, tensors)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(network, (x.detach(),), dynamic_shapes=({0: batch},))
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert any(t.startswith("bitkernels.") for t in targets)
+        for n in (1, 2, 7):
+            other = make(n, device)[0].detach()
+            for a, b in zip(program.module()(other), network(other), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_shapes_beyond_int32():
+    """Shape rules on tensors of more than 2^31 elements, which only the meta device can hold."""
+    x = torch.empty(70000, 256, 16, 16, device="meta")
+    w = torch.empty(512, 256, 3, 3, device="meta")
+    words = ops.sign_pack(x, None, 1)
+    assert words.shape == (70000, 16, 16, 8)
+    assert ops.unpack(words, 256, torch.float16, 1).shape == x.shape
+    y, signs = ops.packed_conv2d.both(words, ops.sign_pack(w, None, 1), 256, (1,), (1,))
+    assert y.shape == (70000, 512, 16, 16) and y.stride() == (2**17, 1, 2**13, 512)
+    assert signs.shape == (70000, 16, 16, 16) and y.numel() > 2**33
+    assert ops.binary_conv2d(x, w, None, (1,), (1,)).stride() == (2**17, 256, 16, 1)
+    rows = torch.empty(2**22, 1024, device="meta")
+    assert ops.binary_linear(rows, torch.empty(2048, 1024, device="meta")).numel() == 2**33
+    wide = torch.empty(1, 2**32 + 1, device="meta")
+    assert ops.sign_pack(wide).shape == (1, 2**27 + 1)
