@@ -22,7 +22,7 @@ import torch
 import bitkernels
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS = 2
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def engine(device: Device) -> str:
 
 def environment(device: Device) -> dict[str, object]:
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device.name,
         **device.details,
         "kernel": engine(device),
@@ -201,7 +201,7 @@ def write_bars(path: Path, panels: Sequence[Panel], columns: int, title: str, yl
     lines = -(-len(panels) // columns)
     groups = max(len(panel.labels) for panel in panels)
     figure, axes = plt.subplots(lines, columns, squeeze=False, sharey=True, layout="constrained",
-                                figsize=(columns * max(4.5, 1.1 * groups), 3.4 * lines + 0.6))
+                                figsize=(columns * max(4.5, 0.85 * groups), 3.6 * lines + 0.8))
     for axis, panel in zip(axes.flat, panels, strict=False):
         width = 0.86 / len(panel.series)
         greys = iter(GREYS)
