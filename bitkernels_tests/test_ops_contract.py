@@ -104,7 +104,8 @@ NAMES = tuple(samples(torch.device("cpu")))
 
 def test_every_overload_has_a_sample():
     sampled = {str(op) for op, _, _ in samples(torch.device("cpu")).values()}
-    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bitkernels::")]
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bitkernels::")
+             and not n.startswith("bitkernels::_")]
     expected = {n.replace("::", ".") + ("" if "." in n else ".default") for n in names}
     assert expected and sampled == expected
 

@@ -63,7 +63,7 @@ def test_layouts(layout, device):
     x, *vectors = tensors_of((3, 5, 4, 6), device)
     x = LAYOUTS[layout](x)
     y = ops.rprelu(x, *vectors)
-    assert y.stride() == torch.empty_like(x).stride()
+    assert y.stride() == (x if layout == "channels_last" else x.contiguous()).stride()
     assert torch.equal(y, ops.rprelu(x.contiguous(), *vectors))
     grad = LAYOUTS[layout](reals(3, 5, 4, 6, device=device))
     grads = ops.rprelu_backward(grad, x, *vectors[:2])

@@ -1,0 +1,51 @@
+"""Importing names things and does no work; every engine can be turned off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import sys, threading
+import torch
+threads = threading.active_count()
+import bitkernels
+heavy = [m for m in ("triton", "cupy", "matplotlib", "numba", "sklearn", "pandas", "torchvision")
+         if m in sys.modules]
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+assert threading.active_count() == threads
+assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+x = torch.tensor([[-1.0, 1.0, 0.0]])
+assert torch.ops.bitkernels.sign_pack(x).tolist() == [[6]]
+y = torch.ops.bitkernels.binary_linear(x, -x)
+assert y.tolist() == [[-1.0]], y
+assert not torch.cuda.is_initialized()
+print(bitkernels.__version__)
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("engine", [None, "reference", "scalar"])
+def test_import_does_no_work(engine):
+    result = run(PROBE, **({} if engine is None else {"BITKERNELS_CPU": engine}))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() and not result.stderr.strip()
+
+
+def test_reference_loads_no_extension():
+    code = "import sys, bitkernels; assert 'bitkernels._C' not in sys.modules"
+    result = run(code, BITKERNELS_CPU="reference")
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_survives_warnings_as_errors():
+    result = run("import torch, warnings; warnings.simplefilter('error'); import bitkernels")
+    assert result.returncode == 0, result.stderr
