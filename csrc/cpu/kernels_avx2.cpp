@@ -14,10 +14,18 @@ namespace bitkernels::avx2 {
 #define BK_TARGET __attribute__((target("avx2,f16c,bmi2,popcnt")))
 
 constexpr const char* kName = "avx2";
+constexpr int kLanes = 8;
 
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("f16c");
+}
+
+template <class Lanes>
+BK_TARGET inline uint32_t bits16(const Lanes* mask) {
+  const uint32_t low = _mm256_movemask_ps(reinterpret_cast<__m256>(mask[0]));
+  const uint32_t high = _mm256_movemask_ps(reinterpret_cast<__m256>(mask[1]));
+  return low | high << 8;
 }
 
 BK_TARGET inline uint32_t nonneg32(const float* x) {

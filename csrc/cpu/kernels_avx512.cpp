@@ -15,11 +15,17 @@ namespace bitkernels::avx512 {
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,f16c,bmi2")))
 
 constexpr const char* kName = "avx512";
+constexpr int kLanes = 16;
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("bmi2");
+}
+
+template <class Lanes>
+BK_TARGET inline uint32_t bits16(const Lanes* mask) {
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask[0]));
 }
 
 BK_TARGET inline uint32_t nonneg32(const float* x) {

@@ -14,6 +14,7 @@ namespace bitkernels::neon {
 #define BK_TARGET
 
 constexpr const char* kName = "neon";
+constexpr int kLanes = 4;
 
 bool supported() { return true; }
 
@@ -21,6 +22,13 @@ bool supported() { return true; }
 inline uint32_t mask4(uint32x4_t all_ones) {
   const uint32x4_t weight = {1, 2, 4, 8};
   return vaddvq_u32(vandq_u32(all_ones, weight));
+}
+
+template <class Lanes>
+inline uint32_t bits16(const Lanes* mask) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) bits |= mask4(reinterpret_cast<uint32x4_t>(mask[i])) << (4 * i);
+  return bits;
 }
 
 inline uint32_t nonneg32(const float* x) {

@@ -10,8 +10,16 @@ namespace bitkernels::scalar {
 #define BK_TARGET
 
 constexpr const char* kName = "scalar";
+constexpr int kLanes = 4;
 
 bool supported() { return true; }
+
+template <class Lanes>
+inline uint32_t bits16(const Lanes* mask) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(mask[i / kLanes][i % kLanes] < 0) << i;
+  return bits;
+}
 
 inline uint32_t nonneg32(const float* x) {
   uint32_t bits = 0;
