@@ -84,6 +84,7 @@ class BinaryLayer(nn.Module):
     weight_quantizer: Quantize | None
     weight_scale: WeightScale
     on_bits: bool
+    _unscaled_sign: SteSign | None
     _twin: Any = None  # class of the inference twin; without one a layer computes on reals
 
     def _configure(self, input_quantizer: QuantizerLike, weight_quantizer: QuantizerLike,
@@ -133,7 +134,9 @@ class BinaryLayer(nn.Module):
             w = "identity", None, None, True  # the operator has one beta for both
         self.on_bits = x is not None and w is not None and self._twin is not None
         self._scale_rule = scale
-        self._weight_sign = weight_quantizer
+        # Beside the submodules: the sign that replaces magnitude_aware_sign, whose scale is apart.
+        replaced = weight_quantizer is not self.weight_quantizer
+        self.__dict__["_unscaled_sign"] = weight_quantizer if replaced else None
         self._train_args: dict[str, Any] = {}
         if x is None or w is None or not self.on_bits:
             return
@@ -161,11 +164,14 @@ class BinaryLayer(nn.Module):
 
     def signs_of_weight(self) -> Tensor:
         """A tensor shaped as the weight whose signs the layer computes with, on bits."""
-        return _quantized(self._weight_sign, self.weight) if self._weight_first else self.weight
+        return self._quantized_weight() if self._weight_first else self.weight
+
+    def _quantized_weight(self) -> Tensor:
+        return _quantized(self._unscaled_sign or self.weight_quantizer, self.weight)
 
     def _real_operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized input, quantized and scaled weight."""
-        weight = _quantized(self._weight_sign, self.weight)
+        weight = self._quantized_weight()
         scale = self.scale()
         if scale is not None:
             scale = scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
