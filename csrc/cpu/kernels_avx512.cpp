@@ -51,28 +51,32 @@ BK_TARGET inline void float_to_half16(const float* y, uint16_t* x) {
                       _mm512_cvtps_ph(_mm512_loadu_ps(y), _MM_FROUND_TO_NEAREST_INT));
 }
 
+#define BK_UNROLL _Pragma("GCC unroll 8")
+
 template <int PIXELS, int TILES>
 BK_TARGET void dot(const Dot& d) {
   __m512i acc[PIXELS][TILES];
-  for (int p = 0; p < PIXELS; ++p)
-    for (int t = 0; t < TILES; ++t) acc[p][t] = _mm512_setzero_si512();
+  BK_UNROLL for (int p = 0; p < PIXELS; ++p)
+    BK_UNROLL for (int t = 0; t < TILES; ++t) acc[p][t] = _mm512_setzero_si512();
+  const int64_t a_pixel = d.a_pixel, w_tile = d.w_tile, run = d.run;
   for (int64_t y = 0; y < d.ky; ++y)
     for (int64_t x = 0; x < d.kx; ++x) {
       const uint32_t* a = d.a + y * d.a_ky + x * d.a_kx;
       const uint32_t* w = d.w + y * d.w_ky + x * d.w_kx;
-      for (int64_t i = 0; i < d.run; ++i, ++a, w += 16) {
+      for (int64_t i = 0; i < run; ++i, ++a, w += 16) {
         __m512i weight[TILES];
-        for (int t = 0; t < TILES; ++t) weight[t] = _mm512_loadu_si512(w + t * d.w_tile);
-        for (int p = 0; p < PIXELS; ++p) {
-          const __m512i word = _mm512_set1_epi32(static_cast<int>(a[p * d.a_pixel]));
-          for (int t = 0; t < TILES; ++t)
+        BK_UNROLL for (int t = 0; t < TILES; ++t) weight[t] = _mm512_loadu_si512(w + t * w_tile);
+        BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
+          const __m512i word = _mm512_set1_epi32(static_cast<int>(a[p * a_pixel]));
+          BK_UNROLL for (int t = 0; t < TILES; ++t)
             acc[p][t] = _mm512_add_epi32(
                 acc[p][t], _mm512_popcnt_epi32(_mm512_xor_si512(word, weight[t])));
         }
       }
     }
-  for (int p = 0; p < PIXELS; ++p)
-    for (int t = 0; t < TILES; ++t) _mm512_storeu_si512(d.acc + (p * TILES + t) * 16, acc[p][t]);
+  BK_UNROLL for (int p = 0; p < PIXELS; ++p)
+    BK_UNROLL for (int t = 0; t < TILES; ++t)
+      _mm512_storeu_si512(d.acc + (p * TILES + t) * 16, acc[p][t]);
 }
 
 BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
