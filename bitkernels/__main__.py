@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 
 import bitkernels
+from bitkernels.backends import cpu
 
 FEATURES = ("popcnt", "avx2", "avx512_bw", "avx512_vl", "avx512_vpopcntdq", "avx512_bitalg",
             "neon", "sve")
 DISTRIBUTIONS = {"triton": ("triton", "pytorch-triton-rocm", "triton-windows"),
                  "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
+REMEDY = ("not built; with a C++ compiler and torch installed, run pip install "
+          "--no-build-isolation --force-reinstall --no-deps on the source")
 
 
 def installed_version(names: tuple[str, ...]) -> str:
@@ -30,18 +33,6 @@ def _distribution(name: str) -> metadata.Distribution | None:
         return metadata.distribution(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cpu_backend():
-    """`bitkernels.backends.cpu`, or None in a version without it."""
-    if importlib.util.find_spec("bitkernels.backends.cpu") is None:
-        return None
-    return importlib.import_module("bitkernels.backends.cpu")
-
-
-def supported_cpu_kernels() -> list[str]:
-    cpu = cpu_backend()
-    return [name for name, supported in cpu.kernels() if supported] if cpu else []
 
 
 def report() -> list[tuple[str, str]]:
@@ -58,21 +49,18 @@ def report() -> list[tuple[str, str]]:
 
 def cpu_rows() -> list[tuple[str, str]]:
     found = torch.cpu.get_capabilities()
-    features = [name for name in FEATURES if found.get(name)]
-    rows = [("cpu", f"{found.get('cpu_name', platform.machine())}: {' '.join(features) or '-'}")]
-    cpu = cpu_backend()
-    active = cpu.active() if cpu else None
-    if importlib.util.find_spec("bitkernels._C") is None:
-        rows.append(("cpu engine", "not built; install a C++ compiler, then "
-                                   "pip install --no-build-isolation --force-reinstall --no-deps"))
-    if cpu and cpu.kernels():
+    features = " ".join(name for name in FEATURES if found.get(name))
+    rows = [("cpu", f"{found.get('cpu_name', platform.machine())}: {features or '-'}")]
+    if cpu.why_not is None:
         rows.append(("cpu kernels", ", ".join(
             name if supported else f"{name} (not on this CPU)"
             for name, supported in cpu.kernels())))
-    forced = os.environ.get("BITKERNELS_CPU")
-    why = f"BITKERNELS_CPU={forced}" if forced else "the fastest this CPU runs"
-    rows.append(("runs on cpu", f"{active} ({why})" if active else "reference (plain PyTorch)"))
-    return rows
+    elif importlib.util.find_spec("bitkernels._C") is None:
+        rows.append(("cpu engine", REMEDY))
+    try:
+        return [*rows, ("runs on cpu", cpu.explain())]
+    except RuntimeError as error:  # BITKERNELS_CPU names no kernel of this machine
+        return [*rows, ("runs on cpu", f"nothing: {str(error).splitlines()[0]}")]
 
 
 def gpu_rows() -> list[tuple[str, str]]:
@@ -83,7 +71,9 @@ def gpu_rows() -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         rows.append((f"gpu {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, "
                                      f"{gpu.total_memory / 2**30:.0f} GiB"))
-    return rows
+    fast = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", "CUDA")
+    return [*rows, ("runs on gpu", "the kernels of bitkernels.backends.triton" if fast
+                    else "reference (slow, plain PyTorch): no GPU backend is loaded")]
 
 
 def main() -> None:
@@ -91,7 +81,7 @@ def main() -> None:
     parser.add_argument("--cpu-kernels", action="store_true",
                         help="print only the names of the CPU kernels that this machine runs")
     if parser.parse_args().cpu_kernels:
-        print("\n".join(supported_cpu_kernels()))
+        print("\n".join(name for name, supported in cpu.kernels() if supported))
         return
     rows = report()
     width = max(len(name) for name, _ in rows)
