@@ -75,7 +75,7 @@ def _binary_twin(module: nn.Module, options: dict[str, Any], pad_value: int,
         twin._configure(**{key: copy.deepcopy(value) for key, value in options.items()})
     except ValueError as error:
         raise ValueError(f"{name}: {error}" if name else str(error)) from None
-    return twin
+    return twin.train(module.training)
 
 
 def _replace(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
