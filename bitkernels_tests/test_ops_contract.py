@@ -140,8 +140,8 @@ def block(x, weight, shift, slope, dense):
     y = ops.rsign(x, shift)
     y = ops.binary_conv2d(y, weight, None, (1,), (1,), scale=weight.abs().mean((1, 2, 3)))
     y = ops.rprelu(y, shift, slope, shift)
-    y = ops.binary_conv2d.padding(y, weight, None, (1,), "same", pad_value=1)
-    return ops.binary_linear(y.mean((2, 3)), dense)
+    y = ops.binary_conv2d.padding(y, weight, None, (1,), "same", pad_value=1, input_clip=40.0)
+    return ops.binary_linear(y.mean((2, 3)), dense, input_estimator="identity")
 
 
 def packed_block(x, weight_words, scale, dense_words):
