@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 
 
+_PLANE_ASM = tl.constexpr(tuple(
+    f"{{ .reg .b32 t; shr.b32 t, $1, {bit}; and.b32 $0, t, 0x01010101; }}" for bit in range(8)))
+
+
 @triton.jit
 def popcount(x, PTX: tl.constexpr):
     """Number of set bits of every int32."""
@@ -30,9 +34,8 @@ def popcount(x, PTX: tl.constexpr):
 def bit_plane(x, BIT: tl.constexpr, PTX: tl.constexpr):
     """Bit BIT of every byte of an int8 tensor, as int8 0 or 1: two instructions for four bytes."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.b32 t, $1, $2; and.b32 $0, t, 0x01010101; }",
-            "=r,r,n", [x, BIT], dtype=tl.int8, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(_PLANE_ASM[BIT], "=r,r", [x], dtype=tl.int8, is_pure=True,
+                                         pack=4)
     else:
         return (x >> BIT) & 1
 

@@ -1,0 +1,1 @@
+b1_kernel = None

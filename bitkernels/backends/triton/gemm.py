@@ -1,0 +1,110 @@
+"""Launches one contraction: picks the inner product, prepares its tables, picks the tiles."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from bitkernels.backends.triton import configs
+from bitkernels.backends.triton.b1 import b1_kernel
+from bitkernels.backends.triton.contraction import (
+    filter_kernel,
+    int8_kernel,
+    popc_kernel,
+    window_kernel,
+)
+
+VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
+SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all
+
+
+def choose(family: str, rows: int, columns: int, depth: int, groups: int, taps: int,
+           addressable: bool) -> tuple[str, ...]:
+    """Inner products that take this contraction, the preferred first; popc takes everything."""
+    forced = configs.forced_inner()
+    fitting = ["popc"]
+    if groups == 1 and addressable:
+        fitting.insert(0, "int8")
+        if configs.has_b1(family) and taps <= 32:
+            fitting.insert(0, "b1")
+    if forced in fitting:
+        return (forced,)
+    if family == "interpret" or rows * columns * depth < SMALL:
+        return ("popc",)
+    return tuple(fitting)
+
+
+def outside(size: int, out: int, kernel: int, stride: int, pad: int, step: int) -> tuple[int, int]:
+    """The most taps that any window has before and past the image along one axis."""
+    last = (out - 1) * stride - pad
+    until = min(-(-max(size - last, 0) // step), kernel)
+    return min(-(-pad // step), kernel), kernel - until
+
+
+def contract(inner: str, words, filters, channels, stride, pad, dilation, groups, pad_value,
+             out_size, out=None, packed=None, residual=None, clamp_min=None, clamp_max=None,
+             threshold=None, **vectors):
+    """words (N, H, W, words), filters (Cout, kh, kw, words); out and residual (N, Cout, OH, OW)."""
+    family = configs.family(words.device)
+    ptx = configs.inline_ptx(family)
+    images, height, width, pixel = words.shape
+    cout, kh, kw, depth = filters.shape
+    oh, ow = out_size
+    rows = images * oh * ow
+    if rows == 0:
+        return
+    geometry = (height, width, oh, ow, *stride, pad[0], pad[2], *dilation)
+    strides = [(0,) * 4 if t is None else (t.stride(0), t.stride(1), t.stride(2), t.stride(3))
+               for t in (residual, out)]
+    vectors = {k: None if vectors.get(k) is None else vectors[k].contiguous() for k in VECTORS}
+    if threshold is not None:
+        threshold = threshold.contiguous()
+    common = dict(out=out, packed=packed, residual=residual, clamp_min=clamp_min,
+                  clamp_max=clamp_max, threshold=threshold, **vectors, M=rows, N=cout)
+    common |= zip(("H", "W", "OH", "OW", "SH", "SW", "PT", "PL", "DH", "DW"), geometry,
+                  strict=True)
+    common |= zip(("ron", "roc", "roh", "row", "oon", "ooc", "ooh", "oow"),
+                  (*strides[0], *strides[1]), strict=True)
+    tile = configs.table(inner, family)[0]
+    if inner == "popc":
+        block_m, block_n, warps = tile
+        popc_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
+            words, filters, **common, CHANNELS=channels // groups, OUT_CHANNELS=cout // groups,
+            GROUPS=groups, PIXEL=pixel, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=pad_value, PTX=ptx,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, enable_fp_fusion=False)
+        return
+    tables = prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx)
+    shape = dict(BORDERS=tables["corr"].shape[0], KH=kh, KW=kw, PADDED=any(pad))
+    if inner == "int8":
+        block_m, block_n, block_k, warps, stages = tile
+        int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
+            words.view(torch.int8), filters.view(torch.int8), **common, **tables, **shape, WIDTH=4 * depth,
+            PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
+            num_stages=stages, enable_fp_fusion=False)
+    else:
+        (warps,) = tile
+        b1_kernel[(triton.cdiv(rows, 64 * warps), triton.cdiv(cout, 64))](
+            words, filters, **common, **tables, **shape, WIDTH=depth, WARPS=warps,
+            num_warps=warps, enable_fp_fusion=False)
+
+
+def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> dict:
+    height, width, oh, ow, sh, sw, top, left, dh, dw = geometry
+    cout, kh, kw, depth = filters.shape
+    border = (0, 0, 0, 0)
+    if pad_value != -1:  # with -1 the taps outside are plain clear bits
+        border = (*outside(height, oh, kh, sh, top, dh), *outside(width, ow, kw, sw, left, dw))
+    classes = 1
+    for taps in border:
+        classes *= taps + 1
+    block_k = min(triton.next_power_of_2(depth), 32)
+    pa, labels = words.new_empty((rows,)), words.new_empty((rows if classes > 1 else 1,))
+    corr = words.new_empty((classes, cout))
+    window_kernel[(triton.cdiv(rows, 128),)](
+        words, pa, labels, rows, *geometry, *border, WIDTH=depth, KH=kh, KW=kw, PTX=ptx,
+        BLOCK_M=128, BLOCK_K=block_k, num_warps=4)
+    filter_kernel[(triton.cdiv(cout, 64), classes)](
+        filters, corr, cout, channels, *border[1:], WIDTH=depth, KH=kh, KW=kw,
+        PAD_VALUE=pad_value if pad_value != -1 else 0, PTX=ptx, BLOCK_N=64, BLOCK_K=block_k,
+        num_warps=4)
+    return dict(pa=pa, border=labels, corr=corr)

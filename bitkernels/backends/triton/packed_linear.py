@@ -1,0 +1,35 @@
+"""packed_linear: the 1 x 1 convolution of 1 x 1 images, in the kernels of the contraction."""
+
+from __future__ import annotations
+
+from bitkernels import reference
+from bitkernels._checks import linear_geometry
+from bitkernels._ops import empty_real, empty_words
+from bitkernels.backends.triton import configs, gemm
+
+
+def packed_linear(words, weight_words, channels, *, out_channels=None, dtype=None, residual=None,
+                  real=True, packed=False, inner=None, **parts):
+    """(real tensor or None, packed signs or None); `inner` forces the inner product."""
+    shape = linear_geometry("packed_linear", words, weight_words, channels, out_channels)
+    if weight_words.dim() == 3:
+        weight_words = reference.untile_weight(weight_words, shape[-1])
+    cout, width = shape[-1], words.shape[-1]
+    out = empty_real(words, shape, dtype, False) if real else None
+    signs = empty_words(words, shape[:-1], cout) if packed else None
+    if inner is None:
+        inner = choose(words, weight_words)[0]
+    if residual is not None:
+        residual = residual.reshape(-1, cout, 1, 1)
+    gemm.contract(inner, words.reshape(-1, 1, 1, width).contiguous(),
+                  weight_words.reshape(cout, 1, 1, width).contiguous(), channels, (1, 1),
+                  (0, 0, 0, 0), (1, 1), 1, 0, (1, 1),
+                  None if out is None else out.view(-1, cout, 1, 1), signs, residual, **parts)
+    return out, signs
+
+
+def choose(words, weight_words) -> tuple[str, ...]:
+    rows = words.numel() // words.shape[-1]
+    addressable = max(words.numel(), weight_words.numel()) < 2**31
+    return gemm.choose(configs.family(words.device), rows, weight_words.shape[0], words.shape[-1],
+                       1, 1, addressable)
