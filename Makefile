@@ -12,7 +12,7 @@ QEMU ?= qemu-aarch64
 PY := $(VENV)/bin/python
 ENV_STAMP := $(VENV)/.bitkernels-environment
 BUILD_STAMP := $(VENV)/.bitkernels-build
-ENGINE := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc)
+ENGINE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc)
 TEST_SOURCES := $(wildcard csrc/cpu/*.cpp)
 CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
@@ -57,7 +57,7 @@ test-all: build
 	@set -e; kernels=$$($(PY) -m bitkernels --cpu-kernels); \
 	for kernel in $$kernels reference; do \
 	  echo "== BITKERNELS_CPU=$$kernel"; \
-	  BITKERNELS_CPU=$$kernel $(PY) -m pytest; \
+	  BITKERNELS_CPU=$$kernel OMP_NUM_THREADS=1 $(PY) -m pytest -n auto; \
 	done
 
 kernel-test:

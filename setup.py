@@ -49,7 +49,7 @@ def extension() -> dict:
     engine = CppExtension(
         "bitkernels._C",
         sorted(sources),
-        depends=glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc"),
+        depends=glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc"),
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": FLAGS},
