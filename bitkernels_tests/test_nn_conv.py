@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitkernels import quantizers
 from bitkernels.nn import BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLayer
+from bitkernels.nn.layer import _OPERATOR_DEFAULTS
 from bitkernels_tests import oracles
 from bitkernels_tests.cases import dyadic, reals
 
@@ -343,6 +344,13 @@ def test_meta_device():
     layer.load_state_dict(source.state_dict())
     x = reals(2, 36, 5, 5)
     assert torch.equal(layer(x), source(x))
+
+
+def test_defaults_left_out_are_those_of_the_operator():
+    schema = {a.name: a.default_value
+              for a in torch.ops.bitkernels.binary_conv2d.default._schema.arguments}
+    for name, value in _OPERATOR_DEFAULTS.items():
+        assert schema[name] == value
 
 
 def test_options_can_be_assigned():

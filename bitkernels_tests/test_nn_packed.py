@@ -126,7 +126,7 @@ def test_copies_and_state_dicts():
     again = copy.deepcopy(twin)
     again.load_state_dict(empty.state_dict())
     assert torch.equal(again(x), expected)
-    with pytest.raises(RuntimeError, match="Unexpected key.*scale"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*scale"):
         PackedConv2d(36, 12, 3, padding=1).load_state_dict(state)
     line = linear_of(weight_scale="xnor")
     empty = PackedLinear(67, 9, scale=True)

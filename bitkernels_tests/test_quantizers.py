@@ -240,7 +240,7 @@ def test_get():
     assert quantizers.get(module) is module and quantizers.get(torch.tanh) is torch.tanh
     assert quantizers.get(None) is None
     for wrong in ("sign", "NoOp", 3, quantizers.NoOp):
-        with pytest.raises(ValueError, match="ste_sign.*SteTern.*dorefa_quantizer"):
+        with pytest.raises(ValueError, match=r"ste_sign.*SteTern.*dorefa_quantizer"):
             quantizers.get(wrong)
 
 

@@ -55,9 +55,10 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     skipped |= {id(m) for _, m in layers[-1:] if skip_last}
     twins: dict[nn.Module, nn.Module] = {}
     for name, module in layers:
-        if type(module) in _TWINS and id(module) not in skipped:
-            if filter is None or filter(name, module):
-                twins[module] = _binary_twin(module, options, pad_value, name)
+        if type(module) not in _TWINS or id(module) in skipped:
+            continue
+        if filter is None or filter(name, module):
+            twins[module] = _binary_twin(module, options, pad_value, name)
     _replace(model, twins)
     return model
 

@@ -22,6 +22,8 @@ QuantizerLike = str | type[nn.Module] | Quantize | None
 WeightScale = Literal["detached", "magnitude_aware", "xnor"] | None
 
 WEIGHT_SCALES = (None, "detached", "magnitude_aware", "xnor")
+_OPERATOR_DEFAULTS = dict(input_estimator="ste_sign", input_clip=1.0, weight_estimator="ste_sign",
+                          weight_clip=1.0, beta=5.0, scale_weight_grad=True)
 _OPTIONS = ("input_quantizer", "weight_quantizer", "weight_scale")
 
 
@@ -142,9 +144,11 @@ class BinaryLayer(nn.Module):
             return
         self._input_first, self._weight_first = x[3], w[3]
         beta = w[2] if x[2] is None else x[2]
-        self._train_args = dict(
+        arguments = dict(
             input_estimator=x[0], input_clip=x[1], weight_estimator=w[0], weight_clip=w[1],
             beta=5.0 if beta is None else beta, scale_weight_grad=scale != "detached")
+        # Each argument passed costs the dispatcher time, so the operator's defaults are left out.
+        self._train_args = {k: v for k, v in arguments.items() if v != _OPERATOR_DEFAULTS[k]}
 
     def scale(self) -> Tensor | None:
         """alpha of each output channel (Cout,), in float32 (float64 for float64); None without."""
