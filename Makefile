@@ -8,6 +8,7 @@ EXTRAS ?= test,bench,dev,triton
 CXX ?= g++
 CXX_NEON ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 ENV_STAMP := $(VENV)/.bitkernels-environment
@@ -53,12 +54,14 @@ $(BUILD_STAMP): $(ENV_STAMP) setup.py pyproject.toml $(ENGINE)
 	  "$(PY) -m pip install -v --no-build-isolation --no-deps . says why"
 	touch $@
 
+# Single-threaded runs side by side; `make test` is the one with threads.
 test-all: build
-	@set -e; kernels=$$($(PY) -m bitkernels --cpu-kernels); \
-	for kernel in $$kernels reference; do \
-	  echo "== BITKERNELS_CPU=$$kernel"; \
-	  BITKERNELS_CPU=$$kernel OMP_NUM_THREADS=1 $(PY) -m pytest -n auto; \
-	done
+	mkdir -p build
+	@kernels=$$($(PY) -m bitkernels --cpu-kernels) && printf '%s\n' $$kernels reference | \
+	xargs -P $(JOBS) -I{} sh -c 'BITKERNELS_CPU={} OMP_NUM_THREADS=1 $(PY) -m pytest -q \
+	  > build/test-{}.log 2>&1; code=$$?; \
+	  echo "== BITKERNELS_CPU={}"; [ $$code = 0 ] || cat build/test-{}.log; \
+	  tail -n 1 build/test-{}.log; exit $$code'
 
 kernel-test:
 	mkdir -p build
