@@ -41,6 +41,7 @@ def test_integer_dot(case, device):
     assert torch.equal(dot, expected)
     assert torch.equal(expected, reference.dot_conv2d(
         words, weight_words, case.channels, *case.args, case.pad_value))
+    assert dot_of(words.to("meta"), weight_words.to("meta"), case).shape == dot.shape
 
 
 @pytest.mark.parametrize("case", CONV_CASES, ids=str)

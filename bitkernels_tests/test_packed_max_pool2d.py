@@ -37,6 +37,7 @@ def test_maximum_of_signs(case, device):
     assert out.dtype == torch.int32 and out.is_contiguous()
     assert out.shape == expected.shape and torch.equal(out, expected)
     assert torch.equal(reference.packed_max_pool2d(words, *case.args), expected)
+    assert ops.packed_max_pool2d(words.to("meta"), *case.args).shape == expected.shape
 
 
 def test_window_of_padding_alone(device):
