@@ -28,25 +28,7 @@ BK_TARGET inline uint32_t bits16(const Lanes* mask) {
   return low | high << 8;
 }
 
-BK_TARGET inline uint32_t nonneg32(const float* x) {
-  uint32_t negative = 0;
-  for (int i = 0; i < 4; ++i) {
-    const __m256 less = _mm256_cmp_ps(_mm256_loadu_ps(x + 8 * i), _mm256_setzero_ps(), _CMP_LT_OQ);
-    negative |= static_cast<uint32_t>(_mm256_movemask_ps(less)) << (8 * i);
-  }
-  return ~negative;
-}
-
-BK_TARGET inline uint32_t within32(const float* x, float clip) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  const __m256 c = _mm256_set1_ps(clip);
-  uint32_t bits = 0;
-  for (int i = 0; i < 4; ++i) {
-    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(x + 8 * i), magnitude);
-    bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, c, _CMP_LE_OQ))) << (8 * i);
-  }
-  return bits;
-}
+#define BK_UNROLL _Pragma("GCC unroll 8")
 
 BK_TARGET inline void half_to_float16(const uint16_t* x, float* y) {
   for (int i = 0; i < 16; i += 8)
@@ -82,15 +64,16 @@ BK_TARGET inline void dot_run(const uint32_t* a, int64_t a_pixel, const uint32_t
   while (run > 0) {
     const int64_t n = run < 31 ? run : 31;
     __m256i bytes[PIXELS];
-    for (int p = 0; p < PIXELS; ++p) bytes[p] = _mm256_setzero_si256();
+    BK_UNROLL for (int p = 0; p < PIXELS; ++p) bytes[p] = _mm256_setzero_si256();
     for (int64_t i = 0; i < n; ++i) {
       const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16 * i));
-      for (int p = 0; p < PIXELS; ++p) {
+      BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
         const __m256i word = _mm256_set1_epi32(static_cast<int>(a[p * a_pixel + i]));
         bytes[p] = _mm256_add_epi8(bytes[p], byte_popcount(_mm256_xor_si256(word, weight)));
       }
     }
-    for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_add_epi32(sum[p], widen(bytes[p]));
+    BK_UNROLL for (int p = 0; p < PIXELS; ++p)
+      sum[p] = _mm256_add_epi32(sum[p], widen(bytes[p]));
     a += n;
     w += 16 * n;
     run -= n;
@@ -101,13 +84,13 @@ template <int PIXELS, int TILES>
 BK_TARGET void dot(const Dot& d) {
   for (int half = 0; half < 2 * TILES; ++half) {
     __m256i sum[PIXELS];
-    for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_setzero_si256();
+    BK_UNROLL for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_setzero_si256();
     const uint32_t* tile = d.w + half / 2 * d.w_tile + half % 2 * 8;
     for (int64_t y = 0; y < d.ky; ++y)
       for (int64_t x = 0; x < d.kx; ++x)
         dot_run<PIXELS>(d.a + y * d.a_ky + x * d.a_kx, d.a_pixel, tile + y * d.w_ky + x * d.w_kx,
                         d.run, sum);
-    for (int p = 0; p < PIXELS; ++p)
+    BK_UNROLL for (int p = 0; p < PIXELS; ++p)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.acc + p * TILES * 16 + half * 8), sum[p]);
   }
 }

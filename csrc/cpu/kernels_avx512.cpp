@@ -23,23 +23,23 @@ bool supported() {
          __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("bmi2");
 }
 
+#define BK_MASK_REGISTERS
+
 template <class Lanes>
-BK_TARGET inline uint32_t bits16(const Lanes* mask) {
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask[0]));
+BK_TARGET inline uint32_t bits16(const Lanes* v) {
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(v[0]));
 }
-
-BK_TARGET inline uint32_t nonneg32(const float* x) {
-  const __m512 zero = _mm512_setzero_ps();
-  const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), zero, _CMP_LT_OQ);
-  const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), zero, _CMP_LT_OQ);
-  return ~(low | high << 16);
+BK_TARGET inline uint32_t less16(__m512 v, float limit) {
+  return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LT_OQ);
 }
-
-BK_TARGET inline uint32_t within32(const float* x, float clip) {
-  const __m512 c = _mm512_set1_ps(clip);
-  const uint32_t low = _mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_loadu_ps(x)), c, _CMP_LE_OQ);
-  const uint32_t high = _mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_loadu_ps(x + 16)), c, _CMP_LE_OQ);
-  return low | high << 16;
+BK_TARGET inline uint32_t within16(__m512 v, float clip) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(clip), _CMP_LE_OQ);
+}
+template <class Lanes>
+BK_TARGET inline uint32_t between16(Lanes v, Lanes lo, Lanes hi) {
+  const __m512i x = reinterpret_cast<__m512i>(v);
+  return _mm512_mask_cmple_epi32_mask(
+      _mm512_cmpge_epi32_mask(x, reinterpret_cast<__m512i>(lo)), x, reinterpret_cast<__m512i>(hi));
 }
 
 BK_TARGET inline void half_to_float16(const uint16_t* x, float* y) {

@@ -31,19 +31,6 @@ inline uint32_t bits16(const Lanes* mask) {
   return bits;
 }
 
-inline uint32_t nonneg32(const float* x) {
-  uint32_t negative = 0;
-  for (int i = 0; i < 8; ++i) negative |= mask4(vcltzq_f32(vld1q_f32(x + 4 * i))) << (4 * i);
-  return ~negative;
-}
-
-inline uint32_t within32(const float* x, float clip) {
-  uint32_t bits = 0;
-  for (int i = 0; i < 8; ++i)
-    bits |= mask4(vcaleq_f32(vld1q_f32(x + 4 * i), vdupq_n_f32(clip))) << (4 * i);
-  return bits;
-}
-
 inline void half_to_float16(const uint16_t* x, float* y) {
   for (int i = 0; i < 16; i += 4)
     vst1q_f32(y + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));

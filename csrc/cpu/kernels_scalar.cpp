@@ -21,18 +21,6 @@ inline uint32_t bits16(const Lanes* mask) {
   return bits;
 }
 
-inline uint32_t nonneg32(const float* x) {
-  uint32_t bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(!(x[i] < 0)) << i;
-  return bits;
-}
-
-inline uint32_t within32(const float* x, float clip) {
-  uint32_t bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(std::fabs(x[i]) <= clip) << i;
-  return bits;
-}
-
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
   uint32_t bits;
