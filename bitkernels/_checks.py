@@ -21,7 +21,7 @@ def fail(op: str, arg: str, takes: str, got: object) -> NoReturn:
 
 
 def describe(t: Tensor) -> str:
-    return f"{str(t.dtype)[6:]} of shape ({', '.join(str(s) for s in t.shape)})"
+    return f"{str(t.dtype)[6:]} of shape {tuple(t.shape)}"
 
 
 def word_count(channels: int) -> int:
@@ -192,8 +192,8 @@ def linear_geometry(op: str, words, weight_words, channels, out_channels):
     return (*words.shape[:-1], shape[0])
 
 
-def check_train(op: str, input, weight, bias, scale, input_estimator, weight_estimator, dtype,
-                ndim: int) -> None:
+def check_train(op: str, input, weight, bias, scale, input_estimator, input_clip, weight_estimator,
+                weight_clip, dtype, ndim: int) -> None:
     check_real(op, "input", input)
     check_real(op, "weight", weight, ndim)
     check_same_device(op, input, weight=weight, bias=bias, scale=scale)
@@ -201,6 +201,8 @@ def check_train(op: str, input, weight, bias, scale, input_estimator, weight_est
     check_channel_vector(op, "scale", scale, weight.shape[0])
     for arg, name in (("input_estimator", input_estimator), ("weight_estimator", weight_estimator)):
         check_estimator(op, arg, name)
+    check_clip(op, "input_clip", input_clip)
+    check_clip(op, "weight_clip", weight_clip)
     if dtype is not None and dtype not in REAL:
         fail(op, "dtype", "float32, float16, bfloat16 or float64", dtype)
 
@@ -211,10 +213,11 @@ def check_estimator(op: str, arg: str, name: str) -> None:
 
 
 def check_binary_conv2d(input, weight, bias, stride, padding, dilation, groups, *, pad_value, scale,
-                        input_estimator, weight_estimator, dtype):
+                        input_estimator, input_clip, weight_estimator, weight_clip, dtype):
     """Checked ((N, Cout, OH, OW), stride, (top, bottom, left, right), dilation)."""
     op = "binary_conv2d"
-    check_train(op, input, weight, bias, scale, input_estimator, weight_estimator, dtype, 4)
+    check_train(op, input, weight, bias, scale, input_estimator, input_clip, weight_estimator,
+                weight_clip, dtype, 4)
     if input.dim() not in (3, 4):
         fail(op, "input", "(N, C, H, W) or (C, H, W)", describe(input))
     channels, (cout, per_group, *kernel) = input.shape[-3], weight.shape
@@ -235,9 +238,11 @@ def check_binary_conv2d(input, weight, bias, stride, padding, dilation, groups, 
     return (*input.shape[:-3], cout, oh, ow), stride, pad, dilation
 
 
-def check_binary_linear(input, weight, bias, *, scale, input_estimator, weight_estimator, dtype):
+def check_binary_linear(input, weight, bias, *, scale, input_estimator, input_clip,
+                        weight_estimator, weight_clip, dtype):
     op = "binary_linear"
-    check_train(op, input, weight, bias, scale, input_estimator, weight_estimator, dtype, 2)
+    check_train(op, input, weight, bias, scale, input_estimator, input_clip, weight_estimator,
+                weight_clip, dtype, 2)
     if input.dim() < 1 or input.shape[-1] != weight.shape[1] or weight.shape[1] < 1:
         fail(op, "input", f"(..., {weight.shape[1]}) for a weight of shape "
              f"{tuple(weight.shape)}", describe(input))
@@ -288,9 +293,9 @@ def check_sign_pack(op: str, input: Tensor, shift: Tensor | None, dim: int) -> i
     return dim
 
 
-def check_clip(op: str, arg: str, clip) -> None:
-    if not clip >= 0:
-        fail(op, arg, "at least 0", clip)
+def check_clip(op: str, arg: str, clip: float | None) -> None:
+    if clip is not None and not clip >= 0:
+        fail(op, arg, "at least 0", f"{clip:g}")
 
 
 def check_mask_grad(grad: Tensor, mask_words: Tensor, dim: int) -> int:
@@ -332,6 +337,7 @@ def wants_channels_last(input: Tensor, weight: Tensor) -> bool:
 
 
 def check_grad_like(op: str, grad: Tensor, input: Tensor) -> None:
+    check_same_device(op, input, grad=grad)
     if grad.dtype != input.dtype or grad.shape != input.shape:
         fail(op, "grad", describe(input), describe(grad))
 

@@ -198,6 +198,7 @@ def _(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=Fals
 def _(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     check_rprelu("rsign", input, shift=shift)
     check_estimator("rsign", "estimator", estimator)
+    check_clip("rsign", "clip", clip)
     return empty_around(input, 1)
 
 
@@ -221,7 +222,8 @@ def _conv_train_fake(input, weight, bias=None, stride=(1,), padding=(0,), dilati
                      dtype=None):
     shape, *_ = check_binary_conv2d(
         input, weight, bias, stride, padding, dilation, groups, pad_value=pad_value, scale=scale,
-        input_estimator=input_estimator, weight_estimator=weight_estimator, dtype=dtype)
+        input_estimator=input_estimator, input_clip=input_clip, weight_estimator=weight_estimator,
+        weight_clip=weight_clip, dtype=dtype)
     batched = shape if len(shape) == 4 else (1, *shape)
     out = empty_real(input, batched, dtype or input.dtype, wants_channels_last(input, weight))
     return out if len(shape) == 4 else out.squeeze(0)
@@ -238,6 +240,7 @@ def _(input, weight, bias=None, stride=(1,), padding="valid", *args, **kw):
 @_fake("binary_linear")
 def _(input, weight, bias=None, *, scale=None, input_estimator="ste_sign", input_clip=1.0,
       weight_estimator="ste_sign", weight_clip=1.0, beta=5.0, scale_weight_grad=True, dtype=None):
-    shape = check_binary_linear(input, weight, bias, scale=scale, input_estimator=input_estimator,
-                                weight_estimator=weight_estimator, dtype=dtype)
+    shape = check_binary_linear(
+        input, weight, bias, scale=scale, input_estimator=input_estimator, input_clip=input_clip,
+        weight_estimator=weight_estimator, weight_clip=weight_clip, dtype=dtype)
     return empty_real(input, shape, dtype or input.dtype, False)

@@ -24,6 +24,7 @@ from bitkernels import reference
 from bitkernels._checks import (
     check_binary_conv2d,
     check_binary_linear,
+    check_clip,
     check_estimator,
     check_rprelu,
     wants_channels_last,
@@ -41,10 +42,13 @@ def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta:
     if name == "ste_sign":
         return torch.where(x.abs() <= clip, grad, torch.zeros_like(grad))
     if name == "approx_sign":
-        return (grad * (2 - 2 * x.abs()).clamp(min=0)).to(grad.dtype)
+        magnitude = x.abs()
+        slope = torch.where(magnitude <= 1, 2 - 2 * magnitude, torch.zeros_like(x))  # NaN: 0
+        return (grad * slope).to(grad.dtype)
     bx = beta * x
-    # For large |bx| cosh overflows to inf and the quotient is 0, as it should be.
     slope = beta * (2 - bx * torch.tanh(bx / 2)) / (1 + torch.cosh(bx))
+    # Past |bx| = 80 it is below 1e-32, and cosh is near overflow; NaN falls there too.
+    slope = torch.where(bx.abs() < 80, slope, torch.zeros_like(x))
     return (grad * slope).to(grad.dtype)
 
 
@@ -160,7 +164,8 @@ def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation
                    dtype=None):
     _, stride, pad, dilation = check_binary_conv2d(
         input, weight, bias, stride, padding, dilation, groups, pad_value=pad_value, scale=scale,
-        input_estimator=input_estimator, weight_estimator=weight_estimator, dtype=dtype)
+        input_estimator=input_estimator, input_clip=input_clip, weight_estimator=weight_estimator,
+        weight_clip=weight_clip, dtype=dtype)
     conf = dict(stride=stride, pad=pad, dilation=dilation, groups=groups, pad_value=pad_value,
                 input_estimator=input_estimator, input_clip=input_clip,
                 weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
@@ -221,8 +226,9 @@ def _linear_on_words(words, input, weight, bias, scale, conf):
 def _binary_linear(input, weight, bias=None, *, scale=None, input_estimator="ste_sign",
                    input_clip=1.0, weight_estimator="ste_sign", weight_clip=1.0, beta=5.0,
                    scale_weight_grad=True, dtype=None):
-    check_binary_linear(input, weight, bias, scale=scale, input_estimator=input_estimator,
-                        weight_estimator=weight_estimator, dtype=dtype)
+    check_binary_linear(
+        input, weight, bias, scale=scale, input_estimator=input_estimator, input_clip=input_clip,
+        weight_estimator=weight_estimator, weight_clip=weight_clip, dtype=dtype)
     conf = dict(input_estimator=input_estimator, input_clip=input_clip,
                 weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
                 scale_weight_grad=scale_weight_grad, dtype=dtype)
@@ -265,6 +271,7 @@ class _RSign(torch.autograd.Function):
 def _rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     check_rprelu("rsign", input, shift=shift)
     check_estimator("rsign", "estimator", estimator)
+    check_clip("rsign", "clip", clip)
     if _needs_grad(input, shift):
         return _RSign.apply(input, shift, estimator, clip, beta)
     with _below_autograd():

@@ -66,7 +66,7 @@ def mask_grad(grad: Tensor, mask_words: Tensor, dim: int = -1) -> Tensor:
 
 
 def unpack(words: Tensor, channels: int, dtype=torch.float32, dim: int = -1) -> Tensor:
-    return (unpack_bits(words, channels).to(dtype) * 2 - 1).movedim(-1, dim)
+    return (unpack_bits(words.contiguous(), channels).to(dtype) * 2 - 1).movedim(-1, dim)
 
 
 def tile_weight(weight_words: Tensor, groups: int = 1) -> Tensor:
@@ -168,8 +168,8 @@ def packed_max_pool2d(words, kernel_size, stride=(), padding=(0,), dilation=(1,)
     kernel, stride, padding, dilation, _ = pool_geometry(
         words, kernel_size, stride, padding, dilation, ceil_mode)
     bits = unpack_bits(words, words.shape[-1] * 32).movedim(-1, 1).float()
-    return pack_bits(F.max_pool2d(bits, kernel, stride, padding, dilation, ceil_mode)
-                     .movedim(1, -1).bool())
+    most = F.max_pool2d(bits, kernel, stride, padding, dilation, ceil_mode)
+    return pack_bits((most > 0).movedim(1, -1))  # -inf where a window holds padding alone
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:

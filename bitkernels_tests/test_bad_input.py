@@ -74,13 +74,13 @@ for op, more in ((ops.sign_pack.default, ()), (ops.sign_pack_mask.default, (1.0,
     row(op, "dim must be in [-2, 1], got 2", real(2, 3), *more, None, 2)
     row(op, "dim must be in [-2, 1], got -3", real(2, 3), *more, None, -3)
     row(op, "input must be at least 1 channel wide, got float32 of shape (2, 0)", real(2, 0), *more)
-    row(op, "shift must be of shape (3,), got float32 of shape (2)", real(2, 3), *more, real(2))
-    row(op, f"shift must be {FLOATS}, got int32 of shape (3)", real(2, 3), *more, words(3))
+    row(op, "shift must be of shape (3,), got float32 of shape (2,)", real(2, 3), *more, real(2))
+    row(op, f"shift must be {FLOATS}, got int32 of shape (3,)", real(2, 3), *more, words(3))
     row(op, "shift must be on cpu as the first argument, got meta", real(2, 3), *more,
         real(3, device="meta"))
     row(op, "input must not require grad, this operator has no gradient; use binary_conv2d or "
         "binary_linear to train, or .detach()", grad(2, 3), *more)
-row(ops.sign_pack_mask.default, "clip must be at least 0, got -1.0", real(2, 3), -1.0)
+row(ops.sign_pack_mask.default, "clip must be at least 0, got -1", real(2, 3), -1.0)
 row(ops.sign_pack_mask.default, "clip must be at least 0, got nan", real(2, 3), float("nan"))
 
 row(ops.mask_grad.default, f"grad must be {FLOATS}, got int32 of shape (2, 3)", words(2, 3),
@@ -146,9 +146,9 @@ conv("dilation must be at least 1, got [1, 0]", (1,), (0,), (1, 0))
 conv("kernel must be at most the padded input size 5, got a reach of 7", (1,), (0,), (3,))
 conv("kernel must be at most the padded input size 6, got a reach of 9", (1,), (0,), (1, 4))
 conv("pad_value must be -1, 0 or 1, got 2", pad_value=2)
-conv("scale must be of shape (8,), got float32 of shape (7)", scale=real(7))
+conv("scale must be of shape (8,), got float32 of shape (7,)", scale=real(7))
 conv("bias must be of shape (8,), got float32 of shape (8, 1)", bias=real(8, 1))
-conv(f"bias must be {FLOATS}, got int32 of shape (8)", bias=words(8))
+conv(f"bias must be {FLOATS}, got int32 of shape (8,)", bias=words(8))
 conv("slope must be of shape (8,), got float32 of shape ()", slope=real())
 conv("slope must be given with shift_in or shift_out, got None", shift_in=real(8))
 conv("shift_out must be on cpu as the first argument, got meta",
@@ -171,22 +171,22 @@ conv_packed("threshold must be alone, without scale, bias, ..., got both", thres
             scale=real(8))
 conv_packed("threshold must be alone, without scale, bias, ..., got both", threshold=words(2, 8),
             sign_shift=real(8))
-conv_packed("sign_shift must be of shape (8,), got float32 of shape (9)", sign_shift=real(9))
-row(ops.packed_conv2d.both, "scale must be of shape (8,), got float32 of shape (1)",
+conv_packed("sign_shift must be of shape (8,), got float32 of shape (9,)", sign_shift=real(9))
+row(ops.packed_conv2d.both, "scale must be of shape (8,), got float32 of shape (1,)",
     words(2, 5, 6, 2), words(8, 3, 3, 2), 40, scale=real(1))
 
 linear("words must be int32 words, got int64 of shape (3, 2)", x=words(3, 2, dtype=torch.int64))
 linear("words must be 1 words wide for 32 channels, got int32 of shape (3, 2)", channels=32)
 linear("weight_words must be 2 words wide for 40 channels, got int32 of shape (8, 3)",
        w=words(8, 3))
-linear("weight_words must be 2-dimensional, or tiled by tile_weight, got int32 of shape (2)",
+linear("weight_words must be 2-dimensional, or tiled by tile_weight, got int32 of shape (2,)",
        w=words(2))
 linear("weight_words must be on cpu as the first argument, got meta", w=words(8, 2, device="meta"))
 linear("out_channels must be what 1 tiles of 16 hold, got 0", w=words(1, 2, 16), out_channels=0)
-linear("residual must be of shape (3, 8), got float32 of shape (8)", residual=real(8))
-row(ops.packed_linear.packed, "threshold must be int32 of shape (2, 8), got int32 of shape (8)",
+linear("residual must be of shape (3, 8), got float32 of shape (8,)", residual=real(8))
+row(ops.packed_linear.packed, "threshold must be int32 of shape (2, 8), got int32 of shape (8,)",
     words(3, 2), words(8, 2), 40, threshold=words(8))
-row(ops.packed_linear.both, "bias must be of shape (8,), got float32 of shape (3)",
+row(ops.packed_linear.both, "bias must be of shape (8,), got float32 of shape (3,)",
     words(3, 2), words(8, 2), 40, bias=real(3))
 
 pool("words must be int32 words of shape (N, H, W, words), got float32 of shape (2, 5, 6, 2)",
@@ -214,7 +214,7 @@ train("weight must be of shape (Cout, 3, kh, kw) for 6 input channels in 2 group
       "shape (8, 6, 3, 3)", None, (1,), (0,), (1,), 2)
 train("weight must be on cpu as the first argument, got meta", w=real(8, 6, 3, 3, device="meta"))
 train("groups must be a divisor of 6 input and 8 output channels, got 4", None, (1,), (0,), (1,), 4)
-train("bias must be of shape (8,), got float32 of shape (6)", real(6))
+train("bias must be of shape (8,), got float32 of shape (6,)", real(6))
 train("scale must be of shape (8,), got float32 of shape (8, 1, 1)", scale=real(8, 1, 1))
 train("stride must be at least 1, got [0, 0]", None, (0, 0))
 train("padding must be at least 0, got [-1, -1]", None, (1,), (-1, -1))
@@ -223,8 +223,8 @@ train("pad_value must be -1, 0 or 1, got -2", pad_value=-2)
 train("kernel must be at most the padded input size 5, got a reach of 6", w=real(8, 6, 6, 1))
 train(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
 train(f"weight_estimator must be {ESTIMATORS}, got ''", weight_estimator="")
-train("input_clip must be at least 0, got -1.0", input_clip=-1.0)
-train("weight_clip must be at least 0, got -1.0", weight_clip=-1.0)
+train("input_clip must be at least 0, got -1", input_clip=-1.0)
+train("weight_clip must be at least 0, got -1", weight_clip=-1.0)
 train(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
 row(ops.binary_conv2d.padding, "padding must be 'same', 'valid' or integers, got 'full'",
     real(2, 6, 5, 5), real(8, 6, 3, 3), None, (1,), "full")
@@ -235,31 +235,31 @@ dense(f"input must be {FLOATS}, got int32 of shape (3, 6)", x=words(3, 6))
 dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape (3, 5)",
       x=real(3, 5))
 dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape ()", x=real())
-dense("weight must be 2-dimensional, got float32 of shape (6)", w=real(6))
+dense("weight must be 2-dimensional, got float32 of shape (6,)", w=real(6))
 dense("weight must be on cpu as the first argument, got meta", w=real(8, 6, device="meta"))
-dense("bias must be of shape (8,), got float32 of shape (1)", real(1))
+dense("bias must be of shape (8,), got float32 of shape (1,)", real(1))
 dense("scale must be of shape (8,), got float32 of shape ()", scale=real())
 dense(f"weight_estimator must be {ESTIMATORS}, got 'sign'", weight_estimator="sign")
 dense("input_clip must be at least 0, got nan", input_clip=float("nan"))
 dense(f"dtype must be {FLOATS}, got torch.int64", dtype=torch.int64)
 
 row(ops.rsign.default, f"input must be {FLOATS}, got int32 of shape (2, 3)", words(2, 3), real(3))
-row(ops.rsign.default, "input must be (N, C, ...), got float32 of shape (3)", real(3), real(3))
-row(ops.rsign.default, "shift must be of shape (3,), got float32 of shape (4)", real(2, 3, 4),
+row(ops.rsign.default, "input must be (N, C, ...), got float32 of shape (3,)", real(3), real(3))
+row(ops.rsign.default, "shift must be of shape (3,), got float32 of shape (4,)", real(2, 3, 4),
     real(4))
 row(ops.rsign.default, f"estimator must be {ESTIMATORS}, got 'tanh'", real(2, 3), real(3),
     estimator="tanh")
 row(ops.rsign.default, "clip must be at least 0, got -0.5", grad(2, 3), real(3),
     estimator="ste_sign", clip=-0.5)
-row(ops.rprelu.default, "input must be (N, C, ...), got float32 of shape (3)", real(3), real(3),
+row(ops.rprelu.default, "input must be (N, C, ...), got float32 of shape (3,)", real(3), real(3),
     real(3), real(3))
-row(ops.rprelu.default, "slope must be of shape (3,), got float32 of shape (1)", grad(2, 3),
+row(ops.rprelu.default, "slope must be of shape (3,), got float32 of shape (1,)", grad(2, 3),
     real(3), real(1), real(3))
-row(ops.rprelu.default, f"shift_out must be {FLOATS}, got int32 of shape (3)", real(2, 3),
+row(ops.rprelu.default, f"shift_out must be {FLOATS}, got int32 of shape (3,)", real(2, 3),
     real(3), real(3), words(3))
 row(ops.rprelu.default, "shift_in must be on cpu as the first argument, got meta", real(2, 3),
     real(3, device="meta"), real(3), real(3))
-row(ops.rprelu_backward.default, "slope must be of shape (3,), got float32 of shape (2)",
+row(ops.rprelu_backward.default, "slope must be of shape (3,), got float32 of shape (2,)",
     real(2, 3), real(2, 3), real(3), real(2))
 row(ops.rprelu_backward.default, "grad must be float32 of shape (2, 3), got float32 of "
     "shape (2, 4)", real(2, 4), real(2, 3), real(3), real(3))

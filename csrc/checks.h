@@ -67,7 +67,7 @@ std::string list_text(const List& list) {
 }
 
 inline std::string describe(const Tensor& t) {
-  return text(name_of(t.scalar_type()), " of shape ", shape_text(t.sizes()));
+  return text(name_of(t.scalar_type()), " of shape ", tuple_text(t.sizes()));
 }
 
 inline bool is_real(ScalarType t) {

@@ -130,6 +130,7 @@ std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat
   const int64_t channels = input.size(dim);
   if (channels < 1) fail(op, "input", "at least 1 channel wide", describe(input));
   check_channel_vector(op, "shift", shift, channels);
+  if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
   const Kernel& k = kernel();
   const Around x = around(input, dim);
   const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
@@ -149,10 +150,7 @@ Tensor op_sign_pack(Tensor input, OptTensor shift, int64_t dim) {
 
 std::tuple<Tensor, Tensor> op_sign_pack_mask(Tensor input, double clip, OptTensor shift,
                                              int64_t dim) {
-  const char* op = "sign_pack_mask";
-  check_real(op, "input", input);
-  if (!(clip >= 0)) fail(op, "clip", "at least 0", text(clip));
-  auto [signs, mask] = pack(op, input, clip, shift, dim);
+  auto [signs, mask] = pack("sign_pack_mask", input, clip, shift, dim);
   return {signs, *mask};
 }
 
@@ -472,7 +470,7 @@ void check_activation(const char* op, const Tensor& input) {
   if (input.dim() < 2) fail(op, "input", "(N, C, ...)", describe(input));
 }
 
-Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat, double) {
+Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip, double) {
   const char* op = "rsign";
   check_activation(op, input);
   check_channel_vector(op, "shift", shift, input.size(1));
@@ -482,6 +480,7 @@ Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat, dou
   if (!known)
     fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity, none",
          text("'", estimator, "'"));
+  if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
   const Around x = around(input, 1);
   const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
   Tensor out = dense_like(x.tensor);

@@ -89,6 +89,7 @@ def rprelu_backward(grad, input, shift_in, slope):
 def rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     _checks.check_rprelu("rsign", input, shift=shift)
     _checks.check_estimator("rsign", "estimator", estimator)
+    _checks.check_clip("rsign", "clip", clip)
     return _checks.empty_around(input, 1).copy_(reference.rsign(input, shift))
 
 

@@ -69,19 +69,19 @@ def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
 
 
 @triton.jit
-def filter_kernel(filters, corr, N, CHANNELS, BOTTOM: tl.constexpr, LEFT: tl.constexpr,
+def filter_kernel(filters, corr, N, BORDERS, CHANNELS, BOTTOM: tl.constexpr, LEFT: tl.constexpr,
                   RIGHT: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-                  PAD_VALUE: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr):
-    """corr[border, n]; one program a border class and block of filters."""
-    label = tl.program_id(1)
+                  PAD_VALUE: tl.constexpr, PTX: tl.constexpr, BLOCK_B: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """corr[border, n]; one program a block of border classes and of filters."""
+    label = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     right, rest = label % (RIGHT + 1), label // (RIGHT + 1)
     left, rest = rest % (LEFT + 1), rest // (LEFT + 1)
     bottom, top = rest % (BOTTOM + 1), rest // (BOTTOM + 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = n < N
     k = tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK_N], tl.int32)
+    total = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
     for tap in range(KH * KW):
         count = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
         at = filters + (n.to(tl.int64) * (KH * KW) + tap) * WIDTH
@@ -91,21 +91,24 @@ def filter_kernel(filters, corr, N, CHANNELS, BOTTOM: tl.constexpr, LEFT: tl.con
             count += popcount(w, PTX)
         kh, kw = tap // KW, tap % KW
         inside = (kh >= top) & (kh < KH - bottom) & (kw >= left) & (kw < KW - right)
-        total += (CHANNELS - 2 * tl.sum(count, axis=1)) * tl.where(inside, 1, -PAD_VALUE)
-    tl.store(corr + label * N + n, total, mask=ok)
+        value = CHANNELS - 2 * tl.sum(count, axis=1)
+        total += value[None, :] * tl.where(inside, 1, -PAD_VALUE)[:, None]
+    tl.store(corr + label[:, None] * N + n[None, :], total,
+             mask=(label < BORDERS)[:, None] & ok[None, :])
 
 
 @triton.jit
 def finish(dot, m, n, N, OH, OW, out, packed, residual, ron, roc, roh, row, oon, ooc, ooh, oow,
            clamp_min, clamp_max, scale, bias, shift_in, slope, shift_out, sign_shift, threshold,
            M, PACK_ROWS: tl.constexpr, PACK_COLS: tl.constexpr):
-    """Epilogue and stores of a tile: dot (BLOCK_M, BLOCK_N), m int64 (BLOCK_M,), n (BLOCK_N,)."""
+    """Epilogue and stores of a tile: dot (BLOCK_M, BLOCK_N), m (BLOCK_M,), n (BLOCK_N,);
+    offsets are computed in the type of m."""
     row_ok, cols = m < M, n[None, :]
     col_ok = cols < N
     ok = row_ok[:, None] & col_ok
     w, line = m % OW, m // OW
     h, image = line % OH, line // OH
-    wide_n = n.to(tl.int64)[None, :]
+    wide_n = n.to(m.dtype)[None, :]
     if residual is not None:
         at = image * ron + h * roh + w * row
         added = tl.load(residual + at[:, None] + wide_n * roc, mask=ok, other=0.0)
@@ -195,15 +198,18 @@ def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
                 BORDERS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                 PADDED: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """words and filters are bytes here, WIDTH the bytes of a pixel (or of a filter's tap)."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """words and filters are bytes here, WIDTH the bytes of a pixel (or of a filter's tap).
+
+    Every tensor has fewer than 2^31 elements and bytes of words.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = m < M, n < N
     ow, line = m % OW, m // OW
     oh, image = line % OH, line // OH
-    ih0, iw0 = (oh * SH - PT).to(tl.int32), (ow * SW - PL).to(tl.int32)
+    ih0, iw0 = oh * SH - PT, ow * SW - PL
     pixel = words + ((image * H + ih0) * W + iw0) * WIDTH
-    filter_at = filters + n.to(tl.int64) * (KH * KW * WIDTH)
+    filter_at = filters + n * (KH * KW * WIDTH)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     TOTAL: tl.constexpr = KH * KW * WIDTH

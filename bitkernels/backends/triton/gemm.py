@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from bitkernels.backends.triton import configs
+from bitkernels.backends.triton import configs, elementwise
 from bitkernels.backends.triton.b1 import b1_kernel
 from bitkernels.backends.triton.contraction import (
     filter_kernel,
@@ -16,6 +16,12 @@ from bitkernels.backends.triton.contraction import (
 
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
 SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all
+
+
+def takes(dtype=None, residual=None, **parts) -> bool:
+    """Whether the kernels take these types: with float64 the reference runs."""
+    vectors = (parts.get(name) for name in VECTORS)
+    return dtype != torch.float64 and elementwise.takes(residual, *vectors)
 
 
 def choose(family: str, rows: int, columns: int, depth: int, groups: int, taps: int,
@@ -83,6 +89,7 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
             num_stages=stages, enable_fp_fusion=False)
     else:
         (warps,) = tile
+        common |= {k: v.float() for k, v in vectors.items() if v is not None}
         b1_kernel[(triton.cdiv(rows, 64 * warps), triton.cdiv(cout, 64))](
             words, filters, **common, **tables, **shape, WIDTH=depth, WARPS=warps,
             num_warps=warps, enable_fp_fusion=False)
@@ -103,8 +110,9 @@ def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> di
     window_kernel[(triton.cdiv(rows, 128),)](
         words, pa, labels, rows, *geometry, *border, WIDTH=depth, KH=kh, KW=kw, PTX=ptx,
         BLOCK_M=128, BLOCK_K=block_k, num_warps=4)
-    filter_kernel[(triton.cdiv(cout, 64), classes)](
-        filters, corr, cout, channels, *border[1:], WIDTH=depth, KH=kh, KW=kw,
-        PAD_VALUE=pad_value if pad_value != -1 else 0, PTX=ptx, BLOCK_N=64, BLOCK_K=block_k,
+    block_b = min(triton.next_power_of_2(classes), 16)
+    filter_kernel[(triton.cdiv(cout, 32), triton.cdiv(classes, block_b))](
+        filters, corr, cout, classes, channels, *border[1:], WIDTH=depth, KH=kh, KW=kw,
+        PAD_VALUE=max(pad_value, 0), PTX=ptx, BLOCK_B=block_b, BLOCK_N=32, BLOCK_K=block_k,
         num_warps=4)
     return dict(pa=pa, border=labels, corr=corr)

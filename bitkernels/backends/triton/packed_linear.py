@@ -18,7 +18,7 @@ def packed_linear(words, weight_words, channels, *, out_channels=None, dtype=Non
     out = empty_real(words, shape, dtype, False) if real else None
     signs = empty_words(words, shape[:-1], cout) if packed else None
     if inner is None:
-        inner = choose(words, weight_words)[0]
+        inner = _fitting(words, shape[-1])[0]
     if residual is not None:
         residual = residual.reshape(-1, cout, 1, 1)
     gemm.contract(inner, words.reshape(-1, 1, 1, width).contiguous(),
@@ -28,8 +28,16 @@ def packed_linear(words, weight_words, channels, *, out_channels=None, dtype=Non
     return out, signs
 
 
-def choose(words, weight_words) -> tuple[str, ...]:
-    rows = words.numel() // words.shape[-1]
-    addressable = max(words.numel(), weight_words.numel()) < 2**31
-    return gemm.choose(configs.family(words.device), rows, weight_words.shape[0], words.shape[-1],
-                       1, 1, addressable)
+def _fitting(words, columns) -> tuple[str, ...]:
+    width = words.shape[-1]
+    rows = words.numel() // width
+    addressable = max(4 * words.numel(), 4 * columns * width, rows * columns) < 2**31
+    return gemm.choose(configs.family(words.device), rows, columns, width, 1, 1, addressable)
+
+
+def inner_products(words, weight_words, channels, *, out_channels=None, **kw) -> tuple[str, ...]:
+    """Those which take this call, the preferred first; none where float64 is involved."""
+    if not gemm.takes(**kw):
+        return ()
+    return _fitting(words, linear_geometry("packed_linear", words, weight_words, channels,
+                                           out_channels)[-1])
