@@ -17,7 +17,8 @@ ENGINE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.
 TEST_SOURCES := $(wildcard csrc/cpu/*.cpp)
 CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
-WARN := -Wall -Wextra
+# GCC 12 takes its own AVX-512 headers for uninitialized reads.
+WARN := -Wall -Wextra -Wno-maybe-uninitialized
 KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
