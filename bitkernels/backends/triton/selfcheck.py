@@ -1,0 +1,87 @@
+"""Small cases of every operator, run on the device and compared bit for bit with the reference.
+
+Real values are multiples of 1/4, so every sum is exact in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitkernels import reference
+
+
+class _Values:
+    """Inputs from a generator of their own: the global one is not touched."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(7)
+
+    def real(self, *shape, dtype=torch.float32) -> Tensor:
+        return (torch.randint(-16, 17, shape, generator=self.generator) / 4).to(dtype)
+
+    def words(self, *shape) -> Tensor:
+        bits = torch.randint(0, 2, shape, generator=self.generator).bool()
+        return reference.pack_bits(bits)
+
+    def epilogue(self, shape, channels) -> dict:
+        names = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
+        return dict(clamp_min=-20.0, clamp_max=25.0, dtype=torch.float16,
+                    residual=self.real(*shape, dtype=torch.float16),
+                    **{name: self.real(channels) for name in names})
+
+
+def cases(op: str) -> list[tuple[tuple, dict]]:
+    v = _Values()
+    nchw = v.real(2, 70, 5, 6)
+    last = v.real(2, 70, 5, 6, dtype=torch.float16).to(memory_format=torch.channels_last)
+    if op == "sign_pack":
+        return [((x, shift, 1), {}) for x in (nchw, last) for shift in (None, v.real(70))]
+    if op == "sign_pack_mask":
+        return [((x, 1.5, v.real(70), 1), {}) for x in (nchw, last)]
+    if op == "mask_grad":
+        return [((x, v.words(2, 5, 6, 70), 1), {}) for x in (nchw, last)]
+    if op == "unpack":
+        return [((v.words(2, 5, 6, 70), 70, dtype, 1), {})
+                for dtype in (torch.float32, torch.bfloat16)]
+    if op == "packed_max_pool2d":
+        return [((v.words(2, 7, 6, 70), (3, 3), (2, 2), (1, 1), (1, 1), False), {})]
+    if op in ("rsign", "rprelu"):
+        count = 1 if op == "rsign" else 3
+        return [((x, *(v.real(70) for _ in range(count))), {}) for x in (nchw, last)]
+    if op == "rprelu_backward":
+        return [((v.real(2, 70, 5, 6).to(x.dtype), x, v.real(70), v.real(70)), {})
+                for x in (nchw, last)]
+    both = dict(real=True, packed=True)
+    if op == "packed_linear":
+        plain, full = (v.words(9, 300), v.words(70, 300), 300), (v.words(100, 70),
+                                                                v.words(40, 70), 70)
+        return [(plain, dict(both, dtype=torch.int32)),
+                (full, dict(both, **v.epilogue((100, 40), 40)))]
+    geometry = ((2, 1), (1, 0, 2, 1), (1, 2), 1)
+    small = (v.words(2, 9, 11, 70), v.words(40, 3, 3, 70), 70, *geometry)
+    large = (v.words(1, 9, 9, 256), v.words(72, 3, 3, 256), 256, (1,), (1,), (1,), 1)
+    shape = (2, 40, 4, 10)
+    return [(small, dict(both, dtype=torch.int32)),
+            (small, dict(both, pad_value=1, **v.epilogue(shape, 40))),
+            (large, dict(both, dtype=torch.int32))]
+
+
+def failure(op: str, inner: str | None, device: torch.device) -> str | None:
+    """What is wrong with this operator's kernel on this device, or None."""
+    from bitkernels.backends.triton.dispatch import kernel
+
+    forced = {} if inner is None else {"inner": inner}
+
+    def move(value):
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    for number, (args, kw) in enumerate(cases(op)):
+        expected = getattr(reference, op)(*args, **kw)
+        got = kernel(op)(*map(move, args), **{k: move(t) for k, t in kw.items()}, **forced)
+        if isinstance(expected, Tensor):
+            expected, got = (expected,), (got,)
+        for i, (want, have) in enumerate(zip(expected, got, strict=True)):
+            if want is not None and not torch.equal(want, have.cpu()):
+                return f"differs from the reference in case {number}, output {i}"
+    return None

@@ -1,0 +1,194 @@
+"""Numerics of every Triton kernel in Triton's interpreter, which runs without a GPU.
+
+The interpreter must be chosen before Triton is imported, so the tests of this file run in a process
+of their own, started by the one test that other processes see. It truncates on the way to bfloat16
+where a GPU rounds, hence `as_interpreted`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton", reason="triton is not installed")
+
+if not INTERPRETED:
+
+    def test_kernels_in_the_interpreter():
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+else:
+    import triton.language as tl
+
+    from bitkernels import reference
+    from bitkernels.backends.triton import configs, dispatch, elementwise, gemm, selfcheck
+    from bitkernels_tests import ptx_emulator
+    from bitkernels_tests.cases import (
+        CONV_CASES,
+        EPILOGUES,
+        FEW_CONV_CASES,
+        LAYOUTS,
+        LINEAR_CASES,
+        POOL_CASES,
+        dyadic,
+        epilogue_parts,
+        reals,
+        words_of,
+    )
+
+    kernel = dispatch.kernel
+    CPU = torch.device("cpu")
+    CHANNELS = (1, 32, 100)
+    FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+    # The interpreter spends its time in Python: int8 and b1 take every third case, and all that
+    # have borders of an uncommon kind.
+    THIRD = [c for i, c in enumerate(CONV_CASES) if c.groups == 1 and (i % 3 == 0 or c.pad_value)]
+    INNER_CASES = [("popc", c) for c in CONV_CASES] + [
+        (inner, c) for inner in ("int8", "b1") for c in THIRD
+        if inner == "int8" or c.kernel[0] * c.kernel[1] <= 32]
+
+    @pytest.fixture(autouse=True)
+    def emulated_ptx(monkeypatch):
+        monkeypatch.setattr(tl, "inline_asm_elementwise", ptx_emulator.inline_asm_elementwise)
+
+    def as_interpreted(x, dtype):
+        """float32 in another type as the interpreter casts it: cut, not rounded, to bfloat16."""
+        if dtype != torch.bfloat16:
+            return x.to(dtype)
+        return (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+    def same(got, expected):
+        if isinstance(got, torch.Tensor):
+            got, expected = (got,), (expected,)
+        for have, want in zip(got, expected, strict=True):
+            if want is None:
+                assert have is None
+                continue
+            assert have.dtype == want.dtype and have.shape == want.shape
+            assert torch.equal(have, want)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("channels", CHANNELS)
+    def test_elementwise(channels, layout):
+        for dtype in FLOATS:
+            x = LAYOUTS[layout](reals(2, channels, 3, 5, dtype=dtype))
+            shift, slope, last = (reals(channels), reals(channels), reals(channels, dtype=dtype))
+            for given in (None, shift):
+                same(kernel("sign_pack")(x, given, 1), reference.sign_pack(x, given, 1))
+                same(kernel("sign_pack_mask")(x, 0.7, given, 1),
+                     reference.sign_pack_mask(x, 0.7, given, 1))
+            same(kernel("sign_pack")(x, None, 3), reference.sign_pack(x, None, 3))
+            words = words_of(2, 3, 5, channels)
+            same(kernel("unpack")(words, channels, dtype, 1),
+                 reference.unpack(words, channels, dtype, 1))
+            same(kernel("mask_grad")(x, words, 1), reference.mask_grad(x, words, 1))
+            same(kernel("rsign")(x, shift), reference.rsign(x, shift))
+            expected = reference.rprelu(x, shift, slope, last)
+            if elementwise.collapse(1, x, expected) is not None:  # else the reference ran
+                expected = as_interpreted(reference.rprelu(x.float(), shift, slope, last), dtype)
+            same(kernel("rprelu")(x, shift, slope, last), expected)
+
+    def test_nan_is_plus_one():
+        x = torch.tensor([float("nan"), -0.0, -1.0, float("-inf"), float("inf")])
+        same(kernel("sign_pack")(x, None, 0), reference.sign_pack(x))
+        same(kernel("sign_pack_mask")(x, 1.0, None, 0), reference.sign_pack_mask(x, 1.0))
+        same(kernel("rsign")(x[None], torch.zeros(5)), reference.rsign(x[None], torch.zeros(5)))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_rprelu_backward(layout):
+        """Multiples of 1/4: the sums of the channels are exact in any order."""
+        x, grad = (LAYOUTS[layout](dyadic(3, 40, 5, 7)) for _ in range(2))
+        vectors = dyadic(40), dyadic(40)
+        same(kernel("rprelu_backward")(grad, x, *vectors),
+             reference.rprelu_backward(grad, x, *vectors))
+
+    def test_rprelu_backward_of_several_programs(monkeypatch):
+        from bitkernels.backends.triton import rprelu
+
+        monkeypatch.setattr(rprelu, "PARTIALS", 3)
+        x, grad = dyadic(4000, 33), dyadic(4000, 33)
+        vectors = dyadic(33), dyadic(33)
+        same(kernel("rprelu_backward")(grad, x, *vectors),
+             reference.rprelu_backward(grad, x, *vectors))
+
+    @pytest.mark.parametrize("case", POOL_CASES, ids=str)
+    def test_packed_max_pool2d(case):
+        words = words_of(case.batch, *case.size, case.channels)
+        same(kernel("packed_max_pool2d")(words, *case.args),
+             reference.packed_max_pool2d(words, *case.args))
+
+    @pytest.mark.parametrize("inner,case", INNER_CASES, ids=str)
+    def test_packed_conv2d(inner, case):
+        words, weight_words = case.words()
+        args = words, weight_words, case.channels, *case.args
+        kw = dict(pad_value=case.pad_value, dtype=torch.int32, real=True, packed=True)
+        got = kernel("packed_conv2d")(*args, **kw, inner=inner)
+        expected = reference.packed_conv2d(*args, **kw)
+        same(got, expected)
+        assert got[0].stride() == expected[0].stride()
+
+    @pytest.mark.parametrize("inner", configs.INNER)
+    def test_packed_linear(inner):
+        for case in LINEAR_CASES if inner == "popc" else LINEAR_CASES[::3]:
+            words, weight_words = case.words()
+            kw = dict(dtype=torch.int32, real=True, packed=True)
+            same(kernel("packed_linear")(words, weight_words, case.channels, **kw, inner=inner),
+                 reference.packed_linear(words, weight_words, case.channels, **kw))
+
+    @pytest.mark.parametrize("name", EPILOGUES)
+    @pytest.mark.parametrize("inner", ("popc", "b1"))
+    def test_epilogue(inner, name):
+        case = FEW_CONV_CASES[0]
+        words, weight_words = case.words()
+        parts = epilogue_parts(EPILOGUES[name], case.output_shape, 1, dtype=torch.float16)
+        args = words, weight_words, case.channels, *case.args
+        for dtype in FLOATS[:2]:
+            kw = dict(parts, dtype=dtype, channels_last=dtype == torch.float16, real=True,
+                      packed=True, sign_shift=reals(case.out_channels))
+            same(kernel("packed_conv2d")(*args, **kw, inner=inner),
+                 reference.packed_conv2d(*args, **kw))
+
+    @pytest.mark.parametrize("inner", configs.INNER)
+    def test_threshold_and_tiled_weight(inner):
+        case = FEW_CONV_CASES[3]
+        words, weight_words = case.words()
+        low = torch.randint(-40, 20, (case.out_channels,), dtype=torch.int32)
+        kw = dict(real=False, packed=True, threshold=torch.stack([low, low + 30]),
+                  pad_value=case.pad_value, out_channels=case.out_channels)
+        expected = reference.packed_conv2d(words, weight_words, case.channels, *case.args, **kw)
+        for weights in (weight_words, reference.tile_weight(weight_words, 1)):
+            same(kernel("packed_conv2d")(words, weights, case.channels, *case.args, **kw,
+                                         inner=inner), expected)
+
+    @pytest.mark.parametrize("inner", configs.INNER)
+    @pytest.mark.parametrize("op", ("packed_conv2d", "packed_linear"))
+    def test_selfcheck_passes(op, inner):
+        assert selfcheck.failure(op, inner, CPU) is None
+
+    def test_selfcheck_sees_a_wrong_kernel(monkeypatch):
+        module = sys.modules["bitkernels.backends.triton.rsign"]
+        monkeypatch.setattr(module, "rsign", lambda x, shift: torch.ones_like(x))
+        dispatch.clear()
+        x, shift = reals(2, 5, 3, 3), reals(5)
+        with pytest.warns(UserWarning, match="rsign .* differs .* the reference runs"):
+            same(dispatch.run("rsign", x, shift), reference.rsign(x, shift))
+        same(dispatch.run("rsign", x, shift), reference.rsign(x, shift))
+        dispatch.clear()
+
+    def test_choice_of_inner_product():
+        big = dict(rows=10**5, columns=256, depth=72, groups=1, taps=9, addressable=True)
+        assert gemm.choose("sm90", **big) == ("b1", "int8", "popc")
+        assert gemm.choose("sm100", **big) == gemm.choose("hip", **big) == ("int8", "popc")
+        assert gemm.choose("sm90", **{**big, "groups": 2}) == ("popc",)
+        assert gemm.choose("sm90", **{**big, "addressable": False}) == ("popc",)
+        assert gemm.choose("sm90", **{**big, "taps": 49}) == ("int8", "popc")
+        assert gemm.choose("sm90", **{**big, "rows": 4}) == ("popc",)
+

@@ -1,0 +1,74 @@
+"""Compiles a Triton kernel for a GPU that is not there and reads its machine code."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine code says; the counts of hip are read from its assembly."""
+
+    text: str
+    registers: int
+    spilled: int  # bytes of thread-local memory
+    shared: int
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.text))
+
+
+def target(name: str) -> GPUTarget:
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm")), 32)
+
+
+def compile_for(name: str, kernel, types: dict[str, str], **options) -> Machine:
+    """`types` names every argument: '*i32' and so on, or a constexpr value (also None).
+
+    Pointers count as 16-byte aligned, as torch's allocations are; a type 'i32:16' is a number
+    that 16 divides.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for i, arg in enumerate(kernel.arg_names):
+        value = types[arg]
+        if not isinstance(value, str):
+            signature[arg], constants[(i,)] = "constexpr", value
+            continue
+        signature[arg] = value.removesuffix(":16")
+        if value.startswith("*") or value.endswith(":16"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes),
+                              target=target(name), options=options)
+    if name.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+
+        def number(key):
+            return max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text)), default=0)
+
+        return Machine(text, number("vgpr_count"), number("vgpr_spill_count"),
+                       compiled.metadata.shared)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(compiled.asm["cubin"])
+
+        def tool(*args):
+            return subprocess.run([*args, path], check=True, capture_output=True, text=True).stdout
+
+        text = tool(TOOLS / "nvdisasm", "-c")
+        usage = tool(TOOLS / "cuobjdump", "-res-usage")
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    spilled = max(stack, len(re.findall(r"\b(?:LDL|STL)\b", text)))
+    return Machine(text, registers, spilled, compiled.metadata.shared)
