@@ -68,9 +68,9 @@ struct Kernel {
   void (*pack_rows)(const void* x, DType, int64_t rows, int64_t channels, const void* shift,
                     double clip, uint32_t* signs, uint32_t* mask);
   // Up to 32 channels, `plane` elements apart, of `pixels` elements each, to one word a pixel, the
-  // words `words` apart:
+  // words `words` apart; `readable` elements may be read from x on:
   void (*pack_planes)(const void* x, DType, int64_t pixels, int64_t plane, int channels,
-                      const void* shift, double clip, uint32_t* signs, uint32_t* mask,
+                      int64_t readable, const void* shift, double clip, uint32_t* signs, uint32_t* mask,
                       int64_t words);
   void (*unpack_rows)(const uint32_t* words, DType, int64_t rows, int64_t channels, void* out);
   void (*mask_rows)(const void* grad, DType, int64_t rows, int64_t channels, const uint32_t* mask,

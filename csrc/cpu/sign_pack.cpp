@@ -24,7 +24,8 @@ int64_t rows_per_task(int64_t channels) {
 template <class F>
 void for_planes(int64_t outer, int64_t channels, int64_t inner, const F& f) {
   const int64_t words = (channels + 31) / 32, blocks = (inner + kPixels - 1) / kPixels;
-  parallel_for(outer * words * blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = 1 + kElements / (32 * std::max<int64_t>(1, std::min(kPixels, inner)));
+  parallel_for(outer * words * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = i % blocks * kPixels, j = i / blocks % words, n = i / blocks / words;
       const int64_t c = 32 * j;
@@ -50,7 +51,7 @@ void sign_pack(const Kernel& kernel, const void* x, DType type, int64_t outer, i
   for_planes(outer, channels, inner,
              [&](int64_t at, int64_t pixels, int count, int64_t word, int64_t c) {
                kernel.pack_planes(advance(x, type, at), type, pixels, inner, count,
-                                  advance(shift, wide, c), clip, signs + word,
+                                  outer * channels * inner - at, advance(shift, wide, c), clip, signs + word,
                                   mask ? mask + word : nullptr, words);
              });
 }
