@@ -47,9 +47,10 @@ def check_words(op: str, arg: str, t: Tensor, channels: int, ndim: int | None = 
 
 
 def check_same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    device = first.device
     for arg, t in others.items():
-        if t is not None and t.device != first.device:
-            fail(op, arg, f"on {first.device} as the first argument", t.device)
+        if t is not None and t.device != device:
+            fail(op, arg, f"on {device} as the first argument", t.device)
 
 
 def check_channel_vector(op: str, arg: str, t: Tensor | None, channels: int) -> None:
@@ -80,7 +81,7 @@ def padding4(op: str, padding) -> tuple[int, int, int, int]:
     if len(padding) not in (1, 2, 4):
         fail(op, "padding", "one, two (height, width) or four (top, bottom, left, right) integers",
              list(padding))
-    if any(p < 0 for p in padding):
+    if min(padding) < 0:
         fail(op, "padding", "at least 0", list(padding))
     if len(padding) == 4:
         return tuple(padding)
@@ -199,8 +200,8 @@ def check_train(op: str, input, weight, bias, scale, input_estimator, input_clip
     check_same_device(op, input, weight=weight, bias=bias, scale=scale)
     check_channel_vector(op, "bias", bias, weight.shape[0])
     check_channel_vector(op, "scale", scale, weight.shape[0])
-    for arg, name in (("input_estimator", input_estimator), ("weight_estimator", weight_estimator)):
-        check_estimator(op, arg, name)
+    check_estimator(op, "input_estimator", input_estimator)
+    check_estimator(op, "weight_estimator", weight_estimator)
     check_clip(op, "input_clip", input_clip)
     check_clip(op, "weight_clip", weight_clip)
     if dtype is not None and dtype not in REAL:
@@ -329,11 +330,14 @@ def check_tile_weight(weight_words: Tensor, groups: int) -> None:
 
 def wants_channels_last(input: Tensor, weight: Tensor) -> bool:
     """Whether a convolution's real output is channels-last: as torch, if either operand is."""
-    return any(
-        t.dim() == 4 and not t.is_contiguous()
-        and t.is_contiguous(memory_format=torch.channels_last)
-        for t in (input, weight)
-    )
+    if input.is_contiguous() and weight.is_contiguous():
+        return False
+    return _is_channels_last(input) or _is_channels_last(weight)
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return (t.dim() == 4 and not t.is_contiguous()
+            and t.is_contiguous(memory_format=torch.channels_last))
 
 
 def check_grad_like(op: str, grad: Tensor, input: Tensor) -> None:

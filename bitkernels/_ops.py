@@ -71,6 +71,10 @@ SCHEMAS = (
     f"packed_linear({_LINEAR}, {_REAL_OUT}) -> Tensor",
     f"packed_linear.packed({_LINEAR}, {_PACKED_OUT}, Tensor? threshold=None) -> Tensor",
     f"packed_linear.both({_LINEAR}, {_REAL_OUT}, {_PACKED_OUT}) -> (Tensor, Tensor)",
+    # What binary_conv2d runs: the output, and the packed signs and mask that its backward keeps.
+    "binary_conv2d_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, int[] stride, "
+    "int[] padding, int[] dilation, int groups, int pad_value, float? clip, ScalarType dtype, "
+    "bool channels_last) -> (Tensor, Tensor, Tensor)",
     "packed_max_pool2d(Tensor words, int[2] kernel_size, int[2] stride=[], "
     "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False) -> Tensor",
     "rsign(Tensor input, Tensor shift, *, str estimator='approx_sign', float? clip=1.0, "
@@ -230,6 +234,18 @@ def _conv_train_fake(input, weight, bias=None, stride=(1,), padding=(0,), dilati
 
 
 _fake("binary_conv2d")(_conv_train_fake)
+
+
+@_fake("binary_conv2d_forward")
+def _(input, weight, bias, scale, stride, padding, dilation, groups, pad_value, clip, dtype,
+      channels_last):
+    shape, *_ = check_binary_conv2d(
+        input, weight, bias, stride, padding, dilation, groups, pad_value=pad_value, scale=scale,
+        input_estimator="ste_sign", input_clip=clip, weight_estimator="ste_sign", weight_clip=None,
+        dtype=dtype)
+    words = empty_words(input, (shape[0], *input.shape[2:]), input.shape[1])
+    mask = input.new_empty(0, dtype=torch.int32) if clip is None else torch.empty_like(words)
+    return empty_real(input, shape, dtype, channels_last), words, mask
 
 
 @_fake("binary_conv2d.padding")

@@ -32,6 +32,7 @@ from bitkernels._checks import (
 from bitkernels._ops import LIB
 
 ops = torch.ops.bitkernels
+_forward = ops.binary_conv2d_forward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -73,7 +74,11 @@ class _Signs:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _finish_weight_grad(ctx, grad: Tensor, weight: Tensor, signs: Tensor, scale: Tensor | None):
@@ -107,9 +112,13 @@ def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype) -> tuple[Tensor, 
 class _BinaryConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, scale, conf):
+        estimator = conf["input_estimator"]
+        clip = conf["input_clip"] if estimator == "ste_sign" else None
         with _below_autograd():
-            words, saved = _Signs.pack(input, conf["input_estimator"], conf["input_clip"], 1)
-            out = _conv2d_on_words(words, input, weight, bias, scale, conf)
+            out, words, mask = _conv2d_forward(input, weight, bias, scale, conf, clip)
+        saved = None if clip is None else mask
+        if estimator == "approx_sign" or estimator == "swish_sign":
+            saved = input
         ctx.save_for_backward(words, saved, weight, scale)
         ctx.conf = conf
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
@@ -150,12 +159,11 @@ class _BinaryConv2d(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, grad_scale, None
 
 
-def _conv2d_on_words(words, input, weight, bias, scale, conf):
-    weight_words = ops.sign_pack.default(weight, None, 1)
-    return ops.packed_conv2d.default(
-        words, weight_words, input.shape[1], conf["stride"], conf["pad"], conf["dilation"],
-        conf["groups"], pad_value=conf["pad_value"], scale=scale, bias=bias,
-        dtype=conf["dtype"] or input.dtype, channels_last=wants_channels_last(input, weight))
+def _conv2d_forward(input, weight, bias, scale, conf, clip):
+    return _forward(
+        input, weight, bias, scale, conf["stride"], conf["pad"], conf["dilation"], conf["groups"],
+        conf["pad_value"], clip,
+        conf["dtype"] or input.dtype, wants_channels_last(input, weight))
 
 
 def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1, *,
@@ -175,8 +183,7 @@ def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation
         out = _BinaryConv2d.apply(batched, weight, bias, scale, conf)
     else:
         with _below_autograd():
-            words = ops.sign_pack.default(batched, None, 1)
-            out = _conv2d_on_words(words, batched, weight, bias, scale, conf)
+            out = _conv2d_forward(batched, weight, bias, scale, conf, None)[0]
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -304,7 +311,7 @@ def _rprelu(input, shift_in, slope, shift_out):
 
 # Without an Autograd key of their own these would detach silently; they refuse instead.
 RAW = ("sign_pack", "sign_pack_mask", "mask_grad", "packed_conv2d", "packed_conv2d.packed",
-       "packed_conv2d.both", "packed_linear", "packed_linear.packed", "packed_linear.both",
+       "packed_conv2d.both", "binary_conv2d_forward", "packed_linear", "packed_linear.packed", "packed_linear.both",
        "rprelu_backward")
 
 

@@ -83,6 +83,10 @@ def samples(device) -> dict[str, tuple]:
         "rprelu": (ops.rprelu.default, rprelu, {}),
         "rprelu_half": (ops.rprelu.default, (leaf(channels_last(x).half()), *rprelu[1:]), {}),
         "rprelu_backward": (ops.rprelu_backward.default, (x, channels_last(x), shift, shift), {}),
+        "conv_forward": (ops.binary_conv2d_forward.default, (
+            x, w, None, c19[0], (1, 1), (1, 1, 2, 0), (1, 1), 1, 0, 1.0, torch.float32, True), {}),
+        "conv_forward_no_mask": (ops.binary_conv2d_forward.default, (
+            x, w, c19[0], None, (2, 1), (0, 0), (1, 1), 1, 1, None, torch.bfloat16, False), {}),
         "train_conv": (ops.binary_conv2d.default, (*train, *CONV.args), {}),
         "train_conv_scale": (ops.binary_conv2d.default, (leaf(channels_last(x)), *train[1:]),
                              dict(scale=leaf(c19[0]), scale_weight_grad=False)),

@@ -425,6 +425,25 @@ std::tuple<Tensor, Tensor> op_conv2d_both(BK_CONV_ARGS, OptType dtype, bool chan
       conv2d(BK_CONV, {BK_EPILOGUE, dtype, sign_shift, {}}, channels_last, true, true);
   return {*o.real, *o.words};
 }
+std::tuple<Tensor, Tensor, Tensor> op_binary_conv2d_forward(
+    Tensor input, Tensor weight, OptTensor bias, OptTensor scale, Sizes stride, Sizes padding,
+    Sizes dilation, int64_t groups, int64_t pad_value, OptFloat clip, ScalarType dtype,
+    bool channels_last) {
+  const char* op = "binary_conv2d";
+  if (input.dim() != 4) fail(op, "input", "4-dimensional", describe(input));
+  if (weight.dim() != 4) fail(op, "weight", "4-dimensional", describe(weight));
+  if (weight.size(1) * groups != input.size(1))
+    fail(op, "weight", text("for ", input.size(1), " input channels"), describe(weight));
+  const auto [words, mask] = pack(op, input, clip, std::nullopt, 1);
+  const Tensor weight_words = std::get<0>(pack(op, weight, std::nullopt, std::nullopt, 1));
+  Parts parts;
+  parts.scale = scale;
+  parts.bias = bias;
+  parts.dtype = dtype;
+  const Outputs o = conv2d(words, weight_words, input.size(1), stride, padding, dilation, groups,
+                           pad_value, std::nullopt, parts, channels_last, true, false);
+  return {*o.real, words, mask ? *mask : empty({0}, ScalarType::Int)};
+}
 Tensor op_linear(BK_LINEAR_ARGS, OptType dtype) {
   return *linear(BK_LINEAR, {BK_EPILOGUE, dtype, {}, {}}, true, false).real;
 }
@@ -580,6 +599,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("packed_conv2d", TORCH_BOX(&bitkernels::op_conv2d));
   m.impl("packed_conv2d.packed", TORCH_BOX(&bitkernels::op_conv2d_packed));
   m.impl("packed_conv2d.both", TORCH_BOX(&bitkernels::op_conv2d_both));
+  m.impl("binary_conv2d_forward", TORCH_BOX(&bitkernels::op_binary_conv2d_forward));
   m.impl("packed_linear", TORCH_BOX(&bitkernels::op_linear));
   m.impl("packed_linear.packed", TORCH_BOX(&bitkernels::op_linear_packed));
   m.impl("packed_linear.both", TORCH_BOX(&bitkernels::op_linear_both));

@@ -71,6 +71,21 @@ for _name, _fn in (("packed_conv2d", _packed_conv2d), ("packed_linear", _packed_
              "CompositeExplicitAutograd")
 
 
+@_register("binary_conv2d_forward")
+def binary_conv2d_forward(input, weight, bias, scale, stride, padding, dilation, groups, pad_value,
+                          clip, dtype, channels_last):
+    """By the packed operators, whatever backend they have on the device."""
+    ops = torch.ops.bitkernels
+    if clip is None:
+        words, mask = ops.sign_pack(input, None, 1), input.new_empty(0, dtype=torch.int32)
+    else:
+        words, mask = ops.sign_pack_mask(input, clip, None, 1)
+    out = ops.packed_conv2d(
+        words, ops.sign_pack(weight, None, 1), input.shape[1], stride, padding, dilation, groups,
+        pad_value=pad_value, scale=scale, bias=bias, dtype=dtype, channels_last=channels_last)
+    return out, words, mask
+
+
 @_register("packed_max_pool2d")
 def packed_max_pool2d(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
     _checks.pool_geometry(words, kernel_size, stride, padding, dilation, ceil_mode)

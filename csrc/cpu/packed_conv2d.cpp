@@ -247,11 +247,12 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
   // one-row image) where that alone gives too few.
   const int64_t inner = shared_words ? conv.groups * chunks : 1;
   const int64_t outer = conv.batch * conv.groups * chunks / inner;
-  const int64_t wanted = ceil_div(4 * parallel_threads(), std::max<int64_t>(outer, 1));
+  const int threads = parallel_threads();
+  const int64_t wanted = ceil_div(4 * threads, std::max<int64_t>(outer, 1));
   const bool by_rows = conv.out_h > 1;
-  const int64_t blocks = parallel_threads() == 1 ? 1
-                         : by_rows               ? std::min(wanted, conv.out_h)
-                                   : std::min(wanted, ceil_div(conv.out_w, kMaxPixels));
+  const int64_t blocks = threads == 1 ? 1
+                         : by_rows    ? std::min(wanted, conv.out_h)
+                                      : std::min(wanted, ceil_div(conv.out_w, kMaxPixels));
   const double products = static_cast<double>(conv.out_h) * conv.out_w * conv.kh * conv.kw *
                           conv.channels * kChunk * inner / blocks;
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / products));
