@@ -6,8 +6,8 @@ inline block tells each element its lane, warp and slot: addresses follow from t
 elements really live in, and no assumption is made on Triton's own layout but that equal tensors
 are laid out equally (no shared memory is used then; the ahead-of-time tests assert it).
 
-A warp owns 64 x 64 outputs: 4 row tiles (m) of 16 and 8 column tiles (n) of 8. With g = lane / 4 and
-t = lane % 4, element `slot` of a tensor is
+A warp owns 64 x 64 outputs: 4 row tiles (m) of 16 and 8 column tiles (n) of 8. With g = lane / 4
+and t = lane % 4, element `slot` of a tensor is
   a_lo, a_hi   word t, and word 4 + t, of 8 of row   16 (slot / 2) + 8 (slot % 2) + g
   b_lo, b_hi   the same words of column              8 slot + g
   c[2 n + b]   row 16 (slot / 2) + 8 (slot % 2) + g, column 8 n + 2 t + b

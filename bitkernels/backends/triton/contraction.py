@@ -1,4 +1,4 @@
-"""The integer dot products of packed_conv2d and packed_linear, with their epilogue, as implicit GEMM.
+"""The dot products of packed_conv2d and packed_linear, with their epilogue, as implicit GEMM.
 
 M runs over output pixels, N over output channels, K over (tap, word of the pixel); a linear layer
 is the 1 x 1 convolution of 1 x 1 images. Nothing is unfolded in memory. Three inner products:
@@ -23,6 +23,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton.jit import (
     bit_plane,
+    block_index,
     epilogue,
     pack_signs,
     popcount,
@@ -42,9 +43,9 @@ def outside(first, size, K: tl.constexpr, step):
 def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
                   TOP: tl.constexpr, BOTTOM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
                   WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PTX: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
     """pa and border class of every output pixel. TOP.. are the largest counts of taps outside."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = block_index(BLOCK_M, WIDE)
     ok = m < M
     ow, line = m % OW, m // OW
     oh, n = line % OH, line // OH
@@ -138,12 +139,12 @@ def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
                 CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
                 PIXEL: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                 PAD_VALUE: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_N: tl.constexpr):
+                BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
     """CHANNELS, OUT_CHANNELS and WIDTH (words) are a group's, PIXEL is a pixel's words.
 
     A group's channels may start inside a word: its words are then put together from two.
     """
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = block_index(BLOCK_M, WIDE)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = m < M, n < N
     ow, line = m % OW, m // OW
@@ -154,7 +155,7 @@ def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
     else:
         first_bit = tl.zeros([1, 1], tl.int32)
     shift = first_bit % 32
-    filter_at = filters + n.to(tl.int64) * (KH * KW * WIDTH)
+    filter_at = filters + n.to(m.dtype) * (KH * KW * WIDTH)
     differ = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     valid = tl.zeros([BLOCK_M], tl.int32)
     for tap in range(KH * KW):
@@ -168,10 +169,10 @@ def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
             word = first_bit // 32 + j
             a = tl.load(pixel + word, mask=inside[:, None] & (word < PIXEL), other=0)
             if GROUPS > 1 and CHANNELS % 32 != 0:
-                low = (a.to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True)
+                low = a.to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
                 high = tl.load(pixel + word + 1, mask=inside[:, None] & (word + 1 < PIXEL), other=0)
                 # Two shifts for 32 - shift: a shift by all 32 bits is undefined.
-                a = low | ((high << (31 - shift)) << 1)
+                a = low.to(tl.int32, bitcast=True) | ((high << (31 - shift)) << 1)
             tail = tl.where(j * 32 + 32 > CHANNELS, (1 << (CHANNELS % 32)) - 1, -1)
             if CHANNELS % 32 != 0:
                 a &= tail

@@ -105,8 +105,8 @@ def _trusted(op: str, inner: str | None, device: torch.device) -> bool:
     with _lock:
         if key not in _trust:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"bitkernels::{op}: the first call on {device} checks the kernel "
-                                   "and cannot be captured; call it once before the capture")
+                raise RuntimeError(f"bitkernels::{op}: the first call on {device} checks the "
+                                   "kernel and cannot be captured; call it once before the capture")
             from bitkernels.backends.triton import selfcheck
 
             _trust[key] = True

@@ -46,6 +46,15 @@ def tile_shape(channel_stride: int, channels: int) -> tuple[int, int]:
     return max(2048 // block_c, 8), block_c
 
 
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether an element of some tensor lies 2^31 or more elements from its first."""
+    return any(
+        t is not None
+        and sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 2**14 >= 2**31
+        for t in tensors
+    )
+
+
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these types: float64 runs in the reference."""
     return not any(t is not None and t.dtype == torch.float64 for t in tensors)

@@ -77,16 +77,17 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
         popc_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
             words, filters, **common, CHANNELS=channels // groups, OUT_CHANNELS=cout // groups,
             GROUPS=groups, PIXEL=pixel, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=pad_value, PTX=ptx,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, enable_fp_fusion=False)
+            BLOCK_M=block_m, BLOCK_N=block_n, WIDE=elementwise.wide(words, filters, out, residual),
+            num_warps=warps, enable_fp_fusion=False)
         return
     tables = prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx)
     shape = dict(BORDERS=tables["corr"].shape[0], KH=kh, KW=kw, PADDED=any(pad))
     if inner == "int8":
         block_m, block_n, block_k, warps, stages = tile
         int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
-            words.view(torch.int8), filters.view(torch.int8), **common, **tables, **shape, WIDTH=4 * depth,
-            PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
-            num_stages=stages, enable_fp_fusion=False)
+            words.view(torch.int8), filters.view(torch.int8), **common, **tables, **shape,
+            WIDTH=4 * depth, PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=False)
     else:
         (warps,) = tile
         common |= {k: v.float() for k, v in vectors.items() if v is not None}
@@ -109,7 +110,7 @@ def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> di
     corr = words.new_empty((classes, cout))
     window_kernel[(triton.cdiv(rows, 128),)](
         words, pa, labels, rows, *geometry, *border, WIDTH=depth, KH=kh, KW=kw, PTX=ptx,
-        BLOCK_M=128, BLOCK_K=block_k, num_warps=4)
+        BLOCK_M=128, BLOCK_K=block_k, WIDE=False, num_warps=4)
     block_b = min(triton.next_power_of_2(classes), 16)
     filter_kernel[(triton.cdiv(cout, 32), triton.cdiv(classes, block_b))](
         filters, corr, cout, classes, channels, *border[1:], WIDTH=depth, KH=kh, KW=kw,

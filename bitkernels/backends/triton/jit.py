@@ -9,9 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 _PLANE_ASM = tl.constexpr(tuple(
     f"{{ .reg .b32 t; shr.b32 t, $1, {bit}; and.b32 $0, t, 0x01010101; }}" for bit in range(8)))
+
+
+@triton.jit
+def block_index(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Indices of this program's block along axis 0: int64 if WIDE, where offsets reach 2^31.
+
+    Not always int64, since its divisions are calls of a hundred instructions.
+    """
+    if WIDE:
+        return tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    else:
+        return tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit

@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
-from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape
+from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
+from bitkernels.backends.triton.jit import block_index
 
 
 @triton.jit
 def mask_grad_kernel(grad, masks, out, rows, inner, channels, words, so, si, sc, oo, oi, oc,
-                     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+                     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    r = block_index(BLOCK_R, WIDE)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     ok = (r < rows)[:, None] & (c < channels)[None, :]
     outer, rest = r // inner, r % inner
     g = tl.load(grad + (outer * so + rest * si)[:, None] + (c * sc)[None, :], mask=ok, other=0.0)
@@ -36,5 +37,5 @@ def mask_grad(grad, mask_words, dim=-1):
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
         mask_grad_kernel[grid](grad, mask_words.contiguous(), out, outer * inner, inner, channels,
                                mask_words.shape[-1], *strides, *out_strides, BLOCK_R=block_r,
-                               BLOCK_C=block_c, num_warps=4)
+                               BLOCK_C=block_c, WIDE=wide(grad, out), num_warps=4)
     return out

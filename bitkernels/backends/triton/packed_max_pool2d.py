@@ -6,12 +6,15 @@ import triton
 import triton.language as tl
 
 from bitkernels._checks import pool_geometry
+from bitkernels.backends.triton.elementwise import wide
+from bitkernels.backends.triton.jit import block_index
 
 
 @triton.jit
 def packed_max_pool2d_kernel(words, out, total, width, H, W, OH, OW, KH: tl.constexpr,
-                             KW: tl.constexpr, SH, SW, PT, PL, DH, DW, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+                             KW: tl.constexpr, SH, SW, PT, PL, DH, DW, BLOCK: tl.constexpr,
+                             WIDE: tl.constexpr):
+    i = block_index(BLOCK, WIDE)
     ok = i < total
     word, pixel = i % width, i // width
     ow, line = pixel % OW, pixel // OW
@@ -34,5 +37,5 @@ def packed_max_pool2d(words, kernel_size, stride=(), padding=(0,), dilation=(1,)
     if out.numel():
         packed_max_pool2d_kernel[(triton.cdiv(out.numel(), 512),)](
             words, out, out.numel(), width, h, w, oh, ow, *kernel, *stride, *padding, *dilation,
-            BLOCK=512, num_warps=4)
+            BLOCK=512, WIDE=wide(words, out), num_warps=4)
     return out

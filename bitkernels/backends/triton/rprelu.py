@@ -13,16 +13,17 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
-from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape
+from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
+from bitkernels.backends.triton.jit import block_index
 
 PARTIALS = 512  # partial rows a channel at most: about four programs for each of 132 processors
 
 
 @triton.jit
 def rprelu_kernel(x, shift_in, slope, shift_out, out, rows, inner, channels, so, si, sc, oo, oi, oc,
-                  BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+                  BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    r = block_index(BLOCK_R, WIDE)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     col_ok = c < channels
     ok = (r < rows)[:, None] & col_ok[None, :]
     outer, rest = r // inner, r % inner
@@ -37,16 +38,16 @@ def rprelu_kernel(x, shift_in, slope, shift_out, out, rows, inner, channels, so,
 @triton.jit
 def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, channels, tiles,
                            go, gi, gc, so, si, sc, oo, oi, oc,
-                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = block_index(BLOCK_R, WIDE)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     col_ok = c < channels
     inside = tl.load(shift_in + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     steep = tl.load(slope + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     sum_in = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_slope = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_out = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    r = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     for _ in range(program, tiles, programs):
         ok = (r < rows)[:, None] & col_ok[None, :]
         outer, rest = r // inner, r % inner
@@ -91,8 +92,8 @@ def rprelu(input, shift_in, slope, shift_out):
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
         rprelu_kernel[grid](input, shift_in.contiguous(), slope.contiguous(),
                             shift_out.contiguous(), out, outer * inner, inner, channels, *strides,
-                            *out_strides, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
-                            enable_fp_fusion=False)
+                            *out_strides, BLOCK_R=block_r, BLOCK_C=block_c,
+                            WIDE=wide(input, out), num_warps=4, enable_fp_fusion=False)
     return out
 
 
@@ -113,7 +114,7 @@ def rprelu_backward(grad, input, shift_in, slope):
         rprelu_backward_kernel[(programs, triton.cdiv(channels, block_c))](
             grad, input, shift_in.contiguous(), slope.contiguous(), out, partial, rows, inner,
             channels, tiles, *grad_strides, *strides, *out_strides, BLOCK_R=block_r,
-            BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False)
+            BLOCK_C=block_c, WIDE=wide(grad, input, out), num_warps=4, enable_fp_fusion=False)
         rprelu_reduce_kernel[(triton.cdiv(3 * channels, 32),)](
             partial, sums, programs, 3 * channels, BLOCK_P=32, BLOCK_C=32, num_warps=4)
     return out, sums[0], sums[1], sums[2]

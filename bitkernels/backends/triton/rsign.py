@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
-from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape
+from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
+from bitkernels.backends.triton.jit import block_index
 
 
 @triton.jit
 def rsign_kernel(x, shift, out, rows, inner, channels, so, si, sc, oo, oi, oc,
-                 BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+                 BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    r = block_index(BLOCK_R, WIDE)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     col_ok = c < channels
     ok = (r < rows)[:, None] & col_ok[None, :]
     outer, rest = r // inner, r % inner
@@ -35,5 +36,6 @@ def rsign(input, shift):
         block_r, block_c = tile_shape(strides[2], channels)
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
         rsign_kernel[grid](input, shift.contiguous(), out, outer * inner, inner, channels, *strides,
-                           *out_strides, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+                           *out_strides, BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, out),
+                           num_warps=4)
     return out

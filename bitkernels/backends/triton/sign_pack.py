@@ -13,14 +13,14 @@ import triton.language as tl
 from bitkernels import reference
 from bitkernels._checks import word_count
 from bitkernels._ops import empty_words
-from bitkernels.backends.triton.elementwise import collapse, takes
-from bitkernels.backends.triton.jit import pack_signs
+from bitkernels.backends.triton.elementwise import collapse, takes, wide
+from bitkernels.backends.triton.jit import block_index, pack_signs
 
 
 @triton.jit
 def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si,
-                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    r = block_index(BLOCK_R, WIDE)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ok, col_ok = r < rows, c < channels
     ok = row_ok[:, None] & col_ok[None, :]
@@ -38,8 +38,8 @@ def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, w
 
 @triton.jit
 def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si, sc,
-                            BLOCK_R: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+                            BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
+    r = block_index(BLOCK_R, WIDE)
     w = tl.program_id(1)
     row_ok = r < rows
     source = x + (r // inner) * so + (r % inner) * si
@@ -48,7 +48,7 @@ def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels,
     for bit in tl.static_range(32):
         c = w * 32 + bit
         ok = r < tl.where(c < channels, rows, 0)
-        v = tl.load(source + c.to(tl.int64) * sc, mask=ok, other=0.0).to(tl.float32)
+        v = tl.load(source + c.to(r.dtype) * sc, mask=ok, other=0.0).to(tl.float32)
         if shift is not None:
             v = v + tl.load(shift + c, mask=c < channels, other=0.0).to(tl.float32)
         sign_word |= (~(v < 0) & ok).to(tl.int32) << bit
@@ -78,11 +78,13 @@ def _launch(input, shift, clip, dim, with_mask):
         block_r = 4096 // block_c
         grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
         sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels, words,
-                                    so, si, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+                                    so, si, BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input),
+                                    num_warps=4)
     else:
         grid = (triton.cdiv(rows, 512), words)
         sign_pack_planes_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels,
-                                      words, so, si, sc, BLOCK_R=512, num_warps=4)
+                                      words, so, si, sc, BLOCK_R=512, WIDE=wide(input),
+                                      num_warps=8)
     return signs, masks
 
 

@@ -7,11 +7,14 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
+from bitkernels.backends.triton.elementwise import wide
+from bitkernels.backends.triton.jit import block_index
 
 
 @triton.jit
-def unpack_kernel(words, out, rows, channels, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+def unpack_kernel(words, out, rows, channels, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                  WIDE: tl.constexpr):
+    r = block_index(BLOCK_R, WIDE)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = (r < rows)[:, None] & (c < channels)[None, :]
     word = tl.load(words + r[:, None] * width + (c // 32)[None, :], mask=ok, other=0)
@@ -30,5 +33,5 @@ def unpack(words, channels, dtype=torch.float32, dim=-1):
         block_r = 4096 // block_c
         grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
         unpack_kernel[grid](words, out, rows, channels, width, BLOCK_R=block_r, BLOCK_C=block_c,
-                            num_warps=4)
+                            WIDE=wide(out), num_warps=4)
     return out.movedim(-1, dim)

@@ -1,0 +1,140 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not there; machine code asserted.
+
+What must show: the 1-bit tensor core on sm_80 and sm_90, the integer one on every GPU for int8,
+hardware popcount, and no value spilled to thread-local memory anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from bitkernels.backends.triton import configs
+from bitkernels_tests.triton_aot import TOOLS, compile_for
+
+if not (TOOLS / "nvdisasm").exists() or not (TOOLS / "cuobjdump").exists():
+    pytest.skip("this triton brings no nvdisasm and cuobjdump", allow_module_level=True)
+
+GPUS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+INT8_INSTRUCTION = {"sm80": r"\bIMMA\.", "sm90": r"\bIGMMA\.", "sm100": r"\bUTCIMMA",
+                    "sm120": r"\bIMMA\.", "gfx942": r"v_mfma_i32_\w+_?i8"}
+
+POINTERS = {
+    "x": "*fp16", "input": "*fp16", "out": "*fp16", "grad": "*fp16", "residual": "*fp16",
+    "signs": "*i32", "masks": "*i32", "words": "*i32", "filters": "*i32", "packed": "*i32",
+    "pa": "*i32", "border": "*i32", "corr": "*i32", "threshold": None, "partial": "*fp32",
+    "shift": "*fp32", "scale": "*fp32", "bias": "*fp32", "shift_in": "*fp32", "slope": "*fp32",
+    "shift_out": "*fp32", "sign_shift": "*fp32", "clip": "fp32", "clamp_min": "fp32",
+    "clamp_max": "fp32", "WIDE": False,
+}
+CHANNELS_LAST = {"so": 0, "oo": 0, "go": 0, "si": "i32:16", "oi": "i32:16", "gi": "i32:16",
+                 "sc": 1, "oc": 1, "gc": 1}
+NCHW = {"so": "i32:16", "oo": "i32:16", "go": "i32:16", "si": 1, "oi": 1, "gi": 1,
+        "sc": "i32:16", "oc": "i32:16", "gc": "i32:16"}
+NHWC_OUT = {f"{side}{axis}": 1 if axis == "oc" else "i32:16"
+            for side in "ro" for axis in ("on", "oc", "oh", "ow")}
+CONV = {
+    "N": "i32:16", "SH": 1, "SW": 1, "PT": 1, "PL": 1, "DH": 1, "DW": 1, "BORDERS": 16,
+    "WIDTH": 8, "KH": 3, "KW": 3, "PADDED": True, "CHANNELS": 256, "OUT_CHANNELS": 256,
+    "GROUPS": 1, "PIXEL": 8, "PAD_VALUE": 0, "TOP": 1, "BOTTOM": 1, "LEFT": 1, "RIGHT": 1,
+    **NHWC_OUT,
+}
+PACKED_ONLY = dict(out=None, residual=None, scale=None, bias=None, shift_in=None, slope=None,
+                   shift_out=None, sign_shift=None, clamp_min=None, clamp_max=None,
+                   threshold="*i32")
+LINEAR = dict(H=1, W=1, OH=1, OW=1, PT=0, PL=0, KH=1, KW=1, WIDTH=256, PADDED=False, BORDERS=1,
+              packed=None, residual=None, slope=None, shift_in=None, shift_out=None,
+              sign_shift=None)
+NARROW = dict(WIDTH=2)
+
+
+def build(gpu: str, kernel, overrides: dict, **options):
+    known = {**POINTERS, "PTX": gpu != "gfx942", **overrides}
+    types = {arg: known.get(arg, "i32") for arg in kernel.arg_names}
+    return compile_for(gpu, kernel, types, enable_fp_fusion=False, **options)
+
+
+def load(module: str, name: str):
+    return getattr(importlib.import_module(f"bitkernels.backends.triton.{module}"), name)
+
+
+SIMPLE = {
+    "sign_pack_rows": ("sign_pack", {**CHANNELS_LAST, "words": "i32", "BLOCK_R": 16,
+                                     "BLOCK_C": 256}),
+    "sign_pack_planes": ("sign_pack", {**NCHW, "words": "i32", "BLOCK_R": 512}),
+    "unpack": ("unpack", {"BLOCK_R": 16, "BLOCK_C": 256}),
+    "mask_grad": ("mask_grad", {**CHANNELS_LAST, "words": "i32", "BLOCK_R": 8,
+                                "BLOCK_C": 256}),
+    "packed_max_pool2d": ("packed_max_pool2d", {"out": "*i32", "KH": 3, "KW": 3, "BLOCK": 512}),
+    "rsign": ("rsign", {**NCHW, "BLOCK_R": 256, "BLOCK_C": 8}),
+    "rprelu": ("rprelu", {**CHANNELS_LAST, "BLOCK_R": 8, "BLOCK_C": 256}),
+    "rprelu_backward": ("rprelu", {**CHANNELS_LAST, "BLOCK_R": 8, "BLOCK_C": 256}),
+    "rprelu_reduce": ("rprelu", {"out": "*fp32", "BLOCK_P": 32, "BLOCK_C": 32}),
+    "window": ("contraction", {**CONV, "BLOCK_M": 128, "BLOCK_K": 8}),
+    "filter": ("contraction", {**CONV, "BORDERS": "i32", "CHANNELS": "i32", "BLOCK_B": 16,
+                               "BLOCK_N": 32, "BLOCK_K": 8}),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", SIMPLE)
+def test_simple_kernels_spill_nothing(name, gpu):
+    module, overrides = SIMPLE[name]
+    warps = 8 if name == "sign_pack_planes" else 4
+    code = build(gpu, load(module, f"{name}_kernel"), overrides, num_warps=warps)
+    assert code.spilled == 0
+    if name in ("window", "filter") and gpu != "gfx942":
+        assert code.count(r"\bPOPC\b") > 0
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("what", ("full", "grouped"))
+def test_popc(what, gpu):
+    block_m, block_n, warps = configs.table("popc", gpu)[0]
+    grouped = dict(GROUPS=2, CHANNELS=70, OUT_CHANNELS=128, WIDTH=3, PIXEL=5)
+    code = build(gpu, load("contraction", "popc_kernel"), {
+        **CONV, "BLOCK_M": block_m, "BLOCK_N": block_n, **(grouped if what == "grouped" else {}),
+    }, num_warps=warps)
+    assert code.spilled == 0
+    assert code.count(r"\bPOPC\b|v_bcnt_u32_b32") > 0
+
+
+INT8_CASES = [(what, gpu) for what in ("full", "packed") for gpu in GPUS]
+INT8_CASES += [("linear", "sm90"), ("narrow", "sm80"), ("narrow", "sm100")]
+
+
+@pytest.mark.parametrize("what,gpu", INT8_CASES)
+def test_int8(what, gpu):
+    shape = {"full": {}, "packed": PACKED_ONLY, "linear": LINEAR, "narrow": NARROW}[what]
+    shape = {**CONV, **shape, "words": "*i8", "filters": "*i8"}
+    shape["WIDTH"] *= 4
+    family = "hip" if gpu == "gfx942" else gpu
+    block_m, block_n, block_k, warps, stages = configs.table("int8", family)[0]
+    code = build(gpu, load("contraction", "int8_kernel"), {
+        **shape, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+    }, num_warps=warps, num_stages=stages)
+    assert code.spilled == 0
+    assert code.count(INT8_INSTRUCTION[gpu]) >= 8, "one integer product a bit plane at least"
+
+
+@pytest.mark.parametrize("gpu", ("sm80", "sm90"))
+@pytest.mark.parametrize("what", ("full", "packed", "linear", "narrow"))
+def test_b1(what, gpu):
+    shape = {"full": {}, "packed": PACKED_ONLY, "linear": LINEAR, "narrow": NARROW}[what]
+    warps = configs.table("b1", gpu)[0][0]
+    code = build(gpu, load("b1", "b1_kernel"), {**CONV, **shape, "WARPS": warps}, num_warps=warps)
+    assert code.count(r"\bBMMA\.168256\.AND\.POPC\b") == 32
+    assert code.spilled == 0
+    # Shared memory would mean that two tensors are laid out differently.
+    assert code.shared == 0
+
+
+@pytest.mark.parametrize("gpu,native", [("sm90", True), ("sm100", False), ("sm120", False)])
+def test_b1_is_used_only_where_it_is_native(gpu, native):
+    assert configs.has_b1(gpu) is native
