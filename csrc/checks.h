@@ -31,19 +31,32 @@ std::string text(const Parts&... parts) {
 
 inline std::string name_of(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return text("dtype ", static_cast<int>(t));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return text("dtype ", static_cast<int>(t));
   }
 }
 
@@ -133,8 +146,8 @@ struct Padding {
 
 inline Padding padding4(const char* op, const std::vector<int64_t>& v) {
   if (v.size() != 1 && v.size() != 2 && v.size() != 4)
-    fail(op, "padding",
-         "one, two (height, width) or four (top, bottom, left, right) integers", list_text(v));
+    fail(op, "padding", "one, two (height, width) or four (top, bottom, left, right) integers",
+         list_text(v));
   for (int64_t p : v)
     if (p < 0) fail(op, "padding", "at least 0", list_text(v));
   if (v.size() == 4) return {v[0], v[1], v[2], v[3]};

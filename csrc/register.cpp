@@ -1,5 +1,6 @@
-// torch.ops.bitkernels.* on CPU tensors: checks, allocation and threads around the torch-free engine
-// in cpu/. Built on the LibTorch stable ABI, so that one binary serves every torch from 2.11 on.
+// torch.ops.bitkernels.* on CPU tensors: checks, allocation and threads around the torch-free
+// engine in cpu/. Built on the LibTorch stable ABI, so that one binary serves every torch from 2.11
+// on.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -64,14 +65,17 @@ std::vector<W> widened(const Tensor& t) {
   std::vector<W> out(n + 32, W(0));
   const void* p = t.const_data_ptr();
   for (int64_t i = 0; i < n; ++i) switch (t.scalar_type()) {
-      case ScalarType::Double: out[i] = static_cast<W>(static_cast<const double*>(p)[i * step]); break;
+      case ScalarType::Double:
+        out[i] = static_cast<W>(static_cast<const double*>(p)[i * step]);
+        break;
       case ScalarType::Half:
         out[i] = static_cast<float>(static_cast<const torch::headeronly::Half*>(p)[i * step]);
         break;
       case ScalarType::BFloat16:
         out[i] = static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(p)[i * step]);
         break;
-      default: out[i] = static_cast<const float*>(p)[i * step];
+      default:
+        out[i] = static_cast<const float*>(p)[i * step];
     }
   return out;
 }
@@ -181,7 +185,8 @@ Tensor op_mask_grad(Tensor grad, Tensor mask_words, int64_t dim) {
 Tensor op_unpack(Tensor words, int64_t channels, ScalarType dtype, int64_t dim) {
   const char* op = "unpack";
   check_words(op, "words", words, channels);
-  if (!is_real(dtype)) fail(op, "dtype", "float32, float16, bfloat16 or float64", text("torch.", name_of(dtype)));
+  if (!is_real(dtype))
+    fail(op, "dtype", "float32, float16, bfloat16 or float64", text("torch.", name_of(dtype)));
   dim = normalize_dim(op, words, dim);
   const Tensor in = dense(words);
   // Channels stay innermost in memory and move to `dim` in the shape.
@@ -266,8 +271,7 @@ void check_epilogue(const char* op, const Parts& p, const Sizes& out_shape, int6
     if (p.threshold->scalar_type() != ScalarType::Int || sizes.size() != 2 || sizes[0] != 2 ||
         sizes[1] != cout)
       fail(op, "threshold", text("int32 of shape (2, ", cout, ")"), describe(*p.threshold));
-    if (has_real_part(p))
-      fail(op, "threshold", "alone, without scale, bias, ...", "both");
+    if (has_real_part(p)) fail(op, "threshold", "alone, without scale, bias, ...", "both");
   }
 }
 
@@ -355,8 +359,8 @@ Outputs conv2d(const Tensor& words, const Tensor& weight_words, int64_t channels
   check_cpu(op, "weight_words", weight_words);
   const int64_t cout = f.out_channels;
   if (groups < 1 || channels % groups || cout % groups)
-    fail(op, "groups",
-         text("a divisor of ", channels, " input and ", cout, " output channels"), text(groups));
+    fail(op, "groups", text("a divisor of ", channels, " input and ", cout, " output channels"),
+         text(groups));
   const int64_t per_group = channels / groups;
   if (f.taps[2] != word_count(per_group))
     fail(op, "weight_words",
@@ -374,9 +378,27 @@ Outputs conv2d(const Tensor& words, const Tensor& weight_words, int64_t channels
   const int64_t ow = conv_output_size(op, w, pad.left, pad.right, kw, sw, dw);
   const Tensor in = dense(words);
   const Tensor tiles = f.tiled ? dense(weight_words) : tiled(weight_words, cout, groups);
-  const Conv conv = {n,  h,  w,       groups,     per_group, cout / groups, kh, kw, sh, sw,
-                     pad.top, pad.bottom, pad.left,  pad.right, dh, dw, oh, ow,
-                     static_cast<int>(pad_value), words_of(in), words_of(tiles)};
+  const Conv conv = {n,
+                     h,
+                     w,
+                     groups,
+                     per_group,
+                     cout / groups,
+                     kh,
+                     kw,
+                     sh,
+                     sw,
+                     pad.top,
+                     pad.bottom,
+                     pad.left,
+                     pad.right,
+                     dh,
+                     dw,
+                     oh,
+                     ow,
+                     static_cast<int>(pad_value),
+                     words_of(in),
+                     words_of(tiles)};
   return run(op, conv, parts, {n, cout, oh, ow}, channels_last, want_real, want_words);
 }
 
@@ -394,20 +416,19 @@ Outputs linear(const Tensor& words, const Tensor& weight_words, int64_t channels
   const int64_t rows = words.numel() / word_count(channels);
   const Tensor in = dense(words);
   const Tensor tiles = f.tiled ? dense(weight_words) : tiled(weight_words, f.out_channels, 1);
-  const Conv conv = {1, 1, rows, 1, channels, f.out_channels, 1, 1, 1,    1,
-                     0, 0, 0,    0, 1,        1,              1, rows, 0, words_of(in),
-                     words_of(tiles)};
+  const Conv conv = {1, 1, rows, 1, channels,     f.out_channels, 1, 1, 1, 1, 0, 0, 0, 0, 1,
+                     1, 1, rows, 0, words_of(in), words_of(tiles)};
   return run(op, conv, parts, shape, false, want_real, want_words);
 }
 
-#define BK_EPILOGUE_ARGS                                                                    \
+#define BK_EPILOGUE_ARGS                                                                       \
   OptFloat clamp_min, OptFloat clamp_max, OptTensor scale, OptTensor bias, OptTensor residual, \
       OptTensor shift_in, OptTensor slope, OptTensor shift_out
 #define BK_EPILOGUE clamp_min, clamp_max, scale, bias, residual, shift_in, slope, shift_out
-#define BK_CONV_ARGS                                                                        \
-  Tensor words, Tensor weight_words, int64_t channels, Sizes stride, Sizes padding,         \
+#define BK_CONV_ARGS                                                                \
+  Tensor words, Tensor weight_words, int64_t channels, Sizes stride, Sizes padding, \
       Sizes dilation, int64_t groups, int64_t pad_value, OptInt out_channels, BK_EPILOGUE_ARGS
-#define BK_CONV                                                                             \
+#define BK_CONV \
   words, weight_words, channels, stride, padding, dilation, groups, pad_value, out_channels
 #define BK_LINEAR_ARGS \
   Tensor words, Tensor weight_words, int64_t channels, OptInt out_channels, BK_EPILOGUE_ARGS
@@ -425,10 +446,12 @@ std::tuple<Tensor, Tensor> op_conv2d_both(BK_CONV_ARGS, OptType dtype, bool chan
       conv2d(BK_CONV, {BK_EPILOGUE, dtype, sign_shift, {}}, channels_last, true, true);
   return {*o.real, *o.words};
 }
-std::tuple<Tensor, Tensor, Tensor> op_binary_conv2d_forward(
-    Tensor input, Tensor weight, OptTensor bias, OptTensor scale, Sizes stride, Sizes padding,
-    Sizes dilation, int64_t groups, int64_t pad_value, OptFloat clip, ScalarType dtype,
-    bool channels_last) {
+std::tuple<Tensor, Tensor, Tensor> op_binary_conv2d_forward(Tensor input, Tensor weight,
+                                                            OptTensor bias, OptTensor scale,
+                                                            Sizes stride, Sizes padding,
+                                                            Sizes dilation, int64_t groups,
+                                                            int64_t pad_value, OptFloat clip,
+                                                            ScalarType dtype, bool channels_last) {
   const char* op = "binary_conv2d";
   if (input.dim() != 4) fail(op, "input", "4-dimensional", describe(input));
   if (weight.dim() != 4) fail(op, "weight", "4-dimensional", describe(weight));
@@ -465,7 +488,8 @@ Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes paddin
   const auto p = pair(op, "padding", padding, 0);
   const auto d = pair(op, "dilation", dilation, 1);
   const auto out_size = [&](int64_t size, int64_t kernel, int64_t step, int64_t pad, int64_t dil) {
-    if (2 * pad > kernel) fail(op, "padding", "at most half of kernel_size", list_text(Sizes{p.first, p.second}));
+    if (2 * pad > kernel)
+      fail(op, "padding", "at most half of kernel_size", list_text(Sizes{p.first, p.second}));
     const int64_t reach = dil * (kernel - 1) + 1, padded = size + 2 * pad;
     if (padded < reach)
       fail(op, "kernel_size", text("at most the padded input size ", padded),
@@ -475,8 +499,9 @@ Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes paddin
     return o;
   };
   const Tensor in = dense(words);
-  Pool pool = {words.size(0), words.size(1), words.size(2), words.size(3), k.first, k.second,
-               s.first, s.second, p.first, p.second, d.first, d.second, 0, 0};
+  Pool pool = {
+      words.size(0), words.size(1), words.size(2), words.size(3), k.first,  k.second, s.first,
+      s.second,      p.first,       p.second,      d.first,       d.second, 0,        0};
   pool.out_h = out_size(pool.height, k.first, s.first, p.first, d.first);
   pool.out_w = out_size(pool.width, k.second, s.second, p.second, d.second);
   Tensor out = empty({pool.batch, pool.out_h, pool.out_w, pool.words}, ScalarType::Int);
@@ -610,7 +635,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -49,9 +49,9 @@ struct Epilogue {
 struct Tile {
   const int32_t* acc;
   int pixels, tiles;
-  int32_t products;  // dot = products - 2 acc
-  int64_t channel;   // first output channel
-  int channels;      // valid ones
+  int32_t products;                                  // dot = products - 2 acc
+  int64_t channel;                                   // first output channel
+  int channels;                                      // valid ones
   int64_t out, out_pixel, residual, residual_pixel;  // element offset and step
   int64_t word, word_pixel;                          // of the word that holds bit `channel`
 };
@@ -63,22 +63,22 @@ struct Kernel {
   bool (*supported)();
   DotFn dot[2][kMaxPixels];  // [tiles - 1][pixels - 1]
   void (*epilogue)(const Epilogue&, const Tile&);
-  // Signs of x + shift and, where mask is not null, |x + shift| <= clip. `shift` is float, or double
-  // for kF64; may be null. Rows of `channels` innermost elements:
+  // Signs of x + shift and, where mask is not null, |x + shift| <= clip. `shift` is float, or
+  // double for kF64; may be null. Rows of `channels` innermost elements:
   void (*pack_rows)(const void* x, DType, int64_t rows, int64_t channels, const void* shift,
                     double clip, uint32_t* signs, uint32_t* mask);
   // Up to 32 channels, `plane` elements apart, of `pixels` elements each, to one word a pixel, the
   // words `words` apart; `readable` elements may be read from x on:
   void (*pack_planes)(const void* x, DType, int64_t pixels, int64_t plane, int channels,
-                      int64_t readable, const void* shift, double clip, uint32_t* signs, uint32_t* mask,
-                      int64_t words);
+                      int64_t readable, const void* shift, double clip, uint32_t* signs,
+                      uint32_t* mask, int64_t words);
   void (*unpack_rows)(const uint32_t* words, DType, int64_t rows, int64_t channels, void* out);
   void (*mask_rows)(const void* grad, DType, int64_t rows, int64_t channels, const uint32_t* mask,
                     void* out);
   void (*mask_planes)(const void* grad, DType, int64_t pixels, int64_t plane, int channels,
                       const uint32_t* mask, int64_t words, void* out);
-  // Activations over n elements. Parameters are float, or double for kF64; element i uses entry i, or
-  // entry i % 16 where `repeat` (16 equal entries: one channel's plane). Sums are added to.
+  // Activations over n elements. Parameters are float, or double for kF64; element i uses entry i,
+  // or entry i % 16 where `repeat` (16 equal entries: one channel's plane). Sums are added to.
   void (*rsign)(const void* x, DType, int64_t n, const void* shift, bool repeat, void* out);
   void (*rprelu)(const void* x, DType, int64_t n, const void* shift_in, const void* slope,
                  const void* shift_out, bool repeat, void* out);

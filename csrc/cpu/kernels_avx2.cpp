@@ -1,5 +1,5 @@
-// AVX2: popcount of nibbles by table look-up (pshufb), accumulated in bytes and widened to the 32-bit
-// lanes of 8 output channels before a byte can overflow.
+// AVX2: popcount of nibbles by table look-up (pshufb), accumulated in bytes and widened to the
+// 32-bit lanes of 8 output channels before a byte can overflow.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -72,8 +72,7 @@ BK_TARGET inline void dot_run(const uint32_t* a, int64_t a_pixel, const uint32_t
         bytes[p] = _mm256_add_epi8(bytes[p], byte_popcount(_mm256_xor_si256(word, weight)));
       }
     }
-    BK_UNROLL for (int p = 0; p < PIXELS; ++p)
-      sum[p] = _mm256_add_epi32(sum[p], widen(bytes[p]));
+    BK_UNROLL for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_add_epi32(sum[p], widen(bytes[p]));
     a += n;
     w += 16 * n;
     run -= n;
@@ -91,7 +90,7 @@ BK_TARGET void dot(const Dot& d) {
         dot_run<PIXELS>(d.a + y * d.a_ky + x * d.a_kx, d.a_pixel, tile + y * d.w_ky + x * d.w_kx,
                         d.run, sum);
     BK_UNROLL for (int p = 0; p < PIXELS; ++p)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.acc + p * TILES * 16 + half * 8), sum[p]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.acc + p * TILES * 16 + half * 8), sum[p]);
   }
 }
 

@@ -38,8 +38,8 @@ BK_TARGET inline uint32_t within16(__m512 v, float clip) {
 template <class Lanes>
 BK_TARGET inline uint32_t between16(Lanes v, Lanes lo, Lanes hi) {
   const __m512i x = reinterpret_cast<__m512i>(v);
-  return _mm512_mask_cmple_epi32_mask(
-      _mm512_cmpge_epi32_mask(x, reinterpret_cast<__m512i>(lo)), x, reinterpret_cast<__m512i>(hi));
+  return _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(x, reinterpret_cast<__m512i>(lo)), x,
+                                      reinterpret_cast<__m512i>(hi));
 }
 
 BK_TARGET inline void half_to_float16(const uint16_t* x, float* y) {
@@ -56,8 +56,8 @@ BK_TARGET inline void float_to_half16(const float* y, uint16_t* x) {
 template <int PIXELS, int TILES>
 BK_TARGET void dot(const Dot& d) {
   __m512i acc[PIXELS][TILES];
-  BK_UNROLL for (int p = 0; p < PIXELS; ++p)
-    BK_UNROLL for (int t = 0; t < TILES; ++t) acc[p][t] = _mm512_setzero_si512();
+  BK_UNROLL for (int p = 0; p < PIXELS; ++p) BK_UNROLL for (int t = 0; t < TILES; ++t) acc[p][t] =
+      _mm512_setzero_si512();
   const int64_t a_pixel = d.a_pixel, w_tile = d.w_tile, run = d.run;
   for (int64_t y = 0; y < d.ky; ++y)
     for (int64_t x = 0; x < d.kx; ++x) {
@@ -68,14 +68,12 @@ BK_TARGET void dot(const Dot& d) {
         BK_UNROLL for (int t = 0; t < TILES; ++t) weight[t] = _mm512_loadu_si512(w + t * w_tile);
         BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
           const __m512i word = _mm512_set1_epi32(static_cast<int>(a[p * a_pixel]));
-          BK_UNROLL for (int t = 0; t < TILES; ++t)
-            acc[p][t] = _mm512_add_epi32(
-                acc[p][t], _mm512_popcnt_epi32(_mm512_xor_si512(word, weight[t])));
+          BK_UNROLL for (int t = 0; t < TILES; ++t) acc[p][t] =
+              _mm512_add_epi32(acc[p][t], _mm512_popcnt_epi32(_mm512_xor_si512(word, weight[t])));
         }
       }
     }
-  BK_UNROLL for (int p = 0; p < PIXELS; ++p)
-    BK_UNROLL for (int t = 0; t < TILES; ++t)
+  BK_UNROLL for (int p = 0; p < PIXELS; ++p) BK_UNROLL for (int t = 0; t < TILES; ++t)
       _mm512_storeu_si512(d.acc + (p * TILES + t) * 16, acc[p][t]);
 }
 

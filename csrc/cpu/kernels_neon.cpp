@@ -1,5 +1,5 @@
-// NEON (every AArch64): eor, cnt on bytes, byte sums widened to the 32-bit lanes of 4 output channels
-// before a byte can overflow.
+// NEON (every AArch64): eor, cnt on bytes, byte sums widened to the 32-bit lanes of 4 output
+// channels before a byte can overflow.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -59,8 +59,7 @@ inline void dot_run(const uint32_t* a, int64_t a_pixel, const uint32_t* w, int64
         }
       }
     for (int p = 0; p < PIXELS; ++p)
-      for (int q = 0; q < 4; ++q)
-        sum[p][q] = vpadalq_u16(sum[p][q], vpaddlq_u8(bytes[p][q]));
+      for (int q = 0; q < 4; ++q) sum[p][q] = vpadalq_u16(sum[p][q], vpaddlq_u8(bytes[p][q]));
     a += n;
     w += 16 * n;
     run -= n;
@@ -80,7 +79,8 @@ inline void dot_tile(const Dot& d, int first, int tile, int tiles) {
                       d.w + tile * d.w_tile + y * d.w_ky + x * d.w_kx, d.run, sum);
   for (int p = 0; p < PIXELS; ++p)
     for (int q = 0; q < 4; ++q)
-      vst1q_s32(d.acc + ((first + p) * tiles + tile) * 16 + 4 * q, vreinterpretq_s32_u32(sum[p][q]));
+      vst1q_s32(d.acc + ((first + p) * tiles + tile) * 16 + 4 * q,
+                vreinterpretq_s32_u32(sum[p][q]));
 }
 
 template <int PIXELS, int TILES>

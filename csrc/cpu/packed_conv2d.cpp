@@ -1,7 +1,8 @@
-// Direct convolution: no im2col, no padded copy. The output is cut into rectangles in which the same
-// filter taps fall inside the image, so that zero padding costs nothing and is exact: taps outside
-// are not visited and not counted. Rectangles are covered by register tiles of up to 8 pixels by 32
-// channels; each tile's sums go through the epilogue while they are in the first-level cache.
+// Direct convolution: no im2col, no padded copy. The output is cut into rectangles in which the
+// same filter taps fall inside the image, so that zero padding costs nothing and is exact: taps
+// outside are not visited and not counted. Rectangles are covered by register tiles of up to 8
+// pixels by 32 channels; each tile's sums go through the epilogue while they are in the first-level
+// cache.
 #include "packed_conv2d.h"
 
 #include <algorithm>
@@ -12,8 +13,8 @@
 namespace bitkernels {
 namespace {
 
-constexpr int64_t kChunk = 2 * kTile;   // output channels of a register tile
-constexpr double kMinProducts = 1e7;    // per task, about 10 us of one core
+constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
+constexpr double kMinProducts = 1e7;   // per task, about 10 us of one core
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -178,8 +179,12 @@ View relayout(Conv& conv, std::vector<uint32_t>& copy) {
   if (pads) conv.top = conv.bottom = conv.left = conv.right = 0;
   conv.height = height;
   conv.width = width;
-  return {copy.data(), height * width * words, width * words, words,
-          conv.batch * height * width * words, words};
+  return {copy.data(),
+          height * width * words,
+          width * words,
+          words,
+          conv.batch * height * width * words,
+          words};
 }
 
 bool is_dense(const Strides& s, int64_t height, int64_t width) {
@@ -197,18 +202,20 @@ void flatten_pixels(Conv& conv) {
 void tile_weight(const uint32_t* weight, int64_t groups, int64_t out_channels, int64_t taps,
                  uint32_t* tiles) {
   const int64_t per_group = ceil_div(out_channels, kTile);
-  parallel_for(groups * per_group, 1 + (1 << 16) / (kTile * taps + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t g = t / per_group, first = t % per_group * kTile;
-      uint32_t* tile = tiles + t * taps * kTile;
-      const int64_t lanes = std::min<int64_t>(kTile, out_channels - first);
-      const uint32_t* from = weight + (g * out_channels + first) * taps;
-      for (int64_t k = 0; k < taps; ++k) {
-        for (int64_t lane = 0; lane < lanes; ++lane) tile[k * kTile + lane] = from[lane * taps + k];
-        for (int64_t lane = lanes; lane < kTile; ++lane) tile[k * kTile + lane] = 0;
-      }
-    }
-  });
+  parallel_for(groups * per_group, 1 + (1 << 16) / (kTile * taps + 1),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t t = begin; t < end; ++t) {
+                   const int64_t g = t / per_group, first = t % per_group * kTile;
+                   uint32_t* tile = tiles + t * taps * kTile;
+                   const int64_t lanes = std::min<int64_t>(kTile, out_channels - first);
+                   const uint32_t* from = weight + (g * out_channels + first) * taps;
+                   for (int64_t k = 0; k < taps; ++k) {
+                     for (int64_t lane = 0; lane < lanes; ++lane)
+                       tile[k * kTile + lane] = from[lane * taps + k];
+                     for (int64_t lane = lanes; lane < kTile; ++lane) tile[k * kTile + lane] = 0;
+                   }
+                 }
+               });
 }
 
 void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides out,
@@ -216,15 +223,16 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
   const int64_t words = ceil_div(conv.channels, 32);
   const int64_t all_words = ceil_div(conv.groups * conv.channels, 32);
   const bool padded = conv.top || conv.bottom || conv.left || conv.right;
-  const bool pointwise = conv.kh == 1 && conv.kw == 1 && conv.stride_h == 1 &&
-                         conv.stride_w == 1 && !padded;
+  const bool pointwise =
+      conv.kh == 1 && conv.kw == 1 && conv.stride_h == 1 && conv.stride_w == 1 && !padded;
   if (pointwise && (!epilogue.out || is_dense(out, conv.out_h, conv.out_w)) &&
       (!epilogue.residual || is_dense(residual, conv.out_h, conv.out_w)))
     flatten_pixels(conv);
 
   std::vector<uint32_t> copy;
-  View in = {conv.input, conv.height * conv.width * all_words, conv.width * all_words, all_words,
-             words, words};
+  View in = {
+      conv.input, conv.height * conv.width * all_words, conv.width * all_words, all_words, words,
+      words};
   if ((conv.groups > 1 && conv.channels % 32) || (padded && conv.pad_value != 0))
     in = relayout(conv, copy);
 
@@ -236,12 +244,18 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
     std::memset(epilogue.words, 0,
                 conv.batch * conv.out_h * conv.out_w * out_words * sizeof(uint32_t));
 
-  const Plan plan = {kernel, conv, epilogue, in, out, residual, out_words,
-                     ceil_div(conv.out_channels, kTile), conv.kh * conv.kw * words * kTile,
-                     segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top,
-                              conv.dilation_h),
-                     segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left,
-                              conv.dilation_w)};
+  const Plan plan = {
+      kernel,
+      conv,
+      epilogue,
+      in,
+      out,
+      residual,
+      out_words,
+      ceil_div(conv.out_channels, kTile),
+      conv.kh * conv.kw * words * kTile,
+      segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top, conv.dilation_h),
+      segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left, conv.dilation_w)};
 
   // Tasks: (image, group, chunk of channels) or image, times blocks of rows (of columns in a
   // one-row image) where that alone gives too few.

@@ -6,8 +6,8 @@
 namespace bitkernels {
 
 int parallel_threads();
-// Calls body(begin, end, context) over disjoint ranges that cover [0, n), each at least `grain` long
-// but the last.
+// Calls body(begin, end, context) over disjoint ranges that cover [0, n), each at least `grain`
+// long but the last.
 void parallel_run(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
 template <class F>

@@ -38,9 +38,10 @@ void for_tasks(int64_t outer, int64_t channels, int64_t inner, const F& f) {
     return;
   }
   const int64_t planes = outer * channels;
-  parallel_for(planes, 1 + kElements / std::max<int64_t>(inner, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) f(t, t * inner, inner, t % channels);
-  });
+  parallel_for(planes, 1 + kElements / std::max<int64_t>(inner, 1),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t t = begin; t < end; ++t) f(t, t * inner, inner, t % channels);
+               });
 }
 
 const void* at(const void* p, DType type, int64_t element) {
@@ -75,8 +76,8 @@ void backward_of(const Kernel& kernel, const void* grad, const void* x, DType ty
     for (int64_t i = 0; i < count; i += kElements) {
       W acc[48] = {};
       kernel.rprelu_backward(at(grad, type, first + i), at(x, type, first + i), type,
-                             std::min(kElements, count - i), in, s, true, at(grad_x, type, first + i),
-                             acc, acc + 16, acc + 32);
+                             std::min(kElements, count - i), in, s, true,
+                             at(grad_x, type, first + i), acc, acc + 16, acc + 32);
       for (int k = 0; k < 3; ++k)
         for (int lane = 0; lane < 16; ++lane) to[k] += acc[16 * k + lane];
     }

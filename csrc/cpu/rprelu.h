@@ -1,5 +1,5 @@
-// RSign and RPReLU on tensors seen as (outer, channels, inner). Per-channel parameters are float, or
-// double for kF64, and readable 16 past the last channel.
+// RSign and RPReLU on tensors seen as (outer, channels, inner). Per-channel parameters are float,
+// or double for kF64, and readable 16 past the last channel.
 #pragma once
 #include "kernels.h"
 

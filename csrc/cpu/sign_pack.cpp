@@ -20,7 +20,8 @@ int64_t rows_per_task(int64_t channels) {
   return std::max<int64_t>(1, kElements / std::max<int64_t>(channels, 1));
 }
 
-// f(element offset of the first channel's first pixel, pixels, channels, word offset, first channel)
+// f(element offset of the first channel's first pixel, pixels, channels, word offset, first
+// channel)
 template <class F>
 void for_planes(int64_t outer, int64_t channels, int64_t inner, const F& f) {
   const int64_t words = (channels + 31) / 32, blocks = (inner + kPixels - 1) / kPixels;
@@ -51,8 +52,8 @@ void sign_pack(const Kernel& kernel, const void* x, DType type, int64_t outer, i
   for_planes(outer, channels, inner,
              [&](int64_t at, int64_t pixels, int count, int64_t word, int64_t c) {
                kernel.pack_planes(advance(x, type, at), type, pixels, inner, count,
-                                  outer * channels * inner - at, advance(shift, wide, c), clip, signs + word,
-                                  mask ? mask + word : nullptr, words);
+                                  outer * channels * inner - at, advance(shift, wide, c), clip,
+                                  signs + word, mask ? mask + word : nullptr, words);
              });
 }
 

@@ -1,4 +1,5 @@
-// Bits in and out of real tensors seen as (outer, channels, inner); words are (outer, inner, words).
+// Bits in and out of real tensors seen as (outer, channels, inner); words are (outer, inner,
+// words).
 #pragma once
 #include "kernels.h"
 
