@@ -3,7 +3,7 @@
 Environment, read at call time:
   BITKERNELS_TRITON            0: the reference runs instead of every Triton kernel
   BITKERNELS_TRITON_INNER      popc, int8 or b1: forces the inner product where it applies
-  BITKERNELS_TRITON_AUTOTUNE   1: triton.autotune over the shipped configurations; default 0, fixed
+  BITKERNELS_TRITON_AUTOTUNE   1: times the shipped tiles once per shape; default 0, fixed tiles
 
 The tiles were chosen from register and spill counts of ahead-of-time compiles; no GPU has timed
 them yet.

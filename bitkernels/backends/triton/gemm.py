@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import triton
 
@@ -15,6 +17,8 @@ from bitkernels.backends.triton.contraction import (
 )
 
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
+_lock = threading.Lock()
+_tuned: dict[tuple, tuple[int, ...]] = {}
 SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all
 
 
@@ -71,29 +75,56 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
                   strict=True)
     common |= zip(("ron", "roc", "roh", "row", "oon", "ooc", "ooh", "oow"),
                   (*strides[0], *strides[1]), strict=True)
-    tile = configs.table(inner, family)[0]
+    wide = elementwise.wide(words, filters, out, residual)
     if inner == "popc":
-        block_m, block_n, warps = tile
-        popc_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
-            words, filters, **common, CHANNELS=channels // groups, OUT_CHANNELS=cout // groups,
-            GROUPS=groups, PIXEL=pixel, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=pad_value, PTX=ptx,
-            BLOCK_M=block_m, BLOCK_N=block_n, WIDE=elementwise.wide(words, filters, out, residual),
-            num_warps=warps, enable_fp_fusion=False)
-        return
-    tables = prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx)
-    shape = dict(BORDERS=tables["corr"].shape[0], KH=kh, KW=kw, PADDED=any(pad))
-    if inner == "int8":
-        block_m, block_n, block_k, warps, stages = tile
-        int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
-            words.view(torch.int8), filters.view(torch.int8), **common, **tables, **shape,
-            WIDTH=4 * depth, PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+        def launch(block_m, block_n, warps):
+            popc_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
+                words, filters, **common, CHANNELS=channels // groups, OUT_CHANNELS=cout // groups,
+                GROUPS=groups, PIXEL=pixel, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=pad_value,
+                PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, WIDE=wide, num_warps=warps,
+                enable_fp_fusion=False)
     else:
-        (warps,) = tile
+        tables = prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx)
+        common |= dict(**tables, BORDERS=tables["corr"].shape[0], KH=kh, KW=kw, PADDED=any(pad))
+    if inner == "int8":
+        def launch(block_m, block_n, block_k, warps, stages):
+            int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
+                words.view(torch.int8), filters.view(torch.int8), **common, WIDTH=4 * depth,
+                PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
+                num_stages=stages, enable_fp_fusion=False)
+    elif inner == "b1":
         common |= {k: v.float() for k, v in vectors.items() if v is not None}
-        b1_kernel[(triton.cdiv(rows, 64 * warps), triton.cdiv(cout, 64))](
-            words, filters, **common, **tables, **shape, WIDTH=depth, WARPS=warps,
-            num_warps=warps, enable_fp_fusion=False)
+
+        def launch(warps):
+            b1_kernel[(triton.cdiv(rows, 64 * warps), triton.cdiv(cout, 64))](
+                words, filters, **common, WIDTH=depth, WARPS=warps, num_warps=warps,
+                enable_fp_fusion=False)
+    table = configs.table(inner, family)
+    key = (inner, str(words.device), rows, *filters.shape, groups, real_name(out), packed is None)
+    launch(*(fastest(key, table, launch) if configs.autotuning() else table[0]))
+
+
+def real_name(out) -> str | None:
+    return None if out is None else str(out.dtype)
+
+
+def fastest(key, table, launch):
+    """The tile that runs this call fastest, measured once for its shape; writes are repeated."""
+    if key not in _tuned and torch.cuda.is_current_stream_capturing():
+        return table[0]
+    with _lock:
+        if key not in _tuned:
+            _tuned[key] = min(table, key=lambda tile: _milliseconds(launch, tile))
+        return _tuned[key]
+
+
+def _milliseconds(launch, tile) -> float:
+    try:
+        return triton.testing.do_bench(lambda: launch(*tile), warmup=5, rep=20)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a tile too large for this GPU
+        return float("inf")
 
 
 def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> dict:

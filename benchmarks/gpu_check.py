@@ -1,0 +1,398 @@
+"""One command on a GPU machine: is everything exact there, and how fast is it. Needs no network.
+
+    python benchmarks/gpu_check.py             all parts, at most 8 minutes
+    python benchmarks/gpu_check.py --rehearse  the same on tiny shapes on the CPU: tests this script
+
+Every part runs in a process of its own with a time limit, so one that fails or hangs leaves the
+others alone and is recorded as such. Writes benchmarks/results/<gpu>/gpu_check.json and ends with a
+summary of one screen. Times are medians in milliseconds: `cold` with the L2 cache swept before each
+call, `graph` a call in a replayed CUDA graph of ten, its operands as warm as they fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+LIMITS = {"selfcheck": 60, "tests": 150, "linear": 45, "conv": 75, "bandwidth": 40, "block": 90}
+MARK = "RESULT "
+OPERATOR_TESTS = ("sign_pack", "packed_conv2d", "packed_linear", "packed_max_pool2d", "rsign",
+                  "rprelu", "binary_conv2d", "binary_linear")
+REHEARSAL = os.environ.get("BITKERNELS_GPU_CHECK_REHEARSAL") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+HALF = torch.float16
+LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
+
+
+def cold(fn, repeats: int = 25) -> float:
+    if REHEARSAL:
+        start = time.perf_counter()
+        fn()
+        return 1e3 * (time.perf_counter() - start)
+    sweep = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+    for _ in range(3):
+        fn()
+    times = []
+    for _ in range(repeats):
+        sweep.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph(fn, calls: int = 10, repeats: int = 15) -> float | str:
+    if REHEARSAL:
+        return cold(fn)
+    try:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                fn()
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for _ in range(calls):
+                fn()
+        captured.replay()
+        times = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            captured.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / calls)
+        return statistics.median(times)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def timed(candidates: dict) -> dict:
+    """{name: {cold, graph}} of callables; one that fails says why and the others go on."""
+    out = {}
+    for name, fn in candidates.items():
+        try:
+            with torch.no_grad():
+                out[name] = {"cold": cold(fn), "graph": graph(fn)}
+        except Exception as error:
+            out[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    return out
+
+
+def with_inner(inner: str, fn):
+    """fn with its inner product forced, each call."""
+    def call():
+        os.environ["BITKERNELS_TRITON_INNER"] = inner
+        try:
+            return fn()
+        finally:
+            del os.environ["BITKERNELS_TRITON_INNER"]
+    return call
+
+
+def inner_names() -> list[str]:
+    from bitkernels.backends.triton import configs
+
+    if REHEARSAL:
+        return ["popc"]
+    return ["b1", "int8"] if configs.has_b1(configs.family(torch.device("cuda"))) else ["int8"]
+
+
+def words(*shape) -> torch.Tensor:
+    return torch.randint(-2**31, 2**31 - 1, shape, dtype=torch.int32, device=DEVICE)
+
+
+def part_selfcheck() -> dict:
+    from bitkernels.backends.triton import dispatch, selfcheck
+
+    device, out = torch.device(DEVICE, 0) if not REHEARSAL else torch.device("cpu"), {}
+    if not REHEARSAL:
+        reason = dispatch.why_unusable(device)
+        if reason:
+            return {"triton": reason}
+    for op in ("sign_pack", "sign_pack_mask", "mask_grad", "unpack", "packed_max_pool2d", "rsign",
+               "rprelu", "rprelu_backward", "packed_linear", "packed_conv2d"):
+        packed = op in ("packed_linear", "packed_conv2d")
+        for inner in [*inner_names(), "popc"] if packed else [None]:
+            name = op if inner is None else f"{op} {inner}"
+            try:
+                out[name] = selfcheck.failure(op, inner, device) or "exact"
+            except Exception as error:
+                out[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    return out
+
+
+def part_tests() -> dict:
+    """The operators' tests on the GPU, and those of the products once for each inner product.
+
+    Most of their time is compilation, on the CPU: they run side by side.
+    """
+    jobs = [(name, None) for name in OPERATOR_TESTS]
+    jobs += [(name, inner) for inner in inner_names()
+             for name in ("packed_conv2d", "packed_linear")]
+    with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1))) as pool:
+        results = dict(pool.map(_one_test, jobs))
+    failed = [f"{job}: {line}" for job, r in results.items() for line in r["failed"]]
+    return {"passed": [job for job, r in results.items() if r["returncode"] == 0],
+            "not passed": {job: r["summary"] for job, r in results.items() if r["returncode"]},
+            "failed": failed[:40]}
+
+
+def _one_test(job) -> tuple[str, dict]:
+    name, inner = job
+    label = name if inner is None else f"{name} {inner}"
+    force = {} if inner is None else {"BITKERNELS_TRITON_INNER": inner}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line",
+             f"bitkernels_tests/test_{name}.py"],
+            cwd=ROOT, capture_output=True, text=True, timeout=LIMITS["tests"] - 10,
+            env={**os.environ, "BITKERNELS_TEST_DEVICE": DEVICE, "PYTHONPATH": str(ROOT), **force})
+    except subprocess.TimeoutExpired:
+        return label, {"returncode": 124, "summary": "out of time", "failed": []}
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    summary = lines[-1] if lines else done.stderr[-300:]
+    return label, {"returncode": done.returncode, "summary": summary, "failed": failed}
+
+
+def part_linear() -> dict:
+    size = 128 if REHEARSAL else 8192
+    ops = torch.ops.bitkernels
+    a, w = words(size, size // 32), words(size, size // 32)
+    x, y = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    candidates = {"cublas bf16": lambda: x @ y.T}
+    for inner in inner_names():
+        candidates[f"{inner} fp16 out"] = with_inner(
+            inner, lambda: ops.packed_linear(a, w, size, dtype=HALF))
+        candidates[f"{inner} packed out"] = with_inner(
+            inner, lambda: ops.packed_linear.packed(a, w, size))
+    return {"size": size, "times": timed(candidates)}
+
+
+def part_conv() -> dict:
+    torch.backends.cudnn.benchmark = True
+    ops, out = torch.ops.bitkernels, {}
+    for channels, size in LAYERS:
+        batch = 1 if REHEARSAL else 256
+        if REHEARSAL:
+            channels, size = 32, 4
+        a, w = words(batch, size, size, channels // 32), words(channels, 3, 3, channels // 32)
+        candidates = {}
+        for dtype in (torch.bfloat16, HALF):
+            x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=dtype)
+            f = torch.randn(channels, channels, 3, 3, device=DEVICE, dtype=dtype)
+            x, f = (t.to(memory_format=torch.channels_last) for t in (x, f))
+            candidates[f"cudnn {str(dtype)[6:]}"] = (
+                lambda x=x, f=f: F.conv2d(x, f, padding=1))
+        for inner in inner_names():
+            args = a, w, channels, (1, 1), (1, 1)
+            candidates[f"{inner} fp16 out"] = with_inner(
+                inner, lambda args=args: ops.packed_conv2d(*args, dtype=HALF))
+            candidates[f"{inner} packed out"] = with_inner(
+                inner, lambda args=args: ops.packed_conv2d.packed(*args))
+        out[f"{channels}@{size}"] = timed(candidates)
+    return {"batch": batch, "layers": out}
+
+
+def part_bandwidth() -> dict:
+    ops = torch.ops.bitkernels
+    shape = (1, 32, 4, 4) if REHEARSAL else (256, 64, 56, 56)
+    x = torch.randn(shape, device=DEVICE, dtype=HALF)
+    last = x.to(memory_format=torch.channels_last)
+    into, grad = torch.empty_like(last), torch.randn_like(last)
+    v = [torch.rand(shape[1], device=DEVICE) for _ in range(3)]
+    size = x.numel()
+    moved = {  # bytes that must move
+        "copy": (4 * size, lambda: into.copy_(last)),
+        "sign_pack nhwc": (2.125 * size, lambda: ops.sign_pack(last, v[0], 1)),
+        "sign_pack nchw": (2.125 * size, lambda: ops.sign_pack(x, v[0], 1)),
+        "rprelu": (4 * size, lambda: ops.rprelu(last, *v)),
+        "rprelu_backward": (6 * size, lambda: ops.rprelu_backward(grad, last, v[0], v[1])),
+    }
+    times = timed({name: fn for name, (_, fn) in moved.items()})
+    for name, (count, _) in moved.items():
+        if "cold" in times[name]:
+            times[name]["GB/s"] = count / times[name]["cold"] / 1e6
+    return {"shape": list(shape), "times": times}
+
+
+class Emulated(torch.nn.Module):
+    """The usual float emulation: sign, convolution of +-1, batch norm, residual, PReLU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(channels, channels, 3, 3))
+        self.norm = torch.nn.BatchNorm2d(channels)
+        self.slope = torch.nn.Parameter(torch.full((channels,), 0.25))
+        self.shift_in = torch.nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.shift_out = torch.nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    @staticmethod
+    def sign(x):
+        clipped = x.clamp(-1, 1)
+        return torch.where(x < 0, -1.0, 1.0).to(x.dtype).detach() - clipped.detach() + clipped
+
+    def forward(self, x):
+        y = self.norm(F.conv2d(self.sign(x), self.sign(self.weight), padding=1)) + x
+        return F.prelu(y + self.shift_in, self.slope) + self.shift_out
+
+
+class Binary(Emulated):
+    """The same block on the project's differentiable operators."""
+
+    def forward(self, x):
+        ops = torch.ops.bitkernels
+        y = self.norm(ops.binary_conv2d(x, self.weight, None, (1, 1), (1, 1))) + x
+        return ops.rprelu(y, self.shift_in.flatten(), self.slope, self.shift_out.flatten())
+
+
+def part_block() -> dict:
+    torch.backends.cudnn.benchmark = True
+    channels, size, batch = (32, 4, 1) if REHEARSAL else (256, 14, 256)
+    ops = torch.ops.bitkernels
+    x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=HALF)
+    x = x.to(memory_format=torch.channels_last)
+    emulated = Emulated(channels).to(DEVICE, HALF).to(memory_format=torch.channels_last).eval()
+    compiled = torch.compile(emulated)
+    a, w = words(batch, size, size, channels // 32), words(channels, 3, 3, channels // 32)
+    v = [torch.rand(channels, device=DEVICE) for _ in range(6)]
+    inference = timed({
+        "eager": lambda: emulated(x), "compiled": lambda: compiled(x),
+        "fused": lambda: ops.packed_conv2d.both(
+            a, w, channels, (1, 1), (1, 1), scale=v[0], bias=v[1], residual=x, shift_in=v[2],
+            slope=v[3], shift_out=v[4], sign_shift=v[5], dtype=HALF)})
+    training = {}
+    for name, kind, compile in (("eager", Emulated, False), ("compiled", Emulated, True),
+                                ("binary", Binary, False), ("binary compiled", Binary, True)):
+        try:
+            block = kind(channels).to(DEVICE, HALF).to(memory_format=torch.channels_last)
+            step_of = torch.compile(block) if compile else block
+            leaf = x.clone().requires_grad_()
+
+            def step(step_of=step_of, leaf=leaf):
+                step_of(leaf).sum().backward()
+
+            step()
+            row = {}
+            if not REHEARSAL:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                out = step_of(leaf)
+                row["held MiB"] = (torch.cuda.memory_allocated() - before) / 2**20
+                out.sum().backward()
+                row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                del out
+            training[name] = {"cold": cold(step), **row}
+        except Exception as error:
+            training[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    return {"block": f"{channels}@{size} batch {batch}", "inference": inference,
+            "training": training}
+
+
+def run_part(name: str) -> dict:
+    start = time.time()
+    child = subprocess.Popen([sys.executable, __file__, "--part", name], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             start_new_session=True)
+    try:
+        stdout, stderr = child.communicate(timeout=LIMITS[name])
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # the part and what it started
+        child.communicate()
+        return {"error": f"took more than {LIMITS[name]} s"}
+    seconds = round(time.time() - start, 1)
+    for line in reversed(stdout.splitlines()):
+        if line.startswith(MARK):
+            warned = [text for text in stderr.splitlines() if "bitkernels:" in text]
+            return {"seconds": seconds, "warnings": warned, **json.loads(line[len(MARK):])}
+    return {"seconds": seconds, "error": (stderr or stdout)[-1500:]}
+
+
+def show(name: str, result: dict) -> None:
+    print(f"\n== {name}: {result.get('seconds', '-')} s")
+    for warning in result.get("warnings", ())[:4]:
+        print("  !", warning[:150])
+    if "error" in result:
+        print("  FAILED", result["error"].strip().splitlines()[-1][:150])
+        return
+
+    def rows(times: dict, indent: str = "  ") -> None:
+        for label, row in times.items():
+            if isinstance(row, dict) and not {"cold", "error"} & row.keys():
+                print(f"{indent}{label}")
+                rows(row, indent + "  ")
+            elif isinstance(row, dict):
+                cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {str(v)[:60]}"
+                         for k, v in row.items())
+                print(f"{indent}{label:24s}", "  ".join(cells))
+
+    if name == "selfcheck":
+        wrong = {k: v for k, v in result.items() if isinstance(v, str) and v != "exact"}
+        exact = sum(v == "exact" for v in result.values())
+        print(f"  {exact} exact;", "none wrong" if not wrong else f"WRONG: {wrong}")
+    elif name == "tests":
+        print("  passed:", ", ".join(result["passed"]))
+        for job, summary in result["not passed"].items():
+            print(f"  NOT PASSED {job}: {summary[:120]}")
+        return
+    rows({k: v for k, v in result.items() if isinstance(v, dict)})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=LIMITS)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+    if args.part:
+        import bitkernels  # noqa: F401
+
+        print(MARK + json.dumps(globals()[f"part_{args.part}"]()), flush=True)
+        return 0
+    if args.rehearse:
+        os.environ |= {"BITKERNELS_GPU_CHECK_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
+        gpu = "rehearsal"
+    elif not torch.cuda.is_available():
+        print("no GPU: nothing to check (--rehearse tests the script itself)")
+        return 1
+    else:
+        gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    report = {"gpu": gpu, "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"),
+              "parts": {}}
+    folder = ROOT / "benchmarks" / "results" / gpu
+    if args.rehearse:
+        folder = Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [n for n in LIMITS if not (args.rehearse and n == "tests")]
+    for name in names:
+        report["parts"][name] = run_part(name)
+        (folder / "gpu_check.json").write_text(json.dumps(report, indent=1))
+    print(f"{gpu}, torch {torch.__version__}; times in ms")
+    for name, result in report["parts"].items():
+        show(name, result)
+    print(f"\nwritten: {folder / 'gpu_check.json'}")
+    return int(any("error" in r for r in report["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
