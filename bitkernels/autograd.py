@@ -38,9 +38,11 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
     """grad times the estimator's derivative at x; `x` real, any shape; result in grad's dtype."""
-    if name == "identity" or (name == "ste_sign" and clip is None):
+    if name == "identity":
         return grad
     if name == "ste_sign":
+        if clip is None:
+            return grad
         return torch.where(x.abs() <= clip, grad, torch.zeros_like(grad))
     if name == "approx_sign":
         magnitude = x.abs()
@@ -112,7 +114,7 @@ def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype) -> tuple[Tensor, 
 class _BinaryConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, scale, conf):
-        estimator = conf["input_estimator"]
+        estimator = conf["input_estimator"] if ctx.needs_input_grad[0] else "none"
         clip = conf["input_clip"] if estimator == "ste_sign" else None
         with _below_autograd():
             out, words, mask = _conv2d_forward(input, weight, bias, scale, conf, clip)
@@ -195,7 +197,8 @@ class _BinaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, scale, conf):
         with _below_autograd():
-            words, saved = _Signs.pack(input, conf["input_estimator"], conf["input_clip"], -1)
+            estimator = conf["input_estimator"] if ctx.needs_input_grad[0] else "none"
+            words, saved = _Signs.pack(input, estimator, conf["input_clip"], -1)
             out = _linear_on_words(words, input, weight, bias, scale, conf)
         ctx.save_for_backward(words, saved, weight, scale)
         ctx.conf = conf
@@ -311,8 +314,8 @@ def _rprelu(input, shift_in, slope, shift_out):
 
 # Without an Autograd key of their own these would detach silently; they refuse instead.
 RAW = ("sign_pack", "sign_pack_mask", "mask_grad", "packed_conv2d", "packed_conv2d.packed",
-       "packed_conv2d.both", "binary_conv2d_forward", "packed_linear", "packed_linear.packed", "packed_linear.both",
-       "rprelu_backward")
+       "packed_conv2d.both", "packed_linear", "packed_linear.packed", "packed_linear.both",
+       "binary_conv2d_forward", "rprelu_backward")
 
 
 def _refuse_grad(name: str):
