@@ -57,41 +57,55 @@ BK_TARGET inline __m256i widen(__m256i bytes) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-// PIXELS pixels x 8 channels over one run of words; 31 additions of at most 8 fit a byte.
+// Adds the byte sums to the 32-bit ones in memory and clears them.
 template <int PIXELS>
-BK_TARGET inline void dot_run(const uint32_t* a, int64_t a_pixel, const uint32_t* w, int64_t run,
-                              __m256i* sum) {
-  while (run > 0) {
-    const int64_t n = run < 31 ? run : 31;
-    __m256i bytes[PIXELS];
-    BK_UNROLL for (int p = 0; p < PIXELS; ++p) bytes[p] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < n; ++i) {
-      const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16 * i));
-      BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
-        const __m256i word = _mm256_set1_epi32(static_cast<int>(a[p * a_pixel + i]));
-        bytes[p] = _mm256_add_epi8(bytes[p], byte_popcount(_mm256_xor_si256(word, weight)));
+BK_TARGET inline void flush(__m256i* bytes, int32_t* sum, int64_t step) {
+  BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
+    __m256i* to = reinterpret_cast<__m256i*>(sum + p * step);
+    _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), widen(bytes[p])));
+    bytes[p] = _mm256_setzero_si256();
+  }
+}
+
+// PIXELS pixels x 8 channels: byte sums in registers, flushed before a 32nd addition of at most 8.
+template <int PIXELS>
+BK_TARGET inline void dot8(const Dot& d, const uint32_t* tile, int32_t* sum, int64_t step) {
+  constexpr int64_t kRoom = 31;
+  __m256i bytes[PIXELS];
+  BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
+    bytes[p] = _mm256_setzero_si256();
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum + p * step), bytes[p]);
+  }
+  const int64_t a_pixel = d.a_pixel;
+  int64_t room = kRoom;
+  for (int64_t y = 0; y < d.ky; ++y)
+    for (int64_t x = 0; x < d.kx; ++x) {
+      const uint32_t* a = d.a + y * d.a_ky + x * d.a_kx;
+      const uint32_t* w = tile + y * d.w_ky + x * d.w_kx;
+      for (int64_t left = d.run; left > 0;) {
+        const int64_t n = left < room ? left : room;
+        for (int64_t i = 0; i < n; ++i, ++a, w += 16) {
+          const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+          BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
+            const __m256i word = _mm256_set1_epi32(static_cast<int>(a[p * a_pixel]));
+            bytes[p] = _mm256_add_epi8(bytes[p], byte_popcount(_mm256_xor_si256(word, weight)));
+          }
+        }
+        left -= n;
+        room -= n;
+        if (room == 0) {
+          flush<PIXELS>(bytes, sum, step);
+          room = kRoom;
+        }
       }
     }
-    BK_UNROLL for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_add_epi32(sum[p], widen(bytes[p]));
-    a += n;
-    w += 16 * n;
-    run -= n;
-  }
+  flush<PIXELS>(bytes, sum, step);
 }
 
 template <int PIXELS, int TILES>
 BK_TARGET void dot(const Dot& d) {
-  for (int half = 0; half < 2 * TILES; ++half) {
-    __m256i sum[PIXELS];
-    BK_UNROLL for (int p = 0; p < PIXELS; ++p) sum[p] = _mm256_setzero_si256();
-    const uint32_t* tile = d.w + half / 2 * d.w_tile + half % 2 * 8;
-    for (int64_t y = 0; y < d.ky; ++y)
-      for (int64_t x = 0; x < d.kx; ++x)
-        dot_run<PIXELS>(d.a + y * d.a_ky + x * d.a_kx, d.a_pixel, tile + y * d.w_ky + x * d.w_kx,
-                        d.run, sum);
-    BK_UNROLL for (int p = 0; p < PIXELS; ++p)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.acc + p * TILES * 16 + half * 8), sum[p]);
-  }
+  for (int half = 0; half < 2 * TILES; ++half)
+    dot8<PIXELS>(d, d.w + half / 2 * d.w_tile + half % 2 * 8, d.acc + half * 8, TILES * 16);
 }
 
 BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {

@@ -41,42 +41,49 @@ inline void float_to_half16(const float* y, uint16_t* x) {
     vst1_u16(x + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(y + i))));
 }
 
-// PIXELS pixels x 16 channels over one run of words; 31 additions of at most 8 fit a byte.
+// PIXELS (at most 4) pixels x 16 channels: byte sums in registers, widened before a 32nd addition
+// of at most 8 to the 32-bit sums in memory.
 template <int PIXELS>
-inline void dot_run(const uint32_t* a, int64_t a_pixel, const uint32_t* w, int64_t run,
-                    uint32x4_t (*sum)[4]) {
-  while (run > 0) {
-    const int64_t n = run < 31 ? run : 31;
-    uint8x16_t bytes[PIXELS][4];
-    for (int p = 0; p < PIXELS; ++p)
-      for (int q = 0; q < 4; ++q) bytes[p][q] = vdupq_n_u8(0);
-    for (int64_t i = 0; i < n; ++i)
-      for (int q = 0; q < 4; ++q) {
-        const uint32x4_t weight = vld1q_u32(w + 16 * i + 4 * q);
-        for (int p = 0; p < PIXELS; ++p) {
-          const uint32x4_t x = veorq_u32(vdupq_n_u32(a[p * a_pixel + i]), weight);
-          bytes[p][q] = vaddq_u8(bytes[p][q], vcntq_u8(vreinterpretq_u8_u32(x)));
-        }
-      }
-    for (int p = 0; p < PIXELS; ++p)
-      for (int q = 0; q < 4; ++q) sum[p][q] = vpadalq_u16(sum[p][q], vpaddlq_u8(bytes[p][q]));
-    a += n;
-    w += 16 * n;
-    run -= n;
-  }
-}
-
-// Register tiles of at most 4 pixels x 16 channels: 16 byte sums of the 32 registers.
-template <int PIXELS>
-inline void dot_tile(const Dot& d, int first, int tile, int tiles) {
+inline void dot16(const Dot& d, int first, int tile, int tiles) {
+  constexpr int64_t kRoom = 31;
+  uint8x16_t bytes[PIXELS][4];
   uint32x4_t sum[PIXELS][4];
   for (int p = 0; p < PIXELS; ++p)
-    for (int q = 0; q < 4; ++q) sum[p][q] = vdupq_n_u32(0);
-  const uint32_t* a = d.a + first * d.a_pixel;
+    for (int q = 0; q < 4; ++q) {
+      bytes[p][q] = vdupq_n_u8(0);
+      sum[p][q] = vdupq_n_u32(0);
+    }
+  const auto flush = [&] {
+    for (int p = 0; p < PIXELS; ++p)
+      for (int q = 0; q < 4; ++q) {
+        sum[p][q] = vpadalq_u16(sum[p][q], vpaddlq_u8(bytes[p][q]));
+        bytes[p][q] = vdupq_n_u8(0);
+      }
+  };
+  int64_t room = kRoom;
   for (int64_t y = 0; y < d.ky; ++y)
-    for (int64_t x = 0; x < d.kx; ++x)
-      dot_run<PIXELS>(a + y * d.a_ky + x * d.a_kx, d.a_pixel,
-                      d.w + tile * d.w_tile + y * d.w_ky + x * d.w_kx, d.run, sum);
+    for (int64_t x = 0; x < d.kx; ++x) {
+      const uint32_t* a = d.a + first * d.a_pixel + y * d.a_ky + x * d.a_kx;
+      const uint32_t* w = d.w + tile * d.w_tile + y * d.w_ky + x * d.w_kx;
+      for (int64_t left = d.run; left > 0;) {
+        const int64_t n = left < room ? left : room;
+        for (int64_t i = 0; i < n; ++i, ++a, w += 16)
+          for (int q = 0; q < 4; ++q) {
+            const uint32x4_t weight = vld1q_u32(w + 4 * q);
+            for (int p = 0; p < PIXELS; ++p) {
+              const uint32x4_t v = veorq_u32(vdupq_n_u32(a[p * d.a_pixel]), weight);
+              bytes[p][q] = vaddq_u8(bytes[p][q], vcntq_u8(vreinterpretq_u8_u32(v)));
+            }
+          }
+        left -= n;
+        room -= n;
+        if (room == 0) {
+          flush();
+          room = kRoom;
+        }
+      }
+    }
+  flush();
   for (int p = 0; p < PIXELS; ++p)
     for (int q = 0; q < 4; ++q)
       vst1q_s32(d.acc + ((first + p) * tiles + tile) * 16 + 4 * q,
@@ -87,8 +94,8 @@ template <int PIXELS, int TILES>
 void dot(const Dot& d) {
   constexpr int kFirst = PIXELS > 4 ? PIXELS / 2 : PIXELS, kRest = PIXELS - kFirst;
   for (int t = 0; t < TILES; ++t) {
-    dot_tile<kFirst>(d, 0, t, TILES);
-    if constexpr (kRest > 0) dot_tile<kRest>(d, kFirst, t, TILES);
+    dot16<kFirst>(d, 0, t, TILES);
+    if constexpr (kRest > 0) dot16<kRest>(d, kFirst, t, TILES);
   }
 }
 
