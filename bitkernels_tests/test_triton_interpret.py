@@ -76,9 +76,10 @@ else:
             assert have.dtype == want.dtype and have.shape == want.shape
             assert torch.equal(have, want)
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("channels", CHANNELS)
-    def test_elementwise(channels, layout):
+    @pytest.mark.parametrize("layout,channels", [
+        (layout, channels) for layout in LAYOUTS
+        for channels in (CHANNELS if layout in ("contiguous", "channels_last") else (33,))])
+    def test_elementwise(layout, channels):
         for dtype in FLOATS:
             x = LAYOUTS[layout](reals(2, channels, 3, 5, dtype=dtype))
             shift, slope, last = (reals(channels), reals(channels), reals(channels, dtype=dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def collapse(dim: int, *tensors: Tensor) -> tuple[int, int, list[tuple[int, int, int]]] | None:
+def collapse(dim: int, *tensors: Tensor) -> tuple[int, int, list[tuple[int, ...]]] | None:
     """(outer, inner, [(outer stride, inner stride, channel stride) of each]) or None.
 
     Rows are the sizes without `dim`, in order; outer * inner of them. None if the tensors' strides

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import triton
@@ -63,6 +65,8 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
     rows = images * oh * ow
     if rows == 0:
         return
+    if inner != "popc" and elementwise.wide(residual):  # its offsets would not fit int32
+        residual = cast(torch.Tensor, residual).contiguous()
     geometry = (height, width, oh, ow, *stride, pad[0], pad[2], *dilation)
     strides = [(0,) * 4 if t is None else (t.stride(0), t.stride(1), t.stride(2), t.stride(3))
                for t in (residual, out)]
@@ -75,37 +79,36 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
                   strict=True)
     common |= zip(("ron", "roc", "roh", "row", "oon", "ooc", "ooh", "oow"),
                   (*strides[0], *strides[1]), strict=True)
-    wide = elementwise.wide(words, filters, out, residual)
-    if inner == "popc":
-        def launch(block_m, block_n, warps):
-            popc_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
-                words, filters, **common, CHANNELS=channels // groups, OUT_CHANNELS=cout // groups,
-                GROUPS=groups, PIXEL=pixel, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=pad_value,
-                PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, WIDE=wide, num_warps=warps,
-                enable_fp_fusion=False)
-    else:
+    if inner != "popc":
         tables = prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx)
         common |= dict(**tables, BORDERS=tables["corr"].shape[0], KH=kh, KW=kw, PADDED=any(pad))
-    if inner == "int8":
-        def launch(block_m, block_n, block_k, warps, stages):
-            int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
-                words.view(torch.int8), filters.view(torch.int8), **common, WIDTH=4 * depth,
-                PTX=ptx, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
-                num_stages=stages, enable_fp_fusion=False)
-    elif inner == "b1":
+    if inner == "b1":
         common |= {k: v.float() for k, v in vectors.items() if v is not None}
 
-        def launch(warps):
-            b1_kernel[(triton.cdiv(rows, 64 * warps), triton.cdiv(cout, 64))](
-                words, filters, **common, WIDTH=depth, WARPS=warps, num_warps=warps,
-                enable_fp_fusion=False)
+    def popc(block_m, block_n, warps):
+        popc_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
+            words, filters, **common, CHANNELS=channels // groups, OUT_CHANNELS=cout // groups,
+            GROUPS=groups, PIXEL=pixel, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=pad_value, PTX=ptx,
+            BLOCK_M=block_m, BLOCK_N=block_n,
+            WIDE=elementwise.wide(words, filters, out, residual), num_warps=warps,
+            enable_fp_fusion=False)
+
+    def int8(block_m, block_n, block_k, warps, stages):
+        int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
+            words.view(torch.int8), filters.view(torch.int8), **common, WIDTH=4 * depth, PTX=ptx,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+            enable_fp_fusion=False)
+
+    def b1(warps):
+        b1_kernel[(triton.cdiv(rows, 64 * warps), triton.cdiv(cout, 64))](
+            words, filters, **common, WIDTH=depth, WARPS=warps, num_warps=warps,
+            enable_fp_fusion=False)
+
+    launch = cast(Callable[..., None], {"popc": popc, "int8": int8, "b1": b1}[inner])
     table = configs.table(inner, family)
-    key = (inner, str(words.device), rows, *filters.shape, groups, real_name(out), packed is None)
+    key = (inner, str(words.device), rows, *filters.shape, groups,
+           None if out is None else out.dtype, packed is None)
     launch(*(fastest(key, table, launch) if configs.autotuning() else table[0]))
-
-
-def real_name(out) -> str | None:
-    return None if out is None else str(out.dtype)
 
 
 def fastest(key, table, launch):
