@@ -26,6 +26,10 @@ if not INTERPRETED:
             env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
+    def test_import_leaves_triton_alone():
+        subprocess.run([sys.executable, "-c", "import bitkernels, sys\n"
+                        "assert 'triton' not in sys.modules"], check=True)
+
 else:
     import triton.language as tl
 
@@ -183,6 +187,16 @@ else:
         with pytest.warns(UserWarning, match="rsign .* differs .* the reference runs"):
             same(dispatch.run("rsign", x, shift), reference.rsign(x, shift))
         same(dispatch.run("rsign", x, shift), reference.rsign(x, shift))
+        dispatch.clear()
+
+    def test_without_triton_the_reference_runs_after_one_warning(monkeypatch):
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+        dispatch.clear()
+        x = reals(2, 40)
+        with pytest.warns(UserWarning, match="triton is not installed") as warned:
+            for _ in range(2):
+                same(dispatch.run("sign_pack", x, None, 1), reference.sign_pack(x))
+        assert len(warned) == 1
         dispatch.clear()
 
     def test_choice_of_inner_product():
