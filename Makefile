@@ -22,7 +22,10 @@ WARN := -Wall -Wextra -Wno-maybe-uninitialized
 KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help test bench build test-all kernel-test kernel-test-neon abi-audit lint clean
+# Tests that no CPU kernel takes part in; test-all leaves them to `make test`.
+OTHER_TESTS := $(wildcard bitkernels_tests/test_triton_*.py bitkernels_tests/test_thresholds.py)
+
+.PHONY: help test bench build test-all kernel-test kernel-test-neon gpu-check abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -31,6 +34,7 @@ help:
 	@echo "make test-all          the tests once for each CPU kernel of this machine"
 	@echo "make kernel-test       the C++ kernels alone, plain and under sanitizers"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
+	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
 	@echo "make lint              ruff, mypy, clang-format"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' EXTRAS=$(EXTRAS)"
@@ -59,7 +63,7 @@ $(BUILD_STAMP): $(ENV_STAMP) setup.py pyproject.toml $(ENGINE)
 test-all: build
 	mkdir -p build
 	@kernels=$$($(PY) -m bitkernels --cpu-kernels) && printf '%s\n' $$kernels reference | \
-	xargs -P $(JOBS) -I{} sh -c 'BITKERNELS_CPU={} OMP_NUM_THREADS=1 $(PY) -m pytest -q \
+	xargs -P $(JOBS) -I{} sh -c 'BITKERNELS_CPU={} OMP_NUM_THREADS=1 $(PY) -m pytest -q $(OTHER_TESTS:%=--ignore=%) \
 	  > build/test-{}.log 2>&1; code=$$?; \
 	  echo "== BITKERNELS_CPU={}"; [ $$code = 0 ] || cat build/test-{}.log; \
 	  tail -n 1 build/test-{}.log; exit $$code'
@@ -75,6 +79,9 @@ kernel-test-neon:
 	mkdir -p build
 	$(CXX_NEON) -static -O3 $(KERNEL_FLAGS) $(TEST_SOURCES) -o build/kernel_test_neon
 	$(QEMU) build/kernel_test_neon
+
+gpu-check: build
+	$(PY) benchmarks/gpu_check.py
 
 abi-audit: build
 	$(VENV)/bin/torch-abi-audit --check both bitkernels/_C.abi3.so
