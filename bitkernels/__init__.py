@@ -1,8 +1,8 @@
 """bitkernels: binary neural networks in PyTorch on real 1-bit arithmetic."""
 
-from bitkernels import _ops, autograd, backends, nn, optim, quantizers, reference
+from bitkernels import _ops, autograd, backends, metrics, nn, optim, quantizers, reference
 from bitkernels.thresholds import fold_threshold
 
 __version__ = "0.1.0"
 
-__all__ = ["autograd", "backends", "fold_threshold", "nn", "optim", "quantizers", "reference"]
+__all__ = ["autograd", "backends", "fold_threshold", "metrics", "nn", "optim", "quantizers", "reference"]
