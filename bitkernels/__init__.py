@@ -5,4 +5,13 @@ from bitkernels.thresholds import fold_threshold
 
 __version__ = "0.1.0"
 
-__all__ = ["autograd", "backends", "fold_threshold", "metrics", "nn", "optim", "quantizers", "reference"]
+__all__ = [
+    "autograd",
+    "backends",
+    "fold_threshold",
+    "metrics",
+    "nn",
+    "optim",
+    "quantizers",
+    "reference",
+]

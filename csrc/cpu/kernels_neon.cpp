@@ -25,9 +25,10 @@ inline uint32_t mask4(uint32x4_t all_ones) {
 }
 
 template <class Lanes>
-inline uint32_t bits16(const Lanes* mask) {
+inline uint32_t bits16(const Lanes* v) {
   uint32_t bits = 0;
-  for (int i = 0; i < 4; ++i) bits |= mask4(reinterpret_cast<uint32x4_t>(mask[i])) << (4 * i);
+  for (int i = 0; i < 4; ++i)
+    bits |= mask4(vcltzq_s32(reinterpret_cast<int32x4_t>(v[i]))) << (4 * i);
   return bits;
 }
 
