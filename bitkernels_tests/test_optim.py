@@ -449,3 +449,41 @@ def test_latent_weights_are_clipped():
     handle.remove()
     train(model, optimizer, 1)
     assert model[2].weight.abs().max() > 1.25
+
+
+def _worker(rank, store, results):
+    """Two processes with half of each batch; rank 0 keeps the weights."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = distributed_network()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    train_linear(parallel, cases(model), slice(4 * rank, 4 * rank + 4))
+    if rank == 0:
+        torch.save(model.state_dict(), results)
+    dist.destroy_process_group()
+
+
+def distributed_network():
+    return nn.Sequential(nn.Linear(6, 20), BinaryLinear(20, 9), nn.Linear(9, 3))
+
+
+def train_linear(model, optimizer, part):
+    """Sums of eighths and quarters of multiples: the mean over processes is that of the batch."""
+    for step in range(20):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        F.mse_loss(model(x[part]), x[part, :3]).backward()
+        optimizer.step()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_train_as_one(tmp_path):
+    torch.multiprocessing.spawn(_worker, (tmp_path / "store", tmp_path / "weights"), nprocs=2)
+    torch.manual_seed(0)
+    model = distributed_network()
+    train_linear(model, cases(model), slice(0, 8))
+    for name, value in torch.load(tmp_path / "weights").items():
+        torch.testing.assert_close(value, model.state_dict()[name], atol=1e-5, rtol=0)

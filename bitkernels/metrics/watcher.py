@@ -112,8 +112,11 @@ class Watcher:
             if histograms:
                 metrics["histogram"] = Histogram()
             self.activations[name or type(module).__name__] = metrics
+            taken = _Inputs(tuple(metrics.values()), every).take
+            # Here and not as a decorator: it imports the compiler, which `import bitkernels` must
+            # not do.
             self._handles.append(module.register_forward_pre_hook(
-                _InputHook(tuple(metrics.values()), every), with_kwargs=True))
+                torch.compiler.disable(taken), with_kwargs=True))
 
     def update(self) -> None:
         """Take the weights as they are after an update; the hook of the optimizer calls this."""
@@ -197,15 +200,14 @@ class Watcher:
         self.close()
 
 
-class _InputHook:
+class _Inputs:
     """Gives metrics the input of each `every`-th forward pass in training."""
 
     def __init__(self, metrics: tuple[Any, ...], every: int) -> None:
         self.metrics, self.every, self.calls = metrics, every, 0
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training:
             return
         self.calls += 1
