@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from bitkernels.optim import (
     clip_latent_weights,
     is_binary_weight,
 )
+from bitkernels.quantizers import NoOp
 
 STEPS = 60
 SHAPES = ((7, 5), (4, 3, 3, 3), (40,))
@@ -253,6 +255,32 @@ def test_unbiased_with_gamma_zero_leaves_weights():
     w.grad = torch.tensor([1.0, 1.0])
     optimizer.step()
     assert w.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("quantizer, learns", [
+    (None, True), (NoOp(precision=1), True), ("ste_sign", True), ("approx_sign", False)])
+def test_weight_quantizers_that_pass_gradients_at_one(quantizer, learns):
+    layer = BinaryLinear(40, 8, weight_quantizer=quantizer)
+    optimizer = Bop([layer.weight], gamma=1.0, threshold=1e-6)
+    changed = []
+    for _ in range(4):
+        before = layer.weight.detach().clone()
+        optimizer.zero_grad()
+        layer(torch.randn(16, 40)).square().mean().backward()
+        optimizer.step()
+        changed.append((before * layer.weight < 0).any().item())
+    assert any(changed[1:]) == learns  # the first step starts from real weights
+
+
+def test_the_example_of_the_documentation(capsys):
+    page = Path(__file__).parents[1] / "docs" / "training.md"
+    if not page.exists():
+        pytest.skip("installed without docs")
+    space: dict = {}
+    exec(page.read_text().split("```python")[1].split("```")[0], space)
+    group, = space["bop"].param_groups
+    assert group["lr"] == pytest.approx(0, abs=1e-12) and group["threshold"] == 1e-7
+    assert "c2i_ratio" in capsys.readouterr().out
 
 
 def test_grad_scaler():
