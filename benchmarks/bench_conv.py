@@ -144,6 +144,7 @@ class Row:
     products: int
     times: dict[str, common.Times]
     variants: dict[str, str]
+    measured: dict[str, common.Times]  # every variant
     match: bool
 
     def speedup(self, provider: str, baseline: str) -> float | None:
@@ -169,12 +170,13 @@ def measure(case: Case, threads: int, seconds: float, notes: dict[str, str], eac
     match = case.match()
     times: dict[str, common.Times] = {}
     variants: dict[str, str] = {}
-    for name, measured in common.measure_in_turns(device, calls, seconds, each).items():
+    measured = common.measure_in_turns(device, calls, seconds, each)
+    for name, taken in measured.items():
         provider, _, variant = name.partition("/")
-        if provider not in times or measured.p50 < times[provider].p50:
-            times[provider], variants[provider] = measured, variant
+        if provider not in times or taken.p50 < times[provider].p50:
+            times[provider], variants[provider] = taken, variant
     return Row(case.layer.name, case.batch, threads, case.layer.products(case.batch), times,
-               variants, match)
+               variants, measured, match)
 
 
 def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
