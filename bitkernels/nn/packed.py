@@ -2,7 +2,7 @@
 
 Buffers (all in the state_dict but `weight_tiles`):
   weight_words  int32 signs, (Cout, kh, kw, ceil(Cin/groups/32)) or (out, ceil(in/32))
-  weight_tiles  the same as `tile_weight` orders them for the kernels; follows weight_words whenever
+  weight_tiles  the same as `tile_weight` orders them for CPU kernels; follows weight_words whenever
                 a state_dict is loaded, and must be rebuilt by `retile` if they are changed by hand
   scale, bias   float32 (Cout,), or None
 
@@ -66,6 +66,10 @@ class _Packed(nn.Module):
         self.retile()
         self.train(layer.training)
 
+    def _filter(self, input: Tensor) -> Tensor:
+        """The layout that the input's backend reads without rearranging it."""
+        return self.weight_tiles if input.is_cpu else self.weight_words
+
     def _words(self, input: Tensor, dim: int) -> Tensor:
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
@@ -114,7 +118,7 @@ class _PackedConv(_Packed):
         """Of (N, C, H, W)."""
         stride, pads, dilation = self._geometry
         return _packed_conv2d(
-            self._words(input, 1), self.weight_tiles, self.in_channels, stride, pads, dilation,
+            self._words(input, 1), self._filter(input), self.in_channels, stride, pads, dilation,
             self.groups, pad_value=self.pad_value, out_channels=self.out_channels,
             scale=self.scale, bias=self.bias, dtype=input.dtype,
             channels_last=wants_channels_last(input, input))
@@ -196,7 +200,7 @@ class PackedLinear(_Packed):
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
                                f"{tuple(input.shape)}")
         return _packed_linear(
-            self._words(input, -1), self.weight_tiles, self.in_features,
+            self._words(input, -1), self._filter(input), self.in_features,
             out_channels=self.out_features, scale=self.scale, bias=self.bias, dtype=input.dtype)
 
     def extra_repr(self) -> str:
