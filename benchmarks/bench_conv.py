@@ -1,17 +1,23 @@
 """Binary convolutions against PyTorch's own, layer by layer.
 
-  python benchmarks/bench_conv.py              every layer, batch 1 and 8, one and all threads
+  python benchmarks/bench_conv.py              every layer, batch 1 and 8, one and all threads;
+                                               on a GPU batch 1, 64 and 256
   python benchmarks/bench_conv.py --quick      two layers, short
   python benchmarks/bench_conv.py --layers 3x3:64@56 3x3/2:128@56 --batch 1 --threads 1
 
 A layer is kernel[/stride]:channels@size, with as many output as input channels. Timed are
 
   bitkernels real     real channels-last input -> sign and pack -> convolve -> real output
+                      (on a GPU once in fp16 and once in bf16, named so)
   bitkernels packed   packed input -> convolve, integer threshold a channel -> packed output
   fp32, bf16, ...     torch.nn.functional.conv2d, the faster of channels-last and contiguous
-  int8                PyTorch's quantized convolution, int8 input and output
+  int8                PyTorch's quantized convolution, int8 input and output, where it has one
 
-and `match` says whether, in this run, the real output was equal to conv2d of the signs, integer by
+On a GPU these times are with a cold L2 cache; beside them stand times in a CUDA graph, with
+operands in L2 as far as they fit, and floors: the bytes of input, weight and output divided by the
+bandwidth of a copy measured in the same run. `of floor` is the floor over the cold time.
+
+`match` says whether, in this run, the real output was equal to conv2d of the signs, integer by
 integer, and the packed output to the bits of its comparison with the thresholds. A complete run
 writes conv.csv, conv.json and conv.png to benchmarks/results/<device>, a partial one only to
 --output.
@@ -25,6 +31,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import common
@@ -39,8 +46,11 @@ ops = torch.ops.bitkernels
 LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7",
           "1x1:512@14", "3x3/2:128@56", "5x5:192@27", "3x3:32@112")
 QUICK = ("3x3:64@56", "3x3:256@14")
-BATCHES = (1, 8)
-OURS = ("bitkernels real", "bitkernels packed")
+PACKED = "bitkernels packed"
+
+
+def ours(device: common.Device) -> list[str]:
+    return [*(f"bitkernels {name}" for name in device.reals), PACKED]
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,13 @@ class Case:
     def __init__(self, layer: Layer, batch: int, device: common.Device) -> None:
         generator = torch.Generator().manual_seed(0)
         c, k = layer.channels, layer.kernel
-        x = torch.randn(batch, c, layer.size, layer.size, generator=generator)
+        # Rounded to fp16 first: a tiny negative number becomes 0 there, which has another sign.
+        x = torch.randn(batch, c, layer.size, layer.size, generator=generator).half().float()
         x[torch.rand(x.shape, generator=generator) < 0.01] = 0.0
         w = torch.randn(c, c, k, k, generator=generator)
         self.layer, self.batch, self.device = layer, batch, device
-        self.x = x.to(device.type, device.real, memory_format=torch.channels_last)
+        self.x = x.to(device.type, memory_format=torch.channels_last)
+        self.reals = {name: self.x.to(dtype) for name, dtype in device.reals.items()}
         self.w = w.to(device.type, memory_format=torch.channels_last)
         self.conv = ([layer.stride] * 2, [layer.padding] * 2)
         self.filter = ops.tile_weight.default(ops.sign_pack.default(self.w, None, 1))
@@ -91,10 +103,11 @@ class Case:
         signs = [torch.where(t < 0, -1, 1).to(device.exact) for t in (self.x, self.w)]
         self.dot = F.conv2d(*signs, None, *self.conv).round()
 
-    def real(self) -> Tensor:
-        words = ops.sign_pack.default(self.x, None, 1)
+    def real(self, name: str) -> Tensor:
+        words = ops.sign_pack.default(self.reals[name], None, 1)
         return ops.packed_conv2d.default(words, self.filter, self.layer.channels, *self.conv,
-                                         out_channels=self.layer.channels, dtype=self.device.real)
+                                         out_channels=self.layer.channels,
+                                         dtype=self.device.reals[name])
 
     def packed(self) -> Tensor:
         return ops.packed_conv2d.packed(self.words, self.filter, self.layer.channels, *self.conv,
@@ -105,9 +118,26 @@ class Case:
         words = self.packed().cpu().numpy().astype("<i4").view(np.uint8)
         bits = np.unpackbits(words, axis=-1, bitorder="little").astype(bool)
         channels = self.layer.channels
-        return (torch.equal(self.real(), self.dot.to(self.device.real))
+        reals = self.device.reals.items()
+        return (all(torch.equal(self.real(name), self.dot.to(dtype)) for name, dtype in reals)
                 and np.array_equal(bits[..., :channels], expected)
                 and not bits[..., channels:].any())
+
+    def ours(self) -> dict[str, Callable[[], Tensor]]:
+        return {**{f"bitkernels {name}": partial(self.real, name) for name in self.device.reals},
+                PACKED: self.packed}
+
+    def traffic(self, provider: str) -> int:
+        """Bytes of input, weight and output."""
+        real = self.x.numel() + self.dot.numel()
+        if provider == PACKED:
+            out = self.words.shape[-1] * self.dot[:, 0].numel()  # as many channels out as in
+            return 4 * (self.words.numel() + self.filter.numel() + out)
+        if provider.startswith("bitkernels"):
+            size = self.device.reals[provider.removeprefix("bitkernels ")].itemsize
+            return size * real + 4 * self.filter.numel()
+        size = 1 if provider == "int8" else self.device.rivals[provider].itemsize
+        return size * (real + self.w.numel())
 
     def rivals(self) -> dict[str, Callable[[], Tensor]]:
         """PyTorch's convolutions; variants of one type are named type/variant."""
@@ -122,16 +152,15 @@ class Case:
 
     def int8(self) -> Callable[[], Tensor]:
         """PyTorch's quantized convolution; RuntimeError where it has none."""
-        if not self.device.int8:
-            raise RuntimeError("PyTorch has no int8 convolution on this device")
+        dtype, zero = self.device.int8
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, and still PyTorch's only int8 convolution
-            x = torch.quantize_per_tensor(self.x, 0.05, 64, torch.quint8)
+            x = torch.quantize_per_tensor(self.x, 0.05, zero, dtype)
             w = torch.quantize_per_tensor(self.w, 0.05, 0, torch.qint8)
             weight = torch.ops.quantized.conv2d_prepack(w, None, *self.conv, [1, 1], 1)
         call = torch.ops.quantized.conv2d
-        call(x, weight, 1.0, 64)
-        return lambda: call(x, weight, 1.0, 64)
+        call(x, weight, 1.0, zero)
+        return lambda: call(x, weight, 1.0, zero)
 
 
 @dataclass(frozen=True)
@@ -145,6 +174,8 @@ class Row:
     times: dict[str, common.Times]
     variants: dict[str, str]
     measured: dict[str, common.Times]  # every variant
+    warm: dict[str, common.Times]  # the fastest variants in a CUDA graph; on a GPU only
+    floors: dict[str, float]  # seconds that the memory traffic takes; on a GPU only
     match: bool
 
     def speedup(self, provider: str, baseline: str) -> float | None:
@@ -152,17 +183,21 @@ class Row:
             return None
         return self.times[baseline].p50 / self.times[provider].p50
 
+    def of_floor(self, provider: str) -> float:
+        return self.floors[provider] / self.times[provider].p50
+
     def ceiling(self, rate: float | None) -> float | None:
         """Part of the popcount rate that the packed convolution reaches."""
         if rate is None:
             return None
-        return self.products / self.times["bitkernels packed"].p50 / (rate * self.threads)
+        return self.products / self.times[PACKED].p50 / (rate * self.threads)
 
 
-def measure(case: Case, threads: int, seconds: float, notes: dict[str, str], each) -> Row:
+def measure(case: Case, threads: int, seconds: float, bandwidth: float | None,
+            notes: dict[str, str], each) -> Row:
     device = case.device
     device.set_threads(threads)
-    calls = {"bitkernels real": case.real, "bitkernels packed": case.packed, **case.rivals()}
+    calls = {**case.ours(), **case.rivals()}
     try:
         calls["int8"] = case.int8()
     except RuntimeError as error:
@@ -175,8 +210,12 @@ def measure(case: Case, threads: int, seconds: float, notes: dict[str, str], eac
         provider, _, variant = name.partition("/")
         if provider not in times or taken.p50 < times[provider].p50:
             times[provider], variants[provider] = taken, variant
+    fastest = {name: calls[f"{name}/{variants[name]}" if variants[name] else name]
+               for name in times}
+    warm = common.measure_warm(device, fastest, seconds, notes)
+    floors = {} if bandwidth is None else {p: case.traffic(p) / bandwidth for p in times}
     return Row(case.layer.name, case.batch, threads, case.layer.products(case.batch), times,
-               variants, measured, match)
+               variants, measured, warm, floors, match)
 
 
 def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
@@ -184,6 +223,7 @@ def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
     """(rows, bit products per second that only counting bits reaches on one thread, or None)."""
     rows: list[Row] = []
     rates: list[float] = []
+    bandwidth = device.copy_bandwidth()
     with torch.inference_mode(), tqdm(total=len(layers) * len(batches) * len(threads),
                                       unit="row", disable=None) as progress:
         for layer in layers:
@@ -193,7 +233,7 @@ def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
                 rates += [] if rate is None else [rate]
                 for count in threads:
                     rows.append(measure(
-                        case, count, seconds, notes,
+                        case, count, seconds, bandwidth, notes,
                         lambda name, label=f"{layer.name} batch {batch}": progress.set_postfix_str(
                             f"{label}, {name}")))
                     progress.update()
@@ -201,26 +241,43 @@ def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
 
 
 def geometric_means(rows: Sequence[Row], baseline: str) -> dict[str, float]:
+    everywhere = [p for p in rows[0].times if all(p in row.times for row in rows)]
     return {provider: statistics.geometric_mean(row.speedup(provider, baseline) for row in rows)
-            for provider in rows[0].times if provider != baseline}
+            for provider in everywhere if provider != baseline}
 
 
 def table(rows: Sequence[Row], device: common.Device, rate: float | None) -> str:
     base = device.baseline
-    rivals = [*device.rivals, "int8"]
-    headers = ["layer", "batch", "threads", *(f"{r}\nms" for r in rivals), "real\nms", "packed\nms",
-               f"real\nover {base}", f"packed\nover {base}", "match"]
+    rivals, own = [*device.rivals, "int8"], ours(device)
+    names = [name.removeprefix("bitkernels ") for name in own]
+    clash = set(names) & set(rivals)
+    names = [f"binary\n{name}" if clash else name for name in names]
+    headers = ["layer", "batch", "threads", *(f"{name}\nms" for name in (*rivals, *names)),
+               *(f"{name}\nover {base}" for name in names), "match"]
     if rate is not None:
         headers.append("of popcount\nceiling")
     lines = []
     for row in rows:
         times = [f"{row.times[p].p50 * 1e3:.3f}" if p in row.times else "n/a"
-                 for p in (*rivals, *OURS)]
+                 for p in (*rivals, *own)]
         line = [row.layer, row.batch, row.threads, *times,
-                *(f"{row.speedup(p, base):.2f}x" for p in OURS), "yes" if row.match else "NO"]
+                *(f"{row.speedup(p, base):.2f}x" for p in own), "yes" if row.match else "NO"]
         if rate is not None:
             line.append(f"{row.ceiling(rate):.0%}")
         lines.append(line)
+    return tabulate(lines, headers, stralign="right", disable_numparse=True)
+
+
+def gpu_table(rows: Sequence[Row], device: common.Device) -> str:
+    """Times in a CUDA graph, and the floor's part of the cold times."""
+    own = ours(device)
+    providers = [*device.rivals, "int8", *own]
+    title = {p: p.replace(" ", "\n") for p in providers}
+    headers = ["layer", "batch", *(f"{title[p]}\ngraph ms" for p in providers),
+               *(f"{title[p]}\nof floor" for p in own)]
+    lines = [[row.layer, row.batch,
+              *(f"{row.warm[p].p50 * 1e3:.4f}" if p in row.warm else "n/a" for p in providers),
+              *(f"{row.of_floor(p):.0%}" for p in own)] for row in rows]
     return tabulate(lines, headers, stralign="right", disable_numparse=True)
 
 
@@ -228,7 +285,12 @@ def csv_rows(rows: Sequence[Row], device: common.Device, record: dict, rate: flo
     """One line a row and provider, so that files of different devices can be joined."""
     for row in rows:
         for provider, times in row.times.items():
-            ours = provider in OURS
+            gpu = {}
+            if row.floors:
+                warm = row.warm.get(provider)
+                gpu = {"graph_p50": f"{warm.p50 * 1e3:.6g}" if warm else "",
+                       "floor": f"{row.floors[provider] * 1e3:.6g}",
+                       "of_floor": f"{row.of_floor(provider):.4g}"}
             yield {
                 "kernel_name": "packed_conv2d", "kernel_provider": provider, "mode": "inference",
                 "metric": "ms", "layer": row.layer, "batch": row.batch, "threads": row.threads,
@@ -236,9 +298,10 @@ def csv_rows(rows: Sequence[Row], device: common.Device, record: dict, rate: flo
                 "variant": row.variants[provider],
                 f"speedup_over_{device.baseline}":
                     f"{row.speedup(provider, device.baseline):.4g}",
-                "match": row.match if ours else "",
+                **gpu,
+                "match": row.match if provider.startswith("bitkernels") else "",
                 "popcount_ceiling":
-                    f"{row.ceiling(rate):.4g}" if rate and provider == "bitkernels packed" else "",
+                    f"{row.ceiling(rate):.4g}" if rate and provider == PACKED else "",
                 "device": record["device"], "kernel": record["kernel"],
                 "bitkernels": record["bitkernels"], "torch": record["torch"],
                 "date": record["date"],
@@ -250,7 +313,7 @@ def panels(rows: Sequence[Row], baseline: str):
         for threads in dict.fromkeys(row.threads for row in rows):
             part = [row for row in rows if (row.batch, row.threads) == (batch, threads)]
             means = geometric_means(part, baseline)
-            order = [p for p in means if p not in OURS] + list(OURS)
+            order = sorted(means, key=lambda p: p.startswith("bitkernels"))
             yield common.Panel(
                 f"batch {batch}, {threads} thread{'s' * (threads > 1)}",
                 [*(row.layer.replace(":", "\n") for row in part), "geometric\nmean"],
@@ -277,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two layers, short")
     parser.add_argument("--layers", nargs="+", type=Layer.parse, metavar="LAYER")
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--batch", nargs="+", type=int,
+                        help="default: 1 and 8; on a GPU 1, 64 and 256")
     parser.add_argument("--threads", nargs="+", type=int, help="default: one and all")
     parser.add_argument("--min-run-time", type=float, metavar="SECONDS",
                         help="timed per provider and row (0.4; 0.05 with --quick)")
@@ -288,14 +352,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     device = common.pick_device(args.device)
     layers = args.layers or [Layer.parse(name) for name in (QUICK if args.quick else LAYERS)]
     threads = args.threads or device.threads
+    batches = args.batch or list(device.batches)
     seconds = args.min_run_time or (0.05 if args.quick else 0.4)
     notes: dict[str, str] = {}
-    rows, rate = run(layers, args.batch, threads, device, seconds, notes)
+    rows, rate = run(layers, batches, threads, device, seconds, notes)
     means = geometric_means(rows, device.baseline)
     record = common.environment(device) | {"min_run_time": seconds, "popcount_rate": rate,
                                            "not_available": notes}
 
     print(table(rows, device, rate))
+    if rows[0].floors:
+        print(f"\n{gpu_table(rows, device)}")
     print(f"\ngeometric mean over {device.baseline}: "
           + ", ".join(f"{name} {mean:.2f}x" for name, mean in means.items()))
     print(", ".join(f"{key} {value}" for key, value in record.items()
@@ -308,8 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if record["kernel"] == "reference":
         print("bitkernels ran its reference implementation here, which is written to be read: "
               "these speeds say nothing about a compiled backend")
-    complete = not args.quick and (layers, args.batch, threads) == (
-        [Layer.parse(name) for name in LAYERS], list(BATCHES), device.threads)
+    complete = not args.quick and (layers, batches, threads) == (
+        [Layer.parse(name) for name in LAYERS], list(device.batches), device.threads)
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
     if output is not None:
         save(output, rows, device, record, rate, means)

@@ -43,11 +43,14 @@ class CpuDevice:
     """This machine's processor: `threads` threads of PyTorch, torch.utils.benchmark's timer."""
 
     type = "cpu"
-    real = torch.float32  # the type of real inputs and outputs of binary layers
+    # types of the real inputs and outputs of binary layers, the first that of whole networks
+    reals: Mapping[str, torch.dtype] = {"real": torch.float32}
     exact = torch.float32  # sums of less than 2^24 signs are exact
     baseline = "fp32"  # speed-ups are over this
     rivals: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    int8 = True
+    int8 = (torch.quint8, 64)  # activations: type and zero point that the int8 convolution takes
+    batches = (1, 8)
+    compiles = False  # whether torch.compile is timed unasked: it takes a minute on some processors
 
     def __init__(self) -> None:
         self.name = _cpu_name()
@@ -70,6 +73,17 @@ class CpuDevice:
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=seconds).times
 
+    def measure_warm(self, call: Callable[[], object], seconds: float) -> list[float] | None:
+        """None: `measure` empties no cache here."""
+        return None
+
+    def copy_bandwidth(self) -> float | None:
+        """None: operands of these sizes stay in the caches, memory is no floor."""
+        return None
+
+    def peak_memory(self, call: Callable[[], object]) -> int | None:
+        return None
+
     def popcount_rate(self) -> float | None:
         """Products per second of one thread that only counts bits; None without the extension."""
         return cpu.popcount_ceiling(0.02) if cpu.active() else None
@@ -82,12 +96,14 @@ class GpuDevice:
     """The current GPU: cuDNN picks its algorithm by trial, Triton's timer empties the L2 cache."""
 
     type = "cuda"
-    real = torch.bfloat16
+    reals: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
     exact = torch.float64
     baseline = "bf16"
     rivals: Mapping[str, torch.dtype] = {
         "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    int8 = False
+    int8 = (torch.qint8, 0)
+    batches = (1, 64, 256)
+    compiles = True
 
     def __init__(self) -> None:
         self.name = torch.cuda.get_device_name()
@@ -108,6 +124,31 @@ class GpuDevice:
         milliseconds = do_bench(call, warmup=max(1, int(250 * seconds)),
                                 rep=max(1, int(1000 * seconds)), return_mode="all")
         return [t / 1000 for t in milliseconds]
+
+    def measure_warm(self, call: Callable[[], object], seconds: float) -> list[float] | None:
+        """Seconds a call of many in one CUDA graph: no launch from the host, operands in L2."""
+        from triton.testing import do_bench_cudagraph
+
+        # It replays the graph, of `rep` milliseconds, ten times.
+        milliseconds = do_bench_cudagraph(call, rep=max(1, int(100 * seconds)), return_mode="all")
+        return [t / 1000 for t in milliseconds]
+
+    def copy_bandwidth(self) -> float | None:
+        """Bytes per second, read and written, of a copy that does not fit in the L2 cache."""
+        source = torch.zeros(1 << 29, dtype=torch.int8, device=self.type)
+        target = torch.empty_like(source)
+        times = self.measure(lambda: target.copy_(source), 0.2)
+        return 2 * source.numel() / float(np.median(times))
+
+    def peak_memory(self, call: Callable[[], object]) -> int | None:
+        """Most bytes that a call allocates beside what was there before it."""
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
     def popcount_rate(self) -> float | None:
         return None
@@ -139,6 +180,21 @@ def measure_in_turns(device: Device, calls: Mapping[str, Callable[[], object]], 
             samples[name] += device.measure(call, seconds / ROUNDS)
             each(name)
     return {name: Times.of(seconds) for name, seconds in samples.items()}
+
+
+def measure_warm(device: Device, calls: Mapping[str, Callable[[], object]], seconds: float,
+                 notes: dict[str, str]) -> dict[str, Times]:
+    """CUDA-graph times on a GPU, of the calls that a graph can hold; nothing elsewhere."""
+    times = {}
+    for name, call in calls.items():
+        try:
+            taken = device.measure_warm(call, seconds)
+        except RuntimeError as error:
+            notes.setdefault(f"{name} in a CUDA graph", str(error).splitlines()[0])
+            continue
+        if taken is not None:
+            times[name] = Times.of(taken)
+    return times
 
 
 def _cpu_name() -> str:
@@ -195,7 +251,8 @@ class Panel:
     series: Mapping[str, Sequence[float | None]]
 
 
-COLORS = {"bitkernels real": "#1f6feb", "bitkernels packed": "#f0883e"}
+COLORS = {"bitkernels": "#1f6feb", "bitkernels real": "#1f6feb", "bitkernels fp16": "#1f6feb",
+          "bitkernels bf16": "#79b0f7", "bitkernels packed": "#f0883e"}
 GREYS = ("#9aa4af", "#c4ccd4", "#dfe4e8")
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bitkernels
 
@@ -54,3 +55,44 @@ def test_json_and_chart(results):
     assert {"device", "torch", "bitkernels", "kernel", "date"} <= set(record["environment"])
     assert len(record["rows"]) == 2 and all(row["match"] for row in record["rows"])
     assert (output / "conv.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gpu_columns(tmp_path, monkeypatch, capsys):
+    """What a GPU adds, on a processor that claims to be one: half types, warm times, floors."""
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    import bench_conv
+    import common
+
+    class Pretended(common.CpuDevice):
+        baseline, batches, int8 = "bf16", (1, 2), (torch.qint8, 0)
+        reals, rivals = common.GpuDevice.reals, common.GpuDevice.rivals
+        measure_warm = common.CpuDevice.measure
+
+        def set_threads(self, threads):
+            pass
+
+        def copy_bandwidth(self):
+            return 1e9
+
+        def popcount_rate(self):
+            return None
+
+    monkeypatch.setattr(common, "pick_device", lambda name: Pretended())
+    bench_conv.main(["--quick", "--min-run-time", "0.01", "--layers", "3x3/2:40@9", "--threads",
+                     "1", "--output", str(tmp_path)])
+    assert "of floor" in capsys.readouterr().out
+    with (tmp_path / "conv.csv").open() as file:
+        rows = {(r["batch"], r["kernel_provider"]): r for r in csv.DictReader(file)}
+    assert {batch for batch, _ in rows} == {"1", "2"}
+    pixels, weights = 9 * 9 + 5 * 5, 40 * 9
+    filter_words = 48 * 9 * 2  # of 3 tiles of 16 channels
+    bytes_moved = {"bf16": 2 * 40 * (2 * pixels + weights),
+                   "bitkernels fp16": 2 * 40 * 2 * pixels + 4 * filter_words,
+                   "bitkernels packed": 4 * (2 * 2 * pixels + filter_words)}
+    for name, count in bytes_moved.items():
+        row = rows["2", name]
+        assert float(row["floor"]) == pytest.approx(count / 1e6)
+        assert float(row["of_floor"]) == pytest.approx(count / 1e6 / float(row["p50"]), rel=1e-3)
+        assert float(row["graph_p50"]) > 0
+    ours = [row["match"] for row in rows.values() if "bitkernels" in row["kernel_provider"]]
+    assert ours == ["True"] * 6
