@@ -11,6 +11,7 @@ import importlib
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ if not INTERPRETED:
 
 else:
     import triton.language as tl
+    from triton.runtime import interpreter
 
     from bitkernels import reference
     from bitkernels.backends.triton import configs, dispatch, elementwise, gemm, selfcheck
@@ -53,12 +55,32 @@ else:
     CPU = torch.device("cpu")
     CHANNELS = (1, 32, 100)
     FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-    # The interpreter spends its time in Python: int8 and b1 take every third case, and all that
-    # have borders of an uncommon kind.
-    THIRD = [c for i, c in enumerate(CONV_CASES) if c.groups == 1 and (i % 3 == 0 or c.pad_value)]
-    INNER_CASES = [("popc", c) for c in CONV_CASES] + [
-        (inner, c) for inner in ("int8", "b1") for c in THIRD
-        if inner == "int8" or c.kernel[0] * c.kernel[1] <= 32]
+
+    def takers(case):
+        """The inner products that take a convolution: int8 no groups, b1 no more than 32 taps."""
+        if case.groups > 1:
+            return ("popc",)
+        return configs.INNER if case.kernel[0] * case.kernel[1] <= 32 else ("int8", "popc")
+
+    @pytest.fixture(scope="module", autouse=True)
+    def language_patched_once():
+        """The interpreter patches triton.language at every call of a device function, which is
+        most of its time. Here it does so once for each set of modules, undone at the end."""
+        patch, scopes = interpreter._patch_lang, {}
+
+        def once(fn):
+            modules = frozenset(id(v) for v in fn.__globals__.values() if v is tl or v is tl.core)
+            if modules not in scopes:
+                scopes[modules] = patch(fn)
+                # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
+                tl.tensor.__index__ = lambda self: self.handle.data.item()
+            return types.SimpleNamespace(restore=lambda: None)
+
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(interpreter, "_patch_lang", once)
+            yield
+        for scope in reversed(scopes.values()):
+            scope.restore()
 
     @pytest.fixture(autouse=True)
     def emulated_ptx(monkeypatch):
@@ -131,7 +153,8 @@ else:
         same(kernel("packed_max_pool2d")(words, *case.args),
              reference.packed_max_pool2d(words, *case.args))
 
-    @pytest.mark.parametrize("inner,case", INNER_CASES, ids=str)
+    @pytest.mark.parametrize("inner,case", [(inner, case) for case in CONV_CASES
+                                            for inner in takers(case)], ids=str)
     def test_packed_conv2d(inner, case):
         words, weight_words = case.words()
         args = words, weight_words, case.channels, *case.args
@@ -141,13 +164,29 @@ else:
         same(got, expected)
         assert got[0].stride() == expected[0].stride()
 
+    @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
     @pytest.mark.parametrize("inner", configs.INNER)
-    def test_packed_linear(inner):
-        for case in LINEAR_CASES if inner == "popc" else LINEAR_CASES[::3]:
-            words, weight_words = case.words()
-            kw = dict(dtype=torch.int32, real=True, packed=True)
-            same(kernel("packed_linear")(words, weight_words, case.channels, **kw, inner=inner),
-                 reference.packed_linear(words, weight_words, case.channels, **kw))
+    def test_packed_linear(inner, case):
+        words, weight_words = case.words()
+        kw = dict(dtype=torch.int32, real=True, packed=True)
+        same(kernel("packed_linear")(words, weight_words, case.channels, **kw, inner=inner),
+             reference.packed_linear(words, weight_words, case.channels, **kw))
+
+    @pytest.mark.parametrize("forced", (None, *configs.INNER))
+    def test_what_each_convolution_may_run_in(monkeypatch, forced):
+        """The launcher's choice on a GPU, were every case large: popc alone takes groups."""
+        module = importlib.import_module("bitkernels.backends.triton.packed_conv2d")
+        monkeypatch.setattr(configs, "family", lambda device: "sm90")
+        monkeypatch.setattr(gemm, "SMALL", 0)
+        if forced:
+            monkeypatch.setenv("BITKERNELS_TRITON_INNER", forced)
+        else:
+            monkeypatch.delenv("BITKERNELS_TRITON_INNER", raising=False)
+        for case in CONV_CASES:
+            may = takers(case)
+            got = module.inner_products(*case.words(), case.channels, *case.args,
+                                        pad_value=case.pad_value)
+            assert got == ((forced,) if forced in may else may), case
 
     @pytest.mark.parametrize("name", EPILOGUES)
     @pytest.mark.parametrize("inner", ("popc", "b1"))

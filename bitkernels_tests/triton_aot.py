@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -16,14 +17,27 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+def tool(name: str, *options: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        return subprocess.run([TOOLS / name, *options, path], check=True, capture_output=True,
+                              text=True).stdout
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the machine code says; the counts of hip are read from its assembly."""
 
-    text: str
+    code: bytes | str  # a cubin, or the assembly
     registers: int
     spilled: int  # bytes of thread-local memory
     shared: int
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The instructions. To disassemble takes longer than to compile a small kernel."""
+        return self.code if isinstance(self.code, str) else tool("nvdisasm", "-c", cubin=self.code)
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.text))
@@ -60,15 +74,8 @@ def compile_for(name: str, kernel, types: dict[str, str], **options) -> Machine:
 
         return Machine(text, number("vgpr_count"), number("vgpr_spill_count"),
                        compiled.metadata.shared)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(compiled.asm["cubin"])
-
-        def tool(*args):
-            return subprocess.run([*args, path], check=True, capture_output=True, text=True).stdout
-
-        text = tool(TOOLS / "nvdisasm", "-c")
-        usage = tool(TOOLS / "cuobjdump", "-res-usage")
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    spilled = max(stack, len(re.findall(r"\b(?:LDL|STL)\b", text)))
-    return Machine(text, registers, spilled, compiled.metadata.shared)
+    cubin = compiled.asm["cubin"]
+    usage = tool("cuobjdump", "-res-usage", cubin=cubin)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1])
+                               for key in ("REG", "STACK", "LOCAL"))
+    return Machine(cubin, registers, max(stack, local), compiled.metadata.shared)

@@ -145,7 +145,7 @@ def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> di
     window_kernel[(triton.cdiv(rows, 128),)](
         words, pa, labels, rows, *geometry, *border, WIDTH=depth, KH=kh, KW=kw, PTX=ptx,
         BLOCK_M=128, BLOCK_K=block_k, WIDE=False, num_warps=4)
-    block_b = min(triton.next_power_of_2(classes), 16)
+    block_b = min(triton.next_power_of_2(classes), 64)
     filter_kernel[(triton.cdiv(cout, 32), triton.cdiv(classes, block_b))](
         filters, corr, cout, classes, channels, *border[1:], WIDTH=depth, KH=kh, KW=kw,
         PAD_VALUE=max(pad_value, 0), PTX=ptx, BLOCK_B=block_b, BLOCK_N=32, BLOCK_K=block_k,
