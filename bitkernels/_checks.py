@@ -13,6 +13,7 @@ from torch import Tensor
 
 TILE = 16  # output channels per weight tile: one AVX-512 register of 32-bit lanes
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INT_MAX = 2**31 - 1
 ESTIMATORS = ("ste_sign", "approx_sign", "swish_sign", "identity", "none")
 
 
@@ -73,6 +74,8 @@ def pair(op: str, arg: str, value, minimum: int) -> tuple[int, int]:
     first, second = value[0], value[-1]
     if first < minimum or second < minimum:
         fail(op, arg, f"at least {minimum}", list(value))
+    if first > INT_MAX or second > INT_MAX:
+        fail(op, arg, "below 2^31", list(value))
     return first, second
 
 
@@ -83,6 +86,8 @@ def padding4(op: str, padding) -> tuple[int, int, int, int]:
              list(padding))
     if min(padding) < 0:
         fail(op, "padding", "at least 0", list(padding))
+    if max(padding) > INT_MAX:
+        fail(op, "padding", "below 2^31", list(padding))
     if len(padding) == 4:
         return tuple(padding)
     return padding[0], padding[0], padding[-1], padding[-1]
@@ -130,6 +135,8 @@ def weight_shape(op: str, weight_words: Tensor, out_channels: int | None, groups
     if len(shape) != canonical + 1 or shape[-1] != TILE:
         fail(op, "weight_words", f"{canonical}-dimensional, or tiled by tile_weight",
              describe(weight_words))
+    if groups < 1:
+        fail(op, "groups", "at least 1", groups)
     cout = shape[0] * TILE if out_channels is None else out_channels
     if cout < 1 or cout % groups or groups * ((cout // groups + TILE - 1) // TILE) != shape[0]:
         fail(op, "out_channels", f"what {shape[0]} tiles of {TILE} hold", cout)
@@ -144,6 +151,9 @@ def check_epilogue(op: str, words: Tensor, out_shape, cout: int, *, clamp_min=No
     check_same_device(op, words, residual=residual, threshold=threshold, **vectors)
     for arg, t in vectors.items():
         check_channel_vector(op, arg, t, cout)
+    for arg, bound in (("clamp_min", clamp_min), ("clamp_max", clamp_max)):
+        if bound is not None and bound != bound:
+            fail(op, arg, "a number", "nan")
     if slope is None and (shift_in is not None or shift_out is not None):
         fail(op, "slope", "given with shift_in or shift_out", None)
     if residual is not None:

@@ -43,7 +43,8 @@ def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta:
     if name == "ste_sign":
         if clip is None:
             return grad
-        return torch.where(x.abs() <= clip, grad, torch.zeros_like(grad))
+        # In the type that sign_pack_mask compares in, so that both operands follow one rule.
+        return torch.where(reference._wide(x).abs() <= clip, grad, torch.zeros_like(grad))
     if name == "approx_sign":
         magnitude = x.abs()
         slope = torch.where(magnitude <= 1, 2 - 2 * magnitude, torch.zeros_like(x))  # NaN: 0
@@ -88,7 +89,8 @@ def _finish_weight_grad(ctx, grad: Tensor, weight: Tensor, signs: Tensor, scale:
     grad_weight = grad_scale = None
     rows = (-1, *[1] * (weight.dim() - 1))
     if scale is not None and ctx.needs_input_grad[3]:
-        grad_scale = (grad * signs).flatten(1).sum(1).to(scale.dtype)
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad_scale = (grad * signs).flatten(1).sum(1, dtype=wide).to(scale.dtype)
     if ctx.needs_input_grad[1]:
         if scale is not None and ctx.conf["scale_weight_grad"]:
             grad = grad * scale.view(rows).to(grad.dtype)

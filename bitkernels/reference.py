@@ -102,6 +102,8 @@ def dot_conv2d(words, weight_words, channels, stride, padding, dilation, groups,
     w = unpack(weight_words, channels // groups, dtype, dim=1)
     top, bottom, left, right = padding4("packed_conv2d", padding)
     a = F.pad(a, (left, right, top, bottom), value=float(pad_value))
+    # oneDNN's convolution is wrong for one channel in channels-last strides (torch 2.13, CPU).
+    a, w = (t.contiguous().view(-1).view(t.shape) for t in (a, w))
     return F.conv2d(a, w, None, stride, 0, dilation, groups).round().int()
 
 

@@ -36,8 +36,10 @@ def fold_threshold(products: int, *, clamp_min: float | None = None, clamp_max: 
     if out_channels is None:
         if not given:
             fail(op, "out_channels", "given where scale, bias and sign_shift are not", None)
-        out_channels = given[0].numel()
+        out_channels = given[0].numel() if isinstance(given[0], Tensor) else 0
     for name, vector in vectors.items():
+        if vector is not None and not isinstance(vector, Tensor):
+            fail(op, name, "a tensor", type(vector).__name__)
         check_channel_vector(op, name, vector, out_channels)
     device = given[0].device if given else torch.device("cpu")
 

@@ -189,3 +189,11 @@ def test_compiles_once_and_exports():
     program = torch.export.export(twin, (x,), dynamic_shapes=({0: batch},))
     x = reals(9, 36, 5, 6)
     assert torch.equal(program.module()(x), layer(x))
+
+
+def test_autocast_dtype_is_the_layers():
+    layer = BinaryConv2d(8, 8, 3)
+    x = torch.randn(1, 8, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        real, packed = layer(x), layer.pack()(x)
+    assert real.dtype == packed.dtype == torch.bfloat16 and torch.equal(real, packed)

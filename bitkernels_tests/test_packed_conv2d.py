@@ -238,3 +238,28 @@ def test_operands_are_not_written(device):
     ops.packed_conv2d.both(words, weight_words, 45, *CASE.args, **values)
     after = (words, weight_words, values["residual"])
     assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
+
+
+def test_one_channel_with_unequal_strides(device):
+    x, w = torch.randn(2, 1, 9, 4, device=device), torch.randn(8, 1, 3, 3, device=device)
+    words, filters = ops.sign_pack(x, None, 1), ops.sign_pack(w, None, 1)
+    dot = ops.packed_conv2d(words, filters, 1, (1, 2), dtype=torch.int32)
+    expected = torch.nn.functional.conv2d(reference.sign(x.double()), reference.sign(w.double()),
+                                          stride=(1, 2))
+    assert torch.equal(dot, expected.int())
+    assert torch.equal(reference.packed_conv2d(words, filters, 1, (1, 2), dtype=torch.int32)[0],
+                       dot)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(padding=[2**61, 0, 0, 0]), "padding must be below 2"),
+    (dict(stride=[2**61, 1]), "stride must be below 2"),
+    (dict(dilation=[2**62, 1]), "dilation must be below 2"),
+    (dict(clamp_min=float("nan")), "clamp_min must be a number, got nan"),
+])
+def test_absurd_numbers(device, arguments, message):
+    words = torch.zeros(1, 4, 4, 4, dtype=torch.int32, device=device)
+    filters = torch.zeros(8, 1, 1, 4, dtype=torch.int32, device=device)
+    for place in (device, "meta"):
+        with pytest.raises(RuntimeError, match=f"packed_conv2d: {message}"):
+            ops.packed_conv2d(words.to(place), filters.to(place), 128, **arguments)

@@ -126,6 +126,8 @@ inline void check_channel_vector(const char* op, const char* arg, const std::opt
     fail(op, arg, text("of shape (", channels, ",)"), describe(*t));
 }
 
+constexpr int64_t kIntMax = (int64_t{1} << 31) - 1;
+
 inline int64_t normalize_dim(const char* op, const Tensor& t, int64_t dim) {
   const int64_t n = t.dim();
   if (dim < -n || dim >= n) fail(op, "dim", text("in [", -n, ", ", n - 1, "]"), text(dim));
@@ -137,6 +139,7 @@ inline std::pair<int64_t, int64_t> pair(const char* op, const char* arg,
   if (v.size() != 1 && v.size() != 2) fail(op, arg, "one or two integers", list_text(v));
   if (v.front() < minimum || v.back() < minimum)
     fail(op, arg, text("at least ", minimum), list_text(v));
+  if (v.front() > kIntMax || v.back() > kIntMax) fail(op, arg, "below 2^31", list_text(v));
   return {v.front(), v.back()};
 }
 
@@ -150,6 +153,8 @@ inline Padding padding4(const char* op, const std::vector<int64_t>& v) {
          list_text(v));
   for (int64_t p : v)
     if (p < 0) fail(op, "padding", "at least 0", list_text(v));
+  for (int64_t p : v)
+    if (p > kIntMax) fail(op, "padding", "below 2^31", list_text(v));
   if (v.size() == 4) return {v[0], v[1], v[2], v[3]};
   return {v.front(), v.front(), v.back(), v.back()};
 }
@@ -185,9 +190,9 @@ inline Filter check_filter(const char* op, const Tensor& w, int64_t canonical,
            text(*out_channels));
     return f;
   }
+  if (groups < 1) fail(op, "groups", "at least 1", text(groups));
   const int64_t cout = f.out_channels = out_channels.value_or(sizes[0] * kTile);
-  if (cout < 1 || groups < 1 || cout % groups ||
-      groups * ((cout / groups + kTile - 1) / kTile) != sizes[0])
+  if (cout < 1 || cout % groups || groups * ((cout / groups + kTile - 1) / kTile) != sizes[0])
     fail(op, "out_channels", text("what ", sizes[0], " tiles of ", kTile, " hold"), text(cout));
   return f;
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -142,6 +143,8 @@ void check_epilogue(const char* op, const Parts& p, const Sizes& out_shape, int6
   check_channel_vector(op, "slope", p.slope, cout);
   check_channel_vector(op, "shift_out", p.shift_out, cout);
   check_channel_vector(op, "sign_shift", p.sign_shift, cout);
+  if (p.clamp_min && std::isnan(*p.clamp_min)) fail(op, "clamp_min", "a number", "nan");
+  if (p.clamp_max && std::isnan(*p.clamp_max)) fail(op, "clamp_max", "a number", "nan");
   if (!p.slope && (p.shift_in || p.shift_out))
     fail(op, "slope", "given with shift_in or shift_out", "None");
   if (p.residual) {
@@ -173,12 +176,11 @@ struct Outputs {
 };
 
 // Allocates the outputs, fills in the epilogue and runs; `shape` is (N, C, H, W) or (..., C).
-Outputs run(const char* op, const Conv& conv, const Parts& p, const Sizes& shape,
+Outputs run(const char* op, const Conv& conv, const Parts& p, const Sizes& shape, bool image,
             bool channels_last, bool want_real, bool want_words) {
   const int64_t cout = conv.groups * conv.out_channels;
   check_epilogue(op, p, shape, cout);
   const Kernel& k = kernel();
-  const bool image = op[7] == 'c';  // packed_conv2d, not packed_linear
   const WideVector scale(p.scale, false), bias(p.bias, false), shift_in(p.shift_in, false),
       slope(p.slope, false), shift_out(p.shift_out, false), sign_shift(p.sign_shift, false);
   Epilogue e;
@@ -292,7 +294,7 @@ Outputs conv2d(const Tensor& words, const Tensor& weight_words, int64_t channels
                      static_cast<int>(pad_value),
                      words_of(in),
                      words_of(tiles)};
-  return run(op, conv, parts, {n, cout, oh, ow}, channels_last, want_real, want_words);
+  return run(op, conv, parts, {n, cout, oh, ow}, true, channels_last, want_real, want_words);
 }
 
 Outputs linear(const Tensor& words, const Tensor& weight_words, int64_t channels,
@@ -311,7 +313,7 @@ Outputs linear(const Tensor& words, const Tensor& weight_words, int64_t channels
   const Tensor tiles = f.tiled ? dense(weight_words) : tiled(weight_words, f.out_channels, 1);
   const Conv conv = {1, 1, rows, 1, channels,     f.out_channels, 1, 1, 1, 1, 0, 0, 0, 0, 1,
                      1, 1, rows, 0, words_of(in), words_of(tiles)};
-  return run(op, conv, parts, shape, false, want_real, want_words);
+  return run(op, conv, parts, shape, false, false, want_real, want_words);
 }
 
 #define BK_EPILOGUE_ARGS                                                                       \

@@ -6,8 +6,9 @@ Buffers (all in the state_dict but `weight_tiles`):
                 a state_dict is loaded, and must be rebuilt by `retile` if they are changed by hand
   scale, bias   float32 (Cout,), or None
 
-The output has the input's dtype and is equal, bit for bit, to that of the layer it was packed from
-where that computes in float32. An input that requires grad is an error of the operators.
+The output has the input's dtype (under autocast, the autocast dtype) and is equal, bit for bit, to
+that of the layer it was packed from where that computes in float32. An input that requires grad is
+an error of the operators.
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ class _Packed(nn.Module):
         self.retile()
         self.train(layer.training)
 
+    def _dtype(self, input: Tensor) -> torch.dtype:
+        """The output's: the input's, or autocast's, as of the layer this was packed from."""
+        device = input.device.type
+        if (device in ("cpu", "cuda") and input.dtype != torch.float64
+                and torch.is_autocast_enabled(device)):
+            return torch.get_autocast_dtype(device)
+        return input.dtype
+
     def _filter(self, input: Tensor) -> Tensor:
         """The layout that the input's backend reads without rearranging it."""
         return self.weight_tiles if input.is_cpu else self.weight_words
@@ -120,7 +129,7 @@ class _PackedConv(_Packed):
         return _packed_conv2d(
             self._words(input, 1), self._filter(input), self.in_channels, stride, pads, dilation,
             self.groups, pad_value=self.pad_value, out_channels=self.out_channels,
-            scale=self.scale, bias=self.bias, dtype=input.dtype,
+            scale=self.scale, bias=self.bias, dtype=self._dtype(input),
             channels_last=wants_channels_last(input, input))
 
     def _checked(self, input: Tensor) -> Tensor:
@@ -201,7 +210,8 @@ class PackedLinear(_Packed):
                                f"{tuple(input.shape)}")
         return _packed_linear(
             self._words(input, -1), self._filter(input), self.in_features,
-            out_channels=self.out_features, scale=self.scale, bias=self.bias, dtype=input.dtype)
+            out_channels=self.out_features, scale=self.scale, bias=self.bias,
+            dtype=self._dtype(input))
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, "

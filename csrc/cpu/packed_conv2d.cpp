@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "parallel.h"
 
@@ -156,6 +157,8 @@ View relayout(Conv& conv, std::vector<uint32_t>& copy) {
   const int64_t top = pads ? conv.top : 0, left = pads ? conv.left : 0;
   const int64_t height = conv.height + (pads ? conv.top + conv.bottom : 0);
   const int64_t width = conv.width + (pads ? conv.left + conv.right : 0);
+  const double size = static_cast<double>(conv.groups) * conv.batch * height * width * words;
+  if (size > 1e15) throw std::length_error("bitkernels: the padded input is too large");
   copy.assign(conv.groups * conv.batch * height * width * words, 0);
   if (conv.pad_value == 1) {
     for (size_t i = 0; i < copy.size(); ++i)
