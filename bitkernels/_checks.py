@@ -106,14 +106,16 @@ def same_padding(op: str, padding: str, kernel, stride, dilation) -> tuple[int, 
 
 
 def conv_output_size(op: str, size, kernel, stride, pad, dilation) -> tuple[int, int]:
-    out = []
-    for axis in (0, 1):
-        padded = size[axis] + pad[2 * axis] + pad[2 * axis + 1]
-        reach = dilation[axis] * (kernel[axis] - 1) + 1
-        if padded < reach:
-            fail(op, "kernel", f"at most the padded input size {padded}", f"a reach of {reach}")
-        out.append((padded - reach) // stride[axis] + 1)
-    return out[0], out[1]
+    top, bottom, left, right = pad
+    return (_output_size(op, size[0] + top + bottom, kernel[0], stride[0], dilation[0]),
+            _output_size(op, size[1] + left + right, kernel[1], stride[1], dilation[1]))
+
+
+def _output_size(op: str, padded: int, kernel: int, stride: int, dilation: int) -> int:
+    reach = dilation * (kernel - 1) + 1
+    if padded < reach:
+        fail(op, "kernel", f"at most the padded input size {padded}", f"a reach of {reach}")
+    return (padded - reach) // stride + 1
 
 
 def check_groups(op: str, channels: int, out_channels: int, groups: int) -> None:
@@ -207,9 +209,11 @@ def check_train(op: str, input, weight, bias, scale, input_estimator, input_clip
                 weight_clip, dtype, ndim: int) -> None:
     check_real(op, "input", input)
     check_real(op, "weight", weight, ndim)
-    check_same_device(op, input, weight=weight, bias=bias, scale=scale)
-    check_channel_vector(op, "bias", bias, weight.shape[0])
-    check_channel_vector(op, "scale", scale, weight.shape[0])
+    check_same_device(op, input, weight=weight)
+    if bias is not None or scale is not None:
+        check_same_device(op, input, bias=bias, scale=scale)
+        check_channel_vector(op, "bias", bias, weight.shape[0])
+        check_channel_vector(op, "scale", scale, weight.shape[0])
     check_estimator(op, "input_estimator", input_estimator)
     check_estimator(op, "weight_estimator", weight_estimator)
     check_clip(op, "input_clip", input_clip)

@@ -124,9 +124,11 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         convolution = _conv2d_padding if isinstance(padding, str) else _conv2d
-        return convolution(
-            input, weight, self.bias, self.stride, padding, self.dilation, self.groups,
-            pad_value=self.pad_value, scale=self.scale(), **self._train_args)
+        options = self._train_args
+        if self._scale_rule is not None or self.pad_value:  # each argument costs dispatcher time
+            options = dict(options, pad_value=self.pad_value, scale=self.scale())
+        return convolution(input, weight, self.bias, self.stride, padding, self.dilation,
+                           self.groups, **options)
 
 
 class BinaryConv3d(_BinaryConv, nn.Conv3d):
