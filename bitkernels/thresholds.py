@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bitkernels import reference
-from bitkernels._checks import check_channel_vector, fail
+from bitkernels._checks import INT_MAX, check_channel_vector, fail
 
-INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+INT_MIN = -INT_MAX - 1
 
 
 def fold_threshold(products: int, *, clamp_min: float | None = None, clamp_max: float | None = None,
