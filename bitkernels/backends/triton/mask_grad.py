@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from bitkernels import reference
+from bitkernels._checks import empty_around
 from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
 from bitkernels.backends.triton.jit import block_index
 
@@ -26,7 +26,7 @@ def mask_grad_kernel(grad, masks, out, rows, inner, channels, words, so, si, sc,
 
 
 def mask_grad(grad, mask_words, dim=-1):
-    out = torch.empty_like(grad)
+    out = empty_around(grad, dim)
     view = collapse(dim, grad, out)
     if view is None or not takes(grad):
         return out.copy_(reference.mask_grad(grad, mask_words, dim))

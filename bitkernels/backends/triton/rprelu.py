@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
+from bitkernels._checks import empty_around
 from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
 from bitkernels.backends.triton.jit import block_index
 
@@ -69,19 +70,25 @@ def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, 
 
 
 @triton.jit
-def rprelu_reduce_kernel(partial, out, programs, columns, BLOCK_P: tl.constexpr,
-                         BLOCK_C: tl.constexpr):
+def rprelu_reduce_kernel(partial, grad_in, grad_slope, grad_out, programs, channels,
+                         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Program axis 1: which of the three gradients."""
+    which = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = c < channels
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, programs, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        total += tl.load(partial + p[:, None] * columns + c[None, :],
-                         mask=(p < programs)[:, None] & (c < columns)[None, :], other=0.0)
-    tl.store(out + c, tl.sum(total, axis=0), mask=c < columns)
+        total += tl.load(partial + ((3 * p + which) * channels)[:, None] + c[None, :],
+                         mask=(p < programs)[:, None] & ok[None, :], other=0.0)
+    value = tl.sum(total, axis=0)
+    tl.store(grad_in + c, value, mask=c < tl.where(which == 0, channels, 0))
+    tl.store(grad_slope + c, value, mask=c < tl.where(which == 1, channels, 0))
+    tl.store(grad_out + c, value, mask=c < tl.where(which == 2, channels, 0))
 
 
 def rprelu(input, shift_in, slope, shift_out):
-    out = torch.empty_like(input)
+    out = empty_around(input, 1)
     view = collapse(1, input, out)
     if view is None or not takes(input, shift_in, slope, shift_out):
         return out.copy_(reference.rprelu(input, shift_in, slope, shift_out))
@@ -98,14 +105,16 @@ def rprelu(input, shift_in, slope, shift_out):
 
 
 def rprelu_backward(grad, input, shift_in, slope):
-    out = torch.empty_like(input)
+    out = empty_around(input, 1)
     view = collapse(1, grad, input, out)
     if view is None or not takes(grad, input, shift_in, slope):
         grad_input, *vectors = reference.rprelu_backward(grad, input, shift_in, slope)
         return (out.copy_(grad_input), *vectors)
     outer, inner, [grad_strides, strides, out_strides] = view
     rows, channels = outer * inner, input.shape[1]
-    sums = input.new_zeros((3, channels), dtype=torch.float32)
+    new = input.new_empty if rows and channels else input.new_zeros
+    # Three allocations: compiled graphs take outputs to be 16-byte aligned.
+    sums = [new((channels,), dtype=torch.float32) for _ in range(3)]
     if rows and channels:
         block_r, block_c = tile_shape(strides[2], channels)
         tiles = triton.cdiv(rows, block_r)
@@ -115,6 +124,6 @@ def rprelu_backward(grad, input, shift_in, slope):
             grad, input, shift_in.contiguous(), slope.contiguous(), out, partial, rows, inner,
             channels, tiles, *grad_strides, *strides, *out_strides, BLOCK_R=block_r,
             BLOCK_C=block_c, WIDE=wide(grad, input, out), num_warps=4, enable_fp_fusion=False)
-        rprelu_reduce_kernel[(triton.cdiv(3 * channels, 32),)](
-            partial, sums, programs, 3 * channels, BLOCK_P=32, BLOCK_C=32, num_warps=4)
-    return out, sums[0], sums[1], sums[2]
+        rprelu_reduce_kernel[(triton.cdiv(channels, 32), 3)](
+            partial, *sums, programs, channels, BLOCK_P=32, BLOCK_C=32, num_warps=4)
+    return out, *sums
