@@ -9,6 +9,8 @@ import torch
 
 import bitkernels  # noqa: F401
 
+os.environ.setdefault("BITKERNELS_TRITON_AUTOTUNE", "0")  # fixed configurations, in children too
+
 
 def available_devices() -> list[str]:
     """The devices under test: BITKERNELS_TEST_DEVICE (comma separated), or all there are."""

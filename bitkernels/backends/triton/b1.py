@@ -89,13 +89,17 @@ def pixel_of(m, OH, OW):
     return line // OH, line % OH, m % OW
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_class"])
 def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale, bias, shift_in,
               slope, shift_out, sign_shift, threshold, pa, border, corr, M, N, H, W, OH, OW, SH, SW,
-              PT, PL, DH, DW, ron, roc, roh, row, oon, ooc, ooh, oow,
+              PT, PL, DH, DW, ron, roc, roh, row, oon, ooc, ooh, oow, size_class,
               BORDERS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-              PADDED: tl.constexpr, WARPS: tl.constexpr):
-    """Every tensor has fewer than 2^31 elements, channel vectors are float32, kh * kw <= 32."""
+              PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Every tensor has fewer than 2^31 elements, channel vectors are float32, kh * kw <= 32.
+
+    BLOCK_M is 64 for each warp. size_class is not used here: tuning depends on it.
+    """
+    WARPS: tl.constexpr = BLOCK_M // 64
     i = tl.arange(0, WARPS * 256)
     t, slot, g, m = place(i, WARPS)
     image, oh, ow = pixel_of(tl.minimum(m, M - 1), OH, OW)

@@ -3,7 +3,7 @@
 Environment, read at call time:
   BITKERNELS_TRITON            0: the reference runs instead of every Triton kernel
   BITKERNELS_TRITON_INNER      popc, int8 or b1: forces the inner product where it applies
-  BITKERNELS_TRITON_AUTOTUNE   1: times the shipped tiles once per shape; default 0, fixed tiles
+  BITKERNELS_TRITON_AUTOTUNE   0: fixed tiles; else the shipped tiles are timed once a shape class
 
 The tiles were chosen from register and spill counts of ahead-of-time compiles; no GPU has timed
 them yet.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -28,7 +29,7 @@ def enabled() -> bool:
 
 
 def autotuning() -> bool:
-    return os.environ.get("BITKERNELS_TRITON_AUTOTUNE", "0") == "1" and not interpreting()
+    return os.environ.get("BITKERNELS_TRITON_AUTOTUNE", "1") != "0"
 
 
 def forced_inner() -> str | None:
@@ -65,27 +66,45 @@ def inline_ptx(family: str) -> bool:
     return family.startswith("sm")
 
 
-# (BLOCK_M, BLOCK_N, BLOCK_K in bytes, num_warps, num_stages); first is the fixed configuration.
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's configuration: its tile's constants by name, warps, pipeline stages."""
+
+    tile: dict[str, int]
+    warps: int
+    stages: int = 1
+
+
+def _int8(rows: int, columns: int, warps: int, stages: int = 3) -> Tile:
+    return Tile({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 32}, warps, stages)
+
+
+def _popc(rows: int, columns: int, warps: int) -> Tile:
+    return Tile({"BLOCK_M": rows, "BLOCK_N": columns}, warps)
+
+
+# The first is the fixed configuration. BLOCK_K of int8 is in bytes, of 8 channels each.
+_INT8 = (_int8(128, 64, 4), _int8(64, 64, 4), _int8(128, 128, 8))
 INT8 = {
-    "sm80": ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3)),
-    "sm90": ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3)),
-    "sm100": ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3)),
-    "sm120": ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3)),
-    "hip": ((128, 64, 32, 4, 2), (64, 64, 32, 4, 2)),
-    "interpret": ((64, 64, 32, 4, 1),),
+    "sm80": _INT8,
+    "sm90": (_int8(128, 64, 4), _int8(256, 64, 8), _int8(64, 64, 4)),
+    "sm100": _INT8,
+    "sm120": _INT8,
+    "hip": (_int8(128, 64, 4, 2), _int8(64, 64, 4, 2)),
+    "interpret": (_int8(64, 64, 4, 1),),
 }
-# (BLOCK_M, BLOCK_N, num_warps)
 POPC = {
-    "default": ((32, 32, 4), (64, 32, 4), (16, 32, 2)),
-    "interpret": ((64, 64, 4),),
+    "default": (_popc(32, 32, 4), _popc(64, 32, 4), _popc(16, 32, 2)),
+    "interpret": (_popc(64, 64, 4),),
 }
-# (num_warps,): every warp owns 64 x 64 outputs, warps are stacked along M.
-B1 = ((4,), (2,), (1,))
+# Every warp owns 64 x 64 outputs, warps are stacked along M.
+B1 = tuple(Tile({"BLOCK_M": 64 * warps}, warps) for warps in (4, 2, 1))
 
 
-def table(inner: str, family: str) -> tuple[tuple[int, ...], ...]:
+def table(inner: str, family: str) -> tuple[Tile, ...]:
+    """The shipped configurations of an inner product, the fixed one first."""
     if inner == "b1":
-        return B1
+        return B1[:1] if family == "interpret" else B1
     if inner == "popc":
         return POPC.get(family, POPC["default"])
     if family not in INT8:

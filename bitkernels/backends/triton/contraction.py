@@ -132,10 +132,10 @@ def finish(dot, m, n, N, OH, OW, out, packed, residual, ron, roc, roh, row, oon,
                  mask=row_ok[:, None] & (word < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_class"])
 def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale, bias, shift_in,
                 slope, shift_out, sign_shift, threshold, M, N, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
-                ron, roc, roh, row, oon, ooc, ooh, oow,
+                ron, roc, roh, row, oon, ooc, ooh, oow, size_class,
                 CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
                 PIXEL: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                 PAD_VALUE: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -143,6 +143,7 @@ def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
     """CHANNELS, OUT_CHANNELS and WIDTH (words) are a group's, PIXEL is a pixel's words.
 
     A group's channels may start inside a word: its words are then put together from two.
+    size_class is not used here: tuning depends on it.
     """
     m = block_index(BLOCK_M, WIDE)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -192,16 +193,17 @@ def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
            BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_class"])
 def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale, bias, shift_in,
                 slope, shift_out, sign_shift, threshold, pa, border, corr, M, N, H, W, OH, OW, SH,
-                SW, PT, PL, DH, DW, ron, roc, roh, row, oon, ooc, ooh, oow,
+                SW, PT, PL, DH, DW, ron, roc, roh, row, oon, ooc, ooh, oow, size_class,
                 BORDERS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                 PADDED: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """words and filters are bytes here, WIDTH the bytes of a pixel (or of a filter's tap).
 
-    Every tensor has fewer than 2^31 elements and bytes of words.
+    Every tensor has fewer than 2^31 elements and bytes of words. size_class is not used here:
+    tuning depends on it.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,26 +1,16 @@
-"""Launches one contraction: picks the inner product, prepares its tables, picks the tiles."""
+"""One contraction: picks the inner product, prepares its tables, launches its kernel."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import cast
 
 import torch
 import triton
 
-from bitkernels.backends.triton import configs, elementwise
-from bitkernels.backends.triton.b1 import b1_kernel
-from bitkernels.backends.triton.contraction import (
-    filter_kernel,
-    int8_kernel,
-    popc_kernel,
-    window_kernel,
-)
+from bitkernels.backends.triton import configs, elementwise, tuning
+from bitkernels.backends.triton.contraction import filter_kernel, window_kernel
 
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
-_lock = threading.Lock()
-_tuned: dict[tuple, tuple[int, ...]] = {}
 SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all
 
 
@@ -79,55 +69,24 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
                   strict=True)
     common |= zip(("ron", "roc", "roh", "row", "oon", "ooc", "ooh", "oow"),
                   (*strides[0], *strides[1]), strict=True)
-    if inner != "popc":
+    if inner == "popc":
+        common |= dict(CHANNELS=channels // groups, OUT_CHANNELS=cout // groups, GROUPS=groups,
+                       PIXEL=pixel, PAD_VALUE=pad_value, PTX=ptx,
+                       WIDE=elementwise.wide(words, filters, out, residual))
+    else:
         tables = prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx)
-        common |= dict(**tables, BORDERS=tables["corr"].shape[0], KH=kh, KW=kw, PADDED=any(pad))
-    if inner == "b1":
+        common |= dict(**tables, BORDERS=tables["corr"].shape[0], PADDED=any(pad))
+    if inner == "int8":
+        words, filters, depth = words.view(torch.int8), filters.view(torch.int8), 4 * depth
+        common |= dict(PTX=ptx)
+    elif inner == "b1":
         common |= {k: v.float() for k, v in vectors.items() if v is not None}
 
-    def popc(block_m, block_n, warps):
-        popc_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
-            words, filters, **common, CHANNELS=channels // groups, OUT_CHANNELS=cout // groups,
-            GROUPS=groups, PIXEL=pixel, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=pad_value, PTX=ptx,
-            BLOCK_M=block_m, BLOCK_N=block_n,
-            WIDE=elementwise.wide(words, filters, out, residual), num_warps=warps,
-            enable_fp_fusion=False)
+    def grid(tile):
+        return triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cout, tile.get("BLOCK_N", 64))
 
-    def int8(block_m, block_n, block_k, warps, stages):
-        int8_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, block_n))](
-            words.view(torch.int8), filters.view(torch.int8), **common, WIDTH=4 * depth, PTX=ptx,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
-            enable_fp_fusion=False)
-
-    def b1(warps):
-        b1_kernel[(triton.cdiv(rows, 64 * warps), triton.cdiv(cout, 64))](
-            words, filters, **common, WIDTH=depth, WARPS=warps, num_warps=warps,
-            enable_fp_fusion=False)
-
-    launch = cast(Callable[..., None], {"popc": popc, "int8": int8, "b1": b1}[inner])
-    table = configs.table(inner, family)
-    key = (inner, str(words.device), rows, *filters.shape, groups,
-           None if out is None else out.dtype, packed is None)
-    launch(*(fastest(key, table, launch) if configs.autotuning() else table[0]))
-
-
-def fastest(key, table, launch):
-    """The tile that runs this call fastest, measured once for its shape; writes are repeated."""
-    if key not in _tuned and torch.cuda.is_current_stream_capturing():
-        return table[0]
-    with _lock:
-        if key not in _tuned:
-            _tuned[key] = min(table, key=lambda tile: _milliseconds(launch, tile))
-        return _tuned[key]
-
-
-def _milliseconds(launch, tile) -> float:
-    try:
-        return triton.testing.do_bench(lambda: launch(*tile), warmup=5, rep=20)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a tile too large for this GPU
-        return float("inf")
+    tuning.launch(inner, family, grid, words=words, filters=filters, KH=kh, KW=kw, WIDTH=depth,
+                  size_class=tuning.size_class(rows), enable_fp_fusion=False, **common)
 
 
 def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> dict:

@@ -1,6 +1,7 @@
 """Small cases of every operator, run on the device and compared bit for bit with the reference.
 
-Real values are multiples of 1/4, so every sum is exact in any order.
+Real values are multiples of 1/4, so every sum is exact in any order. The products run all cases in
+their fixed configuration, and the last one in every other that tuning could choose.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ import torch
 from torch import Tensor
 
 from bitkernels import reference
+from bitkernels.backends.triton import configs
 
 
 class _Values:
     """Inputs from a generator of their own: the global one is not touched."""
 
     def __init__(self):
-        self.generator = torch.Generator().manual_seed(7)
+        self.generator = torch.Generator("cpu").manual_seed(7)
+
+    def _integers(self, low: int, high: int, shape) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator, device="cpu")
 
     def real(self, *shape, dtype=torch.float32) -> Tensor:
-        return (torch.randint(-16, 17, shape, generator=self.generator) / 4).to(dtype)
+        return (self._integers(-16, 17, shape) / 4).to(dtype)
 
     def words(self, *shape) -> Tensor:
-        bits = torch.randint(0, 2, shape, generator=self.generator).bool()
-        return reference.pack_bits(bits)
+        return reference.pack_bits(self._integers(0, 2, shape).bool())
 
     def epilogue(self, shape, channels) -> dict:
         names = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
@@ -69,19 +73,29 @@ def cases(op: str) -> list[tuple[tuple, dict]]:
 
 def failure(op: str, inner: str | None, device: torch.device) -> str | None:
     """What is wrong with this operator's kernel on this device, or None."""
+    from bitkernels.backends.triton import tuning
     from bitkernels.backends.triton.dispatch import kernel
 
     forced = {} if inner is None else {"inner": inner}
+    tiles = 1
+    if inner is not None and configs.autotuning():
+        tiles = len(configs.table(inner, configs.family(device)))
 
     def move(value):
         return value.to(device) if isinstance(value, Tensor) else value
 
-    for number, (args, kw) in enumerate(cases(op)):
-        expected = getattr(reference, op)(*args, **kw)
-        got = kernel(op)(*map(move, args), **{k: move(t) for k, t in kw.items()}, **forced)
-        if isinstance(expected, Tensor):
-            expected, got = (expected,), (got,)
-        for i, (want, have) in enumerate(zip(expected, got, strict=True)):
-            if want is not None and not torch.equal(want, have.cpu()):
-                return f"differs from the reference in case {number}, output {i}"
+    every = cases(op)
+    for tile in range(tiles):
+        for number, (args, kw) in enumerate(every):
+            if tile > 0 and number + 1 < len(every):
+                continue
+            expected = getattr(reference, op)(*args, **kw)
+            with tuning.fixed(tile):
+                got = kernel(op)(*map(move, args), **{k: move(t) for k, t in kw.items()}, **forced)
+            if isinstance(expected, Tensor):
+                expected, got = (expected,), (got,)
+            for i, (want, have) in enumerate(zip(expected, got, strict=True)):
+                if want is not None and not torch.equal(want, have.cpu()):
+                    return (f"differs from the reference in case {number}, output {i}, "
+                            f"configuration {tile}")
     return None

@@ -79,7 +79,7 @@ def _launch(input, shift, clip, dim, with_mask):
         grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
         sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels, words,
                                     so, si, BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input),
-                                    num_warps=4)
+                                    num_warps=8)
     else:
         grid = (triton.cdiv(rows, 512), words)
         sign_pack_planes_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels,
