@@ -12,10 +12,12 @@ import json
 import os
 import platform
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_time
 import numpy as np
 import torch
 
@@ -93,7 +95,7 @@ class CpuDevice:
 
 
 class GpuDevice:
-    """The current GPU: cuDNN picks its algorithm by trial, Triton's timer empties the L2 cache."""
+    """The current GPU: cuDNN picks its algorithm by trial, the L2 cache is swept before calls."""
 
     type = "cuda"
     reals: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -119,11 +121,9 @@ class GpuDevice:
         """Host threads do not matter to a GPU's time."""
 
     def measure(self, call: Callable[[], object], seconds: float) -> list[float]:
-        from triton.testing import do_bench
-
-        milliseconds = do_bench(call, warmup=max(1, int(250 * seconds)),
-                                rep=max(1, int(1000 * seconds)), return_mode="all")
-        return [t / 1000 for t in milliseconds]
+        once = statistics.median(gpu_time.cold(call, 5)) / 1000
+        repeats = min(max(10, int(seconds / (once + 5e-4))), 200)
+        return [t / 1000 for t in gpu_time.cold(call, repeats)]
 
     def measure_warm(self, call: Callable[[], object], seconds: float) -> list[float] | None:
         """Seconds a call of many in one CUDA graph: no launch from the host, operands in L2."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from bitkernels import reference
 from bitkernels_tests import oracles
@@ -21,6 +19,7 @@ from bitkernels_tests.cases import (
     reals,
     words_of,
 )
+from bitkernels_tests.properties import assume, given, settings, st
 
 ops = torch.ops.bitkernels
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1

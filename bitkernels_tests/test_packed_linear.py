@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bitkernels import reference
 from bitkernels_tests import oracles
@@ -18,6 +16,7 @@ from bitkernels_tests.cases import (
     epilogue_parts,
     words_of,
 )
+from bitkernels_tests.properties import given, settings, st
 
 ops = torch.ops.bitkernels
 FEW = (LinearCase(33, 7), LinearCase(100, 33, (2, 3)), LinearCase(64, 16, ()),

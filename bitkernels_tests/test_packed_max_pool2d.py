@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from bitkernels import reference
 from bitkernels_tests import oracles
 from bitkernels_tests.cases import POOL_CASES, PoolCase, words_of
+from bitkernels_tests.properties import assume, given, settings, st
 
 ops = torch.ops.bitkernels
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bitkernels import reference
 from bitkernels_tests import oracles
 from bitkernels_tests.cases import DTYPES, LAYOUTS, reals, word_count
+from bitkernels_tests.properties import given, settings, st
 
 ops = torch.ops.bitkernels
 CHANNELS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 257, 4096)

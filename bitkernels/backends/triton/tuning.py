@@ -35,7 +35,7 @@ class Untimed(Exception):
 
 @contextlib.contextmanager
 def fixed(number: int) -> Iterator[None]:
-    """Inside, this configuration of every table runs, whatever the environment says."""
+    """Inside, this configuration runs, or the last of a shorter table, and nothing is timed."""
     token = _fixed.set(number)
     try:
         yield
@@ -62,7 +62,7 @@ def tuner(inner: str, family: str, number: int | None):
     """The kernel with one configuration, or with all of its family's to choose from."""
     table = configs.table(inner, family)
     if number is not None:
-        table = table[number : number + 1]
+        table = (table[min(number, len(table) - 1)],)
     return triton.autotune(
         [triton.Config(c.tile, num_warps=c.warps, num_stages=c.stages) for c in table],
         SHAPE_CLASS, do_bench=milliseconds, cache_results=not configs.interpreting(),
