@@ -57,6 +57,9 @@ LINEAR = dict(H=1, W=1, OH=1, OW=1, PT=0, PL=0, KH=1, KW=1, WIDTH=256, PADDED=Fa
               packed=None, residual=None, slope=None, shift_in=None, shift_out=None,
               sign_shift=None)
 NARROW = dict(WIDTH=2)
+WHOLE_GROUPS = dict(GROUPS=2, WIDTH=4)
+PRODUCTS = {"full": {}, "packed": PACKED_ONLY, "linear": LINEAR, "narrow": NARROW,
+            "grouped": WHOLE_GROUPS}
 
 
 def build(gpu: str, kernel, overrides: dict, **options):
@@ -114,13 +117,13 @@ def test_popc(what, gpu):
 
 INT8_CASES = [(what, gpu, 0) for what in ("full", "packed") for gpu in GPUS]
 INT8_CASES += [("linear", "sm90", 0), ("narrow", "sm80", 0), ("narrow", "sm100", 0)]
-INT8_CASES += [("full", "sm90", 1), ("narrow", "sm90", 1), ("full", "sm90", 2)]
+INT8_CASES += [("grouped", "sm90", 0), ("full", "sm90", 1), ("narrow", "sm90", 1),
+               ("full", "sm90", 2)]
 
 
 @pytest.mark.parametrize("what,gpu,number", INT8_CASES)
 def test_int8(what, gpu, number):
-    shape = {"full": {}, "packed": PACKED_ONLY, "linear": LINEAR, "narrow": NARROW}[what]
-    shape = {**CONV, **shape, "words": "*i8", "filters": "*i8"}
+    shape = {**CONV, **PRODUCTS[what], "words": "*i8", "filters": "*i8"}
     shape["WIDTH"] *= 4
     family = "hip" if gpu == "gfx942" else gpu
     tile = configs.table("int8", family)[number]
@@ -131,11 +134,10 @@ def test_int8(what, gpu, number):
 
 
 @pytest.mark.parametrize("gpu", ("sm80", "sm90"))
-@pytest.mark.parametrize("what", ("full", "packed", "linear", "narrow"))
+@pytest.mark.parametrize("what", PRODUCTS)
 def test_b1(what, gpu):
-    shape = {"full": {}, "packed": PACKED_ONLY, "linear": LINEAR, "narrow": NARROW}[what]
     tile = configs.table("b1", gpu)[0]
-    code = build(gpu, load("b1", "b1_kernel"), {**CONV, **shape, **tile.tile},
+    code = build(gpu, load("b1", "b1_kernel"), {**CONV, **PRODUCTS[what], **tile.tile},
                  num_warps=tile.warps, num_stages=tile.stages)
     assert code.count(r"\bBMMA\.168256\.AND\.POPC\b") == 32
     assert code.spilled == 0

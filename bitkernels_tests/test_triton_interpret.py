@@ -46,6 +46,7 @@ else:
         LAYOUTS,
         LINEAR_CASES,
         POOL_CASES,
+        ConvCase,
         dyadic,
         epilogue_parts,
         reals,
@@ -57,9 +58,17 @@ else:
     CHANNELS = (1, 32, 100)
     FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+    # Of whole words in and whole tiles out: with and without a K step that stays in a tap.
+    WHOLE_GROUPS = [
+        ConvCase(groups=2, channels=64, out_channels=128, batch=1),
+        ConvCase(groups=3, channels=192, out_channels=192, size=(3, 4), stride=(2, 1), pad_value=1),
+        ConvCase(groups=2, channels=512, out_channels=128, size=(3, 3), batch=1, padding=(0, 1)),
+    ]
+    EVERY_CONV = (*CONV_CASES, *WHOLE_GROUPS)
+
     def takers(case):
-        """The inner products that take a convolution: int8 no groups, b1 no more than 32 taps."""
-        if case.groups > 1:
+        """The inner products that take a convolution: all take whole groups, b1 up to 32 taps."""
+        if case.groups > 1 and case not in WHOLE_GROUPS:
             return ("popc",)
         return configs.INNER if case.kernel[0] * case.kernel[1] <= 32 else ("int8", "popc")
 
@@ -164,7 +173,7 @@ else:
         same(kernel("packed_max_pool2d")(words, *case.args),
              reference.packed_max_pool2d(words, *case.args))
 
-    @pytest.mark.parametrize("inner,case", [(inner, case) for case in CONV_CASES
+    @pytest.mark.parametrize("inner,case", [(inner, case) for case in EVERY_CONV
                                             for inner in takers(case)], ids=str)
     def test_packed_conv2d(inner, case):
         words, weight_words = case.words()
@@ -185,7 +194,7 @@ else:
 
     @pytest.mark.parametrize("forced", (None, *configs.INNER))
     def test_what_each_convolution_may_run_in(monkeypatch, forced):
-        """The launcher's choice on a GPU, were every case large: popc alone takes groups."""
+        """The launcher's choice on a GPU, were every case large."""
         module = importlib.import_module("bitkernels.backends.triton.packed_conv2d")
         monkeypatch.setattr(configs, "family", lambda device: "sm90")
         monkeypatch.setattr(gemm, "SMALL", 0)
@@ -193,7 +202,7 @@ else:
             monkeypatch.setenv("BITKERNELS_TRITON_INNER", forced)
         else:
             monkeypatch.delenv("BITKERNELS_TRITON_INNER", raising=False)
-        for case in CONV_CASES:
+        for case in EVERY_CONV:
             may = takers(case)
             got = module.inner_products(*case.words(), case.channels, *case.args,
                                         pad_value=case.pad_value)
@@ -322,10 +331,10 @@ else:
         assert ran == {("popc", 0), ("popc", 1)} and timed == []
 
     def test_choice_of_inner_product():
-        big = dict(rows=10**5, columns=256, depth=72, groups=1, taps=9, addressable=True)
+        big = dict(rows=10**5, columns=256, depth=72, whole=True, taps=9, addressable=True)
         assert gemm.choose("sm90", **big) == ("b1", "int8", "popc")
         assert gemm.choose("sm100", **big) == gemm.choose("hip", **big) == ("int8", "popc")
-        assert gemm.choose("sm90", **{**big, "groups": 2}) == ("popc",)
+        assert gemm.choose("sm90", **{**big, "whole": False}) == ("popc",)
         assert gemm.choose("sm90", **{**big, "addressable": False}) == ("popc",)
         assert gemm.choose("sm90", **{**big, "taps": 49}) == ("int8", "popc")
         assert gemm.choose("sm90", **{**big, "rows": 4}) == ("popc",)

@@ -93,19 +93,24 @@ def pixel_of(m, OH, OW):
 def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale, bias, shift_in,
               slope, shift_out, sign_shift, threshold, pa, border, corr, M, N, H, W, OH, OW, SH, SW,
               PT, PL, DH, DW, ron, roc, roh, row, oon, ooc, ooh, oow, size_class,
-              BORDERS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-              PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
+              BORDERS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr,
+              KW: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
     """Every tensor has fewer than 2^31 elements, channel vectors are float32, kh * kw <= 32.
 
-    BLOCK_M is 64 for each warp. size_class is not used here: tuning depends on it.
+    BLOCK_M is 64 for each warp; WIDTH is the words of a group, whose output channels 64 divides
+    where GROUPS > 1. size_class is not used here: tuning depends on it.
     """
     WARPS: tl.constexpr = BLOCK_M // 64
     i = tl.arange(0, WARPS * 256)
     t, slot, g, m = place(i, WARPS)
     image, oh, ow = pixel_of(tl.minimum(m, M - 1), OH, OW)
     ih0, iw0 = oh * SH - PT, ow * SW - PL
-    pixel = ((image * H + ih0) * W + iw0) * WIDTH
+    PIXEL: tl.constexpr = GROUPS * WIDTH
     first_n = tl.program_id(1) * 64
+    group = 0
+    if GROUPS > 1:
+        group = first_n // (N // GROUPS)
+    pixel = ((image * H + ih0) * W + iw0) * PIXEL + group * WIDTH
     column = tl.minimum(first_n + slot * 8 + g, N - 1) * (KH * KW * WIDTH)
     if PADDED:
         open_taps = i * 0
@@ -120,12 +125,12 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
         if WIDTH % 8 == 0:
             tap_lo = start // WIDTH
             tap_hi = tap_lo
-            step = ((tap_lo // KW) * DH * W + (tap_lo % KW) * DW) * WIDTH + start % WIDTH
+            step = ((tap_lo // KW) * DH * W + (tap_lo % KW) * DW) * PIXEL + start % WIDTH
             a_lo_at, a_hi_at = pixel + (step + t), pixel + (step + t + 4)
         else:
             tap_lo, tap_hi = k_lo // WIDTH, k_hi // WIDTH
-            a_lo_at = pixel + ((tap_lo // KW) * DH * W + (tap_lo % KW) * DW) * WIDTH + k_lo % WIDTH
-            a_hi_at = pixel + ((tap_hi // KW) * DH * W + (tap_hi % KW) * DW) * WIDTH + k_hi % WIDTH
+            a_lo_at = pixel + ((tap_lo // KW) * DH * W + (tap_lo % KW) * DW) * PIXEL + k_lo % WIDTH
+            a_hi_at = pixel + ((tap_hi // KW) * DH * W + (tap_hi % KW) * DW) * PIXEL + k_hi % WIDTH
         if PADDED:
             a_lo = tl.load(words + a_lo_at, mask=((open_taps >> tap_lo) & (k_lo < TOTAL)) & 1 != 0,
                            other=0)
@@ -149,7 +154,7 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
     row_ok = m < M
     safe_m = tl.minimum(m, M - 1)
     image, oh, ow = pixel_of(safe_m, OH, OW)
-    base = -2 * tl.load(pa + safe_m)
+    base = -2 * tl.load(pa + safe_m * GROUPS + group)
     if BORDERS > 1:
         class_at = tl.load(border + safe_m) * N
     if residual is not None:

@@ -83,11 +83,13 @@ def _popc(rows: int, columns: int, warps: int) -> Tile:
     return Tile({"BLOCK_M": rows, "BLOCK_N": columns}, warps)
 
 
-# The first is the fixed configuration. BLOCK_K of int8 is in bytes, of 8 channels each.
-_INT8 = (_int8(128, 64, 4), _int8(64, 64, 4), _int8(128, 128, 8))
+# The first is the fixed configuration. BLOCK_K of int8 is in bytes, of 8 channels each. Every
+# BLOCK_N of int8 and b1 divides COLUMNS, so that no tile of whole groups spans two of them.
+COLUMNS = 64
+_INT8 = (_int8(128, 64, 4), _int8(256, 64, 8), _int8(64, 64, 4))
 INT8 = {
     "sm80": _INT8,
-    "sm90": (_int8(128, 64, 4), _int8(256, 64, 8), _int8(64, 64, 4)),
+    "sm90": _INT8,
     "sm100": _INT8,
     "sm120": _INT8,
     "hip": (_int8(128, 64, 4, 2), _int8(64, 64, 4, 2)),

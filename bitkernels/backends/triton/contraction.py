@@ -3,13 +3,13 @@
 M runs over output pixels, N over output channels, K over (tap, word of the pixel); a linear layer
 is the 1 x 1 convolution of 1 x 1 images. Nothing is unfolded in memory. Three inner products:
 
-  popc   popcount of a xor w, any grouping, nothing prepared: small shapes, grouped layers
+  popc   popcount of a xor w, any grouping, nothing prepared: small shapes, small groups
   int8   bit i of every byte as {0, 1} in int8, eight `tl.dot` for eight bits
   b1     the 1-bit tensor core (b1.py)
 
 int8 and b1 count popc(a and w), and then
   dot = corr[border, n] - 2 pa[m] + 4 popc(a and w)
-  pa    bits set in the window of pixel m, border pixels' missing taps counting none
+  pa    bits set in the window of pixel m, in the group of n; border pixels' missing taps count none
   corr  sum over the window's taps inside the image of (channels - 2 popc(w[tap, n])), minus
         pad_value times the same sum over the taps outside
 A border class is how many rows and columns of taps fall outside at each of the four sides, so corr
@@ -42,9 +42,14 @@ def outside(first, size, K: tl.constexpr, step):
 @triton.jit
 def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
                   TOP: tl.constexpr, BOTTOM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                  WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PTX: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    """pa and border class of every output pixel. TOP.. are the largest counts of taps outside."""
+                  GROUPS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+                  PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                  WIDE: tl.constexpr):
+    """pa of every output pixel and group, border class of every output pixel.
+
+    TOP.. are the largest counts of taps outside, WIDTH the words of a group. Program axis 1: group.
+    """
+    group = tl.program_id(1)
     m = block_index(BLOCK_M, WIDE)
     ok = m < M
     ow, line = m % OW, m // OW
@@ -55,12 +60,12 @@ def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
     for tap in range(KH * KW):
         ih, iw = ih0 + (tap // KW) * DH, iw0 + (tap % KW) * DW
         inside = ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-        at = words + ((n * H + ih) * W + iw) * WIDTH
+        at = words + ((n * H + ih) * W + iw) * (GROUPS * WIDTH) + group * WIDTH
         for start in range(0, WIDTH, BLOCK_K):
             a = tl.load(at[:, None] + (start + k)[None, :],
                         mask=inside[:, None] & (start + k < WIDTH)[None, :], other=0)
             count += popcount(a, PTX)
-    tl.store(pa + m, tl.sum(count, axis=1), mask=ok)
+    tl.store(pa + m * GROUPS + group, tl.sum(count, axis=1), mask=ok)
     if TOP + BOTTOM + LEFT + RIGHT > 0:
         top, bottom = outside(ih0.to(tl.int32), H, KH, DH)
         left, right = outside(iw0.to(tl.int32), W, KW, DW)
@@ -197,13 +202,13 @@ def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
 def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale, bias, shift_in,
                 slope, shift_out, sign_shift, threshold, pa, border, corr, M, N, H, W, OH, OW, SH,
                 SW, PT, PL, DH, DW, ron, roc, roh, row, oon, ooc, ooh, oow, size_class,
-                BORDERS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-                PADDED: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
+                BORDERS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr,
+                KW: tl.constexpr, PADDED: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """words and filters are bytes here, WIDTH the bytes of a pixel (or of a filter's tap).
+    """words and filters are bytes here, WIDTH those of a group of a pixel, or of a filter's tap.
 
-    Every tensor has fewer than 2^31 elements and bytes of words. size_class is not used here:
-    tuning depends on it.
+    With GROUPS > 1, BLOCK_N divides the output channels of a group. Every tensor has fewer than
+    2^31 elements and bytes of words. size_class is not used here: tuning depends on it.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -211,7 +216,11 @@ def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
     ow, line = m % OW, m // OW
     oh, image = line % OH, line // OH
     ih0, iw0 = oh * SH - PT, ow * SW - PL
-    pixel = words + ((image * H + ih0) * W + iw0) * WIDTH
+    PIXEL: tl.constexpr = GROUPS * WIDTH
+    group = 0
+    if GROUPS > 1:
+        group = tl.program_id(1) * BLOCK_N // (N // GROUPS)
+    pixel = words + ((image * H + ih0) * W + iw0) * PIXEL + group * WIDTH
     filter_at = filters + n * (KH * KW * WIDTH)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -225,7 +234,7 @@ def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
             if PADDED:
                 ih, iw = ih0 + kh * DH, iw0 + kw * DW
                 inside = inside & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-            step = (kh * DH * W + kw * DW) * WIDTH + start % WIDTH
+            step = (kh * DH * W + kw * DW) * PIXEL + start % WIDTH
             a = tl.load(pixel[:, None] + (step + k)[None, :], mask=inside[:, None], other=0)
         else:
             tap = at // WIDTH
@@ -234,7 +243,7 @@ def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
             if PADDED:
                 ih, iw = ih0[:, None] + (kh * DH)[None, :], iw0[:, None] + (kw * DW)[None, :]
                 ok = ok & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
-            step = (kh * DH * W + kw * DW) * WIDTH + at % WIDTH
+            step = (kh * DH * W + kw * DW) * PIXEL + at % WIDTH
             a = tl.load(pixel[:, None] + step[None, :], mask=ok, other=0)
         w = tl.load(filter_at[None, :] + at[:, None],
                     mask=col_ok[None, :] & (at < TOTAL)[:, None], other=0)
@@ -242,7 +251,7 @@ def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
             acc = tl.dot(bit_plane(a, bit, PTX), bit_plane(w, bit, PTX), acc, out_dtype=tl.int32)
     # Never past the end: a row or column outside reads the last one's, and is not stored.
     safe_m, safe_n = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
-    base = (-2 * tl.load(pa + safe_m))[:, None]
+    base = (-2 * tl.load(pa + safe_m * GROUPS + group))[:, None]
     if BORDERS > 1:
         base += tl.load(corr + (tl.load(border + safe_m) * N)[:, None] + safe_n[None, :])
     else:

@@ -20,12 +20,15 @@ def takes(dtype=None, residual=None, **parts) -> bool:
     return dtype != torch.float64 and elementwise.takes(residual, *vectors)
 
 
-def choose(family: str, rows: int, columns: int, depth: int, groups: int, taps: int,
+def choose(family: str, rows: int, columns: int, depth: int, whole: bool, taps: int,
            addressable: bool) -> tuple[str, ...]:
-    """Inner products that take this contraction, the preferred first; popc takes everything."""
+    """Inner products that take this contraction, the preferred first; popc takes everything.
+
+    `whole`: one group, or groups of whole words in and whole tiles out.
+    """
     forced = configs.forced_inner()
     fitting = ["popc"]
-    if groups == 1 and addressable:
+    if whole and addressable:
         fitting.insert(0, "int8")
         if configs.has_b1(family) and taps <= 32:
             fitting.insert(0, "b1")
@@ -70,11 +73,11 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
     common |= zip(("ron", "roc", "roh", "row", "oon", "ooc", "ooh", "oow"),
                   (*strides[0], *strides[1]), strict=True)
     if inner == "popc":
-        common |= dict(CHANNELS=channels // groups, OUT_CHANNELS=cout // groups, GROUPS=groups,
-                       PIXEL=pixel, PAD_VALUE=pad_value, PTX=ptx,
+        common |= dict(CHANNELS=channels // groups, OUT_CHANNELS=cout // groups, PIXEL=pixel,
+                       PAD_VALUE=pad_value, PTX=ptx,
                        WIDE=elementwise.wide(words, filters, out, residual))
     else:
-        tables = prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx)
+        tables = prepare(words, filters, channels, groups, geometry, pad, pad_value, rows, ptx)
         common |= dict(**tables, BORDERS=tables["corr"].shape[0], PADDED=any(pad))
     if inner == "int8":
         words, filters, depth = words.view(torch.int8), filters.view(torch.int8), 4 * depth
@@ -85,11 +88,12 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
     def grid(tile):
         return triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cout, tile.get("BLOCK_N", 64))
 
-    tuning.launch(inner, family, grid, words=words, filters=filters, KH=kh, KW=kw, WIDTH=depth,
-                  size_class=tuning.size_class(rows), enable_fp_fusion=False, **common)
+    tuning.launch(inner, family, grid, words=words, filters=filters, GROUPS=groups, KH=kh, KW=kw,
+                  WIDTH=depth, size_class=tuning.size_class(rows), enable_fp_fusion=False,
+                  **common)
 
 
-def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> dict:
+def prepare(words, filters, channels, groups, geometry, pad, pad_value, rows, ptx) -> dict:
     height, width, oh, ow, sh, sw, top, left, dh, dw = geometry
     cout, kh, kw, depth = filters.shape
     border = (0, 0, 0, 0)
@@ -99,14 +103,14 @@ def prepare(words, filters, channels, geometry, pad, pad_value, rows, ptx) -> di
     for taps in border:
         classes *= taps + 1
     block_k = min(triton.next_power_of_2(depth), 32)
-    pa, labels = words.new_empty((rows,)), words.new_empty((rows if classes > 1 else 1,))
+    pa, labels = words.new_empty((rows, groups)), words.new_empty((rows if classes > 1 else 1,))
     corr = words.new_empty((classes, cout))
-    window_kernel[(triton.cdiv(rows, 128),)](
-        words, pa, labels, rows, *geometry, *border, WIDTH=depth, KH=kh, KW=kw, PTX=ptx,
-        BLOCK_M=128, BLOCK_K=block_k, WIDE=False, num_warps=4)
+    window_kernel[(triton.cdiv(rows, 128), groups)](
+        words, pa, labels, rows, *geometry, *border, GROUPS=groups, WIDTH=depth, KH=kh,
+        KW=kw, PTX=ptx, BLOCK_M=128, BLOCK_K=block_k, WIDE=False, num_warps=4)
     block_b = min(triton.next_power_of_2(classes), 64)
     filter_kernel[(triton.cdiv(cout, 32), triton.cdiv(classes, block_b))](
-        filters, corr, cout, classes, channels, *border[1:], WIDTH=depth, KH=kh, KW=kw,
+        filters, corr, cout, classes, channels // groups, *border[1:], WIDTH=depth, KH=kh, KW=kw,
         PAD_VALUE=max(pad_value, 0), PTX=ptx, BLOCK_B=block_b, BLOCK_N=32, BLOCK_K=block_k,
         num_warps=4)
     return dict(pa=pa, border=labels, corr=corr)

@@ -22,18 +22,20 @@ def packed_conv2d(words, weight_words, channels, stride=(1,), padding=(0,), dila
     images, cout, oh, ow = shape
     out = empty_real(words, shape, dtype, channels_last) if real else None
     signs = empty_words(words, (images, oh, ow), cout) if packed else None
-    gemm.contract(inner or _fitting(words, weight_words, shape, groups)[0], words.contiguous(),
-                  weight_words.contiguous(), channels, stride, pad, dilation, groups, pad_value,
-                  (oh, ow), out, signs, **parts)
+    inner = inner or _fitting(words, weight_words, channels, shape, groups)[0]
+    gemm.contract(inner, words.contiguous(), weight_words.contiguous(), channels,
+                  stride, pad, dilation, groups, pad_value, (oh, ow), out, signs, **parts)
     return out, signs
 
 
-def _fitting(words, weight_words, shape, groups) -> tuple[str, ...]:
+def _fitting(words, weight_words, channels, shape, groups) -> tuple[str, ...]:
     shape = torch.Size(shape)
     kh, kw, depth = weight_words.shape[1:4]
     addressable = max(4 * words.numel(), 4 * weight_words.numel(), shape.numel()) < 2**31
+    whole = groups == 1 or (channels // groups % 32 == 0
+                            and shape[1] // groups % configs.COLUMNS == 0)
     return gemm.choose(configs.family(words.device), shape[0] * shape[2] * shape[3], shape[1],
-                       kh * kw * depth, groups, kh * kw, addressable)
+                       kh * kw * depth, whole, kh * kw, addressable)
 
 
 def inner_products(words, weight_words, channels, stride=(1,), padding=(0,), dilation=(1,),
@@ -43,4 +45,4 @@ def inner_products(words, weight_words, channels, stride=(1,), padding=(0,), dil
         return ()
     shape, *_ = conv_geometry("packed_conv2d", words, weight_words, channels, stride, padding,
                               dilation, groups, pad_value, out_channels)
-    return _fitting(words, weight_words, shape, groups)
+    return _fitting(words, weight_words, channels, shape, groups)

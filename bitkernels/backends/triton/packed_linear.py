@@ -32,7 +32,7 @@ def _fitting(words, columns) -> tuple[str, ...]:
     width = words.shape[-1]
     rows = words.numel() // width
     addressable = max(4 * words.numel(), 4 * columns * width, rows * columns) < 2**31
-    return gemm.choose(configs.family(words.device), rows, columns, width, 1, 1, addressable)
+    return gemm.choose(configs.family(words.device), rows, columns, width, True, 1, addressable)
 
 
 def inner_products(words, weight_words, channels, *, out_channels=None, **kw) -> tuple[str, ...]:
