@@ -238,6 +238,12 @@ else:
     def test_selfcheck_passes(op, inner):
         assert selfcheck.failure(op, inner, CPU) is None
 
+    @pytest.mark.parametrize("op,inner", [("sign_pack", None), ("unpack", None), ("mask_grad", None),
+                                          ("rprelu_backward", None), ("packed_linear", "popc")])
+    def test_selfcheck_ignores_the_default_device(op, inner):
+        with torch.device("meta"):
+            assert selfcheck.failure(op, inner, CPU) is None
+
     def test_selfcheck_sees_a_wrong_kernel(monkeypatch):
         module = importlib.import_module("bitkernels.backends.triton.rsign")
         monkeypatch.setattr(module, "rsign", lambda x, shift: torch.ones_like(x))
