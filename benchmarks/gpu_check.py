@@ -143,12 +143,12 @@ def part_tests() -> dict:
              for name in ("packed_conv2d", "packed_linear")
              for shard in range(OPERATOR_TESTS[name])]
     with ThreadPoolExecutor(max(4, (os.cpu_count() or 1) - len(TIMED))) as pool:
-        others = [_start(name, BITKERNELS_GPU_CHECK_COMPILE="1") for name in TIMED]
+        others = [_start(name, False, BITKERNELS_GPU_CHECK_COMPILE="1") for name in TIMED]
         results = dict(pool.map(lambda job: _one_test(*job, end), jobs))
     for child in others:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.communicate(timeout=max(0.1, end - time.time()))
-        _kill(child)
+        child.kill()
     failed = [f"{job}: {line}" for job, r in results.items() for line in r["failed"]]
     return {"passed": [job for job, r in results.items() if r["returncode"] == 0],
             "not passed": {job: r["summary"] for job, r in results.items() if r["returncode"]},
@@ -294,10 +294,10 @@ def part_block() -> dict:
             "training": training}
 
 
-def _start(name: str, **environment: str) -> subprocess.Popen:
+def _start(name: str, alone: bool = True, **environment: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, __file__, "--part", name], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True, env={**os.environ, **environment})
+                            start_new_session=alone, env={**os.environ, **environment})
 
 
 def _kill(child: subprocess.Popen) -> None:

@@ -238,8 +238,9 @@ else:
     def test_selfcheck_passes(op, inner):
         assert selfcheck.failure(op, inner, CPU) is None
 
-    @pytest.mark.parametrize("op,inner", [("sign_pack", None), ("unpack", None), ("mask_grad", None),
-                                          ("rprelu_backward", None), ("packed_linear", "popc")])
+    @pytest.mark.parametrize("op,inner", [("sign_pack", None), ("unpack", None),
+                                          ("mask_grad", None), ("rprelu_backward", None),
+                                          ("packed_linear", "popc")])
     def test_selfcheck_ignores_the_default_device(op, inner):
         with torch.device("meta"):
             assert selfcheck.failure(op, inner, CPU) is None

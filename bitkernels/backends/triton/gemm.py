@@ -107,10 +107,11 @@ def prepare(words, filters, channels, groups, geometry, pad, pad_value, rows, pt
     corr = words.new_empty((classes, cout))
     window_kernel[(triton.cdiv(rows, 128), groups)](
         words, pa, labels, rows, *geometry, *border, GROUPS=groups, WIDTH=depth, KH=kh,
-        KW=kw, PTX=ptx, BLOCK_M=128, BLOCK_K=block_k, WIDE=False, num_warps=4)
+        KW=kw, PTX=ptx, BLOCK_M=128, BLOCK_K=block_k, WIDE=False,
+        num_warps=4, enable_fp_fusion=False)
     block_b = min(triton.next_power_of_2(classes), 64)
     filter_kernel[(triton.cdiv(cout, 32), triton.cdiv(classes, block_b))](
         filters, corr, cout, classes, channels // groups, *border[1:], WIDTH=depth, KH=kh, KW=kw,
         PAD_VALUE=max(pad_value, 0), PTX=ptx, BLOCK_B=block_b, BLOCK_N=32, BLOCK_K=block_k,
-        num_warps=4)
+        num_warps=4, enable_fp_fusion=False)
     return dict(pa=pa, border=labels, corr=corr)

@@ -37,5 +37,6 @@ def mask_grad(grad, mask_words, dim=-1):
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
         mask_grad_kernel[grid](grad, mask_words.contiguous(), out, outer * inner, inner, channels,
                                mask_words.shape[-1], *strides, *out_strides, BLOCK_R=block_r,
-                               BLOCK_C=block_c, WIDE=wide(grad, out), num_warps=4)
+                               BLOCK_C=block_c, WIDE=wide(grad, out),
+                               num_warps=4, enable_fp_fusion=False)
     return out

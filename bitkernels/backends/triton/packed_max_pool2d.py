@@ -37,5 +37,5 @@ def packed_max_pool2d(words, kernel_size, stride=(), padding=(0,), dilation=(1,)
     if out.numel():
         packed_max_pool2d_kernel[(triton.cdiv(out.numel(), 512),)](
             words, out, out.numel(), width, h, w, oh, ow, *kernel, *stride, *padding, *dilation,
-            BLOCK=512, WIDE=wide(words, out), num_warps=4)
+            BLOCK=512, WIDE=wide(words, out), num_warps=4, enable_fp_fusion=False)
     return out

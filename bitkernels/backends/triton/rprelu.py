@@ -125,5 +125,6 @@ def rprelu_backward(grad, input, shift_in, slope):
             channels, tiles, *grad_strides, *strides, *out_strides, BLOCK_R=block_r,
             BLOCK_C=block_c, WIDE=wide(grad, input, out), num_warps=4, enable_fp_fusion=False)
         rprelu_reduce_kernel[(triton.cdiv(channels, 32), 3)](
-            partial, *sums, programs, channels, BLOCK_P=32, BLOCK_C=32, num_warps=4)
+            partial, *sums, programs, channels, BLOCK_P=32, BLOCK_C=32,
+            num_warps=4, enable_fp_fusion=False)
     return out, *sums

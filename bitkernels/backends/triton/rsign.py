@@ -37,5 +37,5 @@ def rsign(input, shift):
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
         rsign_kernel[grid](input, shift.contiguous(), out, outer * inner, inner, channels, *strides,
                            *out_strides, BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, out),
-                           num_warps=4)
+                           num_warps=4, enable_fp_fusion=False)
     return out

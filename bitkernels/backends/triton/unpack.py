@@ -33,5 +33,5 @@ def unpack(words, channels, dtype=torch.float32, dim=-1):
         block_r = 4096 // block_c
         grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
         unpack_kernel[grid](words, out, rows, channels, width, BLOCK_R=block_r, BLOCK_C=block_c,
-                            WIDE=wide(out), num_warps=4)
+                            WIDE=wide(out), num_warps=4, enable_fp_fusion=False)
     return out.movedim(-1, dim)

@@ -1,0 +1,98 @@
+"""Triton's own launch path without a GPU: launchers compile for sm_90 under a driver that runs
+nothing. Seen are the arguments that launchers pass, specialization, tuning and grids; no result.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has a launch path of its own", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("the other tests launch on the GPU", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bitkernels.backends.triton import configs, dispatch, selfcheck, tuning
+
+
+class NoGpu:
+    """As much of a driver as launching asks for, tensors being on the CPU."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, tuple[int, int, int]]] = []
+        self.utils = self
+
+    def load_binary(self, name, kernel, shared, device):
+        return 1, 1, 128, 0, 1024  # module, function, registers, spills, most threads
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132,
+                "warpSize": 32}
+
+    def launcher_cls(self, src, metadata):
+        def launch(x, y, z, *args):
+            self.launched.append((metadata.name, (x, y, z)))
+
+        return launch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    gpu, before = NoGpu(), dict(vars(driver))
+    driver.set_active(gpu)
+    monkeypatch.setattr(configs, "family", lambda device: "sm90")
+    tuning.tuner.cache_clear()
+    yield gpu.launched
+    tuning.tuner.cache_clear()
+    vars(driver).update(before)
+
+
+def first_case(op, **forced):
+    args, kw = selfcheck.cases(op)[0]
+    return dispatch.kernel(op)(*args, **kw, **forced)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # Triton's too
+@pytest.mark.parametrize("op,kernels", [
+    ("sign_pack", [("sign_pack_planes_kernel", (1, 3, 1))]),
+    ("rprelu_backward", [("rprelu_backward_kernel", (1, 9, 1)),
+                         ("rprelu_reduce_kernel", (3, 3, 1))]),
+])
+def test_elementwise(launched, op, kernels):
+    first_case(op)
+    assert launched == kernels
+
+
+def test_a_product_is_tuned_and_then_runs_in_its_fastest_tile(launched, monkeypatch):
+    """9 x 300 times 300 x 70, in tiles of 32 x 32, 64 x 32 and 16 x 32."""
+    timed = []
+
+    def do_bench(call, **kw):
+        timed.append(call())
+        return [1.0 / len(timed)] * 3
+
+    monkeypatch.setenv("BITKERNELS_TRITON_AUTOTUNE", "1")
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(configs, "interpreting", lambda: True)  # keeps no timings on disk
+    for _ in range(2):
+        first_case("packed_linear", inner="popc")
+    assert len(timed) == 3 and launched == 5 * [("popc_kernel", (1, 3, 1))]
+    best = tuning.tuner("popc", "sm90", None).best_config
+    assert best.kwargs == {"BLOCK_M": 16, "BLOCK_N": 32} and best.num_warps == 2
