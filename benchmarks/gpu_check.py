@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 LIMITS = {"selfcheck": 70, "tests": 170, "linear": 40, "conv": 70, "bandwidth": 30, "block": 90}
 TIMED = ("linear", "conv", "bandwidth", "block")
 MARK = "RESULT "
-# Test files, and over how many processes each is spread: most of their time is compilation.
+# Test files, and over how many processes each is spread
 OPERATOR_TESTS = {"packed_conv2d": 4, "binary_conv2d": 3, "packed_linear": 2, "binary_linear": 2,
                   "sign_pack": 3, "rsign": 1, "rprelu": 1, "packed_max_pool2d": 1}
 REHEARSAL = os.environ.get("BITKERNELS_GPU_CHECK_REHEARSAL") == "1"
@@ -103,9 +103,8 @@ def with_inner(inner: str, fn):
 def inner_names() -> list[str]:
     from bitkernels.backends.triton import configs
 
-    if REHEARSAL:
-        return ["popc"]
-    return ["b1", "int8"] if configs.has_b1(configs.family(torch.device("cuda"))) else ["int8"]
+    b1 = not REHEARSAL and configs.has_b1(configs.family(torch.device("cuda")))
+    return ["popc"] if REHEARSAL else ["b1", "int8"] if b1 else ["int8"]
 
 
 def words(*shape) -> torch.Tensor:
@@ -172,9 +171,9 @@ def _one_test(name: str, inner: str | None, shard: int, end: float) -> tuple[str
                        "summary": f"out of time after {len(dots)} tests, "
                                   f"{dots.count('F') + dots.count('E')} of them failed"}
     lines = done.stdout.strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    summary = lines[-1] if lines else done.stderr[-300:]
-    return label, {"returncode": done.returncode, "summary": summary, "failed": failed}
+    return label, {"returncode": done.returncode,
+                   "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+                   "summary": lines[-1] if lines else done.stderr[-300:]}
 
 
 def part_linear() -> dict:
@@ -196,8 +195,7 @@ def part_conv() -> dict:
     ops, out = torch.ops.bitkernels, {}
     for channels, size in LAYERS:
         batch = 1 if REHEARSAL else 256
-        if REHEARSAL:
-            channels, size = 32, 4
+        channels, size = (32, 4) if REHEARSAL else (channels, size)
         a, w = words(batch, size, size, channels // 32), words(channels, 3, 3, channels // 32)
         x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=HALF)
         f = torch.randn(channels, channels, 3, 3, device=DEVICE, dtype=torch.bfloat16)
@@ -300,12 +298,17 @@ def _start(name: str, alone: bool = True, **environment: str) -> subprocess.Pope
                             start_new_session=alone, env={**os.environ, **environment})
 
 
-def _kill(child: subprocess.Popen) -> None:
-    """The part and what it started; one that even so does not end, held by the GPU, is left."""
+def _kill(child: subprocess.Popen) -> str:
+    """Ends a part and what it started, or leaves one that the GPU holds; its standard error."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.communicate(timeout=5)
+        return child.communicate(timeout=5)[1]
+    return ""
+
+
+def _warnings(stderr: str) -> list[str]:
+    return [text for text in stderr.splitlines() if "bitkernels:" in text]
 
 
 def run_part(name: str) -> dict:
@@ -314,14 +317,13 @@ def run_part(name: str) -> dict:
     try:
         stdout, stderr = child.communicate(timeout=LIMITS[name])
     except subprocess.TimeoutExpired:
-        _kill(child)
-        return {"error": f"took more than {LIMITS[name]} s"}
-    seconds = round(time.time() - start, 1)
+        warned = _warnings(_kill(child))
+        return {"warnings": warned, "error": f"took more than {LIMITS[name]} s"}
+    seen = {"seconds": round(time.time() - start, 1), "warnings": _warnings(stderr)}
     for line in reversed(stdout.splitlines()):
         if line.startswith(MARK):
-            warned = [text for text in stderr.splitlines() if "bitkernels:" in text]
-            return {"seconds": seconds, "warnings": warned, **json.loads(line[len(MARK):])}
-    return {"seconds": seconds, "error": (stderr or stdout)[-1500:] or "no output"}
+            return {**seen, **json.loads(line[len(MARK):])}
+    return {**seen, "error": (stderr or stdout)[-1500:] or "no output"}
 
 
 def show(name: str, result: dict) -> None:
@@ -374,13 +376,11 @@ def main() -> int:
         gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
     report = {"gpu": gpu, "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"),
               "parts": {}}
-    folder = ROOT / "benchmarks" / "results" / gpu
-    if args.rehearse:
-        folder = Path(tempfile.mkdtemp())
+    results = ROOT / "benchmarks" / "results"
+    folder = Path(tempfile.mkdtemp()) if args.rehearse else results / gpu
     folder.mkdir(parents=True, exist_ok=True)
     asked: list[gpu_goals.Goal] = []
-    names = [n for n in LIMITS if not (args.rehearse and n == "tests")]
-    for name in names:
+    for name in [n for n in LIMITS if not (args.rehearse and n == "tests")]:
         report["parts"][name] = run_part(name)
         asked = list(gpu_goals.goals(report["parts"]))
         report["goals"] = [goal.record() for goal in asked]

@@ -58,19 +58,21 @@ def test_goals_compare_with_what_is_asked(script):
 
 
 @pytest.mark.parametrize("code,error", [
-    ("import time; time.sleep(60)", "took more than 1 s"),
+    ("import sys, time; print('bitkernels: warned', file=sys.stderr, flush=True); time.sleep(60)",
+     "took more than 3 s"),
     ("raise SystemExit('no such part')", "no such part"),
     ("print('RESULT {\"a\": 1}')", None),
 ])
 def test_a_part_that_hangs_or_fails_is_recorded(script, monkeypatch, code, error):
     check = script("gpu_check")
-    monkeypatch.setitem(check.LIMITS, "conv", 1 if error == "took more than 1 s" else 60)
+    monkeypatch.setitem(check.LIMITS, "conv", 3 if error == "took more than 3 s" else 60)
     monkeypatch.setattr(check, "_start", lambda name: subprocess.Popen(
         [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True))
     result = check.run_part("conv")
     assert (result.get("error") or "").strip() == (error or "")
     assert error or result["a"] == 1
+    assert ("bitkernels: warned" in result.get("warnings", ())) == ("warned" in code)
 
 
 def test_parts_stay_within_eight_minutes(script):
