@@ -1,6 +1,16 @@
 """bitkernels: binary neural networks in PyTorch on real 1-bit arithmetic."""
 
-from bitkernels import _ops, autograd, backends, metrics, nn, optim, quantizers, reference
+from bitkernels import (
+    _ops,
+    autograd,
+    backends,
+    metrics,
+    nn,
+    optim,
+    quantizers,
+    reference,
+    residual_block,
+)
 from bitkernels.thresholds import fold_threshold
 
 __version__ = "0.1.0"
@@ -14,4 +24,5 @@ __all__ = [
     "optim",
     "quantizers",
     "reference",
+    "residual_block",
 ]

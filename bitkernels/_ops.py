@@ -15,6 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitkernels._block_checks import (
+    check_binary_residual_block,
+    check_block_backward,
+    check_block_forward,
+    check_norm_backward,
+    check_sign_backward,
+)
 from bitkernels._checks import (
     TILE,
     check_binary_conv2d,
@@ -49,6 +56,9 @@ _CONV = (
 )
 _LINEAR = (
     "Tensor words, Tensor weight_words, SymInt channels, *, SymInt? out_channels=None, " + _EPILOGUE
+)
+_GEOMETRY = (
+    "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, int pad_value=0"
 )
 _REAL_OUT = "ScalarType? dtype=None"
 _PACKED_OUT = "Tensor? sign_shift=None"
@@ -89,6 +99,25 @@ SCHEMAS = (
     "str padding='valid', int[2] dilation=1, int groups=1, *, int pad_value=0, "
     f"{_TRAIN}) -> Tensor",
     f"binary_linear(Tensor input, Tensor weight, Tensor? bias=None, *, {_TRAIN}) -> Tensor",
+    # A residual block in training. It returns the activation, and the mean and unbiased variance
+    # that the normalization's running statistics are made of.
+    "binary_residual_block(Tensor input, Tensor weight, Tensor? residual=None, "
+    "Tensor? sign_shift=None, "
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? shift_in=None, Tensor? slope=None, "
+    f"Tensor? shift_out=None, {_GEOMETRY}, bool relu=False, float eps=1e-05, str? group=None, "
+    f"{_TRAIN}) -> (Tensor, Tensor, Tensor)",
+    # Its parts: dot products in the smallest of int16 and int32, with their sums, sums of squares
+    # (of max(dot, 0) with relu) and count; what follows the convolution; and the backward of it.
+    "packed_conv2d_moments(Tensor words, Tensor weight_words, SymInt channels, "
+    f"{_GEOMETRY}, SymInt? out_channels=None, bool relu=False) -> (Tensor, Tensor)",
+    "residual_block_forward(Tensor dot, Tensor residual, Tensor scale, Tensor bias, "
+    "Tensor? shift_in, Tensor? slope, Tensor? shift_out, bool relu) -> Tensor",
+    "residual_block_backward(Tensor grad, Tensor dot, Tensor? residual, Tensor scale, Tensor bias, "
+    "Tensor? shift_in, Tensor? slope, Tensor center, bool relu) -> (Tensor, Tensor)",
+    "residual_block_norm_backward(Tensor grad, Tensor dot, Tensor p, Tensor q, Tensor r, "
+    "Tensor center, bool relu, ScalarType dtype) -> Tensor",
+    "sign_backward(Tensor grad, Tensor input, Tensor? shift=None, Tensor? add=None, *, "
+    "str estimator='ste_sign', float? clip=1.0, float beta=5.0) -> (Tensor, Tensor)",
 )
 for _schema in SCHEMAS:
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -260,3 +289,54 @@ def _(input, weight, bias=None, *, scale=None, input_estimator="ste_sign", input
         input, weight, bias, scale=scale, input_estimator=input_estimator, input_clip=input_clip,
         weight_estimator=weight_estimator, weight_clip=weight_clip, dtype=dtype)
     return empty_real(input, shape, dtype or input.dtype, False)
+
+
+@_fake("binary_residual_block")
+def _(input, *args, **kw):
+    shape, *_ = check_binary_residual_block(input, *args, **kw)
+    vector = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (empty_real(input, shape, input.dtype, True),
+            *(input.new_empty(shape[1], dtype=vector) for _ in range(2)))
+
+
+@_fake("packed_conv2d_moments")
+def _(words, weight_words, channels, stride=(1,), padding=(0,), dilation=(1,), groups=1, *,
+      pad_value=0, out_channels=None, relu=False):
+    shape = check_conv(words, weight_words, channels, stride, padding, dilation, groups,
+                       pad_value=pad_value, out_channels=out_channels)
+    dtype = dot_dtype(weight_words, channels, groups)
+    return (empty_real(words, shape, dtype, True),
+            words.new_empty((3, shape[1]), dtype=torch.int64))
+
+
+def dot_dtype(weight_words: Tensor, channels: int, groups: int) -> torch.dtype:
+    """int16 where every dot product fits, else int32."""
+    products = weight_words.shape[1] * weight_words.shape[2] * (channels // groups)
+    return torch.int16 if products < 2**15 else torch.int32
+
+
+@_fake("residual_block_forward")
+def _(dot, residual, scale, bias, shift_in, slope, shift_out, relu):
+    check_block_forward(dot, residual, scale, bias, shift_in, slope, shift_out)
+    return empty_real(dot, dot.shape, residual.dtype, True)
+
+
+@_fake("residual_block_backward")
+def _(grad, dot, residual, scale, bias, shift_in, slope, center, relu):
+    check_block_backward(grad, dot, residual, scale, bias, shift_in, slope, center)
+    sums = dot.new_empty((4, dot.shape[1]), dtype=torch.float64)
+    if slope is None:
+        return grad.new_empty(0), sums
+    return empty_real(dot, dot.shape, grad.dtype, True), sums
+
+
+@_fake("residual_block_norm_backward")
+def _(grad, dot, p, q, r, center, relu, dtype):
+    check_norm_backward(grad, dot, p, q, r, center, dtype)
+    return empty_real(dot, dot.shape, dtype, True)
+
+
+@_fake("sign_backward")
+def _(grad, input, shift=None, add=None, *, estimator="ste_sign", clip=1.0, beta=5.0):
+    check_sign_backward(grad, input, shift, add, estimator, clip)
+    return empty_around(input, 1), input.new_empty(input.shape[1], dtype=torch.float64)

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitkernels import reference
 from bitkernels._checks import (
     check_binary_conv2d,
     check_binary_linear,
@@ -30,30 +29,11 @@ from bitkernels._checks import (
     wants_channels_last,
 )
 from bitkernels._ops import LIB
+from bitkernels.reference import estimator_grad
 
 ops = torch.ops.bitkernels
 _forward = ops.binary_conv2d_forward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
-    """grad times the estimator's derivative at x; `x` real, any shape; result in grad's dtype."""
-    if name == "identity":
-        return grad
-    if name == "ste_sign":
-        if clip is None:
-            return grad
-        # In the type that sign_pack_mask compares in, so that both operands follow one rule.
-        return torch.where(reference._wide(x).abs() <= clip, grad, torch.zeros_like(grad))
-    if name == "approx_sign":
-        magnitude = x.abs()
-        slope = torch.where(magnitude <= 1, 2 - 2 * magnitude, torch.zeros_like(x))  # NaN: 0
-        return (grad * slope).to(grad.dtype)
-    bx = beta * x
-    slope = beta * (2 - bx * torch.tanh(bx / 2)) / (1 + torch.cosh(bx))
-    # Past |bx| = 80 it is below 1e-32, and cosh is near overflow; NaN falls there too.
-    slope = torch.where(bx.abs() < 80, slope, torch.zeros_like(x))
-    return (grad * slope).to(grad.dtype)
 
 
 class _Signs:
@@ -84,18 +64,22 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _finish_weight_grad(ctx, grad: Tensor, weight: Tensor, signs: Tensor, scale: Tensor | None):
+def finish_weight_grad(grad: Tensor, weight: Tensor, signs: Tensor, scale: Tensor | None, conf,
+                       wants_weight: bool, wants_scale: bool):
     """(dweight, dscale) from the gradient with respect to the unscaled signs of the weight."""
     grad_weight = grad_scale = None
     rows = (-1, *[1] * (weight.dim() - 1))
-    if scale is not None and ctx.needs_input_grad[3]:
+    if scale is not None and wants_scale:
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         grad_scale = (grad * signs).flatten(1).sum(1, dtype=wide).to(scale.dtype)
-    if ctx.needs_input_grad[1]:
-        if scale is not None and ctx.conf["scale_weight_grad"]:
+    if wants_weight and conf["weight_estimator"] != "none":
+        if scale is not None and conf["scale_weight_grad"]:
             grad = grad * scale.view(rows).to(grad.dtype)
-        grad_weight = estimator_grad(grad.to(weight.dtype), weight, ctx.conf["weight_estimator"],
-                                     ctx.conf["weight_clip"], ctx.conf["beta"])
+        if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
+            grad = grad.to(weight.dtype)
+        grad_weight, _ = ops.sign_backward.default(
+            grad, weight, None, None, estimator=conf["weight_estimator"],
+            clip=conf["weight_clip"], beta=conf["beta"])
     return grad_weight, grad_scale
 
 
@@ -107,10 +91,32 @@ def _wanted(ctx) -> tuple[bool, bool]:
 
 
 def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
-    signs = reference.sign(weight).to(dtype)
+    """The weight's signs, and these times the scale."""
+    signs = ops.unpack.default(ops.sign_pack.default(weight, None, 1), weight.shape[1], dtype, 1)
     if scale is None:
         return signs, signs
     return signs, signs * scale.view(-1, *[1] * (weight.dim() - 1)).to(dtype)
+
+
+def conv2d_backward(grad, words, weight, scale, conf, wants_input: bool, wants_weight: bool):
+    """Real gradients of (input's signs, weight's unscaled signs), and those signs of the weight.
+
+    The unscaled output gradient meets scaled weights: its product with the input is then the
+    gradient of the unscaled signs, from which every rule for the weight follows.
+    """
+    x = ops.unpack.default(words, weight.shape[1] * conf["groups"], grad.dtype, 1)
+    signs, scaled = _scaled_signs(weight, scale, grad.dtype)
+    top, bottom, left, right = conf["pad"]
+    height, width = x.shape[2:]
+    explicit = conf["pad_value"] != 0 or top != bottom or left != right
+    if explicit:
+        x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
+    grad_input, grad_signs, _ = torch.ops.aten.convolution_backward(
+        grad, x, scaled, None, conf["stride"], (0, 0) if explicit else (top, left),
+        conf["dilation"], False, (0, 0), conf["groups"], (wants_input, wants_weight, False))
+    if wants_input and explicit:
+        grad_input = grad_input[:, :, top : top + height, left : left + width]
+    return grad_input, grad_signs, signs
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -132,34 +138,22 @@ class _BinaryConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         words, saved, weight, scale = ctx.saved_tensors
-        conf, channels = ctx.conf, weight.shape[1] * ctx.conf["groups"]
+        conf = ctx.conf
         wants_input, wants_weight = _wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
         if wants_input or wants_weight:
-            x = ops.unpack.default(words, channels, grad.dtype, 1)
-            signs, scaled = _scaled_signs(weight, scale, grad.dtype)
-            top, bottom, left, right = conf["pad"]
-            height, width = x.shape[2:]
-            explicit = conf["pad_value"] != 0 or top != bottom or left != right
-            if explicit:
-                x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
-            # The unscaled output gradient meets scaled weights: its product with x is then the
-            # gradient of the unscaled signs, from which every rule for the weight follows.
-            grad_input, grad_signs, _ = torch.ops.aten.convolution_backward(
-                grad, x, scaled, None, conf["stride"], (0, 0) if explicit else (top, left),
-                conf["dilation"], False, (0, 0), conf["groups"], (wants_input, wants_weight, False))
+            grad_input, grad_signs, signs = conv2d_backward(grad, words, weight, scale, conf,
+                                                            wants_input, wants_weight)
             if wants_input:
-                if explicit:
-                    grad_input = grad_input[:, :, top : top + height, left : left + width]
                 grad_input = _Signs.grad(grad_input.to(ctx.input_dtype), saved,
                                          conf["input_estimator"], conf["input_clip"],
                                          conf["beta"], 1)
             if wants_weight:
-                grad_weight, grad_scale = _finish_weight_grad(ctx, grad_signs, weight, signs, scale)
+                grad_weight, grad_scale = finish_weight_grad(
+                    grad_signs, weight, signs, scale, conf, ctx.needs_input_grad[1],
+                    ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
-        if conf["weight_estimator"] == "none":
-            grad_weight = None
         return grad_input, grad_weight, grad_bias, grad_scale, None
 
 
@@ -221,11 +215,11 @@ class _BinaryLinear(torch.autograd.Function):
         if wants_weight:
             x = ops.unpack.default(words, weight.shape[1], grad.dtype, -1)
             grad_signs = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            grad_weight, grad_scale = _finish_weight_grad(ctx, grad_signs, weight, signs, scale)
+            grad_weight, grad_scale = finish_weight_grad(
+                grad_signs, weight, signs, scale, conf, ctx.needs_input_grad[1],
+                ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        if conf["weight_estimator"] == "none":
-            grad_weight = None
         return grad_input, grad_weight, grad_bias, grad_scale, None
 
 
@@ -271,7 +265,9 @@ class _RSign(torch.autograd.Function):
         if estimator == "none":
             return None, None, None, None, None
         if saved is not None and estimator != "ste_sign":
-            saved = saved + reference.per_channel(shift, saved)
+            grad_input, grad_shift = ops.sign_backward.default(
+                grad, saved, shift, None, estimator=estimator, clip=clip, beta=beta)
+            return grad_input, grad_shift.to(shift.dtype), None, None, None
         grad_input = _Signs.grad(grad, saved, estimator, clip, beta, 1)
         grad_shift = None
         if ctx.needs_input_grad[1]:
@@ -317,7 +313,9 @@ def _rprelu(input, shift_in, slope, shift_out):
 # Without an Autograd key of their own these would detach silently; they refuse instead.
 RAW = ("sign_pack", "sign_pack_mask", "mask_grad", "packed_conv2d", "packed_conv2d.packed",
        "packed_conv2d.both", "packed_linear", "packed_linear.packed", "packed_linear.both",
-       "binary_conv2d_forward", "rprelu_backward")
+       "binary_conv2d_forward", "rprelu_backward", "packed_conv2d_moments",
+       "residual_block_forward", "residual_block_backward", "residual_block_norm_backward",
+       "sign_backward")
 
 
 def _refuse_grad(name: str):
@@ -338,7 +336,7 @@ def _refuse_grad(name: str):
     return forward
 
 
-def _autocast(op, device: str):
+def autocast(op, device: str):
     """Under autocast the output, not the input, is cast: a cast could round x < 0 up to 0."""
 
     def forward(*args, dtype=None, **kw):
@@ -366,5 +364,5 @@ for _name in ("binary_conv2d.default", "binary_conv2d.padding", "binary_linear.d
     _packet, _overload = _name.split(".")
     _op = getattr(getattr(ops, _packet), _overload)
     for _device in ("cpu", "cuda"):
-        LIB.impl(_name.removesuffix(".default"), _autocast(_op, _device),
+        LIB.impl(_name.removesuffix(".default"), autocast(_op, _device),
                  f"Autocast{_device.upper()}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bitkernels import reference
-from bitkernels.autograd import estimator_grad
+from bitkernels.reference import estimator_grad
 
 __all__ = [
     "ApproxSign",

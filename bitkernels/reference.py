@@ -199,3 +199,94 @@ def rprelu_backward(grad: Tensor, input: Tensor, shift_in: Tensor, slope: Tensor
     grad_slope = torch.where(y > 0, torch.zeros_like(g), g * y).sum(reduce)
     return (grad_input.to(input.dtype), grad_input.sum(reduce).float(), grad_slope.float(),
             g.sum(reduce).float())
+
+
+def packed_conv2d_moments(words, weight_words, channels, stride, padding, dilation, groups, *,
+                          pad_value, out_channels, relu, dtype):
+    """Dot products in `dtype`, channels-last; their sums, sums of squares and count: (3, Cout)."""
+    weight_words = _canonical(weight_words, 4, out_channels, groups)
+    dot = dot_conv2d(words, weight_words, channels, stride, padding, dilation, groups, pad_value)
+    d = (dot.relu() if relu else dot).long()
+    moments = torch.stack([t.sum((0, 2, 3)) for t in (d, d * d, torch.ones_like(d))])
+    return _rows(dot.to(dtype)), moments
+
+
+def _rows(t: Tensor) -> Tensor:
+    empty = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
+    return empty.copy_(t)
+
+
+def _value(dot: Tensor, like: Tensor, scale, bias, residual, shift_in, relu: bool) -> Tensor:
+    """What the block's activation sees, in the type arithmetic on `like` runs in."""
+    d = dot.relu() if relu else dot
+    y = d.to(_wide(like).dtype) * per_channel(scale, like) + per_channel(bias, like)
+    y = y + _wide(residual)
+    return y if shift_in is None else y + per_channel(shift_in, like)
+
+
+def residual_block_forward(dot, residual, scale, bias, shift_in, slope, shift_out, relu):
+    """RPReLU(dot * scale + bias + residual), of max(dot, 0) with relu; without slope no PReLU."""
+    y = _value(dot, residual, scale, bias, residual, shift_in, relu)
+    if slope is not None:
+        y = torch.where(y > 0, y, y * per_channel(slope, residual))
+    if shift_out is not None:
+        y = y + per_channel(shift_out, residual)
+    return _rows(y.to(residual.dtype))
+
+
+def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, center, relu):
+    """Gradient of the value under the activation, and float64 sums (4, C) over all but channels.
+
+    The sums are of that gradient, of it times (dot - center) (of max(dot, 0) with relu), of the
+    slope's gradient, and of grad. Without slope the gradient is grad itself: empty(0) is returned,
+    and the last two sums are 0.
+    """
+    g = _wide(grad)
+    d = (dot.relu() if relu else dot).to(g.dtype) - per_channel(center, g)
+    sums = [torch.zeros(d.shape[1], dtype=torch.float64, device=d.device)] * 4
+    out = grad.new_empty(0)
+    if slope is not None:
+        y = _value(dot, grad, scale, bias, residual, shift_in, relu)
+        sums[2:] = (t.double().sum((0, 2, 3)) for t in (torch.where(y > 0, 0.0, g * y), g))
+        g = torch.where(y > 0, g, g * per_channel(slope, g))
+        out = _rows(g.to(grad.dtype))
+    sums[:2] = (t.double().sum((0, 2, 3)) for t in (g, g * d))
+    return out, torch.stack(sums)
+
+
+def residual_block_norm_backward(grad, dot, p, q, r, center, relu, dtype):
+    """p grad + q (dot - center) + r per channel; with relu of max(dot, 0), and 0 where dot <= 0."""
+    g = _wide(grad)
+    d = (dot.relu() if relu else dot).to(g.dtype) - per_channel(center, g)
+    out = g * per_channel(p, g) + d * per_channel(q, g) + per_channel(r, g)
+    return _rows((torch.where(dot > 0, out, 0.0) if relu else out).to(dtype))
+
+
+def sign_backward(grad, input, shift, add, estimator, clip, beta):
+    """grad times the estimator's slope at input + shift, plus add; float64 sums of the product."""
+    x, g = _wide(input), _wide(grad)
+    if shift is not None:
+        x = x + per_channel(shift, input)
+    g = estimator_grad(g, x, estimator, clip, beta)
+    total = g if add is None else g + _wide(add)
+    return total.to(input.dtype), g.double().sum([d for d in range(g.dim()) if d != 1])
+
+
+def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
+    """grad times the estimator's derivative at x; `x` real, any shape; result in grad's dtype."""
+    if name == "identity":
+        return grad
+    if name == "ste_sign":
+        if clip is None:
+            return grad
+        # In the type that sign_pack_mask compares in, so that both operands follow one rule.
+        return torch.where(_wide(x).abs() <= clip, grad, torch.zeros_like(grad))
+    if name == "approx_sign":
+        magnitude = x.abs()
+        slope = torch.where(magnitude <= 1, 2 - 2 * magnitude, torch.zeros_like(x))  # NaN: 0
+        return (grad * slope).to(grad.dtype)
+    bx = beta * x
+    slope = beta * (2 - bx * torch.tanh(bx / 2)) / (1 + torch.cosh(bx))
+    # Past |bx| = 80 it is below 1e-32, and cosh is near overflow; NaN falls there too.
+    slope = torch.where(bx.abs() < 80, slope, torch.zeros_like(x))
+    return (grad * slope).to(grad.dtype)

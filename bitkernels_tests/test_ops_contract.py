@@ -44,6 +44,10 @@ def samples(device) -> dict[str, tuple]:
     pair = (leaf(reals(2, 3, 37, **kw)), leaf(reals(19, 37, **kw)))
     train = (leaf(x), leaf(w), leaf(c19[5]))
     rprelu = tuple(leaf(t) for t in (x, shift, shift + 0.25, -shift))
+    dot = channels_last(torch.randint(-99, 99, CONV.output_shape, dtype=torch.int16, **kw))
+    wide_dot = dot.int().contiguous()
+    block = (leaf(x[:, :19]), leaf(reals(19, 19, 3, 3, **kw)))
+    block_vectors = [leaf(c) for c in c19]
     return {
         "sign_pack": (ops.sign_pack.default, (x, None, 1), {}),
         "sign_pack_last": (ops.sign_pack.default, (x,), {}),
@@ -97,6 +101,27 @@ def samples(device) -> dict[str, tuple]:
         "train_conv_same": (ops.binary_conv2d.padding, (*train, (1,), "same"), {}),
         "train_conv_valid": (ops.binary_conv2d.padding, (*train, (2,), "valid"),
                              dict(weight_estimator="swish_sign")),
+        "moments": (ops.packed_conv2d_moments.default, conv, {}),
+        "moments_relu": (ops.packed_conv2d_moments.default, (words, tiles, 37),
+                         dict(out_channels=19, relu=True, pad_value=1)),
+        "block_forward": (ops.residual_block_forward.default,
+                          (dot, residual, *c19[:2], None, None, None, False), {}),
+        "block_forward_half": (ops.residual_block_forward.default,
+                               (wide_dot, residual.half(), *c19[:5], True), {}),
+        "block_backward": (ops.residual_block_backward.default,
+                           (residual, dot, None, *c19[:2], None, None, c19[2], True), {}),
+        "block_backward_slope": (ops.residual_block_backward.default, (
+            residual.contiguous(), wide_dot, residual, *c19[:5], False), {}),
+        "block_norm_backward": (ops.residual_block_norm_backward.default, (
+            residual.half(), dot, *c19[:4], True, torch.bfloat16), {}),
+        "sign_backward": (ops.sign_backward.default, (x.half(), channels_last(x), shift, x), {}),
+        "sign_backward_approx": (ops.sign_backward.default, (x, x),
+                                 dict(estimator="approx_sign", clip=None)),
+        "train_block": (ops.binary_residual_block.default, (*block, None, None, *block_vectors[:5],
+                                                            (1,), (1,)), {}),
+        "train_block_residual": (ops.binary_residual_block.default, (
+            leaf(x.double()), leaf(w.double()), leaf(residual.double()), leaf(shift), None, None,
+            None, None, None, *CONV.args), dict(relu=True, scale=leaf(c19[5].abs()))),
         "train_linear": (ops.binary_linear.default, (*pair, leaf(c19[0])), {}),
         "train_linear_scale": (ops.binary_linear.default, pair,
                                dict(scale=leaf(c19[0]), input_estimator="swish_sign")),

@@ -244,10 +244,16 @@ Outputs run(const char* op, const Conv& conv, const Parts& p, const Sizes& shape
   return result;
 }
 
-Outputs conv2d(const Tensor& words, const Tensor& weight_words, int64_t channels,
-               const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-               int64_t pad_value, OptInt out_channels, const Parts& parts, bool channels_last,
-               bool want_real, bool want_words) {
+// A checked convolution, and what keeps its operands alive.
+struct CheckedConv {
+  Tensor in, tiles;
+  Conv conv;
+  Sizes shape;  // (N, Cout, OH, OW)
+};
+
+CheckedConv checked_conv(const Tensor& words, const Tensor& weight_words, int64_t channels,
+                         const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                         int64_t groups, int64_t pad_value, OptInt out_channels) {
   const char* op = "packed_conv2d";
   check_words(op, "words", words, channels, 4);
   const Filter f = check_filter(op, weight_words, 4, out_channels, groups);
@@ -294,7 +300,16 @@ Outputs conv2d(const Tensor& words, const Tensor& weight_words, int64_t channels
                      static_cast<int>(pad_value),
                      words_of(in),
                      words_of(tiles)};
-  return run(op, conv, parts, {n, cout, oh, ow}, true, channels_last, want_real, want_words);
+  return {in, tiles, conv, {n, cout, oh, ow}};
+}
+
+Outputs conv2d(const Tensor& words, const Tensor& weight_words, int64_t channels,
+               const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+               int64_t pad_value, OptInt out_channels, const Parts& parts, bool channels_last,
+               bool want_real, bool want_words) {
+  const CheckedConv c = checked_conv(words, weight_words, channels, stride, padding, dilation,
+                                     groups, pad_value, out_channels);
+  return run("packed_conv2d", c.conv, parts, c.shape, true, channels_last, want_real, want_words);
 }
 
 Outputs linear(const Tensor& words, const Tensor& weight_words, int64_t channels,
@@ -341,6 +356,30 @@ std::tuple<Tensor, Tensor> op_conv2d_both(BK_CONV_ARGS, OptType dtype, bool chan
       conv2d(BK_CONV, {BK_EPILOGUE, dtype, sign_shift, {}}, channels_last, true, true);
   return {*o.real, *o.words};
 }
+// Dot products as int16 where they fit, else int32; their sums, sums of squares and count.
+std::tuple<Tensor, Tensor> op_conv2d_moments(Tensor words, Tensor weight_words, int64_t channels,
+                                             Sizes stride, Sizes padding, Sizes dilation,
+                                             int64_t groups, int64_t pad_value, OptInt out_channels,
+                                             bool relu) {
+  const CheckedConv c = checked_conv(words, weight_words, channels, stride, padding, dilation,
+                                     groups, pad_value, out_channels);
+  const Conv& conv = c.conv;
+  const int64_t cout = c.shape[1], hw = conv.out_h * conv.out_w;
+  Epilogue e;
+  e.out_short = conv.kh * conv.kw * conv.channels <= std::numeric_limits<int16_t>::max();
+  e.relu = relu;
+  const Strides last = {hw * cout, 1, conv.out_w * cout, cout};
+  Tensor dot = empty_strided(c.shape, {last.n, last.c, last.h, last.w},
+                             e.out_short ? ScalarType::Short : ScalarType::Int);
+  Tensor moments = empty({3, cout}, ScalarType::Long);
+  e.out = dot.mutable_data_ptr();
+  e.moments = static_cast<int64_t*>(moments.mutable_data_ptr());
+  std::fill(e.moments, e.moments + 2 * cout, 0);
+  std::fill(e.moments + 2 * cout, e.moments + 3 * cout, conv.batch * hw);
+  if (conv.batch * hw > 0 && cout > 0) packed_conv2d(kernel(), conv, e, last, last);
+  return {dot, moments};
+}
+
 std::tuple<Tensor, Tensor, Tensor> op_binary_conv2d_forward(Tensor input, Tensor weight,
                                                             OptTensor bias, OptTensor scale,
                                                             Sizes stride, Sizes padding,
@@ -519,6 +558,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("packed_conv2d", TORCH_BOX(&bitkernels::op_conv2d));
   m.impl("packed_conv2d.packed", TORCH_BOX(&bitkernels::op_conv2d_packed));
   m.impl("packed_conv2d.both", TORCH_BOX(&bitkernels::op_conv2d_both));
+  m.impl("packed_conv2d_moments", TORCH_BOX(&bitkernels::op_conv2d_moments));
   m.impl("binary_conv2d_forward", TORCH_BOX(&bitkernels::op_binary_conv2d_forward));
   m.impl("packed_linear", TORCH_BOX(&bitkernels::op_linear));
   m.impl("packed_linear.packed", TORCH_BOX(&bitkernels::op_linear_packed));

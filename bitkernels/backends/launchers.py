@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from bitkernels import _checks
-from bitkernels._ops import LIB, check_conv, check_linear
+from bitkernels import _block_checks, _checks
+from bitkernels._ops import LIB, check_conv, check_linear, dot_dtype
 
 Run = Callable[..., object]
 
@@ -70,8 +70,46 @@ def rprelu_backward(run: Run, grad, input, shift_in, slope):
     return run("rprelu_backward", grad, input, shift_in, slope)
 
 
+def packed_conv2d_moments(run: Run, words, weight_words, channels, stride=(1,), padding=(0,),
+                          dilation=(1,), groups=1, *, pad_value=0, out_channels=None, relu=False):
+    check_conv(words, weight_words, channels, stride, padding, dilation, groups,
+               pad_value=pad_value, out_channels=out_channels)
+    return run("packed_conv2d_moments", words, weight_words, channels, stride, padding, dilation,
+               groups, pad_value=pad_value, out_channels=out_channels, relu=relu,
+               dtype=dot_dtype(weight_words, channels, groups))
+
+
+def residual_block_forward(run: Run, *args):
+    _block_checks.check_block_forward(*args[:-1])
+    return run("residual_block_forward", *args)
+
+
+def residual_block_backward(run: Run, *args):
+    _block_checks.check_block_backward(*args[:-1])
+    return run("residual_block_backward", *args)
+
+
+def residual_block_norm_backward(run: Run, grad, dot, p, q, r, center, relu, dtype):
+    _block_checks.check_norm_backward(grad, dot, p, q, r, center, dtype)
+    return run("residual_block_norm_backward", grad, dot, p, q, r, center, relu, dtype)
+
+
+def sign_backward(run: Run, grad, input, shift=None, add=None, *, estimator="ste_sign", clip=1.0,
+                  beta=5.0):
+    _block_checks.check_sign_backward(grad, input, shift, add, estimator, clip)
+    return run("sign_backward", grad, input, shift, add, estimator, clip, beta)
+
+
 SINGLE = (sign_pack, sign_pack_mask, mask_grad, unpack, packed_max_pool2d, rsign, rprelu,
           rprelu_backward)
+BLOCK = (packed_conv2d_moments, residual_block_forward, residual_block_backward,
+         residual_block_norm_backward, sign_backward)
+
+
+def register_block(key: str, run: Run) -> None:
+    """Makes `run` the kernel of the residual block's parts under a dispatch key."""
+    for launcher in BLOCK:
+        LIB.impl(launcher.__name__, functools.partial(launcher, run), key)
 
 
 def register(key: str, run: Run) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitkernels import _checks, reference
 from bitkernels._ops import LIB
-from bitkernels.backends.launchers import register
+from bitkernels.backends.launchers import register, register_block
 
 KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
 
@@ -18,7 +18,7 @@ def _run(op: str, *args, **kw):
         return _like(args[0], args[2], out)
     if op in ("rsign", "rprelu"):
         return _like(args[0], 1, out)
-    if op == "rprelu_backward":
+    if op in ("rprelu_backward", "sign_backward"):
         return _like(args[1], 1, out[0]), *out[1:]
     return out
 
@@ -48,5 +48,6 @@ def binary_conv2d_forward(input, weight, bias, scale, stride, padding, dilation,
 
 
 register(KEY, _run)
+register_block(KEY, _run)
 LIB.impl("tile_weight", tile_weight, KEY)
 LIB.impl("binary_conv2d_forward", binary_conv2d_forward, KEY)

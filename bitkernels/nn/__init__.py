@@ -6,6 +6,7 @@ from bitkernels.nn.convert import binarize, pack
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
+from bitkernels.nn.residual_block import BinaryResidualBlock
 
 __all__ = [
     "BinaryConv1d",
@@ -13,6 +14,7 @@ __all__ = [
     "BinaryConv3d",
     "BinaryLayer",
     "BinaryLinear",
+    "BinaryResidualBlock",
     "PackedConv1d",
     "PackedConv2d",
     "PackedLinear",

@@ -42,6 +42,10 @@ struct Epilogue {
   DType out_type = DType::kF32;
   bool out_int = false;  // int32 dot products instead
   int64_t out_channel = 1;
+  // Dot products next to each other as int16 (or int32) instead, and the sums of them and of their
+  // squares, or of max(dot, 0) where `relu`, added to 2 x output channels of `moments`.
+  int64_t* moments = nullptr;
+  bool out_short = false, relu = false;
   uint32_t* words = nullptr;  // packed output
 };
 
@@ -54,6 +58,39 @@ struct Tile {
   int channels;                                      // valid ones
   int64_t out, out_pixel, residual, residual_pixel;  // element offset and step
   int64_t word, word_pixel;                          // of the word that holds bit `channel`
+  int64_t* moments;                                  // 2 x 32 sums of this chunk of channels
+};
+
+// Rows of `channels` elements of a residual block, see reference.residual_block_forward and its
+// backward. Vectors are float, or double where type is kF64, per channel, readable 32 past the end;
+// null where absent.
+struct BlockRows {
+  int64_t rows = 0, channels = 0;
+  const void* dot = nullptr;  // int16 where short_dot, else int32
+  bool short_dot = false, relu = false;
+  DType type = DType::kF32;                         // of residual and grad, and of arithmetic
+  const void *residual = nullptr, *grad = nullptr;  // residual null: not needed
+  const void *scale = nullptr, *bias = nullptr;     // value = dot * scale + bias + residual
+  const void *shift_in = nullptr, *slope = nullptr, *shift_out = nullptr;
+  const void* center = nullptr;                         // of the dot products
+  const void *p = nullptr, *q = nullptr, *r = nullptr;  // p grad + q (dot - center) + r
+  void* out = nullptr;
+  DType out_type = DType::kF32;
+  void* sums = nullptr;  // 4 x channels of the vectors' type, added to
+};
+
+enum class Estimator { kSte, kApprox, kSwish, kIdentity };
+
+// grad * d sign(x + shift) / dx, plus `add`, over n elements; parameters as for rsign below.
+struct SignBackward {
+  const void *grad = nullptr, *x = nullptr, *add = nullptr;  // add may be null
+  DType grad_type = DType::kF32, type = DType::kF32;         // type: of x, add and out
+  int64_t n = 0;
+  const void* shift = nullptr;
+  bool repeat = false;
+  Estimator estimator = Estimator::kIdentity;
+  double clip = 0, beta = 0;
+  void *out = nullptr, *sum = nullptr;  // sum: of the first term, added to
 };
 
 using DotFn = void (*)(const Dot&);
@@ -85,6 +122,10 @@ struct Kernel {
   void (*rprelu_backward)(const void* grad, const void* x, DType, int64_t n, const void* shift_in,
                           const void* slope, bool repeat, void* grad_x, void* sum_in,
                           void* sum_slope, void* sum_out);
+  void (*sign_backward)(const SignBackward&);
+  void (*block_forward)(const BlockRows&);   // out: the activation of the value
+  void (*block_backward)(const BlockRows&);  // out: gradient of the value, where slope is given
+  void (*norm_backward)(const BlockRows&);   // out: gradient of the dot product
   // `iterations` rounds of 16 register-only xor + popcount + add; returns products computed.
   int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
 };

@@ -59,7 +59,8 @@ struct Plan {
 // One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx), for one chunk of
 // channels.
 void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segment& ys,
-               const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t count) {
+               const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t count,
+               int64_t* moments) {
   const Conv& conv = plan.conv;
   const View& in = plan.in;
   const int64_t first = chunk * kChunk;
@@ -95,6 +96,7 @@ void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segm
   tile.channels = channels;
   tile.out_pixel = dy * plan.out.h + dx * plan.out.w;
   tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
+  tile.moments = moments;
   tile.word_pixel = (dy * conv.out_w + dx) * plan.out_words;
 
   // Equal shares of at most kMaxPixels, so that no thin tile is left over.
@@ -121,6 +123,7 @@ struct Box {
 };
 
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Box& box) {
+  int64_t moments[2 * kChunk] = {};
   for (const Segment& ys : plan.rows)
     for (const Segment& xs : plan.columns) {
       const int64_t y0 = std::max(box.y0, ys.begin), y1 = std::min(box.y1, ys.end);
@@ -128,12 +131,20 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Box& b
       if (y0 >= y1 || x0 >= x1) continue;
       if (x1 - x0 >= std::min<int64_t>(kMaxPixels / 2, y1 - y0)) {
         for (int64_t y = y0; y < y1; ++y)
-          run_tiles(plan, n, g, chunk, ys, xs, y, x0, 0, 1, x1 - x0);
+          run_tiles(plan, n, g, chunk, ys, xs, y, x0, 0, 1, x1 - x0, moments);
       } else {
         for (int64_t x = x0; x < x1; ++x)
-          run_tiles(plan, n, g, chunk, ys, xs, y0, x, 1, 0, y1 - y0);
+          run_tiles(plan, n, g, chunk, ys, xs, y0, x, 1, 0, y1 - y0, moments);
       }
     }
+  if (!plan.epilogue.moments) return;
+  const int64_t first = chunk * kChunk, all = plan.conv.groups * plan.conv.out_channels;
+  const int64_t channels = std::min(kChunk, plan.conv.out_channels - first);
+  int64_t* total = plan.epilogue.moments + g * plan.conv.out_channels + first;
+  for (int64_t c = 0; c < channels; ++c) {  // integers: the order does not matter
+    __atomic_fetch_add(total + c, moments[c], __ATOMIC_RELAXED);
+    __atomic_fetch_add(total + all + c, moments[kChunk + c], __ATOMIC_RELAXED);
+  }
 }
 
 // `count` bits from bit `begin` of a pixel's words, aligned to bit 0, tail bits 0.

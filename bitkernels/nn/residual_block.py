@@ -1,0 +1,208 @@
+"""A residual binary block whose layers run as one differentiable operator in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitkernels.nn.activations import RPReLU, RSign
+from bitkernels.nn.conv import BinaryConv2d
+
+_train = torch.ops.bitkernels.binary_residual_block.default
+_pack = torch.ops.bitkernels.sign_pack.default
+_infer = torch.ops.bitkernels.packed_conv2d.default
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class BinaryResidualBlock(nn.Module):
+    """act(norm(conv(sign(x))) + shortcut(x)), the block of Bi-Real Net, ReActNet and QuickNet.
+
+    conv: a `BinaryConv2d`, best without bias (the norm cancels it).
+    norm: `nn.BatchNorm2d`, or `nn.SyncBatchNorm`, which works on CPUs too where it runs fused.
+    sign: an `RSign`, for ReActNet; the convolution then takes input_quantizer=None.
+    act: an `RPReLU` or `nn.PReLU`; None for no activation.
+    shortcut: a module; None for x itself.
+    relu: a ReLU between convolution and norm, as in QuickNet. The convolution's weight_scale is
+      never negative, so that the ReLU sees the sign of the integer.
+
+    Input (N, Cin, H, W), output (N, Cout, OH, OW) in the input's dtype, channels-last. The modules
+    keep their names: parameters, buffers and state_dict keys are those of the same layers called
+    one after the other, `sign.shift`, `conv.weight`, `norm.weight`, `act.slope`, ... Their options
+    may be changed at any time.
+
+    The fused operator (`torch.ops.bitkernels.binary_residual_block`) runs in training with batch
+    statistics, and one fused convolution without gradients in evaluation. The layers one after the
+    other run wherever `unfused(x)` gives a reason: options or shapes that the operator does not
+    cover, and hooks, which would not be called. Both compute the same values; the operator's rounds
+    less often, and under autocast only the gradient of the convolution is in the autocast dtype.
+    Set `fused = False` to always run the layers.
+
+    Memory kept for the backward, per element: one bit of the sign; the residual (which is the
+    previous block's output) where there is an activation or a sign's estimator that needs |x|; else
+    one bit of the straight-through mask.
+
+    Raises ValueError for modules of other classes.
+    """
+
+    conv: BinaryConv2d
+    norm: Any
+    sign: RSign | None
+    act: Any
+    shortcut: nn.Module | None
+
+    def __init__(self, conv: BinaryConv2d, norm: nn.Module, *, sign: RSign | None = None,
+                 act: nn.Module | None = None, shortcut: nn.Module | None = None,
+                 relu: bool = False) -> None:
+        super().__init__()
+        parts: tuple[tuple[str, Any, tuple[type, ...]], ...] = (
+                ("conv", conv, (BinaryConv2d,)), ("norm", norm, (nn.BatchNorm2d, nn.SyncBatchNorm)),
+                ("sign", sign, (RSign, type(None))), ("act", act, (RPReLU, nn.PReLU, type(None))))
+        for name, module, classes in parts:
+            if not isinstance(module, classes):
+                known = " or ".join(c.__name__ for c in classes if c is not type(None))
+                raise ValueError(
+                    f"BinaryResidualBlock: {name} must be {known}, got {type(module).__name__}")
+        if norm.num_features != conv.out_channels:
+            raise ValueError(f"BinaryResidualBlock: norm must have {conv.out_channels} features as "
+                             f"conv has output channels, got {norm.num_features}")
+        self.sign, self.conv, self.norm, self.act = sign, conv, norm, act
+        self.shortcut = shortcut
+        self.relu, self.fused = relu, True
+
+    def unfused(self, input: Tensor) -> str | None:
+        """Why the layers run one after the other on this input, None if the operator runs."""
+        conv, norm, act, sign = self.conv, self.norm, self.act, self.sign
+        if not self.fused:
+            return "fused is False"
+        for name, module in (("conv", conv), ("norm", norm), ("act", act), ("sign", sign)):
+            if module is not None and any(getattr(module, hooks) for hooks in _HOOKS):
+                return f"{name} has hooks"
+        if type(conv) is not BinaryConv2d:
+            return f"conv is {type(conv).__name__}"
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return f"norm is {type(norm).__name__}"
+        if act is not None and type(act) not in (RPReLU, nn.PReLU):
+            return f"act is {type(act).__name__}"
+        if not conv.on_bits or conv._input_first or conv._weight_first:
+            return "conv has quantizers that are not estimators of the operator"
+        if sign is not None and (type(sign) is not RSign
+                                 or conv._train_args.get("input_estimator") != "identity"):
+            return "sign is an RSign before a convolution with input_quantizer=None only"
+        if sign is not None and self._beta_conflict():
+            return "sign and the weight quantizer have different betas"
+        if conv.bias is not None or conv.padding_mode != "zeros":
+            return "conv has a bias or a padding mode"
+        if input.dim() != 4 or input.shape[0] == 0:
+            return "the input is not a batch"
+        batch_statistics = norm.training or norm.running_mean is None
+        if not batch_statistics and torch.is_grad_enabled() and self._trains(input):
+            return "gradients with running statistics"
+        if batch_statistics and self._values_per_channel(input) < 2:
+            return "one value per channel"
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        residual = None if self.shortcut is None else self.shortcut(input)
+        if (self.unfused(input) is not None
+                or (residual is not None and residual.dtype != input.dtype)):
+            return self._layers(input, input if residual is None else residual)
+        if self.norm.training or self.norm.running_mean is None:
+            return self._fused_train(input, residual)
+        return self._fused_infer(input, input if residual is None else residual)
+
+    def _layers(self, input: Tensor, residual: Tensor) -> Tensor:
+        x = self.conv(input if self.sign is None else self.sign(input))
+        y = self.norm(x.relu() if self.relu else x) + residual
+        return y if self.act is None else self.act(y)
+
+    def _fused_train(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        conv, norm = self.conv, self.norm
+        options: dict[str, Any] = dict(conv._train_args)
+        if self.sign is not None:
+            estimator = self.sign._estimator
+            options.update(input_estimator=estimator["estimator"], input_clip=estimator["clip"])
+            if estimator["estimator"] == "swish_sign":
+                options["beta"] = estimator["beta"]
+        shift_in, slope, shift_out = self._activation()
+        out, mean, variance = _train(
+            input, conv.weight, residual, None if self.sign is None else self.sign.shift,
+            norm.weight, norm.bias, shift_in, slope, shift_out, conv.stride, self._padding(),
+            conv.dilation, conv.groups, pad_value=conv.pad_value, relu=self.relu, eps=norm.eps,
+            group=self._group(), scale=conv.scale(), **options)
+        if norm.training and norm.track_running_stats:
+            self._update_statistics(mean, variance)
+        return out
+
+    def _fused_infer(self, input: Tensor, residual: Tensor) -> Tensor:
+        conv, norm = self.conv, self.norm
+        wide = torch.promote_types(norm.running_var.dtype, torch.float32)
+        factor = (norm.running_var.to(wide) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            factor = factor * norm.weight
+        bias = -norm.running_mean * factor
+        if norm.bias is not None:
+            bias = bias + norm.bias
+        scale = conv.scale()
+        shift_in, slope, shift_out = self._activation()
+        return _infer(
+            _pack(input, None if self.sign is None else self.sign.shift, 1),
+            _pack(conv.weight, None, 1), conv.in_channels, conv.stride, self._padding(),
+            conv.dilation, conv.groups, pad_value=conv.pad_value,
+            clamp_min=0.0 if self.relu else None, scale=factor if scale is None else factor * scale,
+            bias=bias, residual=residual, shift_in=shift_in, slope=slope, shift_out=shift_out,
+            dtype=input.dtype)
+
+    def _activation(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        act = self.act
+        if isinstance(act, RPReLU):
+            return act.shift_in, act.slope, act.shift_out
+        if act is None:
+            return None, None, None
+        return None, act.weight.expand(self.conv.out_channels), None
+
+    def _padding(self) -> tuple[int, int, int, int]:
+        left, right, top, bottom = self.conv._reversed_padding_repeated_twice
+        return top, bottom, left, right
+
+    def _group(self) -> str | None:
+        """Name of the process group over which batch statistics are taken, None for this one."""
+        if type(self.norm) is not nn.SyncBatchNorm or not self.norm.training:
+            return None
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        group: Any = self.norm.process_group or torch.distributed.group.WORLD
+        return group.group_name if torch.distributed.get_world_size(group) > 1 else None
+
+    @torch.no_grad()
+    def _update_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        norm = self.norm
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        for running, batch in ((norm.running_mean, mean), (norm.running_var, variance)):
+            batch = batch.to(running.dtype)
+            if norm.momentum is None:  # cumulative average
+                running.lerp_(batch, (1.0 / norm.num_batches_tracked).to(running.dtype))
+            else:
+                running.lerp_(batch, norm.momentum)
+
+    def _beta_conflict(self) -> bool:
+        options = self.conv._train_args
+        sign = {} if self.sign is None else self.sign._estimator
+        return (options.get("weight_estimator") == sign.get("estimator") == "swish_sign"
+                and options.get("beta", 5.0) != sign["beta"])
+
+    def _trains(self, input: Tensor) -> bool:
+        return input.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _values_per_channel(self, input: Tensor) -> int:
+        conv, (top, bottom, left, right) = self.conv, self._padding()
+        size = [(n + pad - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in zip(
+            input.shape[2:], (top + bottom, left + right), conv.dilation, conv.kernel_size,
+            conv.stride, strict=True)]
+        return input.shape[0] * size[0] * size[1]
+
+    def extra_repr(self) -> str:
+        return "relu=True" if self.relu else ""

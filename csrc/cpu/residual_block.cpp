@@ -1,0 +1,94 @@
+#include "residual_block.h"
+
+#include "tasks.h"
+
+namespace bitkernels {
+namespace {
+
+// `count` rows from `first` on.
+BlockRows part(BlockRows b, int64_t first, int64_t count) {
+  const int64_t element = first * b.channels;
+  b.dot = static_cast<const char*>(b.dot) + element * (b.short_dot ? 2 : 4);
+  b.residual = at(b.residual, b.type, element);
+  b.grad = at(b.grad, b.type, element);
+  b.out = at(b.out, b.out_type, element);
+  b.rows = count;
+  return b;
+}
+
+template <class F>
+void for_parts(const BlockRows& rows, const F& f) {
+  const Tasks tasks = {rows.rows, rows.channels, 1};
+  tasks.run([&](int64_t t, int64_t first, int64_t count, int64_t) {
+    f(t, part(rows, first / rows.channels, count / rows.channels));
+  });
+}
+
+template <class W>
+void backward_of(const Kernel& kernel, const BlockRows& rows, double* sums) {
+  const Tasks tasks = {rows.rows, rows.channels, 1};
+  const int64_t width = 4 * rows.channels;
+  std::vector<double> partial(tasks.count() * width);
+  for_parts(rows, [&](int64_t t, BlockRows b) {
+    std::vector<W> acc(width, W(0));
+    b.sums = acc.data();
+    kernel.block_backward(b);
+    std::copy(acc.begin(), acc.end(), partial.begin() + t * width);
+  });
+  tasks.add_up(partial, 4, sums);
+}
+
+template <class W>
+void sign_backward_of(const Kernel& kernel, const SignBackward& all, const Tasks& tasks,
+                      double* sum) {
+  const int64_t width = tasks.width(), channels = tasks.channels;
+  std::vector<double> partial(tasks.count() * width, 0.0);
+  tasks.run([&](int64_t t, int64_t first, int64_t count, int64_t channel) {
+    Repeated repeated;
+    const bool rows = channel < 0;
+    const int64_t step = rows ? channels : kElements;
+    std::vector<W> acc(rows ? channels : 16, W(0));
+    SignBackward s = all;
+    s.repeat = !rows;
+    s.sum = acc.data();
+    if (s.shift && !rows) s.shift = repeated.of(s.shift, s.type, channel);
+    for (int64_t i = first; i < first + count; i += step) {
+      s.grad = at(all.grad, s.grad_type, i);
+      s.x = at(all.x, s.type, i);
+      s.add = at(all.add, s.type, i);
+      s.out = at(all.out, s.type, i);
+      s.n = std::min(step, first + count - i);
+      kernel.sign_backward(s);
+      if (rows) continue;
+      for (W& lane : acc) {
+        partial[t] += lane;
+        lane = 0;
+      }
+    }
+    if (rows) std::copy(acc.begin(), acc.end(), partial.begin() + t * width);
+  });
+  tasks.add_up(partial, 1, sum);
+}
+
+}  // namespace
+
+void block_forward(const Kernel& kernel, const BlockRows& rows) {
+  for_parts(rows, [&](int64_t, const BlockRows& b) { kernel.block_forward(b); });
+}
+
+void block_backward(const Kernel& kernel, const BlockRows& rows, double* sums) {
+  const auto run = rows.type == DType::kF64 ? backward_of<double> : backward_of<float>;
+  run(kernel, rows, sums);
+}
+
+void norm_backward(const Kernel& kernel, const BlockRows& rows) {
+  for_parts(rows, [&](int64_t, const BlockRows& b) { kernel.norm_backward(b); });
+}
+
+void sign_backward(const Kernel& kernel, const SignBackward& rows, int64_t outer, int64_t channels,
+                   int64_t inner, double* sum) {
+  const auto run = rows.type == DType::kF64 ? sign_backward_of<double> : sign_backward_of<float>;
+  run(kernel, rows, {outer, channels, inner}, sum);
+}
+
+}  // namespace bitkernels

@@ -1,0 +1,207 @@
+// torch.ops.bitkernels.residual_block_* and sign_backward on CPU tensors: checks and allocation
+// around cpu/residual_block.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "cpu/residual_block.h"
+#include "tensors.h"
+
+namespace bitkernels {
+namespace {
+
+Tensor empty_rows(const Tensor& like, ScalarType type) {
+  const int64_t c = like.size(1), h = like.size(2), w = like.size(3);
+  return empty_strided({like.size(0), c, h, w}, {c * h * w, 1, w * c, c}, type);
+}
+
+// The tensor in channels-last memory, a copy where it is not.
+Tensor as_rows(const Tensor& t) {
+  const Around x = around(t, 1);
+  if (x.inner == 1) return x.tensor;
+  Tensor copy = empty_rows(t, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// What the three operators share; the vectors live as long as this does.
+class Rows {
+ public:
+  Rows(const char* op, const Tensor& dot, ScalarType type, bool relu)
+      : op_(op), dot_(dot), double_(type == ScalarType::Double) {
+    const ScalarType d = dot.scalar_type();
+    check_cpu(op, "dot", dot);
+    if ((d != ScalarType::Short && d != ScalarType::Int) || dot.dim() != 4)
+      fail(op, "dot", "int16 or int32 of shape (N, C, H, W)", describe(dot));
+    dot_ = as_rows(dot);
+    rows.channels = dot.size(1);
+    rows.rows = dot.size(0) * dot.size(2) * dot.size(3);
+    rows.dot = dot_.const_data_ptr();
+    rows.short_dot = d == ScalarType::Short;
+    rows.relu = relu;
+    rows.type = rows.out_type = dtype_of(type);
+    vectors_.reserve(8);  // so that none moves
+  }
+  const void* vector(const char* name, const OptTensor& t) {
+    check_channel_vector(op_, name, t, rows.channels);
+    vectors_.emplace_back(t, double_);
+    return vectors_.back().get();
+  }
+  const void* real(const char* name, const Tensor& t, ScalarType type) {
+    check_cpu(op_, name, t);
+    const auto sizes = dot_.sizes();
+    const Sizes shape(sizes.begin(), sizes.end());
+    if (Sizes(t.sizes().begin(), t.sizes().end()) != shape || t.scalar_type() != type)
+      fail(op_, name, text(name_of(type), " of shape ", tuple_text(shape)), describe(t));
+    return kept_.emplace_back(as_rows(t)).const_data_ptr();
+  }
+  Tensor output(ScalarType type) {
+    Tensor out = empty_rows(dot_, type);
+    rows.out = out.mutable_data_ptr();
+    rows.out_type = dtype_of(type);
+    return out;
+  }
+  bool any() const { return rows.rows > 0 && rows.channels > 0; }
+
+  BlockRows rows;
+
+ private:
+  const char* op_;
+  Tensor dot_;
+  bool double_;
+  std::vector<WideVector> vectors_;
+  std::vector<Tensor> kept_;
+};
+
+Tensor op_block_forward(Tensor dot, Tensor residual, Tensor scale, Tensor bias, OptTensor shift_in,
+                        OptTensor slope, OptTensor shift_out, bool relu) {
+  const char* op = "residual_block_forward";
+  check_real(op, "residual", residual);
+  const ScalarType type = residual.scalar_type();
+  Rows r(op, dot, type, relu);
+  r.rows.residual = r.real("residual", residual, type);
+  r.rows.scale = r.vector("scale", scale);
+  r.rows.bias = r.vector("bias", bias);
+  r.rows.shift_in = r.vector("shift_in", shift_in);
+  r.rows.slope = r.vector("slope", slope);
+  r.rows.shift_out = r.vector("shift_out", shift_out);
+  Tensor out = r.output(type);
+  if (r.any()) block_forward(kernel(), r.rows);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> op_block_backward(Tensor grad, Tensor dot, OptTensor residual,
+                                             Tensor scale, Tensor bias, OptTensor shift_in,
+                                             OptTensor slope, Tensor center, bool relu) {
+  const char* op = "residual_block_backward";
+  check_real(op, "grad", grad);
+  const ScalarType type = grad.scalar_type();
+  Rows r(op, dot, type, relu);
+  r.rows.grad = r.real("grad", grad, type);
+  r.rows.scale = r.vector("scale", scale);
+  r.rows.bias = r.vector("bias", bias);
+  r.rows.shift_in = r.vector("shift_in", shift_in);
+  r.rows.slope = r.vector("slope", slope);
+  r.rows.center = r.vector("center", center);
+  Tensor out = slope ? r.output(type) : empty({0}, type);
+  if (slope) {
+    if (!residual) fail(op, "residual", "given with slope", "None");
+    r.rows.residual = r.real("residual", *residual, type);
+  }
+  Tensor sums = empty({4, r.rows.channels}, ScalarType::Double);
+  auto* to = static_cast<double*>(sums.mutable_data_ptr());
+  std::fill(to, to + 4 * r.rows.channels, 0.0);
+  if (r.any()) block_backward(kernel(), r.rows, to);
+  return {out, sums};
+}
+
+Tensor op_norm_backward(Tensor grad, Tensor dot, Tensor p, Tensor q, Tensor r, Tensor center,
+                        bool relu, ScalarType dtype) {
+  const char* op = "residual_block_norm_backward";
+  check_real(op, "grad", grad);
+  const ScalarType type = grad.scalar_type();
+  if (!is_real(dtype) || (dtype == ScalarType::Double) != (type == ScalarType::Double))
+    fail(op, "dtype", "a real type, float64 for float64 only", text("torch.", name_of(dtype)));
+  Rows rows(op, dot, type, relu);
+  rows.rows.grad = rows.real("grad", grad, type);
+  rows.rows.p = rows.vector("p", p);
+  rows.rows.q = rows.vector("q", q);
+  rows.rows.r = rows.vector("r", r);
+  rows.rows.center = rows.vector("center", center);
+  Tensor out = rows.output(dtype);
+  if (rows.any()) norm_backward(kernel(), rows.rows);
+  return out;
+}
+
+Estimator estimator_of(const char* op, const std::string& name, const OptFloat& clip) {
+  if (name == "ste_sign") return clip ? Estimator::kSte : Estimator::kIdentity;
+  if (name == "approx_sign") return Estimator::kApprox;
+  if (name == "swish_sign") return Estimator::kSwish;
+  if (name != "identity")
+    fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity",
+         text("'", name, "'"));
+  return Estimator::kIdentity;
+}
+
+std::tuple<Tensor, Tensor> op_sign_backward(Tensor grad, Tensor input, OptTensor shift,
+                                            OptTensor add, std::string estimator, OptFloat clip,
+                                            double beta) {
+  const char* op = "sign_backward";
+  check_real(op, "input", input);
+  check_real(op, "grad", grad);
+  if (input.dim() < 2) fail(op, "input", "(N, C, ...)", describe(input));
+  const int64_t channels = input.size(1);
+  check_channel_vector(op, "shift", shift, channels);
+  if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
+  const ScalarType type = input.scalar_type();
+  const bool wide = type == ScalarType::Double;
+  const Sizes shape(input.sizes().begin(), input.sizes().end());
+  const auto same = [&](const char* name, const Tensor& t, bool any_type) {
+    check_cpu(op, name, t);
+    if (Sizes(t.sizes().begin(), t.sizes().end()) != shape ||
+        (any_type ? (t.scalar_type() == ScalarType::Double) != wide : t.scalar_type() != type))
+      fail(op, name, describe(input), describe(t));
+  };
+  same("grad", grad, true);
+  if (add) same("add", *add, false);
+
+  const Around x = around(input, 1);
+  const auto in_order = [&](const Tensor& t) {  // in the memory order of the input
+    const auto a = t.strides(), b = x.tensor.strides();
+    if (Sizes(a.begin(), a.end()) == Sizes(b.begin(), b.end())) return t;
+    Tensor copy = empty_strided(shape, {b.begin(), b.end()}, t.scalar_type());
+    torch::stable::copy_(copy, t);
+    return copy;
+  };
+  const Tensor g = in_order(grad);
+  const OptTensor extra = add ? OptTensor(in_order(*add)) : std::nullopt;
+  const WideVector vector(shift, wide);
+  Tensor out = dense_like(x.tensor);
+  Tensor sum = empty({channels}, ScalarType::Double);
+  auto* to = static_cast<double*>(sum.mutable_data_ptr());
+  std::fill(to, to + channels, 0.0);
+  SignBackward s;
+  s.estimator = estimator_of(op, estimator, clip);
+  s.grad = g.const_data_ptr();
+  s.x = x.tensor.const_data_ptr();
+  s.add = extra ? extra->const_data_ptr() : nullptr;
+  s.grad_type = dtype_of(g.scalar_type());
+  s.type = dtype_of(type);
+  s.shift = vector.get();
+  s.clip = clip.value_or(0);
+  s.beta = beta;
+  s.out = out.mutable_data_ptr();
+  if (input.numel() > 0) sign_backward(kernel(), s, x.outer, channels, x.inner, to);
+  return {out, sum};
+}
+
+}  // namespace
+}  // namespace bitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
+  m.impl("residual_block_forward", TORCH_BOX(&bitkernels::op_block_forward));
+  m.impl("residual_block_backward", TORCH_BOX(&bitkernels::op_block_backward));
+  m.impl("residual_block_norm_backward", TORCH_BOX(&bitkernels::op_norm_backward));
+  m.impl("sign_backward", TORCH_BOX(&bitkernels::op_sign_backward));
+}
