@@ -13,8 +13,12 @@ from bitkernels._checks import (
     check_estimator,
     check_real,
     check_same_device,
+    check_words,
+    conv_output_size,
     describe,
     fail,
+    padding4,
+    pair,
 )
 
 
@@ -86,6 +90,46 @@ def check_sign_backward(grad, input, shift, add, estimator, clip) -> None:
         fail(op, "grad", describe(input), describe(grad))
     if add is not None and (add.shape != input.shape or add.dtype != input.dtype):
         fail(op, "add", describe(input), describe(add))
+
+
+def check_weight_grad(grad, words, channels, kernel_size, stride, padding, dilation, pad_value):
+    """Checked (kernel_size, stride, (top, bottom, left, right), dilation)."""
+    op = "packed_conv2d_weight_grad"
+    check_real(op, "grad", grad)
+    if grad.dim() != 4 or grad.dtype == torch.float64:
+        fail(op, "grad", "float32, float16 or bfloat16 of shape (N, Cout, OH, OW)", describe(grad))
+    check_words(op, "words", words, channels, 4)
+    check_same_device(op, grad, words=words)
+    if pad_value not in (-1, 0, 1):
+        fail(op, "pad_value", "-1, 0 or 1", pad_value)
+    kernel = pair(op, "kernel_size", kernel_size, 1)
+    stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
+    pad = padding4(op, padding)
+    size = conv_output_size(op, words.shape[1:3], kernel, stride, pad, dilation)
+    shape = (words.shape[0], grad.shape[1], *size)
+    if grad.shape != shape:
+        fail(op, "grad", f"of shape {tuple(shape)}", describe(grad))
+    return kernel, stride, pad, dilation
+
+
+def check_input_grad(grad, weight_words, channels, scale, input_size, padding, dilation):
+    """Checked (input_size, (top, bottom, left, right), dilation)."""
+    op = "packed_conv2d_input_grad"
+    check_words(op, "weight_words", weight_words, channels, 4)
+    check_real(op, "grad", grad)
+    if grad.dim() != 4 or grad.shape[1] != weight_words.shape[0]:
+        fail(op, "grad", f"of shape (N, {weight_words.shape[0]}, OH, OW)", describe(grad))
+    check_same_device(op, grad, weight_words=weight_words, scale=scale)
+    check_channel_vector(op, "scale", scale, grad.shape[1])
+    input_size = pair(op, "input_size", input_size, 1)
+    if grad.dtype == torch.float64:
+        fail(op, "grad", "float32, float16 or bfloat16 of shape (N, Cout, OH, OW)", describe(grad))
+    dilation, pad = pair(op, "dilation", dilation, 1), padding4(op, padding)
+    size = conv_output_size(op, input_size, weight_words.shape[1:3], (1, 1), pad, dilation)
+    shape = (grad.shape[0], grad.shape[1], *size)
+    if grad.shape != shape:
+        fail(op, "grad", f"of shape {tuple(shape)}", describe(grad))
+    return input_size, pad, dilation
 
 
 def check_binary_residual_block(

@@ -19,8 +19,10 @@ from bitkernels._block_checks import (
     check_binary_residual_block,
     check_block_backward,
     check_block_forward,
+    check_input_grad,
     check_norm_backward,
     check_sign_backward,
+    check_weight_grad,
 )
 from bitkernels._checks import (
     TILE,
@@ -116,6 +118,12 @@ SCHEMAS = (
     "Tensor? shift_in, Tensor? slope, Tensor center, bool relu) -> (Tensor, Tensor)",
     "residual_block_norm_backward(Tensor grad, Tensor dot, Tensor p, Tensor q, Tensor r, "
     "Tensor center, bool relu, ScalarType dtype) -> Tensor",
+    # Real gradients of a convolution from bits: of the input, at stride 1, in grad's dtype; of the
+    # weight's signs, float32.
+    "packed_conv2d_input_grad(Tensor grad, Tensor weight_words, SymInt channels, Tensor? scale, "
+    "SymInt[2] input_size, int[2] padding=0, int[2] dilation=1) -> Tensor",
+    "packed_conv2d_weight_grad(Tensor grad, Tensor words, SymInt channels, int[2] kernel_size, "
+    "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int pad_value=0) -> Tensor",
     "sign_backward(Tensor grad, Tensor input, Tensor? shift=None, Tensor? add=None, *, "
     "str estimator='ste_sign', float? clip=1.0, float beta=5.0) -> (Tensor, Tensor)",
 )
@@ -340,3 +348,16 @@ def _(grad, dot, p, q, r, center, relu, dtype):
 def _(grad, input, shift=None, add=None, *, estimator="ste_sign", clip=1.0, beta=5.0):
     check_sign_backward(grad, input, shift, add, estimator, clip)
     return empty_around(input, 1), input.new_empty(input.shape[1], dtype=torch.float64)
+
+
+@_fake("packed_conv2d_weight_grad")
+def _(grad, words, channels, kernel_size, stride=(1,), padding=(0,), dilation=(1,), pad_value=0):
+    kernel, *_ = check_weight_grad(grad, words, channels, kernel_size, stride, padding, dilation,
+                                   pad_value)
+    return empty_real(grad, (grad.shape[1], channels, *kernel), torch.float32, True)
+
+
+@_fake("packed_conv2d_input_grad")
+def _(grad, weight_words, channels, scale, input_size, padding=(0,), dilation=(1,)):
+    check_input_grad(grad, weight_words, channels, scale, input_size, padding, dilation)
+    return empty_real(grad, (grad.shape[0], channels, *input_size), grad.dtype, True)

@@ -64,13 +64,17 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def finish_weight_grad(grad: Tensor, weight: Tensor, signs: Tensor, scale: Tensor | None, conf,
+def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tensor | None, conf,
                        wants_weight: bool, wants_scale: bool):
-    """(dweight, dscale) from the gradient with respect to the unscaled signs of the weight."""
+    """(dweight, dscale) from the gradient with respect to the unscaled signs of the weight.
+
+    words: the weight's packed signs.
+    """
     grad_weight = grad_scale = None
     rows = (-1, *[1] * (weight.dim() - 1))
     if scale is not None and wants_scale:
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        signs = ops.unpack.default(words, weight.shape[1], grad.dtype, 1)
         grad_scale = (grad * signs).flatten(1).sum(1, dtype=wide).to(scale.dtype)
     if wants_weight and conf["weight_estimator"] != "none":
         if scale is not None and conf["scale_weight_grad"]:
@@ -90,33 +94,65 @@ def _wanted(ctx) -> tuple[bool, bool]:
     return wants_input, trains_weight or ctx.needs_input_grad[3]
 
 
-def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
-    """The weight's signs, and these times the scale."""
-    signs = ops.unpack.default(ops.sign_pack.default(weight, None, 1), weight.shape[1], dtype, 1)
-    if scale is None:
-        return signs, signs
-    return signs, signs * scale.view(-1, *[1] * (weight.dim() - 1)).to(dtype)
+def _scaled_signs(weight: Tensor, words: Tensor, scale: Tensor | None, dtype) -> Tensor:
+    """The weight's signs, from its packed ones, times the scale."""
+    signs = ops.unpack.default(words, weight.shape[1], dtype, 1)
+    return signs if scale is None else signs * scale.view(-1, *[1] * (signs.dim() - 1)).to(dtype)
 
 
-def conv2d_backward(grad, words, weight, scale, conf, wants_input: bool, wants_weight: bool):
-    """Real gradients of (input's signs, weight's unscaled signs), and those signs of the weight.
+def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input: bool,
+                    wants_weight: bool):
+    """Real gradients of (input's signs, weight's unscaled signs), None where not wanted.
 
     The unscaled output gradient meets scaled weights: its product with the input is then the
     gradient of the unscaled signs, from which every rule for the weight follows.
     """
-    x = ops.unpack.default(words, weight.shape[1] * conf["groups"], grad.dtype, 1)
-    signs, scaled = _scaled_signs(weight, scale, grad.dtype)
+    by_tables = _by_tables(grad, weight, conf)
+    channels = weight.shape[1] * conf["groups"]
+    grad_input = grad_signs = None
+    if wants_weight and by_tables[1]:
+        grad_signs = ops.packed_conv2d_weight_grad.default(
+            grad, words, channels, weight.shape[2:], conf["stride"], conf["pad"],
+            conf["dilation"], conf["pad_value"])
+    if wants_input and by_tables[0]:
+        grad_input = ops.packed_conv2d_input_grad.default(
+            grad, weight_words, channels, scale, words.shape[1:3], conf["pad"], conf["dilation"])
+    rest = wants_input and grad_input is None, wants_weight and grad_signs is None
+    if any(rest):
+        from_library = _conv2d_backward(grad, words, weight, weight_words, scale, conf, *rest)
+        grad_input = from_library[0] if rest[0] else grad_input
+        grad_signs = from_library[1] if rest[1] else grad_signs
+    return grad_input, grad_signs
+
+
+def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
+    """Whether the operators on bits are faster than the library (docs/performance.md), for the
+    gradient of the input and of the weight."""
+    if grad.device.type != "cpu" or grad.dtype == torch.float64 or conf["groups"] != 1:
+        return False, False
+    big = weight.shape[0] >= 32 and weight[0].numel() >= 128
+    return big and grad.dtype == torch.float32 and conf["stride"] == (1, 1), big
+
+
+def _conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input, wants_weight):
+    """The same by PyTorch's convolution backward, on operands expanded from the bits."""
+    channels = weight.shape[1] * conf["groups"]
+    if wants_weight:
+        x = ops.unpack.default(words, channels, grad.dtype, 1)
+    else:  # only its shape is read
+        x = grad.new_empty((words.shape[0], channels, *words.shape[1:3]))
     top, bottom, left, right = conf["pad"]
     height, width = x.shape[2:]
     explicit = conf["pad_value"] != 0 or top != bottom or left != right
     if explicit:
         x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
+    scaled = _scaled_signs(weight, weight_words, scale, grad.dtype)
     grad_input, grad_signs, _ = torch.ops.aten.convolution_backward(
         grad, x, scaled, None, conf["stride"], (0, 0) if explicit else (top, left),
         conf["dilation"], False, (0, 0), conf["groups"], (wants_input, wants_weight, False))
     if wants_input and explicit:
         grad_input = grad_input[:, :, top : top + height, left : left + width]
-    return grad_input, grad_signs, signs
+    return grad_input, grad_signs
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -142,15 +178,16 @@ class _BinaryConv2d(torch.autograd.Function):
         wants_input, wants_weight = _wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
         if wants_input or wants_weight:
-            grad_input, grad_signs, signs = conv2d_backward(grad, words, weight, scale, conf,
-                                                            wants_input, wants_weight)
+            weight_words = ops.sign_pack.default(weight, None, 1)
+            grad_input, grad_signs = conv2d_backward(grad, words, weight, weight_words, scale, conf,
+                                                     wants_input, wants_weight)
             if wants_input:
                 grad_input = _Signs.grad(grad_input.to(ctx.input_dtype), saved,
                                          conf["input_estimator"], conf["input_clip"],
                                          conf["beta"], 1)
             if wants_weight:
                 grad_weight, grad_scale = finish_weight_grad(
-                    grad_signs, weight, signs, scale, conf, ctx.needs_input_grad[1],
+                    grad_signs, weight, weight_words, scale, conf, ctx.needs_input_grad[1],
                     ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
@@ -208,15 +245,16 @@ class _BinaryLinear(torch.autograd.Function):
         conf = ctx.conf
         wants_input, wants_weight = _wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
-        signs, scaled = _scaled_signs(weight, scale, grad.dtype)
+        weight_words = ops.sign_pack.default(weight, None, 1)
         if wants_input:
+            scaled = _scaled_signs(weight, weight_words, scale, grad.dtype)
             grad_input = _Signs.grad((grad @ scaled).to(ctx.input_dtype), saved,
                                      conf["input_estimator"], conf["input_clip"], conf["beta"], -1)
         if wants_weight:
             x = ops.unpack.default(words, weight.shape[1], grad.dtype, -1)
             grad_signs = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
             grad_weight, grad_scale = finish_weight_grad(
-                grad_signs, weight, signs, scale, conf, ctx.needs_input_grad[1],
+                grad_signs, weight, weight_words, scale, conf, ctx.needs_input_grad[1],
                 ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)

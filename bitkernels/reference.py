@@ -272,6 +272,30 @@ def sign_backward(grad, input, shift, add, estimator, clip, beta):
     return total.to(input.dtype), g.double().sum([d for d in range(g.dim()) if d != 1])
 
 
+def packed_conv2d_weight_grad(grad, words, channels, kernel_size, stride, pad, dilation, pad_value):
+    """Gradient (Cout, channels, kh, kw) of the weight's signs, float32, channels-last."""
+    top, bottom, left, right = pad
+    x = F.pad(unpack(words, channels, grad.dtype, dim=1), (left, right, top, bottom),
+              value=float(pad_value))
+    weight = grad.new_empty((grad.shape[1], channels, *kernel_size))
+    _, out, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, (0, 0), dilation, False, (0, 0), 1, (False, True, False))
+    return _rows(out.float())
+
+
+def packed_conv2d_input_grad(grad, weight_words, channels, scale, input_size, pad, dilation):
+    """Gradient (N, channels, *input_size) of the input of a convolution of stride 1."""
+    top, bottom, left, right = pad
+    weight = unpack(weight_words, channels, grad.dtype, dim=1)
+    if scale is not None:
+        weight = weight * scale.view(-1, 1, 1, 1).to(grad.dtype)
+    height, width = input_size[0] + top + bottom, input_size[1] + left + right
+    x = grad.new_empty((grad.shape[0], channels, height, width))
+    out, _, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), (0, 0), dilation, False, (0, 0), 1, (True, False, False))
+    return _rows(out[:, :, top : top + input_size[0], left : left + input_size[1]])
+
+
 def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
     """grad times the estimator's derivative at x; `x` real, any shape; result in grad's dtype."""
     if name == "identity":

@@ -62,27 +62,26 @@ class _Norm:
         self.variance = variance * (total / (total - 1).clamp_min(1))  # unbiased
 
 
-def _moments(words: Tensor, weight: Tensor, conf) -> tuple[Tensor, Tensor]:
+def _moments(words: Tensor, weight_words: Tensor, channels: int, conf) -> tuple[Tensor, Tensor]:
     return ops.packed_conv2d_moments.default(
-        words, ops.sign_pack.default(weight, None, 1), weight.shape[1] * conf["groups"],
-        conf["stride"], conf["pad"], conf["dilation"], conf["groups"],
-        pad_value=conf["pad_value"], relu=conf["relu"])
+        words, weight_words, channels, conf["stride"], conf["pad"], conf["dilation"],
+        conf["groups"], pad_value=conf["pad_value"], relu=conf["relu"])
 
 
 def _forward(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in, slope,
              shift_out, scale, conf, clip):
-    """(output, packed signs, packed mask or None, statistics)."""
-    mask = None
+    """(output, packed signs of input and weight, packed mask or None, statistics)."""
+    mask, weight_words = None, ops.sign_pack.default(weight, None, 1)
     if clip is None:
         words = ops.sign_pack.default(input, sign_shift, 1)
     else:
         words, mask = ops.sign_pack_mask.default(input, clip, sign_shift, 1)
-    dot, moments = _moments(words, weight, conf)
+    dot, moments = _moments(words, weight_words, input.shape[1], conf)
     norm = _Norm(moments, scale, norm_weight, norm_bias, conf["eps"], conf["group"])
     out = ops.residual_block_forward.default(
         dot, input if residual is None else residual, norm.slope, norm.offset, shift_in, slope,
         shift_out, conf["relu"])
-    return out, words, mask, norm
+    return out, words, weight_words, mask, norm
 
 
 class _ResidualBlock(torch.autograd.Function):
@@ -99,12 +98,12 @@ class _ResidualBlock(torch.autograd.Function):
         from_input = estimator in ("approx_sign", "swish_sign") or stream is input
         clip = conf["input_clip"] if estimator == "ste_sign" and not from_input else None
         with _below_autograd():
-            out, words, mask, norm = _forward(
+            out, words, weight_words, mask, norm = _forward(
                 input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in, slope,
                 shift_out, scale, conf, clip)
         kept = input if from_input and estimator not in ("identity", "none") else None
-        ctx.save_for_backward(words, weight, scale, stream, kept, mask, sign_shift, shift_in,
-                              slope, norm.slope, norm.offset, norm.center, norm.factor,
+        ctx.save_for_backward(words, weight_words, weight, scale, stream, kept, mask, sign_shift,
+                              shift_in, slope, norm.slope, norm.offset, norm.center, norm.factor,
                               norm.normal, norm.count)
         ctx.conf, ctx.estimator = conf, estimator
         ctx.input_dtype, ctx.has_residual = input.dtype, residual is not None
@@ -121,10 +120,10 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _variance):
-        (words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope, norm_slope, offset,
-         center, factor, normal, count) = ctx.saved_tensors
+        (words, weight_words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
+         norm_slope, offset, center, factor, normal, count) = ctx.saved_tensors
         conf, needs, estimator = ctx.conf, ctx.needs_input_grad, ctx.estimator
-        dot, _ = _moments(words, weight, conf)
+        dot, _ = _moments(words, weight_words, weight.shape[1] * conf["groups"], conf)
         grad_value, sums = ops.residual_block_backward.default(
             grad, dot, stream, norm_slope, offset, shift_in, slope, center, conf["relu"])
         if slope is None:
@@ -143,11 +142,12 @@ class _ResidualBlock(torch.autograd.Function):
             grad_dot = ops.residual_block_norm_backward.default(
                 grad_value, dot, factor, -factor * normal * normal * total[1],
                 -factor * total[0], center, conf["relu"], conf["dtype"] or grad.dtype)
-            grad_signs, grad_weight_signs, signs = conv2d_backward(
-                grad_dot, words, weight, scale, conf, wants_input, wants_weight)
+            grad_signs, grad_weight_signs = conv2d_backward(
+                grad_dot, words, weight, weight_words, scale, conf, wants_input, wants_weight)
             if wants_weight:
                 grads[1], grads[9] = finish_weight_grad(
-                    grad_weight_signs, weight, signs, scale, conf, needs[1], wants_scale)
+                    grad_weight_signs, weight, weight_words, scale, conf, needs[1],
+                    wants_scale)
         own = None if ctx.has_residual else grad_value  # the input is the residual too
         if wants_input:
             grads[0], grads[3] = _sign_backward(ctx, grad_signs, kept, mask, sign_shift, own)
@@ -195,7 +195,7 @@ def _binary_residual_block(
     if _needs_grad(*tensors):
         return _ResidualBlock.apply(*tensors, conf)
     with _below_autograd():
-        out, _, _, norm = _forward(*tensors, conf, None)
+        out, *_, norm = _forward(*tensors, conf, None)
     if input.dtype == torch.float64:
         return out, norm.mean, norm.variance
     return out, norm.mean.float(), norm.variance.float()

@@ -42,3 +42,16 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(20)
+
+
+@pytest.fixture
+def keeps_threads():
+    """Puts the number of threads back after the test."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(keeps_threads):
+    torch.set_num_threads(1)

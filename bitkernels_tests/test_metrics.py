@@ -20,13 +20,8 @@ from bitkernels_tests.cases import reals
 T = torch.tensor
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few neurons only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Tensors too small for threads, which would cost more than all the rest.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_popcount(device):

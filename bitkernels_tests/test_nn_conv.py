@@ -33,13 +33,8 @@ GEOMETRIES = (
 SCALES = (None, "detached", "magnitude_aware", "xnor")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are too small for threads, which cost more than all the rest of the tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Tensors too small for threads, which would cost more than all the rest.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def signed(x):

@@ -114,6 +114,15 @@ def samples(device) -> dict[str, tuple]:
             residual.contiguous(), wide_dot, residual, *c19[:5], False), {}),
         "block_norm_backward": (ops.residual_block_norm_backward.default, (
             residual.half(), dot, *c19[:4], True, torch.bfloat16), {}),
+        "weight_grad": (ops.packed_conv2d_weight_grad.default, (
+            residual, words, 37, CONV.kernel, *CONV.args[:3], 1), {}),
+        "weight_grad_bfloat16": (ops.packed_conv2d_weight_grad.default, (
+            dyadic(2, 3, 5, 6, **kw).bfloat16(), words, 37, (1,)), {}),
+        "input_grad": (ops.packed_conv2d_input_grad.default, (
+            dyadic(2, 19, 5, 6, **kw), weight_words, 37, c19[0], (5, 6), (1,)), {}),
+        "input_grad_half": (ops.packed_conv2d_input_grad.default, (
+            channels_last(dyadic(2, 19, 4, 5, **kw)).half(), weight_words, 37, None, (5, 6),
+            (1, 0, 0, 1), (1,)), {}),
         "sign_backward": (ops.sign_backward.default, (x.half(), channels_last(x), shift, x), {}),
         "sign_backward_approx": (ops.sign_backward.default, (x, x),
                                  dict(estimator="approx_sign", clip=None)),

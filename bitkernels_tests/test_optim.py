@@ -35,13 +35,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few neurons only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Tensors too small for threads, which would cost more than all the rest.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(device="cpu", dtype=torch.float32):

@@ -11,20 +11,6 @@
 namespace bitkernels {
 namespace {
 
-Tensor empty_rows(const Tensor& like, ScalarType type) {
-  const int64_t c = like.size(1), h = like.size(2), w = like.size(3);
-  return empty_strided({like.size(0), c, h, w}, {c * h * w, 1, w * c, c}, type);
-}
-
-// The tensor in channels-last memory, a copy where it is not.
-Tensor as_rows(const Tensor& t) {
-  const Around x = around(t, 1);
-  if (x.inner == 1) return x.tensor;
-  Tensor copy = empty_rows(t, t.scalar_type());
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
 // What the three operators share; the vectors live as long as this does.
 class Rows {
  public:

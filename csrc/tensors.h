@@ -106,6 +106,20 @@ inline Around around(const Tensor& t, int64_t dim) {
   return {dense(t), outer, channels, inner};
 }
 
+inline Tensor empty_rows(const Tensor& like, ScalarType type) {
+  const int64_t c = like.size(1), h = like.size(2), w = like.size(3);
+  return empty_strided({like.size(0), c, h, w}, {c * h * w, 1, w * c, c}, type);
+}
+
+// The tensor in channels-last memory, a copy where it is not.
+inline Tensor as_rows(const Tensor& t) {
+  const Around x = around(t, 1);
+  if (x.inner == 1) return x.tensor;
+  Tensor copy = empty_rows(t, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
 inline Sizes packed_shape(const Tensor& t, int64_t dim) {
   Sizes shape;
   for (int64_t i = 0; i < t.dim(); ++i)

@@ -94,6 +94,20 @@ def residual_block_norm_backward(run: Run, grad, dot, p, q, r, center, relu, dty
     return run("residual_block_norm_backward", grad, dot, p, q, r, center, relu, dtype)
 
 
+def packed_conv2d_weight_grad(run: Run, grad, words, channels, kernel_size, stride=(1,),
+                              padding=(0,), dilation=(1,), pad_value=0):
+    geometry = _block_checks.check_weight_grad(grad, words, channels, kernel_size, stride, padding,
+                                               dilation, pad_value)
+    return run("packed_conv2d_weight_grad", grad, words, channels, *geometry, pad_value)
+
+
+def packed_conv2d_input_grad(run: Run, grad, weight_words, channels, scale, input_size,
+                             padding=(0,), dilation=(1,)):
+    return run("packed_conv2d_input_grad", grad, weight_words, channels, scale,
+               *_block_checks.check_input_grad(grad, weight_words, channels, scale, input_size,
+                                               padding, dilation))
+
+
 def sign_backward(run: Run, grad, input, shift=None, add=None, *, estimator="ste_sign", clip=1.0,
                   beta=5.0):
     _block_checks.check_sign_backward(grad, input, shift, add, estimator, clip)
@@ -103,7 +117,8 @@ def sign_backward(run: Run, grad, input, shift=None, add=None, *, estimator="ste
 SINGLE = (sign_pack, sign_pack_mask, mask_grad, unpack, packed_max_pool2d, rsign, rprelu,
           rprelu_backward)
 BLOCK = (packed_conv2d_moments, residual_block_forward, residual_block_backward,
-         residual_block_norm_backward, sign_backward)
+         residual_block_norm_backward, sign_backward, packed_conv2d_weight_grad,
+         packed_conv2d_input_grad)
 
 
 def register_block(key: str, run: Run) -> None:

@@ -93,6 +93,33 @@ struct SignBackward {
   void *out = nullptr, *sum = nullptr;  // sum: of the first term, added to
 };
 
+// Gradient of signs by tables: the sums of every subset of 6 output gradients are made once, and
+// each weight, whose inputs' signs name such a subset, costs one addition for 6 products.
+constexpr int kSubset = 6, kTables = 6, kTablePixels = kSubset * kTables;
+
+// acc[entry] += sum over tables t of table t's row that offsets[t][entry] names, 16 channels a row.
+struct TableSums {
+  const void* grad = nullptr;  // rows of 16 output channels, `stride` elements apart
+  DType type = DType::kF32;
+  int64_t stride = 0;
+  int pixels = 0, channels = 0;       // at most kTablePixels and 16; the rest counts as 0
+  const uint16_t* offsets = nullptr;  // (kTables, entries): 64 * (bits of the subset)
+  int64_t entries = 0;
+  float* acc = nullptr;  // (entries, 16)
+};
+
+// The same for the gradient of an input: weights' signs name subsets of 4 of 32 output channels,
+// and 32 pixels lie in the lanes. acc[c] += sum over o of planes[o] * (bit o of bits[c] ? 1 : -1).
+constexpr int kPlanePixels = 32;
+struct PlaneSums {
+  const float* planes = nullptr;  // 32 pixels of each output channel, `plane` elements apart
+  int64_t plane = 0;
+  int count = 0;  // output channels, at most 32
+  const uint32_t* bits = nullptr;
+  int64_t channels = 0;  // input channels
+  float* acc = nullptr;  // (channels, 32)
+};
+
 using DotFn = void (*)(const Dot&);
 
 struct Kernel {
@@ -126,6 +153,17 @@ struct Kernel {
   void (*block_forward)(const BlockRows&);   // out: the activation of the value
   void (*block_backward)(const BlockRows&);  // out: gradient of the value, where slope is given
   void (*norm_backward)(const BlockRows&);   // out: gradient of the dot product
+  // 32 offsets a word: bit i of rows[j][w] says whether entry 32 w + i has pixel j in its subset.
+  void (*subset_offsets)(const uint32_t* const rows[kSubset], int64_t words, uint16_t* offsets);
+  void (*table_sums)(const TableSums&);
+  // Bit j of out[i] is bit i of rows[j][0], 32 of each.
+  void (*transpose_bits)(const uint32_t* const rows[32], uint32_t* out);
+  void (*plane_sums)(const PlaneSums&);
+  // Rows of channels, times scale unless null, to planes `plane` elements apart, and back.
+  void (*rows_to_planes)(const void* x, DType, int64_t pixels, int64_t channels, const float* scale,
+                         float* planes, int64_t plane);
+  void (*planes_to_rows)(const float* planes, int64_t plane, int64_t pixels, int64_t channels,
+                         void* out, DType);
   // `iterations` rounds of 16 register-only xor + popcount + add; returns products computed.
   int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
 };
