@@ -126,12 +126,16 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input:
 
 
 def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
-    """Whether the operators on bits are faster than the library (docs/performance.md), for the
-    gradient of the input and of the weight."""
+    """Whether the operators on bits are faster than the library, for (input, weight): where a table
+    is read often enough for the time to make it (measured, docs/performance.md)."""
     if grad.device.type != "cpu" or grad.dtype == torch.float64 or conf["groups"] != 1:
         return False, False
-    big = weight.shape[0] >= 32 and weight[0].numel() >= 128
-    return big and grad.dtype == torch.float32 and conf["stride"] == (1, 1), big
+    cout, cin, kh, kw = weight.shape
+    taps = kh * kw
+    by_input = grad.dtype == torch.float32 and conf["stride"] == (1, 1) and cout >= 32 and (
+        cin >= 128 or (cin >= 64 and taps >= 9))
+    by_weight = (cout >= 64 and cin * taps >= 512) or (cout >= 128 and cin * taps >= 128)
+    return by_input, by_weight
 
 
 def _conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input, wants_weight):
