@@ -10,7 +10,6 @@ from bitkernels._checks import (
     check_binary_conv2d,
     check_channel_vector,
     check_clip,
-    check_estimator,
     check_real,
     check_same_device,
     check_words,
@@ -144,7 +143,7 @@ def check_binary_residual_block(
     shape, stride, pad, dilation = check_binary_conv2d(
         input, weight, None, stride, padding, dilation, groups, pad_value=pad_value, scale=scale,
         input_estimator=input_estimator, input_clip=input_clip, weight_estimator=weight_estimator,
-        weight_clip=weight_clip, dtype=dtype)
+        weight_clip=weight_clip, dtype=dtype, op=op)
     check_same_device(op, input, residual=residual)
     stream = input if residual is None else residual
     if stream.shape != shape or stream.dtype != input.dtype:
@@ -160,5 +159,4 @@ def check_binary_residual_block(
         fail(op, "eps", "at least 0", f"{eps:g}")
     if dtype is not None and (dtype == torch.float64) != (input.dtype == torch.float64):
         fail(op, "dtype", "a real type, float64 for float64 only", dtype)
-    check_estimator(op, "input_estimator", input_estimator)
     return shape, stride, pad, dilation

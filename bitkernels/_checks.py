@@ -228,9 +228,9 @@ def check_estimator(op: str, arg: str, name: str) -> None:
 
 
 def check_binary_conv2d(input, weight, bias, stride, padding, dilation, groups, *, pad_value, scale,
-                        input_estimator, input_clip, weight_estimator, weight_clip, dtype):
+                        input_estimator, input_clip, weight_estimator, weight_clip, dtype,
+                        op="binary_conv2d"):
     """Checked ((N, Cout, OH, OW), stride, (top, bottom, left, right), dilation)."""
-    op = "binary_conv2d"
     check_train(op, input, weight, bias, scale, input_estimator, input_clip, weight_estimator,
                 weight_clip, dtype, 4)
     if input.dim() not in (3, 4):

@@ -52,6 +52,10 @@ def keeps_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def one_thread(keeps_threads):
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tensors too small for threads, which cost more than all the rest of such tests."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -116,3 +116,26 @@ def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Ten
     columns = [v.view(-1, *[1] * (x.dim() - 2)) for v in (shift_in, slope, shift_out)]
     y = x + columns[0]
     return torch.where(y > 0, y, columns[1] * y) + columns[2]
+
+
+def residual_block(input, weight, residual=None, sign_shift=None, norm_weight=None, norm_bias=None,
+                   shift_in=None, slope=None, shift_out=None, *, case: ConvCase, relu=False,
+                   eps=1e-5, scale=None, input_estimator="ste_sign", input_clip=1.0,
+                   weight_estimator="ste_sign", weight_clip=1.0, beta=5.0, scale_weight_grad=True):
+    """(output, batch mean, unbiased batch variance) of a residual block, layer by layer."""
+
+    def channels(t: Tensor) -> Tensor:
+        return t.view(-1, 1, 1)
+
+    x = input if sign_shift is None else input + channels(sign_shift)
+    x = sign(x, input_estimator, input_clip, beta)
+    w = binary_weight(weight, scale, weight_estimator, weight_clip, beta, scale_weight_grad)
+    y = padded_conv2d(x, w, None, case)
+    y = y.relu() if relu else y
+    mean, variance = y.mean((0, 2, 3)), y.transpose(0, 1).flatten(1).var(1)
+    y = F.batch_norm(y, None, None, norm_weight, norm_bias, True, 0.0, eps)
+    y = y + (input if residual is None else residual)
+    y = y if shift_in is None else y + channels(shift_in)
+    y = y if slope is None else F.prelu(y, slope)
+    y = y if shift_out is None else y + channels(shift_out)
+    return y, mean.detach(), variance.detach()

@@ -65,6 +65,35 @@ def pool(text, *args, x=CONV[0], **kw):
     row(ops.packed_max_pool2d.default, text, x, *args, **kw)
 
 
+# It is told what packed_conv2d is told.
+SAYS = {ops.packed_conv2d_moments.default: "bitkernels::packed_conv2d"}
+
+
+def moments(text, *args, x=CONV[0], w=CONV[1], channels=40, **kw):
+    row(ops.packed_conv2d_moments.default, text, x, w, channels, *args, **kw)
+
+
+def sign_grad(text, *args, g=DENSE[0][:2, :3], x=DENSE[0][:2, :3], **kw):
+    row(ops.sign_backward.default, text, g, x, *args, **kw)
+
+
+def block(text, x=TRAIN[0], w=TRAIN[1][:6], padding=(1,), **kw):
+    row(ops.binary_residual_block.default, text, x, w, padding=padding, **kw)
+
+
+# The passes of a residual block: where their arguments stand, and arguments that are right.
+STREAM, SHORTS = real(2, 3, 4, 5), words(2, 3, 4, 5, dtype=torch.int16)
+PASSES = [(name, op, {a.name: i for i, a in enumerate(op._schema.arguments)}) for name, op in (
+    ("forward", ops.residual_block_forward.default),
+    ("backward", ops.residual_block_backward.default),
+    ("norm_backward", ops.residual_block_norm_backward.default))]
+PASS_ARGUMENTS = {
+    "forward": [SHORTS, STREAM, *[real(3) for _ in range(5)], False],
+    "backward": [STREAM, SHORTS, STREAM, *[real(3) for _ in range(5)], False],
+    "norm_backward": [STREAM, SHORTS, *[real(3) for _ in range(4)], False, torch.float32],
+}
+
+
 FLOATS = "float32, float16, bfloat16 or float64"
 ESTIMATORS = "one of ste_sign, approx_sign, swish_sign, identity, none"
 
@@ -266,6 +295,100 @@ row(ops.rprelu_backward.default, "grad must be float32 of shape (2, 3), got floa
 row(ops.rprelu_backward.default, "grad must be on cpu as the first argument, got meta",
     real(2, 3, device="meta"), real(2, 3), real(3), real(3))
 
+moments("words must be int32 words, got float32 of shape (2, 5, 6, 2)", x=real(2, 5, 6, 2))
+moments("words must be 3 words wide for 70 channels, got int32 of shape (2, 5, 6, 2)", channels=70)
+moments("groups must be a divisor of 40 input and 8 output channels, got 3", (1,), (0,), (1,), 3)
+moments("stride must be at least 1, got [0, 1]", (0, 1))
+moments("kernel must be at most the padded input size 5, got a reach of 7", (1,), (0,), (3,))
+moments("pad_value must be -1, 0 or 1, got 2", pad_value=2)
+moments("out_channels must be 8, the first size of weight_words, got 9", out_channels=9)
+
+DOT = f"of shape {tuple(STREAM.shape)}"
+for name, op, at in PASSES:
+    def passes(text, arguments, op=op):
+        row(op, text, *arguments)
+
+    def changed(at, t, name=name):
+        return [t if i == at else a for i, a in enumerate(PASS_ARGUMENTS[name])]
+
+    passes("dot must be int16 or int32 of shape (N, C, H, W), got float32 of shape (2, 3, 4, 5)",
+           changed(at["dot"], STREAM))
+    passes("dot must be int16 or int32 of shape (N, C, H, W), got int32 of shape (2, 3, 4)",
+           changed(at["dot"], words(2, 3, 4)))
+    passes("slope must be of shape (3,), got float32 of shape (4,)" if "slope" in at else
+           "q must be of shape (3,), got float32 of shape (4,)",
+           changed(at.get("slope", at.get("q")), real(4)))
+    vector = "center" if "center" in at else "bias"
+    passes(f"{vector} must be {FLOATS}, got int32 of shape (3,)", changed(at[vector], words(3)))
+    passes(f"{vector} must be on cpu as the first argument, got meta",
+           changed(at[vector], real(3, device="meta")))
+    main = "residual" if name == "forward" else "grad"
+    passes(f"{main} must be {FLOATS}, got int32 of shape (2, 3, 4, 5)",
+           changed(at[main], words(2, 3, 4, 5)))
+    passes(f"{main} must be float32 {DOT}, got float32 of shape (2, 3, 5, 4)",
+           changed(at[main], real(2, 3, 5, 4)))
+    passes(f"{main} must not require grad, this operator has no gradient; use binary_conv2d or "
+           "binary_linear to train, or .detach()", changed(at[main], grad(2, 3, 4, 5)))
+row(ops.residual_block_backward.default, "residual must be given with slope, got None",
+    STREAM, SHORTS, None, real(3), real(3), None, real(3), real(3), False)
+row(ops.residual_block_backward.default, f"residual must be float32 {DOT}, got float16 {DOT}",
+    STREAM, SHORTS, STREAM.half(), real(3), real(3), None, real(3), real(3), False)
+for dtype in (torch.float64, torch.int32):
+    row(ops.residual_block_norm_backward.default, "dtype must be a real type, float64 for float64 "
+        f"only, got {dtype}", *PASS_ARGUMENTS["norm_backward"][:-1], dtype)
+
+sign_grad(f"input must be {FLOATS}, got int32 of shape (2, 3)", x=words(2, 3))
+sign_grad("input must be (N, C, ...), got float32 of shape (3,)", x=real(3), g=real(3))
+sign_grad("grad must be float32 of shape (2, 3), got float32 of shape (3, 2)", g=real(3, 2))
+sign_grad("grad must be float32 of shape (2, 3), got float64 of shape (2, 3)",
+          g=real(2, 3, dtype=torch.float64))
+sign_grad("grad must be on cpu as the first argument, got meta", g=real(2, 3, device="meta"))
+sign_grad("add must be float32 of shape (2, 3), got float16 of shape (2, 3)", None,
+          real(2, 3, dtype=torch.float16))
+sign_grad("shift must be of shape (3,), got float32 of shape (2,)", real(2))
+sign_grad("estimator must be one of ste_sign, approx_sign, swish_sign, identity, got 'none'",
+          estimator="none")
+sign_grad("clip must be at least 0, got -1", clip=-1.0)
+sign_grad("input must not require grad, this operator has no gradient; use binary_conv2d or "
+          "binary_linear to train, or .detach()", x=grad(2, 3))
+
+block(f"input must be {FLOATS}, got int32 of shape (2, 6, 5, 5)", x=words(2, 6, 5, 5))
+block("input must be 4-dimensional, got float32 of shape (6, 5, 5)", x=real(6, 5, 5))
+block("weight must be of shape (Cout, 6, kh, kw) for 6 input channels in 1 groups, got float32 of "
+      "shape (6, 5, 3, 3)", w=real(6, 5, 3, 3))
+block("residual must be float32 of shape (2, 6, 3, 3), got float32 of shape (2, 6, 5, 5)",
+      padding=(0,))
+block("residual must be float32 of shape (2, 8, 5, 5), got float32 of shape (2, 6, 5, 5)",
+      w=real(8, 6, 3, 3))
+block("residual must be float32 of shape (2, 6, 5, 5), got float64 of shape (2, 6, 5, 5)",
+      residual=real(2, 6, 5, 5, dtype=torch.float64))
+block("residual must be on cpu as the first argument, got meta",
+      residual=real(2, 6, 5, 5, device="meta"))
+block("input must be of more than 1 value per channel in the output, got float32 of shape "
+      "(1, 6, 1, 1)", x=real(1, 6, 1, 1))
+block("input must be of more than 1 value per channel in the output, got float32 of shape "
+      "(0, 6, 5, 5)", x=real(0, 6, 5, 5))
+block("norm_weight must be of shape (6,), got float32 of shape (1,)", norm_weight=real(1))
+block("sign_shift must be of shape (6,), got float32 of shape (6, 1, 1)",
+      sign_shift=real(6, 1, 1))
+block(f"slope must be {FLOATS}, got int32 of shape (6,)", slope=words(6))
+block("shift_out must be on cpu as the first argument, got meta", slope=real(6),
+      shift_out=real(6, device="meta"))
+block("slope must be given with shift_in or shift_out, got None", shift_in=real(6))
+block("scale must be of shape (6,), got float32 of shape (3,)", scale=real(3))
+block("eps must be at least 0, got -1", eps=-1.0)
+block("eps must be at least 0, got nan", eps=float("nan"))
+block("groups must be a divisor of 6 input and 6 output channels, got 4", groups=4)
+block("stride must be at least 1, got [0, 0]", stride=(0, 0))
+block("pad_value must be -1, 0 or 1, got 3", pad_value=3)
+block(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
+block(f"weight_estimator must be {ESTIMATORS}, got 'ste'", weight_estimator="ste")
+block("input_clip must be at least 0, got -1", input_clip=-1.0)
+block("weight_clip must be at least 0, got nan", weight_clip=float("nan"))
+block(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
+block("dtype must be a real type, float64 for float64 only, got torch.float64",
+      dtype=torch.float64)
+
 
 def identify(entry) -> str:
     op, text, *_ = entry
@@ -279,7 +402,7 @@ def failure(op, args, kw) -> RuntimeError:
 
 
 def assert_says(error: RuntimeError, op, text: str) -> None:
-    name = op._schema.name
+    name = SAYS.get(op, op._schema.name)
     assert type(error) is RuntimeError and error.__cause__ is None
     assert str(error) == f"{name}: {text}"
 

@@ -1,0 +1,99 @@
+"""The parts of `binary_residual_block`: integers and elementwise passes against the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bitkernels import reference
+from bitkernels_tests import oracles
+from bitkernels_tests.cases import CONV_CASES, DTYPES, LAYOUTS, dyadic, reals
+
+ops = torch.ops.bitkernels
+
+
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+def test_dots_and_moments(case, device):
+    words, weight_words = case.words(device=device)
+    stride, padding, dilation, groups = case.args
+    dot = oracles.conv2d_dot(words, weight_words, case)
+    for relu in (False, True):
+        got, moments = ops.packed_conv2d_moments(
+            words, weight_words, case.channels, stride, padding, dilation, groups,
+            pad_value=case.pad_value, relu=relu)
+        assert torch.equal(got.cpu().int(), dot)
+        d = (dot.relu() if relu else dot).long()
+        expected = torch.stack([t.sum((0, 2, 3)) for t in (d, d * d, torch.ones_like(d))])
+        assert torch.equal(moments.cpu(), expected)
+
+
+@pytest.mark.parametrize("products, dtype", [
+    (23170, torch.int16), (23171, torch.int16), (32767, torch.int16), (32768, torch.int32),
+    (70000, torch.int32)])
+@pytest.mark.parametrize("alike", [1, -1])
+def test_moments_of_the_largest_dots(products, dtype, alike):
+    """Every product +1, or every one -1: squares and sums of squares beyond 32 bits."""
+    pixels, cout = 53, 17
+    words = reference.pack_bits(torch.ones(1, 1, pixels, products, dtype=torch.bool))
+    bits = torch.full((cout, 1, 1, products), alike > 0)
+    tiles = ops.tile_weight(reference.pack_bits(bits))
+    dot, moments = ops.packed_conv2d_moments(words, tiles, products, out_channels=cout)
+    assert dot.dtype == dtype and (dot == alike * products).all()
+    assert moments.tolist() == [[v] * cout for v in (
+        alike * pixels * products, pixels * products**2, pixels)]
+
+
+@pytest.mark.parametrize("dot_type", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 16, 37])
+def test_passes_equal_the_reference(channels, dtype, dot_type, device):
+    """Each element bit for bit, in every layout; sums but for their order."""
+    shape = (3, channels, 5, 6)
+    kw = dict(device=device)
+    vectors = [reals(channels, **kw) for _ in range(6)]
+    dot = torch.randint(-99, 99, shape, dtype=dot_type, **kw)
+    x, g = (reals(*shape, dtype=dtype, **kw) for _ in range(2))
+    limit = 1e-12 if dtype == torch.float64 else 2e-6
+    other = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    for relu, change, act in itertools.product(
+            (False, True), (LAYOUTS["channels_last"], LAYOUTS["sliced"]), (0, 1)):
+        d, x_, g_ = change(dot), change(x), change(g)
+        parts = vectors[2:5] if act else [None] * 3
+        assert torch.equal(
+            ops.residual_block_forward(d, x_, *vectors[:2], *parts, relu),
+            reference.residual_block_forward(d, x_, *vectors[:2], *parts, relu))
+        arguments = g_, d, x_, *vectors[:2], *parts[:2], vectors[5], relu
+        out, sums = ops.residual_block_backward(*arguments)
+        expected, total = reference.residual_block_backward(*arguments)
+        assert torch.equal(out, expected) and sums.shape == total.shape
+        size = reference.residual_block_backward(
+            g_.abs(), d, x_, *vectors[:2], *parts[:2], vectors[5], relu)[1].abs().max() + 600
+        assert (sums - total).abs().max() <= limit * size
+        arguments = g_, d, *vectors[:3], vectors[5], relu, other
+        assert torch.equal(ops.residual_block_norm_backward(*arguments),
+                           reference.residual_block_norm_backward(*arguments))
+
+
+@pytest.mark.parametrize("estimator", ["ste_sign", "approx_sign", "swish_sign", "identity"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sign_backward_equals_the_reference(estimator, dtype, device):
+    shape, kw = (3, 37, 5, 6), dict(device=device)
+    x, add = (reals(*shape, dtype=dtype, **kw) for _ in range(2))
+    grads = {reals(*shape, dtype=t, **kw) for t in (
+        (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16))}
+    # tanh and cosh are the library's, some units in the last place apart
+    near = dict(rtol=1e-2 if x.element_size() == 2 else 1e-5, atol=1e-5)
+    for change, shift, added, g in itertools.product(
+            (LAYOUTS["contiguous"], LAYOUTS["channels_last"], LAYOUTS["sliced"]),
+            (None, dyadic(37, **kw)), (None, add), grads):
+        arguments = g, change(x), shift, added
+        kw = dict(estimator=estimator, clip=0.75, beta=3.0)
+        out, total = ops.sign_backward(*arguments, **kw)
+        expected, sums = reference.sign_backward(*arguments, **kw)
+        if estimator == "swish_sign":
+            torch.testing.assert_close(out, expected, **near)
+        else:
+            assert torch.equal(out, expected)
+        torch.testing.assert_close(total, sums, rtol=1e-4, atol=1e-4)
