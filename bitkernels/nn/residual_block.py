@@ -95,13 +95,14 @@ class BinaryResidualBlock(nn.Module):
             return "sign and the weight quantizer have different betas"
         if conv.bias is not None or conv.padding_mode != "zeros":
             return "conv has a bias or a padding mode"
-        if input.dim() != 4 or input.shape[0] == 0:
+        if input.dim() != 4:
             return "the input is not a batch"
-        batch_statistics = norm.training or norm.running_mean is None
-        if not batch_statistics and torch.is_grad_enabled() and self._trains(input):
-            return "gradients with running statistics"
-        if batch_statistics and self._values_per_channel(input) < 2:
-            return "one value per channel"
+        if not norm.training and norm.running_mean is not None:
+            if torch.is_grad_enabled() and self._trains(input):
+                return "gradients with running statistics"
+            return "float64 with running statistics" if input.dtype == torch.float64 else None
+        if self._group() is None and self._values_per_channel(input) < 2:
+            return "less than two values per channel"
         return None
 
     def forward(self, input: Tensor) -> Tensor:
