@@ -253,6 +253,7 @@ void test_kernel(const Kernel& k) {
   for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
   test_pool(2, 70, 70);
   test_block_passes(k);
+  test_gradients(k);
 
   parameters = k.name;
   uint32_t sink = 1;

@@ -224,7 +224,7 @@ inline int32_t naive_dot(const Conv& c, const Words& in, const Words& weight, in
   return dot;
 }
 
-// kernel_test_block.cpp
-void test_block_passes(const Kernel& k);
+void test_block_passes(const Kernel& k);  // kernel_test_block.cpp
+void test_gradients(const Kernel& k);     // kernel_test_grads.cpp
 
 }  // namespace bitkernels
