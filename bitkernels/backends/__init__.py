@@ -6,4 +6,4 @@ own kernels for its device over it. Importing registers names only: nothing is c
 
 from bitkernels.backends import cpu as cpu
 from bitkernels.backends import reference as reference
-from bitkernels.backends import triton as triton
+from bitkernels.backends import gpu as gpu

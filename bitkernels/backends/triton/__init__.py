@@ -1,10 +1,4 @@
-"""Registers the Triton kernels for CUDA and HIP tensors.
+"""The Triton kernels, for CUDA and HIP tensors: `dispatch.run`, which `backends/gpu.py` registers.
 
-Importing registers launchers and nothing else: Triton, the kernels and the GPU are touched at the
-first call of an operator.
+Triton, the kernels and the GPU are touched at the first call of an operator.
 """
-
-from bitkernels.backends.launchers import register
-from bitkernels.backends.triton.dispatch import run
-
-register("CUDA", run)

@@ -13,7 +13,7 @@ from bitkernels import reference
 from bitkernels.backends.triton import configs
 
 
-class _Values:
+class Values:
     """Inputs from a generator of their own: the global one is not touched."""
 
     def __init__(self):
@@ -36,7 +36,7 @@ class _Values:
 
 
 def cases(op: str) -> list[tuple[tuple, dict]]:
-    v = _Values()
+    v = Values()
     nchw = v.real(2, 70, 5, 6)
     last = v.real(2, 70, 5, 6, dtype=torch.float16).to(memory_format=torch.channels_last)
     if op == "sign_pack":

@@ -1,0 +1,187 @@
+"""Picks csrc/cuda or the next backend for a call, and says why.
+
+Environment, read at call time:
+  BITKERNELS_CUDA         1: also kernels that have not been proven on this architecture;
+                          0: none. Unset: the proven ones, see `kernels.PROVEN`
+  BITKERNELS_CUDA_KERNEL  the name of one kernel to run wherever it fits (for measuring)
+
+The first use of a kernel on a device runs small cases and compares them bit for bit with the
+reference. A kernel that differs, or does not compile or load, is named in one warning and not used
+again in this process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import warnings
+
+import torch
+
+from bitkernels.backends.cuda import kernels
+
+OPS = ("packed_conv2d", "packed_linear")
+_lock = threading.RLock()
+_trust: dict[tuple[str, str, int], str | None] = {}
+_unusable: dict[int, str | None] = {}
+
+
+def clear() -> None:
+    """Forgets what has been checked; the next calls check again."""
+    from bitkernels.backends.cuda import launch
+
+    with _lock:
+        _trust.clear()
+        _unusable.clear()
+        launch.clear()
+
+
+def mode() -> str:
+    return os.environ.get("BITKERNELS_CUDA", "")
+
+
+def allowed(family: str, arch: str) -> bool:
+    return mode() == "1" or (mode() != "0" and (family, arch) in kernels.PROVEN)
+
+
+def why_unusable(device: torch.device) -> str | None:
+    """Why no kernel of csrc/cuda runs on this device, or None."""
+    from bitkernels.backends.cuda import compiler, launch
+
+    if torch.version.hip:
+        return "these kernels are for NVIDIA GPUs"
+    arch = launch.architecture(device)
+    if arch is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor} has no 1-bit tensor core" + (
+            " (it is emulated there)" if major > 9 else "")
+    if importlib.util.find_spec("cupy_backends") is None:
+        return "CuPy is not installed (pip install 'bitkernels[cupy]')"
+    try:
+        newest = compiler.version()
+        known = compiler.architectures()
+    except Exception as error:  # a missing or broken library
+        return f"NVRTC does not load: {type(error).__name__}: {error}"
+    if int(arch[3:5]) not in known:
+        return f"NVRTC {newest[0]}.{newest[1]} does not compile for {arch}"
+    try:
+        driver = launch.driver().version()
+    except Exception as error:
+        return f"the CUDA driver does not load: {type(error).__name__}: {error}"
+    if driver[0] < newest[0]:
+        return (f"the driver knows CUDA {driver[0]}.{driver[1]} and NVRTC is {newest[0]}."
+                f"{newest[1]}")
+    return None
+
+
+def attempt(op: str, args, kw):
+    """What the kernels return for a call with checked arguments, or None: the next backend's."""
+    if op not in OPS or mode() == "0" or (mode() != "1" and not kernels.PROVEN):
+        return None
+    device = args[0].device
+    plan, _ = _plan(op, args, kw, device)
+    from bitkernels.backends.cuda import launch
+
+    for kernel in plan:
+        if not _trusted(op, kernel, device):
+            continue
+        try:
+            return getattr(launch, op)(kernel, *args, **kw)
+        except torch.OutOfMemoryError:
+            raise
+        except launch.Capturing as error:
+            raise RuntimeError(f"bitkernels::{op}: {error}") from None
+        except Exception as error:
+            _distrust(op, kernel, device, f"failed: {type(error).__name__}: {error}")
+    return None
+
+
+def explain(op: str, *args, **kw) -> str:
+    """Which kernel a call would run and why, in one line; runs nothing but the self-check."""
+    if op not in OPS:
+        return f"{op} has no kernel in csrc/cuda"
+    device = args[0].device
+    plan, reason = _plan(op, args, kw, device)
+    for kernel in plan:
+        if _trusted(op, kernel, device):
+            return f"cuda: {kernel.name}, {reason}"
+        reason = f"{kernel.name} {_trust[op, kernel.name, _index(device)]}"
+    return f"the next backend: {reason}"
+
+
+def _index(device: torch.device) -> int:
+    return -1 if device.index is None else device.index
+
+
+def _reason(device: torch.device) -> str | None:
+    with _lock:
+        if _index(device) not in _unusable:
+            reason = _unusable[_index(device)] = why_unusable(device)
+            if reason is not None and mode() == "1":
+                warnings.warn(f"bitkernels: {reason}; BITKERNELS_CUDA=1 has no effect on {device}",
+                              stacklevel=2)
+        return _unusable[_index(device)]
+
+
+def _plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
+    """Kernels to try, and why they (or none) are chosen."""
+    reason = _reason(device)
+    if reason is not None:
+        return (), reason
+    from bitkernels.backends.cuda import launch
+
+    arch = launch.architecture(device)
+    assert arch is not None
+    families = [f for f in kernels.FAMILIES[arch] if allowed(f, arch)]
+    if mode() == "0":
+        return (), "BITKERNELS_CUDA is 0"
+    if not families:
+        return (), (f"no kernel of csrc/cuda has been proven on {arch} yet; BITKERNELS_CUDA=1 opts "
+                    "in")
+    reason = launch.outside(op, args, kw)
+    if reason is not None:
+        return (), f"these kernels do not take {reason}"
+    found = tuple(k for k in launch.choose(op, args, kw, arch, _multiprocessors(device))
+                  if k.family in families)
+    forced = os.environ.get("BITKERNELS_CUDA_KERNEL")
+    if forced:
+        if forced not in kernels.ALL or forced == kernels.PREPARE.name:
+            names = ", ".join(n for n in kernels.ALL if n != kernels.PREPARE.name)
+            raise RuntimeError(f"BITKERNELS_CUDA_KERNEL must be one of {names}, got {forced!r}")
+        found = (kernels.ALL[forced],) if kernels.ALL[forced].family in families else ()
+        return found, "BITKERNELS_CUDA_KERNEL names it"
+    day = kernels.PROVEN.get((found[0].family, arch)) if found else None
+    return found, f"proven on {day}" if day else "unproven, by BITKERNELS_CUDA=1"
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:
+    key = op, kernel.name, _index(device)
+    with _lock:
+        if key not in _trust:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"bitkernels::{op}: the first call on {device} checks the "
+                                   "kernel and cannot be captured; call it once before the capture")
+            from bitkernels.backends.cuda import selfcheck
+
+            _trust[key] = None
+            try:
+                failure = selfcheck.failure(op, kernel, device)
+            except Exception as error:
+                failure = f"failed: {type(error).__name__}: {error}"
+            if failure is not None:
+                _distrust(op, kernel, device, failure)
+        return _trust[key] is None
+
+
+def _distrust(op: str, kernel: kernels.Kernel, device: torch.device, what: str) -> None:
+    with _lock:
+        _trust[op, kernel.name, _index(device)] = what
+    warnings.warn(f"bitkernels: the CUDA kernel {kernel.name} of {op} on {device} {what}; the next "
+                  "kernel runs instead", stacklevel=2)

@@ -1,0 +1,70 @@
+"""The CUDA driver by ctypes: loads machine code and launches it on PyTorch's current stream.
+
+PyTorch owns the context, the memory and the stream; nothing here allocates or synchronizes. Tests
+put an emulator in the place of `Driver`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from bitkernels.backends.cuda import compiler
+from bitkernels.backends.cuda.kernels import Kernel
+from bitkernels.backends.cuda.spec import Spec
+
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+ENTRY = b"bitkernels_kernel"
+
+
+class DriverError(RuntimeError):
+    pass
+
+
+class Driver:
+    def __init__(self):
+        self.lib = ctypes.CDLL("libcuda.so.1")
+        self.lib.cuLaunchKernel.argtypes = [
+            ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p,
+            ctypes.c_void_p]
+
+    def _check(self, status: int, what: str) -> None:
+        if status:
+            text = ctypes.c_char_p()
+            self.lib.cuGetErrorString(status, ctypes.byref(text))
+            raise DriverError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
+
+    def version(self) -> tuple[int, int]:
+        """The newest CUDA that the driver knows."""
+        number = ctypes.c_int()
+        self._check(self.lib.cuDriverGetVersion(ctypes.byref(number)), "cuDriverGetVersion")
+        return number.value // 1000, number.value % 1000 // 10
+
+    def bind(self, index: int) -> None:
+        """Makes PyTorch's context current in a thread that has none, as in a fresh one."""
+        current = ctypes.c_void_p()
+        self._check(self.lib.cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+        if not current.value:
+            device, context = ctypes.c_int(), ctypes.c_void_p()
+            self._check(self.lib.cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
+            self._check(self.lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+                        "cuDevicePrimaryCtxRetain")
+            self._check(self.lib.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+    def build(self, kernel: Kernel, spec: Spec, arch: str) -> int:
+        """A handle of the kernel compiled for a shape and loaded in the current context."""
+        code = compiler.compile(kernel.source, spec.header(), arch).code
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self.lib.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
+        self._check(self.lib.cuModuleGetFunction(ctypes.byref(function), module, ENTRY),
+                    "cuModuleGetFunction")
+        if kernel.shared:
+            self._check(self.lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, kernel.shared),
+                        f"{kernel.shared} bytes of shared memory")
+        assert function.value is not None
+        return function.value
+
+    def launch(self, function: int, grid: int, block: int, shared: int, stream: int,
+               *params: ctypes.Structure) -> None:
+        pointers = (ctypes.c_void_p * len(params))(*map(ctypes.addressof, params))
+        self._check(self.lib.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared, stream,
+                                            pointers, None), "cuLaunchKernel")

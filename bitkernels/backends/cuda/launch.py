@@ -1,0 +1,225 @@
+"""packed_conv2d and packed_linear on the kernels of csrc/cuda: from tensors to two launches.
+
+The first launch (`prepare`) counts bits of the filters per border class, the second does the rest.
+Both are compiled for the shape at its first call, which a CUDA graph cannot capture.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from bitkernels import reference
+from bitkernels._checks import conv_geometry, linear_geometry
+from bitkernels._ops import empty_real, empty_words
+from bitkernels.backends.cuda import kernels
+from bitkernels.backends.cuda.driver import Driver
+from bitkernels.backends.cuda.spec import (
+    TYPES,
+    VECTORS,
+    Params,
+    Spec,
+    conv_spec,
+    linear_spec,
+)
+
+_lock = threading.Lock()
+_driver: Driver | None = None
+_loaded: dict[tuple[str, Spec, int], int] = {}
+MOST_CLASSES = 256
+MOST_PRODUCTS = 1 << 29  # 4 popcount(a and w) stays in int32
+
+
+def driver() -> Driver:
+    global _driver
+    if _driver is None:
+        _driver = Driver()
+    return _driver
+
+
+def clear() -> None:
+    """Forgets the loaded kernels and the driver."""
+    global _driver
+    with _lock:
+        _driver = None
+        _loaded.clear()
+
+
+class Capturing(RuntimeError):
+    """A kernel is not loaded yet and the stream is being captured."""
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return -1
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def architecture(device: torch.device) -> str | None:
+    if device.type != "cuda":  # the emulator's
+        return "sm_90a"
+    return kernels.architecture(torch.cuda.get_device_capability(device))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _function(kernel: kernels.Kernel, spec: Spec, device: torch.device) -> int:
+    key = kernel.name, spec, _index(device)
+    found = _loaded.get(key)
+    if found is None:
+        if _capturing(device):
+            raise Capturing(f"{kernel.name} is not compiled for this shape yet and cannot be while "
+                            "a CUDA graph is captured; call it once before the capture")
+        arch = architecture(device)
+        assert arch is not None
+        with _lock:
+            if key not in _loaded:
+                driver().bind(key[2])
+                _loaded[key] = driver().build(kernel, spec, arch)
+            found = _loaded[key]
+    return found
+
+
+def _chunk(pixel: int, *tensors: Tensor) -> int:
+    """Bytes of one cp.async: as many as the pixels and both tensors are aligned to."""
+    for size in (16, 8):
+        if pixel % size == 0 and all(t.data_ptr() % size == 0 for t in tensors):
+            return size
+    return 4
+
+
+def outside(op: str, args, kw) -> str | None:
+    """Why these kernels do not take a call with checked arguments, or None."""
+    types = {kw.get("dtype")} | {kw[name].dtype for name in (*VECTORS, "residual")
+                                 if kw.get(name) is not None}
+    if torch.float64 in types:
+        return "float64"
+    if op == "packed_linear":
+        words, filters, channels = args[:3]
+        products, taps = channels, 1
+    else:
+        words, filters, channels, stride, padding, dilation, groups = _defaults(*args)
+        pad_value = kw.get("pad_value", 0)
+        if groups != 1:
+            return "groups"
+        if pad_value == 1:
+            return "padding with +1"
+        _, kh, kw_, _ = filters.shape[:4]
+        products, taps = channels * kh * kw_, kh * kw_
+        if pad_value == 0:
+            spec = _conv(words, filters, channels, stride, padding, dilation, 0,
+                         kw.get("out_channels"), 4)[0]
+            if spec.classes > MOST_CLASSES:
+                return f"{spec.classes} kinds of border windows, more than {MOST_CLASSES}"
+            if max(spec.h, spec.w) + spec.kh * spec.dh + spec.kw * spec.dw >= 1 << 29:
+                return "an image of 2^29 pixels a side"
+    if products >= MOST_PRODUCTS or 4 * filters.shape[-1] * taps >= MOST_PRODUCTS:
+        return "2^29 products in one dot product"
+    return None
+
+
+def _defaults(words, filters, channels, stride=(1,), padding=(0,), dilation=(1,), groups=1):
+    return words, filters, channels, stride, padding, dilation, groups
+
+
+def _conv(words, filters, channels, stride, padding, dilation, pad_value, out_channels, chunk):
+    """(spec, output shape) of a convolution."""
+    shape, stride, pad, dilation = conv_geometry(
+        "packed_conv2d", words, filters, channels, stride, padding, dilation, 1, pad_value,
+        out_channels)
+    tiled = filters.dim() == 5
+    filters_shape = (shape[1], *filters.shape[1:4]) if tiled else tuple(filters.shape)
+    spec = conv_spec(shape, tuple(words.shape[1:3]), filters_shape, channels, stride, pad, dilation,
+                     chunk, pad_value)
+    return spec, shape
+
+
+def choose(op: str, args, kw, arch: str, multiprocessors: int) -> tuple[kernels.Kernel, ...]:
+    """Kernels for a call that is not `outside`, the preferred first."""
+    if op == "packed_linear":
+        shape = linear_geometry(op, *args[:3], kw.get("out_channels"))
+        rows, cout = torch.Size(shape[:-1]).numel(), shape[-1]
+    else:
+        words, filters, channels, stride, padding, dilation, groups = _defaults(*args)
+        (n, cout, oh, ow), *_ = conv_geometry(
+            op, words, filters, channels, stride, padding, dilation, groups,
+            kw.get("pad_value", 0), kw.get("out_channels"))
+        rows = n * oh * ow
+    return kernels.fitting(arch, rows, cout, multiprocessors)
+
+
+def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=(1,), padding=(0,),
+                  dilation=(1,), groups=1, *, pad_value=0, out_channels=None, dtype=None,
+                  channels_last=True, real=True, packed=False, residual=None, **parts):
+    """(real tensor or None, packed signs or None)."""
+    words = words.contiguous()
+    if weight_words.dim() == 5:
+        cout = weight_words.shape[0] * weight_words.shape[-1] if out_channels is None \
+            else out_channels
+        weight_words = reference.untile_weight(weight_words, cout, 1)
+    filters = weight_words.contiguous()
+    chunk = _chunk(4 * words.shape[-1], words, filters)
+    spec, shape = _conv(words, filters, channels, stride, padding, dilation, pad_value, None, chunk)
+    images, cout, oh, ow = shape
+    out = empty_real(words, shape, dtype, channels_last) if real else None
+    signs = empty_words(words, (images, oh, ow), cout) if packed else None
+    if residual is not None:
+        residual = residual.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    _contract(kernel, spec, words, filters, images * oh * ow, out, signs, residual,
+              bool(channels_last), **parts)
+    return out, signs
+
+
+def packed_linear(kernel: kernels.Kernel, words, weight_words, channels, *, out_channels=None,
+                  dtype=None, real=True, packed=False, residual=None, **parts):
+    """(real tensor or None, packed signs or None)."""
+    words = words.contiguous()
+    shape = linear_geometry("packed_linear", words, weight_words, channels, out_channels)
+    if weight_words.dim() == 3:
+        weight_words = reference.untile_weight(weight_words, shape[-1])
+    filters = weight_words.contiguous()
+    width, cout = words.shape[-1], shape[-1]
+    out = empty_real(words, shape, dtype, False) if real else None
+    signs = empty_words(words, shape[:-1], cout) if packed else None
+    spec = linear_spec(width, cout, channels, _chunk(4 * width, words, filters))
+    _contract(kernel, spec, words, filters, words.numel() // width, out, signs,
+              None if residual is None else residual.contiguous(), True, **parts)
+    return out, signs
+
+
+def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, nhwc, *,
+              clamp_min=None, clamp_max=None, threshold=None, **vectors) -> None:
+    if rows == 0:
+        return
+    device = words.device
+    vectors = {name: vectors[name].float().contiguous() for name in VECTORS
+               if vectors.get(name) is not None}
+    if threshold is not None:
+        threshold = threshold.contiguous()
+    spec = spec.with_parts(
+        out_type=TYPES[None if out is None else out.dtype], nhwc=nhwc, packed=packed is not None,
+        residual=TYPES[None if residual is None else residual.dtype],
+        threshold=threshold is not None, clamp_min=clamp_min is not None,
+        clamp_max=clamp_max is not None, windows=kernel.windows, **dict.fromkeys(vectors, True))
+    prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
+    main = _function(kernel, spec, device)
+    corr = words.new_empty(spec.classes * spec.cout)
+    pa = words.new_empty(rows) if kernel.windows else None
+    tensors = dict(words=words, filters=filters, out=out, packed=packed, residual=residual,
+                   threshold=threshold, corr=corr, pa=pa, **vectors)
+    params = Params(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
+                    clamp_min=clamp_min or 0.0, clamp_max=clamp_max or 0.0, rows=rows,
+                    images=words.shape[0])
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    run = driver()
+    run.bind(_index(device))
+    filters_padded = -(-spec.cout // kernels.PREPARE.bm) * kernels.PREPARE.bm
+    warps = filters_padded + (rows if kernel.windows else 0)
+    run.launch(prepare, -(-warps // kernels.PREPARE.bm), kernels.PREPARE.threads, 0, stream, params)
+    tiles = -(-rows // kernel.bm) * -(-spec.cout // kernel.bn)
+    run.launch(main, kernel.grid(tiles, device), kernel.threads, kernel.shared, stream, params)

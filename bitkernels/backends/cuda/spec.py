@@ -1,0 +1,129 @@
+"""What a kernel is compiled for: the integer constants of one call's shape, and its arguments.
+
+`Spec` becomes `csrc/cuda/spec.cuh`; `Params` mirrors the struct of that name in types.cuh.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+TYPES = {None: 0, torch.int32: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Constants of a kernel, by their names in C++ (there in capitals)."""
+
+    chunk: int  # bytes of one cp.async: 16, 8 or 4
+    pixel: int  # bytes of a pixel
+    k_bytes: int  # bytes of a window and of a filter
+    channels: int
+    cout: int
+    kh: int = 1
+    kw: int = 1
+    h: int = 1
+    w: int = 1
+    oh: int = 1
+    ow: int = 1
+    sh: int = 1
+    sw: int = 1
+    pt: int = 0
+    pl: int = 0
+    dh: int = 1
+    dw: int = 1
+    # The most taps outside at each side, and whether some window is cut at both ends of an axis.
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+    both_h: int = 0
+    both_w: int = 0
+    # Outputs and parts of the epilogue: a type of TYPES, or 0 and 1.
+    out_type: int = 0
+    nhwc: int = 1
+    packed: int = 0
+    residual: int = 0
+    threshold: int = 0
+    clamp_min: int = 0
+    clamp_max: int = 0
+    scale: int = 0
+    bias: int = 0
+    shift_in: int = 0
+    slope: int = 0
+    shift_out: int = 0
+    sign_shift: int = 0
+    windows: int = 0  # whether `prepare` counts the windows too
+
+    @property
+    def classes(self) -> int:
+        def axis(before, past, both):
+            return (before + 1) * (past + 1) if both else before + past + 1
+
+        return (axis(self.top, self.bottom, self.both_h)
+                * axis(self.left, self.right, self.both_w))
+
+    def header(self) -> str:
+        """spec.cuh."""
+        lines = (f"constexpr int {f.name.upper()} = {getattr(self, f.name)};" for f in fields(self))
+        return "#pragma once\n" + "\n".join(lines) + "\n"
+
+    def with_parts(self, **parts) -> Spec:
+        return replace(self, **{name: int(value) for name, value in parts.items()})
+
+    def for_preparation(self) -> Spec:
+        """Without what `prepare` does not look at, so that calls share its compiled kernel."""
+        plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
+                               "clamp_max"), 0)
+        return replace(self, chunk=4, nhwc=1, **plain)
+
+
+class Params(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "words", "filters", "out", "packed", "residual", *VECTORS, "threshold", "corr", "pa")),
+        ("clamp_min", ctypes.c_float), ("clamp_max", ctypes.c_float),
+        ("rows", ctypes.c_int), ("images", ctypes.c_int),
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def axis_border(size: int, out: int, kernel: int, stride: int, pad: int, step: int):
+    """(most taps before the image, most past it, whether a window has both) along one axis."""
+    most_before = most_past = both = 0
+    for o in range(out):
+        first = o * stride - pad
+        before = min(-(-max(-first, 0) // step), kernel)
+        past = kernel - min(-(-max(size - first, 0) // step), kernel)
+        most_before, most_past = max(most_before, before), max(most_past, past)
+        both |= before > 0 and past > 0
+    return most_before, most_past, int(both)
+
+
+def conv_spec(shape, size, filters_shape, channels, stride, pad, dilation, chunk: int,
+              pad_value: int = 0) -> Spec:
+    """Of a convolution with `shape` (N, Cout, OH, OW), input `size` and filters in words.
+
+    Padding with -1 reads zeros outside the image, as padding with 0 does, but counts every tap: it
+    has one border class, whose windows are whole.
+    """
+    _, cout, oh, ow = shape
+    _, kh, kw, depth = filters_shape
+    top, bottom, both_h = axis_border(size[0], oh, kh, stride[0], pad[0], dilation[0])
+    left, right, both_w = axis_border(size[1], ow, kw, stride[1], pad[2], dilation[1])
+    if pad_value == -1:
+        top = bottom = both_h = left = right = both_w = 0
+    return Spec(chunk=chunk, pixel=4 * depth, k_bytes=4 * depth * kh * kw, channels=channels,
+                cout=cout, kh=kh, kw=kw, h=size[0], w=size[1], oh=oh, ow=ow, sh=stride[0],
+                sw=stride[1], pt=pad[0], pl=pad[2], dh=dilation[0], dw=dilation[1], top=top,
+                bottom=bottom, left=left, right=right, both_h=both_h, both_w=both_w)
+
+
+def linear_spec(width: int, cout: int, channels: int, chunk: int) -> Spec:
+    if pad_value == -1:
+        top = bottom = both_h = left = right = both_w = 0
+    return Spec(chunk=chunk, pixel=4 * width, k_bytes=4 * width, channels=channels, cout=cout)

@@ -1,0 +1,126 @@
+"""The kernels of csrc/cuda on the CPU: built with the host compiler, launched as on a GPU.
+
+`EmulatedDriver` stands in for `bitkernels.backends.cuda.driver.Driver`, so that launchers, plans,
+argument structs and kernels are all the ones that a GPU would see. See emulator/machine.h for what
+the emulator delays, checks and reports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+from bitkernels.backends.cuda import compiler, kernels
+from bitkernels.backends.cuda.spec import Params, Spec
+
+FOLDER = Path(__file__).parent / "emulator"
+COMPILER = os.environ.get("CXX", "g++").split()[0]
+SIZES = {0: 0, 1: 4, 2: 4, 3: 2, 4: 2}  # bytes of an element of spec.TYPES
+NAMES = [f.name.upper() for f in fields(Spec)]
+
+
+def available() -> bool:
+    return shutil.which(COMPILER) is not None
+
+
+def _generated() -> dict[str, str]:
+    spec = "#pragma once\n" + "".join(f"inline int {name};\n" for name in NAMES)
+    spec += f"#define SPEC_CONSTANTS {', '.join('&' + name for name in NAMES)}\n"
+    table = "".join(f'{{"{k.name}", [] {{ {k.type}::run(params); }}}},\n'
+                    for k in kernels.ALL.values())
+    checks = "".join(f"static_assert(sizeof(Params) == {ctypes.sizeof(Params)});\n"
+                     for _ in range(1))
+    for k in kernels.ALL.values():
+        if k is not kernels.PREPARE:
+            checks += (f"static_assert({k.type}::THREADS == {k.threads});\n"
+                       f"static_assert({k.type}::SHARED == {k.shared});\n")
+    for name, _ in Params._fields_:
+        checks += f"static_assert(offsetof(Params, {name}) == {getattr(Params, name).offset});\n"
+    return {"spec.cuh": spec, "kernels.inc": table, "checks.inc": checks}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Built once for all processes that ask for the same sources."""
+    texts = {**compiler.sources(), **{p.name: p.read_text() for p in FOLDER.iterdir()},
+             **_generated()}
+    options = ["-std=c++20", "-O1", "-DBITKERNELS_EMULATED", "-I.", "-fPIC", "-shared", "-w", "-ffp-contract=off",
+               "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+    key = hashlib.sha256("\0".join([*options, *map("\0".join, sorted(texts.items()))]).encode())
+    path = Path(tempfile.gettempdir()) / f"bitkernels-emulator-{os.getuid()}" / key.hexdigest()[:16]
+    built = path / "emulator.so"
+    if not built.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (path / name).write_text(text)
+        part = path / f"{os.getpid()}.so"
+        subprocess.run([COMPILER, *options, "-o", part, "main.cpp", "machine.cpp"], cwd=path,
+                       check=True)
+        os.replace(part, built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.emulate.restype = ctypes.c_char_p
+    return loaded
+
+
+class Range(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_bool)]
+
+
+class EmulatedDriver:
+    """Launches run at once; a launch that would fail, hang or leave its tensors raises."""
+
+    def __init__(self, seed: int = 0):
+        self.functions: list[tuple[kernels.Kernel, Spec]] = []
+        self.launched: list[str] = []
+        self.seed = seed
+
+    def version(self) -> tuple[int, int]:
+        return 99, 0
+
+    def bind(self, index: int) -> None:
+        pass
+
+    def build(self, kernel: kernels.Kernel, spec: Spec, arch: str) -> int:
+        self.functions.append((kernel, spec))
+        return len(self.functions) - 1
+
+    def launch(self, function: int, grid: int, block: int, shared: int, stream: int,
+               params: Params) -> None:
+        kernel, spec = self.functions[function]
+        assert (block, shared) == (kernel.threads, kernel.shared)
+        self.launched.append(kernel.name)
+        ranges = (Range * 20)()
+        sizes = self._sizes(kernel, spec, params)
+        for i, (name, (size, writable)) in enumerate(sizes.items()):
+            begin = getattr(params, name) or 0
+            ranges[i] = Range(begin, begin + (size if begin else 0), writable)
+        values = (ctypes.c_int * len(NAMES))(*(getattr(spec, name.lower()) for name in NAMES))
+        self.seed += 1
+        error = library().emulate(kernel.name.encode(), grid, block, shared, ctypes.byref(params),
+                                  values, ranges, len(sizes), self.seed)
+        if error is not None:
+            raise RuntimeError(f"{kernel.name}: {error.decode()}")
+
+    @staticmethod
+    def _sizes(kernel, spec: Spec, p: Params) -> dict[str, tuple[int, bool]]:
+        """Bytes of each tensor, and whether this kernel may write it."""
+        preparing = kernel is kernels.PREPARE
+        cells = p.rows * spec.cout
+        found = {"words": (p.images * spec.h * spec.w * spec.pixel, False),
+                 "filters": (spec.cout * spec.k_bytes, False),
+                 "corr": (spec.classes * spec.cout * 4, preparing), "pa": (4 * p.rows, preparing)}
+        if not preparing:
+            found |= {"out": (cells * SIZES[spec.out_type], True),
+                      "packed": (p.rows * -(-spec.cout // 32) * 4, True),
+                      "residual": (cells * SIZES[spec.residual], False),
+                      "threshold": (8 * spec.cout, False)}
+            found |= {name: (4 * spec.cout, False) for name in (
+                "scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")}
+        return found

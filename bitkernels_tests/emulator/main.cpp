@@ -1,0 +1,34 @@
+// The kernels, run by the emulator: emulate() is what a launch is on a GPU.
+#include "mma_gemm.cuh"
+#include "prepare.cuh"
+
+static Params params;
+
+#include <cstddef>
+
+#include "checks.inc"
+
+struct Kernel {
+  const char* name;
+  void (*run)();
+};
+
+static const Kernel KERNELS[] = {
+#include "kernels.inc"
+};
+
+extern "C" const char* emulate(const char* name, int grid, int block, int shared, const void* p,
+                               const int* spec, const emulator::Range* ranges, int count,
+                               int seed) {
+  static std::string error;
+  int* const constants[] = {SPEC_CONSTANTS};
+  for (size_t i = 0; i < sizeof(constants) / sizeof(*constants); ++i) *constants[i] = spec[i];
+  memcpy(&params, p, sizeof(params));
+  machine.ranges.assign(ranges, ranges + count);
+  for (const Kernel& kernel : KERNELS) {
+    if (strcmp(kernel.name, name)) continue;
+    error = machine.run(grid, block, shared, seed, kernel.run);
+    return error.empty() ? nullptr : error.c_str();
+  }
+  return "no such kernel";
+}
