@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from bitkernels.backends.cuda import compiler, kernels
+from bitkernels.backends.cuda.driver import TensorMap
 from bitkernels.backends.cuda.spec import Params, Spec
 
 FOLDER = Path(__file__).parent / "emulator"
@@ -30,29 +31,31 @@ def available() -> bool:
     return shutil.which(COMPILER) is not None
 
 
-def _generated() -> dict[str, str]:
+def maps(kernel: kernels.Kernel) -> str:
+    return ", maps[0], maps[1]" if kernel.windows else ""
+
+
+def _generated(chosen) -> dict[str, str]:
     spec = "#pragma once\n" + "".join(f"inline int {name};\n" for name in NAMES)
     spec += f"#define SPEC_CONSTANTS {', '.join('&' + name for name in NAMES)}\n"
-    table = "".join(f'{{"{k.name}", [] {{ {k.type}::run(params); }}}},\n'
-                    for k in kernels.ALL.values())
-    checks = "".join(f"static_assert(sizeof(Params) == {ctypes.sizeof(Params)});\n"
-                     for _ in range(1))
-    for k in kernels.ALL.values():
+    table = "".join(f'{{"{k.name}", [] {{ {k.type}::run(params{maps(k)}); }}}},\n'
+                    for k in chosen)
+    checks = f"static_assert(sizeof(Params) == {ctypes.sizeof(Params)});\n"
+    for name, _ in Params._fields_:
+        checks += f"static_assert(offsetof(Params, {name}) == {getattr(Params, name).offset});\n"
+    for k in chosen:
         if k is not kernels.PREPARE:
             checks += (f"static_assert({k.type}::THREADS == {k.threads});\n"
                        f"static_assert({k.type}::SHARED == {k.shared});\n")
-    for name, _ in Params._fields_:
-        checks += f"static_assert(offsetof(Params, {name}) == {getattr(Params, name).offset});\n"
     return {"spec.cuh": spec, "kernels.inc": table, "checks.inc": checks}
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
+def build(sources: dict[str, str], chosen, optimize: bool = True) -> ctypes.CDLL:
     """Built once for all processes that ask for the same sources."""
-    texts = {**compiler.sources(), **{p.name: p.read_text() for p in FOLDER.iterdir()},
-             **_generated()}
-    options = ["-std=c++20", "-O1", "-DBITKERNELS_EMULATED", "-I.", "-fPIC", "-shared", "-w", "-ffp-contract=off",
-               "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+    texts = {**sources, **{p.name: p.read_text() for p in FOLDER.iterdir()},
+             **_generated((*chosen, kernels.PREPARE))}
+    options = ["-std=c++20", "-O1" if optimize else "-O0", "-DBITKERNELS_EMULATED", "-I.", "-fPIC",
+               "-shared", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
     key = hashlib.sha256("\0".join([*options, *map("\0".join, sorted(texts.items()))]).encode())
     path = Path(tempfile.gettempdir()) / f"bitkernels-emulator-{os.getuid()}" / key.hexdigest()[:16]
     built = path / "emulator.so"
@@ -69,14 +72,25 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@functools.cache
+def library() -> ctypes.CDLL:
+    return build(compiler.sources(), [k for k in kernels.ALL.values() if k is not kernels.PREPARE])
+
+
 class Range(ctypes.Structure):
     _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_bool)]
+
+
+class EmulatedMap(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_uint64) for name in ("base", "width", "height", "stride")),
+                ("box_width", ctypes.c_uint32), ("box_height", ctypes.c_uint32)]
 
 
 class EmulatedDriver:
     """Launches run at once; a launch that would fail, hang or leave its tensors raises."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, built: ctypes.CDLL | None = None):
+        self.library = built or library()
         self.functions: list[tuple[kernels.Kernel, Spec]] = []
         self.launched: list[str] = []
         self.seed = seed
@@ -91,8 +105,14 @@ class EmulatedDriver:
         self.functions.append((kernel, spec))
         return len(self.functions) - 1
 
+    def tensor_map(self, tensor, rows: int, width: int, box: int) -> TensorMap:
+        map = TensorMap()
+        ctypes.memmove(ctypes.addressof(map), bytes(EmulatedMap(
+            tensor.data_ptr(), width, rows, width, 128, box)), ctypes.sizeof(EmulatedMap))
+        return map
+
     def launch(self, function: int, grid: int, block: int, shared: int, stream: int,
-               params: Params) -> None:
+               params: Params, *maps: ctypes.Structure) -> None:
         kernel, spec = self.functions[function]
         assert (block, shared) == (kernel.threads, kernel.shared)
         self.launched.append(kernel.name)
@@ -103,8 +123,10 @@ class EmulatedDriver:
             ranges[i] = Range(begin, begin + (size if begin else 0), writable)
         values = (ctypes.c_int * len(NAMES))(*(getattr(spec, name.lower()) for name in NAMES))
         self.seed += 1
-        error = library().emulate(kernel.name.encode(), grid, block, shared, ctypes.byref(params),
-                                  values, ranges, len(sizes), self.seed)
+        both = b"".join(bytes(m) for m in maps) if maps else None
+        error = self.library.emulate(kernel.name.encode(), grid, block, shared,
+                                     ctypes.byref(params), both, values, ranges, len(sizes),
+                                     self.seed)
         if error is not None:
             raise RuntimeError(f"{kernel.name}: {error.decode()}")
 

@@ -5,5 +5,5 @@ own kernels for its device over it. Importing registers names only: nothing is c
 """
 
 from bitkernels.backends import cpu as cpu
-from bitkernels.backends import reference as reference
 from bitkernels.backends import gpu as gpu
+from bitkernels.backends import reference as reference

@@ -2,3 +2,5 @@
 #pragma once
 #define HOST_DEVICE inline
 #define DEVICE inline
+
+inline int MUTANT = 0;  // the number of a deliberate mistake, for the tests of the emulator itself

@@ -73,6 +73,7 @@ struct Machine {
   // The block that runs.
   int current;
   std::mt19937 random;
+  bool lazy;  // products wait until they must happen, bulk copies do not wait
   int order;  // 0: random, 1: the latest ready thread first, 2: the earliest
   std::deque<int> ready;
   std::vector<bool> finished;

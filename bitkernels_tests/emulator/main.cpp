@@ -1,8 +1,10 @@
 // The kernels, run by the emulator: emulate() is what a launch is on a GPU.
 #include "mma_gemm.cuh"
 #include "prepare.cuh"
+#include "wgmma_gemm.cuh"
 
 static Params params;
+static TensorMap maps[2];
 
 #include <cstddef>
 
@@ -18,12 +20,13 @@ static const Kernel KERNELS[] = {
 };
 
 extern "C" const char* emulate(const char* name, int grid, int block, int shared, const void* p,
-                               const int* spec, const emulator::Range* ranges, int count,
-                               int seed) {
+                               const void* tensor_maps, const int* spec,
+                               const emulator::Range* ranges, int count, int seed) {
   static std::string error;
   int* const constants[] = {SPEC_CONSTANTS};
   for (size_t i = 0; i < sizeof(constants) / sizeof(*constants); ++i) *constants[i] = spec[i];
   memcpy(&params, p, sizeof(params));
+  if (tensor_maps) memcpy(maps, tensor_maps, sizeof(maps));
   machine.ranges.assign(ranges, ranges + count);
   for (const Kernel& kernel : KERNELS) {
     if (strcmp(kernel.name, name)) continue;
@@ -32,3 +35,5 @@ extern "C" const char* emulate(const char* name, int grid, int block, int shared
   }
   return "no such kernel";
 }
+
+extern "C" void set_mutant(int number) { MUTANT = number; }

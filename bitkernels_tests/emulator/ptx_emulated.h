@@ -8,7 +8,7 @@
 
 using emulator::machine;
 
-enum Instruction { SHUFFLE = 1, MMA, BAR, WGMMA, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT };
+enum Instruction { SHUFFLE = 1, MMA, BAR, WGMMA, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT, VOTE };
 
 inline unsigned char* shared_memory() { return machine.shared; }
 
@@ -35,9 +35,21 @@ inline u32 shuffle_xor(u32 value, int mask) {
   return machine.lane_out[warp][lane ^ mask];
 }
 
+inline bool any_lane(bool x) {
+  const int warp = machine.current / 32;
+  machine.lane_in[warp][machine.current % 32] = x;
+  machine.meet(machine.warps[warp], 32, VOTE, [warp] {
+    u32 any = 0;
+    for (u32 lane : machine.lane_in[warp]) any |= lane;
+    machine.lane_out[warp].fill(any);
+  });
+  return machine.lane_out[warp][machine.current % 32];
+}
+
 inline int popcount(u32 value) { return std::popcount(value); }
 inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
+inline float float_value(u32 bits) { return std::bit_cast<float>(bits); }
 inline u32 float_bits(float x) { return std::bit_cast<u32>(x); }
 
 inline u32 half_bits(float x) { return std::bit_cast<u16>(static_cast<_Float16>(x)); }
@@ -54,6 +66,18 @@ template <class T>
 T load(const T* p) {
   machine.check(p, sizeof(T), false);
   return *p;
+}
+
+template <class T>
+void load2(T (&v)[2], const T* p) {
+  machine.check(p, 2 * sizeof(T), false);
+  memcpy(v, p, 2 * sizeof(T));
+}
+
+inline void store2(void* p, u32 a, u32 b) {
+  machine.check(p, 8, true);
+  const u32 v[2] = {a, b};
+  memcpy(p, v, 8);
 }
 
 template <class T>
@@ -118,5 +142,115 @@ inline void mma_and(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
         machine.accumulators[warp][row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] += sum;
       }
     }
+  });
+}
+
+// Hopper.
+
+inline void fence_async() {
+  for (const auto& [to, bytes] : machine.waited[machine.current]) {
+    for (int i = 0; i < bytes; ++i) {
+      uint16_t& owner = machine.unfenced[to - emulator::SHARED_BASE + i];
+      if (owner == machine.current + 1) owner = 0;
+    }
+  }
+  machine.waited[machine.current].clear();
+}
+
+inline emulator::Warpgroup& warpgroup() { return machine.warpgroups[machine.current / 128]; }
+
+// A wait or commit concerns the whole warpgroup, which executes it together.
+inline void wgmma_fence() {
+  machine.meet(warpgroup().meeting, 128, WGMMA_FENCE, [] { warpgroup().fenced = true; });
+}
+
+inline void wgmma_commit() {
+  machine.meet(warpgroup().meeting, 128, WGMMA_COMMIT, [] { ++warpgroup().group; });
+}
+
+template <int PENDING>
+void wgmma_wait() {
+  machine.meet(warpgroup().meeting, 128, WGMMA_WAIT + 256 * PENDING, [] {
+    emulator::Warpgroup& g = warpgroup();
+    while (!g.products.empty() && g.products.front().first < g.group - PENDING) {
+      machine.run_product(g);
+    }
+    if (PENDING == 0) g.fenced = false;
+  });
+}
+
+template <int N>
+void wgmma_and(int (&d)[N / 8][4], u64 a, u64 b, bool accumulate) {
+  emulator::Warpgroup& g = warpgroup();
+  if (!g.fenced) machine.fail("wgmma without wgmma.fence");
+  g.d[machine.current % 128] = &d[0][0];
+  machine.meet(g.meeting, 128, WGMMA + 256 * N, [&] {
+    emulator::Product product = {N, a, b, accumulate, {}};
+    memcpy(product.d, g.d, sizeof(g.d));
+    g.products.emplace_back(g.group, product);
+  });
+}
+
+template <int REGISTERS>
+void give_registers() {}
+template <int REGISTERS>
+void take_registers() {}
+
+inline void barrier_init(u32 barrier, int count) {
+  machine.at(barrier, 8);
+  machine.barriers[barrier] = {count, count};
+}
+
+inline void barrier_init_fence() {}
+
+inline emulator::Barrier& barrier_at(u32 barrier) {
+  const auto found = machine.barriers.find(barrier);
+  if (found == machine.barriers.end()) machine.fail("an mbarrier that is not initialised");
+  return found->second;
+}
+
+inline void barrier_arrive(u32 barrier) {
+  --barrier_at(barrier).pending;
+  machine.complete(barrier_at(barrier));
+}
+
+inline void barrier_arrive_expect(u32 barrier, int bytes) {
+  barrier_at(barrier).transactions += bytes;
+  barrier_arrive(barrier);
+}
+
+inline void barrier_wait(u32 barrier, int parity) {
+  while (barrier_at(barrier).phase == parity) machine.wait(barrier_at(barrier).waiting);
+}
+
+// What the emulated driver puts into a TensorMap: rows of `width` bytes, zeros outside, boxes whose
+// 16-byte pieces are swizzled as the PTX manual shows for 128 bytes.
+struct EmulatedMap {
+  u64 base, width, height, stride;
+  u32 box_width, box_height;
+};
+
+inline void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
+  EmulatedMap m;
+  memcpy(&m, &map, sizeof(m));
+  if (m.base % 16 || m.stride % 16) machine.fail("a tensor map must be aligned to 16 bytes");
+  if (m.box_width != 128 || m.box_height > 256) machine.fail("a box of a size that is not allowed");
+  if (to % 1024) machine.fail("a swizzled box must start at a multiple of 1024");
+  machine.at(to, 16);
+  machine.in_flight.push_back([=] {
+    for (u32 row = 0; row < m.box_height; ++row) {
+      for (u32 piece = 0; piece < 8; ++piece) {
+        unsigned char* const at = machine.at(to + row * 128 + ((piece ^ row % 8) * 16), 16);
+        for (u32 i = 0; i < 16; ++i) {
+          const u64 column = x + piece * 16 + i;
+          const bool inside = column < m.width && y + row < m.height;
+          const auto* from = reinterpret_cast<const unsigned char*>(m.base + (y + row) * m.stride);
+          if (inside) machine.check(from + column, 1, false);
+          at[i] = inside ? from[column] : 0;
+        }
+      }
+    }
+    barrier_at(barrier).transactions -= m.box_width * m.box_height;
+    machine.complete(barrier_at(barrier));
   });
 }

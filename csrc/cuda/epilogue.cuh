@@ -23,52 +23,114 @@ DEVICE void quad_transpose(u32 (&v)[4], int t) {
   }
 }
 
-// The values of one output channel, absent ones neutral and never read.
-struct Channel {
-  float scale, bias, shift_in, slope, shift_out, sign_shift;
-  int low, high;
-  bool real;  // false past the last channel
+// Two neighbouring values, the first at an even index. Where the row length is even they are read
+// at once; past the last channel the last one is read again and nothing is stored.
+template <class T>
+struct Pair {
+  T v[2];
+};
 
-  DEVICE static Channel at(const Params& p, int n) {
-    Channel c = {1, 0, 0, 1, 0, 0, 0, 0, n < COUT};
-    if (!c.real) return c;
-    if (SCALE) c.scale = load(p.scale + n);
-    if (BIAS) c.bias = load(p.bias + n);
-    if (SHIFT_IN) c.shift_in = load(p.shift_in + n);
-    if (SLOPE) c.slope = load(p.slope + n);
-    if (SHIFT_OUT) c.shift_out = load(p.shift_out + n);
-    if (SIGN_SHIFT) c.sign_shift = load(p.sign_shift + n);
-    if (THRESHOLD) c.low = load(p.threshold + n), c.high = load(p.threshold + COUT + n);
+template <class T>
+DEVICE Pair<T> load_pair(const T* row, int column) {
+  Pair<T> pair;
+  if (COUT % 2 == 0) {
+    load2(pair.v, row + (column < COUT ? column : COUT - 2));
+  } else {
+    pair.v[0] = load(row + (column < COUT ? column : COUT - 1));
+    pair.v[1] = load(row + (column + 1 < COUT ? column + 1 : COUT - 1));
+  }
+  return pair;
+}
+
+// The epilogue's values of two output channels; absent ones are never looked at.
+struct Channels {
+  Pair<float> scale, bias, shift_in, slope, shift_out, sign_shift;
+  Pair<int> low, high;
+
+  DEVICE static Channels at(const Params& p, int column) {
+    Channels c;
+    if (SCALE) c.scale = load_pair(p.scale, column);
+    if (BIAS) c.bias = load_pair(p.bias, column);
+    if (SHIFT_IN) c.shift_in = load_pair(p.shift_in, column);
+    if (SLOPE) c.slope = load_pair(p.slope, column);
+    if (SHIFT_OUT) c.shift_out = load_pair(p.shift_out, column);
+    if (SIGN_SHIFT) c.sign_shift = load_pair(p.sign_shift, column);
+    if (THRESHOLD) {
+      c.low = load_pair(p.threshold, column);
+      c.high.v[0] = load(p.threshold + COUT + (column < COUT ? column : COUT - 1));
+      c.high.v[1] = load(p.threshold + COUT + (column + 1 < COUT ? column + 1 : COUT - 1));
+    }
     return c;
   }
 };
 
-DEVICE float residual_at(const void* residual, i64 at) {
-  if (RESIDUAL == FLOAT32) return load(static_cast<const float*>(residual) + at);
-  const u32 bits = load(static_cast<const u16*>(residual) + at);
+// A row of the tile, one past the last computed as the last and not stored.
+struct Row {
+  int m;
+  int base;  // -2 popcount(window)
+  int corr;  // where the corrections of its border class start
+  bool inside;
+
+  DEVICE static Row at(const Params& p, int m, int pa) {
+    const bool inside = m < p.rows;
+    if (!inside) m = p.rows - 1;
+    return {m, -2 * pa, border_classes() > 1 ? border_class(pixel_of(m)) * COUT : 0, inside};
+  }
+
+  // Of an element of the output and of the residual.
+  DEVICE i64 offset(int column) const {
+    if (NHWC) return static_cast<i64>(m) * COUT + column;
+    const Pixel at = pixel_of(m);
+    return (static_cast<i64>(at.image) * COUT + column) * (OH * OW) + at.oh * OW + at.ow;
+  }
+};
+
+DEVICE float residual_value(u32 bits) {
+  if (RESIDUAL == FLOAT32) return float_value(bits);
   return RESIDUAL == FLOAT16 ? half_value(bits) : bfloat_value(bits);
 }
 
+DEVICE u32 residual_at(const Params& p, i64 at) {
+  if (RESIDUAL == FLOAT32) return load(static_cast<const u32*>(p.residual) + at);
+  return load(static_cast<const u16*>(p.residual) + at);
+}
+
+DEVICE Pair<float> residuals(const Params& p, const Row& r, int column) {
+  Pair<float> pair;
+  if (NHWC && RESIDUAL == FLOAT32) {
+    const Pair<u32> bits = load_pair(static_cast<const u32*>(p.residual) + r.offset(0), column);
+    for (int i = 0; i < 2; ++i) pair.v[i] = residual_value(bits.v[i]);
+  } else if (NHWC) {
+    const Pair<u16> bits = load_pair(static_cast<const u16*>(p.residual) + r.offset(0), column);
+    for (int i = 0; i < 2; ++i) pair.v[i] = residual_value(bits.v[i]);
+  } else {
+    for (int i = 0; i < 2; ++i) {
+      const int inside = column + i < COUT ? column + i : COUT - 1;
+      pair.v[i] = residual_value(residual_at(p, r.offset(inside)));
+    }
+  }
+  return pair;
+}
+
 // clamp, scale and bias, residual, RPReLU.
-DEVICE float finish(int dot, const Channel& c, const Params& p, i64 at) {
+DEVICE float finish(int dot, const Channels& c, int i, float residual, const Params& p) {
   float y = static_cast<float>(dot);
   if (CLAMP_MIN) y = y < p.clamp_min ? p.clamp_min : y;
   if (CLAMP_MAX) y = y > p.clamp_max ? p.clamp_max : y;
-  if (SCALE) y = multiply(y, c.scale);
-  if (BIAS) y = add(y, c.bias);
-  if (RESIDUAL != NONE && c.real) y = add(y, residual_at(p.residual, at));
+  if (SCALE) y = multiply(y, c.scale.v[i]);
+  if (BIAS) y = add(y, c.bias.v[i]);
+  if (RESIDUAL != NONE) y = add(y, residual);
   if (SLOPE) {
-    if (SHIFT_IN) y = add(y, c.shift_in);
-    y = y > 0 ? y : multiply(y, c.slope);
-    if (SHIFT_OUT) y = add(y, c.shift_out);
+    if (SHIFT_IN) y = add(y, c.shift_in.v[i]);
+    y = y > 0 ? y : multiply(y, c.slope.v[i]);
+    if (SHIFT_OUT) y = add(y, c.shift_out.v[i]);
   }
   return y;
 }
 
-DEVICE u32 sign_bit(float y, int dot, const Channel& c) {
-  if (!c.real) return 0;
-  if (THRESHOLD) return dot >= c.low && dot <= c.high;
-  if (SIGN_SHIFT) y = add(y, c.sign_shift);
+DEVICE bool sign_of(float y, int dot, const Channels& c, int i) {
+  if (THRESHOLD) return dot >= c.low.v[i] && dot <= c.high.v[i];
+  if (SIGN_SHIFT) y = add(y, c.sign_shift.v[i]);
   return !(y < 0);
 }
 
@@ -79,57 +141,36 @@ DEVICE u32 real_bits(float y, int dot) {
   return float_bits(y);
 }
 
-// The outputs of one row of the tile.
-struct Row {
-  int m;
-  bool inside;
-  int pa;           // bits set in the window
-  const int* corr;  // of its border class
-  i64 out;          // of channel 0, in elements
-  int step;         // from one channel to the next
-
-  DEVICE static Row at(const Params& p, int m, int pa) {
-    Row r = {m, m < p.rows, pa, p.corr, static_cast<i64>(m) * COUT, 1};
-    if (!r.inside) return r;
-    const bool classes = border_classes() > 1;
-    if (classes || !NHWC) {
-      const Pixel pixel = pixel_of(m);
-      if (classes) r.corr += static_cast<i64>(border_class(pixel)) * COUT;
-      if (!NHWC) {
-        r.out = static_cast<i64>(pixel.image) * COUT * (OH * OW) + pixel.oh * OW + pixel.ow;
-        r.step = OH * OW;
-      }
-    }
-    return r;
-  }
-};
-
-DEVICE void store_row(const Params& p, const Row& r, int n, u32 (&v)[4][2], int t) {
-  if (OUT_TYPE == FLOAT16 || OUT_TYPE == BFLOAT16) {
+// Stores 32 columns of a row, of which this lane has 8 j + 2 t + i in v[j][i].
+DEVICE void store_row(const Params& p, const Row& r, int first, const u32 (&v)[4][2], int t) {
+  const bool SHORT = OUT_TYPE == FLOAT16 || OUT_TYPE == BFLOAT16;
+  if (SHORT && NHWC && COUT % 8 == 0) {
     // After the transposition a lane holds 8 neighbouring channels: one 16-byte store.
     u32 line[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) line[j] = v[j][0] | v[j][1] << 16;
-    if (NHWC && COUT % 8 == 0) {
-      quad_transpose(line, t);
-      if (r.inside && n + 8 * t < COUT) {
-        store4(static_cast<u16*>(p.out) + r.out + n + 8 * t, line);
-      }
-      return;
+    quad_transpose(line, t);
+    if (r.inside && first + 8 * t < COUT) {
+      store4(static_cast<u16*>(p.out) + r.offset(first + 8 * t), line);
     }
+    return;
   }
-  if (!r.inside) return;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
+    const int column = first + 8 * j + 2 * t;
+    if (!SHORT && NHWC && COUT % 2 == 0) {
+      if (r.inside && column < COUT) {
+        store2(static_cast<u32*>(p.out) + r.offset(column), v[j][0], v[j][1]);
+      }
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int column = n + 8 * j + 2 * t + i;
-      if (column >= COUT) continue;
-      const i64 at = r.out + static_cast<i64>(column) * r.step;
-      if (OUT_TYPE == FLOAT16 || OUT_TYPE == BFLOAT16) {
-        store(static_cast<u16*>(p.out) + at, static_cast<u16>(v[j][i]));
+      if (!r.inside || column + i >= COUT) continue;
+      if (SHORT) {
+        store(static_cast<u16*>(p.out) + r.offset(column + i), static_cast<u16>(v[j][i]));
       } else {
-        store(static_cast<u32*>(p.out) + at, v[j][i]);
+        store(static_cast<u32*>(p.out) + r.offset(column + i), v[j][i]);
       }
     }
   }
@@ -137,57 +178,55 @@ DEVICE void store_row(const Params& p, const Row& r, int n, u32 (&v)[4][2], int 
 
 // MT fragments of 16 rows and NT of 8 columns. Row f of fragment i is first_row + i * ROW_STEP + f;
 // pa[i] are the window counts of this lane's two rows of it. Consumes acc.
+//
+// Nothing branches around a shuffle, so all columns of the tile are gone through; those past the
+// last are computed from its values and not stored. Two rows at a time, and the channels' values
+// read again for each: to keep the addresses of all rows in registers beside the counts costs
+// spills.
 template <int MT, int NT, int ROW_STEP>
 DEVICE void epilogue(int (&acc)[MT][NT][4], const int (&pa)[MT][2], const Params& p, int first_row,
                      int first_column, int lane) {
   static_assert(NT % 4 == 0, "whole packed words");
   const int t = lane % 4;
 #pragma unroll
-  for (int q = 0; q < NT / 4; ++q) {
-    const int n = first_column + 32 * q;
-    u32 bits[MT][2] = {};
+  for (int f = 0; f < MT; ++f) {
+    const int m = first_row + f * ROW_STEP + lane / 4;
+    const Row rows[2] = {Row::at(p, m, pa[f][0]), Row::at(p, m + 8, pa[f][1])};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int q = 0; q < NT / 4; ++q) {
+      const int first = first_column + 32 * q;
+      if (!any_lane(first < COUT)) break;
+      u32 bits[2] = {};
+      u32 real[2][4][2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n + 8 * j + 2 * t + i;
-        const Channel c = Channel::at(p, column);
+      for (int j = 0; j < 4; ++j) {
+        const int column = first + 8 * j + 2 * t;
+        const Channels c = Channels::at(p, column);
 #pragma unroll
-        for (int f = 0; f < MT; ++f) {
+        for (int h = 0; h < 2; ++h) {
+          const Pair<int> corr = load_pair(static_cast<const int*>(p.corr) + rows[h].corr, column);
+          Pair<float> residual = {};
+          if (RESIDUAL != NONE) residual = residuals(p, rows[h], column);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const Row r = Row::at(p, first_row + f * ROW_STEP + lane / 4 + 8 * h, pa[f][h]);
-            int& cell = acc[f][4 * q + j][2 * h + i];
-            if (!r.inside || !c.real) continue;
-            const int dot = 4 * cell - 2 * r.pa + load(r.corr + column);
-            const float y = finish(dot, c, p, r.out + static_cast<i64>(column) * r.step);
-            if (PACKED) bits[f][h] |= sign_bit(y, dot, c) << (8 * j + 2 * t + i);
-            if (OUT_TYPE != NONE) cell = static_cast<int>(real_bits(y, dot));
+          for (int i = 0; i < 2; ++i) {
+            const int dot = 4 * acc[f][4 * q + j][2 * h + i] + rows[h].base + corr.v[i];
+            const float y = finish(dot, c, i, residual.v[i], p);
+            if (PACKED && sign_of(y, dot, c, i) && column + i < COUT) {
+              bits[h] |= 1u << (8 * j + 2 * t + i);
+            }
+            real[h][j][i] = real_bits(y, dot);
           }
         }
       }
-    }
-#pragma unroll
-    for (int f = 0; f < MT; ++f) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Row r = Row::at(p, first_row + f * ROW_STEP + lane / 4 + 8 * h, pa[f][h]);
-        if (OUT_TYPE != NONE) {
-          u32 v[4][2];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            v[j][0] = static_cast<u32>(acc[f][4 * q + j][2 * h]);
-            v[j][1] = static_cast<u32>(acc[f][4 * q + j][2 * h + 1]);
-          }
-          store_row(p, r, n, v, t);
-        }
+        if (OUT_TYPE != NONE) store_row(p, rows[h], first, real[h], t);
         if (PACKED) {
-          u32 word = bits[f][h];
+          u32 word = bits[h];
           word |= shuffle_xor(word, 1);
           word |= shuffle_xor(word, 2);
-          const int at = n / 32, words = (COUT + 31) / 32;
-          if (r.inside && t == q % 4 && at < words) {
-            store(p.packed + static_cast<i64>(r.m) * words + at, word);
+          if (rows[h].inside && t == q % 4) {
+            store(p.packed + static_cast<i64>(rows[h].m) * ((COUT + 31) / 32) + first / 32, word);
           }
         }
       }

@@ -12,8 +12,8 @@
 template <int ROWS, bool WIDE, int THREADS, int SIZE>
 struct Gather {
   static constexpr int BYTES = WIDE ? 128 : 64;
-  static constexpr int ACROSS = BYTES / SIZE;        // chunks of a row
-  static constexpr int STEP = THREADS / ACROSS;      // rows that are filled at once
+  static constexpr int ACROSS = BYTES / SIZE;    // chunks of a row
+  static constexpr int STEP = THREADS / ACROSS;  // rows that are filled at once
   static_assert(ROWS % STEP == 0, "every thread fills the same number of chunks");
 
   DEVICE static u32 offset(int row, int byte) {
@@ -26,7 +26,7 @@ struct Gather {
     const int byte = thread % ACROSS * SIZE;
     const Chunk chunk = chunk_at(k + byte);
     const unsigned char* words = reinterpret_cast<const unsigned char*>(p.words);
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < ROWS / STEP; ++i) {
       const int row = thread / ACROSS + i * STEP;
       const Window window = windows[row];
@@ -39,7 +39,7 @@ struct Gather {
   DEVICE static void filters(u32 tile, int first, const Params& p, int k, int thread) {
     const int byte = thread % ACROSS * SIZE;
     const unsigned char* words = reinterpret_cast<const unsigned char*>(p.filters);
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < ROWS / STEP; ++i) {
       const int row = thread / ACROSS + i * STEP;
       const bool real = first + row < COUT && k + byte < K_BYTES;

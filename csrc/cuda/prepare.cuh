@@ -51,7 +51,8 @@ DEVICE void prepare_window(const Params& p, int m, int lane) {
   if (lane == 0) store(p.pa + m, count);
 }
 
-// Blocks of WARPS warps: first one warp for each filter, then one for each window if they are asked.
+// Blocks of WARPS warps: first one warp for each filter, then one for each window if they are
+// asked.
 template <int WARPS>
 struct Prepare {
   DEVICE static void run(const Params& p) {

@@ -27,6 +27,9 @@ DEVICE void sync_some(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// The same in all lanes, and known to be by the compiler: a branch on it leaves the warp whole.
+DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
+
 DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 DEVICE int popcount(u32 value) { return __popc(value); }
 
@@ -52,6 +55,7 @@ DEVICE float half_value(u32 bits) {
   return x;
 }
 
+DEVICE float float_value(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bfloat_value(u32 bits) { return __uint_as_float(bits << 16); }
 
@@ -60,7 +64,22 @@ DEVICE T load(const T* p) {
   return __ldg(p);
 }
 
-// Of memory that the same launch may write.
+DEVICE void load2(float (&v)[2], const float* p) {
+  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "l"(p));
+}
+
+DEVICE void load2(u32 (&v)[2], const u32* p) {
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(p));
+}
+
+DEVICE void load2(int (&v)[2], const int* p) {
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(p));
+}
+
+DEVICE void load2(u16 (&v)[2], const u16* p) {
+  asm volatile("ld.global.nc.v2.b16 {%0, %1}, [%2];" : "=h"(v[0]), "=h"(v[1]) : "l"(p));
+}
+
 template <class T>
 DEVICE void store(T* p, T value) {
   *p = value;
@@ -114,6 +133,96 @@ DEVICE void mma_and(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
       "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The rest is Hopper's: wgmma, mbarriers, bulk tensor copies.
+
+// Lets what this thread wrote by ordinary stores and cp.async be read by wgmma and bulk copies.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Of registers, before the first wgmma that uses them after anything else did.
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int PENDING>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#include "wgmma.cuh"
+
+template <int N>
+DEVICE void wgmma_and(int (&d)[N / 8][4], u64 a, u64 b, bool accumulate) {
+  Wgmma<N>::run(d, a, b, accumulate);
+}
+#endif
+
+template <int REGISTERS>
+DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+DEVICE void barrier_init(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Makes initialised barriers visible to bulk copies.
+DEVICE void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  fence_async();
+}
+
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// One arrival, and so many bytes of bulk copies to come before the phase ends.
+DEVICE void barrier_arrive_expect(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+DEVICE bool barrier_try(u32 barrier, int parity) {
+  int done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; "
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
+DEVICE u64 nanoseconds() {
+  u64 t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+
+// Returns when the phase of this parity is over. A pipeline that is stuck ends in a launch failure
+// after half a minute, not in a process that hangs.
+DEVICE void barrier_wait(u32 barrier, int parity) {
+  if (barrier_try(barrier, parity)) return;
+  const u64 start = nanoseconds();
+  while (!barrier_try(barrier, parity)) {
+    if (nanoseconds() - start > 30000000000ull) __trap();
+  }
+}
+
+// Copies the box at (x, y) of a two-dimensional tensor of bytes, in the layout that the map says,
+// with zeros for what lies outside; `barrier` counts the bytes.
+DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
 }
 
 #endif  // BITKERNELS_EMULATED

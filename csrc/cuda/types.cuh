@@ -41,3 +41,8 @@ struct Params {
 };
 
 enum Type { NONE = 0, INT32 = 1, FLOAT32 = 2, FLOAT16 = 3, BFLOAT16 = 4 };
+
+// CUtensorMap, which only the driver and the hardware look into.
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};

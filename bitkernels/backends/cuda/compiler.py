@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v")
+OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--diag-suppress=128")
 
 
 class CompileError(RuntimeError):
@@ -94,7 +94,8 @@ def _compile(source: str, header: str, arch: str) -> Binary:
                                     [name.encode() for name in headers])
     try:
         binding.compileProgram(program, (f"--gpu-architecture={arch}", *OPTIONS))
-        return Binary(binding.getCUBIN(program), binding.getProgramLog(program))
+        # CuPy 14 cuts the last byte, as if it ended a string; it is 0, and one more harms nothing.
+        return Binary(binding.getCUBIN(program) + b"\0", binding.getProgramLog(program))
     except binding.NVRTCError as error:
         raise CompileError(f"{error} for {arch}:\n{binding.getProgramLog(program)}") from None
     finally:

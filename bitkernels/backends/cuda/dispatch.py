@@ -142,23 +142,17 @@ def _plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
     reason = launch.outside(op, args, kw)
     if reason is not None:
         return (), f"these kernels do not take {reason}"
-    found = tuple(k for k in launch.choose(op, args, kw, arch, _multiprocessors(device))
-                  if k.family in families)
+    found = launch.choose(op, args, kw, families)
     forced = os.environ.get("BITKERNELS_CUDA_KERNEL")
     if forced:
         if forced not in kernels.ALL or forced == kernels.PREPARE.name:
             names = ", ".join(n for n in kernels.ALL if n != kernels.PREPARE.name)
             raise RuntimeError(f"BITKERNELS_CUDA_KERNEL must be one of {names}, got {forced!r}")
-        found = (kernels.ALL[forced],) if kernels.ALL[forced].family in families else ()
-        return found, "BITKERNELS_CUDA_KERNEL names it"
+        found = tuple(k for k in found if k.name == forced)
+        return found, ("BITKERNELS_CUDA_KERNEL names it" if found else
+                       f"{forced}, which BITKERNELS_CUDA_KERNEL names, does not take this call")
     day = kernels.PROVEN.get((found[0].family, arch)) if found else None
     return found, f"proven on {day}" if day else "unproven, by BITKERNELS_CUDA=1"
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:

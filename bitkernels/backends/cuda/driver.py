@@ -13,7 +13,15 @@ from bitkernels.backends.cuda.kernels import Kernel
 from bitkernels.backends.cuda.spec import Spec
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# Values of the enumerations that cuTensorMapEncodeTiled takes: element type, swizzle, promotion.
+UINT8, SWIZZLE_128B, PROMOTE_256B = 0, 3, 3
 ENTRY = b"bitkernels_kernel"
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: 128 bytes that the driver fills; it wants them at a multiple of 64."""
+
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
 class DriverError(RuntimeError):
@@ -62,6 +70,21 @@ class Driver:
                         f"{kernel.shared} bytes of shared memory")
         assert function.value is not None
         return function.value
+
+    def tensor_map(self, tensor, rows: int, width: int, box: int) -> TensorMap:
+        """Boxes of `box` rows by 128 bytes of a (rows, width bytes) matrix, swizzled by 128 bytes
+        and filled up with zeros."""
+        space = (ctypes.c_uint8 * 192)()
+        start = -ctypes.addressof(space) % 64
+        u32, u64 = ctypes.c_uint32, ctypes.c_uint64
+        self._check(self.lib.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(ctypes.addressof(space) + start), UINT8, 2,
+            ctypes.c_void_p(tensor.data_ptr()), (u64 * 2)(width, rows), (u64 * 1)(width),
+            (u32 * 2)(128, box), (u32 * 2)(1, 1), 0, SWIZZLE_128B, PROMOTE_256B, 0),
+            "cuTensorMapEncodeTiled")
+        map = TensorMap()
+        ctypes.memmove(ctypes.addressof(map), ctypes.addressof(space) + start, 128)
+        return map
 
     def launch(self, function: int, grid: int, block: int, shared: int, stream: int,
                *params: ctypes.Structure) -> None:

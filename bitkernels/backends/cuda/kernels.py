@@ -22,20 +22,23 @@ class Kernel:
     shared: int  # bytes of dynamic shared memory
     blocks: int  # that must fit on a multiprocessor: the register budget
     windows: bool = False  # whether it wants the windows counted by `prepare`
+    bulk: bool = False  # whether it takes tensor maps of both operands
+    persistent: bool = False  # whether a block computes many tiles
 
     @property
     def family(self) -> str:
         return self.name.split("_")[0]
 
-    def grid(self, tiles: int, device) -> int:
-        return tiles
-
     @property
     def source(self) -> str:
+        arguments, call = "const __grid_constant__ Params p", "p"
+        if self.windows:
+            arguments += "".join(f", const __grid_constant__ TensorMap {n}" for n in "ab")
+            call += ", a, b"
         return (f'#include "{self.header}"\n'
                 f"extern \"C\" __global__ void __launch_bounds__({self.threads}, {self.blocks})\n"
-                "bitkernels_kernel(const __grid_constant__ Params p) {\n"
-                f"  {self.type}::run(p);\n"
+                f"bitkernels_kernel({arguments}) {{\n"
+                f"  {self.type}::run({call});\n"
                 "}\n")
 
 
@@ -46,21 +49,33 @@ def _mma(bm: int, bn: int, wm: int, wn: int, stages: int, blocks: int) -> Kernel
                   bm, bn, 32 * (bm // wm) * warps_n, shared, blocks)
 
 
+def _wgmma(strips: int, bn: int, stages: int, bulk: bool) -> Kernel:
+    bm = 2 * strips * 64
+    shared = stages * (bm + bn) * 128 + bm * WINDOW + 16 * stages
+    name = f"{'bulk' if bulk else 'wgmma'}_{bm}x{bn}"
+    cpp = f"WgmmaGemm<2, {strips}, {bn}, {stages}, {str(bulk).lower()}>"
+    return Kernel(name, "wgmma_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=bulk,
+                  persistent=True)
+
+
 MMA = (
     _mma(128, 128, 64, 64, 3, 2),
     _mma(128, 64, 32, 64, 4, 2),
     _mma(64, 64, 32, 32, 4, 3),
     _mma(64, 32, 16, 32, 4, 4),
 )
+WGMMA = (_wgmma(1, 256, 4, False), _wgmma(2, 128, 4, False), _wgmma(1, 128, 4, False),
+         _wgmma(1, 64, 6, False))
+BULK = (_wgmma(1, 256, 4, True), _wgmma(2, 128, 4, True), _wgmma(1, 128, 6, True))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<4>", 4, 0, 128, 0, 4)
-ALL = {kernel.name: kernel for kernel in (*MMA, PREPARE)}
+ALL = {kernel.name: kernel for kernel in (*MMA, *WGMMA, *BULK, PREPARE)}
 
 # (family, architecture): the day on which it passed its tests on that GPU and was measured. What is
 # not here runs only where BITKERNELS_CUDA=1 asks for it.
 PROVEN: dict[tuple[str, str], str] = {}
 
 FAMILIES = {"sm_80": ("mma",), "sm_86": ("mma",), "sm_87": ("mma",), "sm_89": ("mma",),
-            "sm_90a": ("mma",)}
+            "sm_90a": ("bulk", "wgmma", "mma")}
 
 
 def architecture(capability: tuple[int, int]) -> str | None:
@@ -69,17 +84,25 @@ def architecture(capability: tuple[int, int]) -> str | None:
     return name if name in FAMILIES else None
 
 
-def fitting(arch: str, rows: int, cout: int, multiprocessors: int) -> tuple[Kernel, ...]:
-    """Kernels for so many rows and channels, the preferred first.
+# Products a clock and multiprocessor that a kernel is expected to reach at best, relative to the
+# others: the first for its shape. Derived from how often a tile reads its operands from L2 and
+# shared memory (docs/performance.md); no GPU has measured them yet.
+RATES = {"bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8, "wgmma_128x256": 9,
+         "wgmma_256x128": 8.5, "wgmma_128x128": 7, "wgmma_128x64": 5, "mma_128x128": 5,
+         "mma_128x64": 4, "mma_64x64": 3, "mma_64x32": 2}
 
-    The largest tile that still gives every multiprocessor a block: a large tile reads each operand
-    fewer times, and one bit is consumed faster than L2 brings it.
+
+def fitting(families: list[str], rows: int, cout: int, multiprocessors: int,
+            aligned: bool) -> tuple[Kernel, ...]:
+    """Kernels for so many rows and channels, the one expected to be fastest first.
+
+    `aligned`: the call is a product of two matrices whose rows are multiples of 16 bytes, as bulk
+    tensor copies want them.
     """
-    found = []
-    for kernel in MMA:
-        if kernel.bn >= 2 * cout and kernel.bn > 32:
-            continue  # half of it or more would be empty
-        blocks = -(-rows // kernel.bm) * -(-cout // kernel.bn)
-        if blocks >= multiprocessors or kernel.bm == 64:
-            found.append(kernel)
-    return tuple(found)
+    def clocks(kernel: Kernel) -> float:
+        tiles = -(-rows // kernel.bm) * -(-cout // kernel.bn)
+        rounds = -(-tiles // (multiprocessors * kernel.blocks))
+        return rounds * kernel.blocks * kernel.bm * kernel.bn / RATES[kernel.name]
+
+    found = [k for k in (*BULK, *WGMMA, *MMA) if k.family in families and (aligned or not k.bulk)]
+    return tuple(sorted(found, key=clocks))

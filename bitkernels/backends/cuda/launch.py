@@ -15,7 +15,7 @@ from bitkernels import reference
 from bitkernels._checks import conv_geometry, linear_geometry
 from bitkernels._ops import empty_real, empty_words
 from bitkernels.backends.cuda import kernels
-from bitkernels.backends.cuda.driver import Driver
+from bitkernels.backends.cuda.driver import Driver, TensorMap
 from bitkernels.backends.cuda.spec import (
     TYPES,
     VECTORS,
@@ -63,6 +63,12 @@ def architecture(device: torch.device) -> str | None:
     return kernels.architecture(torch.cuda.get_device_capability(device))
 
 
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -90,6 +96,18 @@ def _chunk(pixel: int, *tensors: Tensor) -> int:
         if pixel % size == 0 and all(t.data_ptr() % size == 0 for t in tensors):
             return size
     return 4
+
+
+def _dense(t: Tensor, channels_last: bool) -> Tensor:
+    """Memory as the output's, which is dense in the order (N, H, W, C) or (N, C, H, W)."""
+    t = t.permute(0, 2, 3, 1) if channels_last else t
+    return _aligned(t)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous, and where kernels may read two elements at once."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 8 == 0 else t.clone()
 
 
 def outside(op: str, args, kw) -> str | None:
@@ -138,18 +156,22 @@ def _conv(words, filters, channels, stride, padding, dilation, pad_value, out_ch
     return spec, shape
 
 
-def choose(op: str, args, kw, arch: str, multiprocessors: int) -> tuple[kernels.Kernel, ...]:
+def choose(op: str, args, kw, families: list[str]) -> tuple[kernels.Kernel, ...]:
     """Kernels for a call that is not `outside`, the preferred first."""
+    words, filters, channels = args[:3]
+    aligned = False
     if op == "packed_linear":
-        shape = linear_geometry(op, *args[:3], kw.get("out_channels"))
+        shape = linear_geometry(op, words, filters, channels, kw.get("out_channels"))
         rows, cout = torch.Size(shape[:-1]).numel(), shape[-1]
+        aligned = words.shape[-1] % 4 == 0 and all(
+            t.data_ptr() % 16 == 0 or not t.is_contiguous() for t in (words, filters))
     else:
         words, filters, channels, stride, padding, dilation, groups = _defaults(*args)
-        (n, cout, oh, ow), *_ = conv_geometry(
-            op, words, filters, channels, stride, padding, dilation, groups,
-            kw.get("pad_value", 0), kw.get("out_channels"))
+        (n, cout, oh, ow), *_ = conv_geometry(op, words, filters, channels, stride, padding,
+                                              dilation, groups, kw.get("pad_value", 0),
+                                              kw.get("out_channels"))
         rows = n * oh * ow
-    return kernels.fitting(arch, rows, cout, multiprocessors)
+    return kernels.fitting(families, rows, cout, multiprocessors(words.device), aligned)
 
 
 def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=(1,), padding=(0,),
@@ -168,8 +190,7 @@ def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=
     out = empty_real(words, shape, dtype, channels_last) if real else None
     signs = empty_words(words, (images, oh, ow), cout) if packed else None
     if residual is not None:
-        residual = residual.contiguous(
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        residual = _dense(residual, channels_last)
     _contract(kernel, spec, words, filters, images * oh * ow, out, signs, residual,
               bool(channels_last), **parts)
     return out, signs
@@ -188,7 +209,7 @@ def packed_linear(kernel: kernels.Kernel, words, weight_words, channels, *, out_
     signs = empty_words(words, shape[:-1], cout) if packed else None
     spec = linear_spec(width, cout, channels, _chunk(4 * width, words, filters))
     _contract(kernel, spec, words, filters, words.numel() // width, out, signs,
-              None if residual is None else residual.contiguous(), True, **parts)
+              None if residual is None else _aligned(residual), True, **parts)
     return out, signs
 
 
@@ -197,10 +218,10 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     if rows == 0:
         return
     device = words.device
-    vectors = {name: vectors[name].float().contiguous() for name in VECTORS
+    vectors = {name: _aligned(vectors[name].float()) for name in VECTORS
                if vectors.get(name) is not None}
     if threshold is not None:
-        threshold = threshold.contiguous()
+        threshold = _aligned(threshold)
     spec = spec.with_parts(
         out_type=TYPES[None if out is None else out.dtype], nhwc=nhwc, packed=packed is not None,
         residual=TYPES[None if residual is None else residual.dtype],
@@ -221,5 +242,13 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     filters_padded = -(-spec.cout // kernels.PREPARE.bm) * kernels.PREPARE.bm
     warps = filters_padded + (rows if kernel.windows else 0)
     run.launch(prepare, -(-warps // kernels.PREPARE.bm), kernels.PREPARE.threads, 0, stream, params)
+    blocks = multiprocessors(device)
     tiles = -(-rows // kernel.bm) * -(-spec.cout // kernel.bn)
-    run.launch(main, kernel.grid(tiles, device), kernel.threads, kernel.shared, stream, params)
+    maps: tuple[TensorMap, ...] = ()
+    if kernel.windows:  # those that gather do not look at them, but take them
+        maps = (TensorMap(), TensorMap())
+    if kernel.bulk:
+        maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
+                run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
+    run.launch(main, min(tiles, blocks) if kernel.persistent else tiles, kernel.threads,
+               kernel.shared, stream, params, *maps)

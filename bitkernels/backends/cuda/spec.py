@@ -124,6 +124,4 @@ def conv_spec(shape, size, filters_shape, channels, stride, pad, dilation, chunk
 
 
 def linear_spec(width: int, cout: int, channels: int, chunk: int) -> Spec:
-    if pad_value == -1:
-        top = bottom = both_h = left = right = both_w = 0
     return Spec(chunk=chunk, pixel=4 * width, k_bytes=4 * width, channels=channels, cout=cout)

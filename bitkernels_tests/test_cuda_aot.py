@@ -1,0 +1,150 @@
+"""Every kernel of csrc/cuda compiled by NVRTC for GPUs that are not there; machine code asserted.
+
+What must show: the 1-bit tensor core, as often in the product loop as the tile says; nothing of the
+loop in thread-local memory; registers within the budget that the kernel's threads leave.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bitkernels.backends.cuda import compiler, kernels
+from bitkernels.backends.cuda.spec import conv_spec, linear_spec
+
+try:
+    compiler.version()
+except Exception as error:
+    pytest.skip(f"CuPy's NVRTC does not load ({type(error).__name__}: {error})",
+                allow_module_level=True)
+
+FULL = dict(out_type=3, packed=1, residual=3, clamp_min=1, clamp_max=1, scale=1, bias=1,
+            shift_in=1, slope=1, shift_out=1, sign_shift=1)
+CONV = conv_spec((64, 256, 14, 14), (14, 14), (256, 3, 3, 8), 256, (1, 1), (1, 1, 1, 1), (1, 1), 16)
+NARROW = conv_spec((64, 64, 28, 28), (56, 56), (64, 3, 3, 2), 64, (2, 2), (1, 1, 1, 1), (1, 1), 8)
+LINEAR = linear_spec(256, 8192, 8192, 16)
+SPECS = {"conv": replace(CONV, **FULL), "linear": replace(LINEAR, packed=1),
+         "narrow": replace(NARROW, packed=1, threshold=1),
+         "nchw": replace(NARROW, chunk=4, nhwc=0, **FULL)}
+
+
+@functools.cache
+def disassembler() -> Path | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return path if path.exists() else None
+
+
+def instructions(code: bytes) -> list[str]:
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no nvdisasm; it comes with Triton")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], check=True, capture_output=True,
+                              text=True).stdout
+    return [line for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
+
+
+def build(kernel: kernels.Kernel, spec, arch: str) -> tuple[list[str], int, int]:
+    """(instructions, registers, spilled bytes)."""
+    binary = compiler.compile(kernel.source, spec.header(), arch, cached=False)
+    assert "serialized" not in binary.log and "warning" not in binary.log, binary.log
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", binary.log)
+    registers = re.search(r"Used (\d+) registers", binary.log)
+    assert spilled and registers, binary.log
+    return instructions(binary.code), int(registers[1]), int(spilled[1]) + int(spilled[2])
+
+
+def loop_of(code: list[str], name: str) -> list[str]:
+    """From the first to the last product."""
+    at = [i for i, line in enumerate(code) if name in line]
+    return code[at[0]:at[-1] + 1]
+
+
+def name_of(value) -> str:
+    return getattr(value, "name", value)
+
+
+MMA = [(k, arch, what) for k in kernels.MMA for arch, what in (
+    ("sm_80", "conv"), ("sm_80", "linear"), ("sm_89", "narrow"))]
+MMA += [(kernels.MMA[0], "sm_90a", "conv"), (kernels.MMA[1], "sm_80", "nchw"),
+        (kernels.MMA[2], "sm_86", "linear")]
+
+
+@pytest.mark.parametrize("kernel,arch,what", MMA, ids=name_of)
+def test_mma(kernel, arch, what):
+    code, registers, spilled = build(kernel, SPECS[what], arch)
+    tile = [int(n) for n in re.findall(r"\d+", kernel.type)]
+    products = (tile[2] // 16) * (tile[3] // 8) * 2
+    found = sum("BMMA.168256.AND.POPC" in line for line in code)
+    assert found > 0 and found % products == 0, "whole steps of K"
+    assert sum("CALL" in line for line in code) <= 1, "emulated products, or broken-up shuffles"
+    assert spilled == 0
+    assert registers * kernel.threads * kernel.blocks <= 65536
+    loop = loop_of(code, "BMMA")
+    assert not any(re.search(r"\b(LDL|STL|SHFL)\b", line) for line in loop)
+    assert any("LDGSTS" in line for line in code)
+
+
+WGMMA = [(k, "conv") for k in kernels.WGMMA] + [(k, "linear") for k in kernels.BULK]
+WGMMA += [(kernels.WGMMA[3], "narrow"), (kernels.WGMMA[3], "nchw"), (kernels.WGMMA[1], "narrow")]
+
+
+@pytest.mark.parametrize("kernel,what", WGMMA, ids=name_of)
+def test_wgmma(kernel, what):
+    spec = SPECS[what]
+    code, registers, spilled = build(kernel, spec, "sm_90a")
+    strips, rest = kernel.bm // 128, -(-(spec.k_bytes % 128) // 32)
+    steps = spec.k_bytes // 128
+    found = sum(f"BGMMA.64x{kernel.bn}x256.AND.POPC" in line for line in code)
+    whole = found - strips * rest
+    assert whole % (4 * strips) == 0 and (whole > 0) == (steps > 0), "whole steps, the rest once"
+    assert registers * kernel.threads <= 65536
+    assert spilled == 0
+    loop = loop_of(code, "BGMMA")
+    assert not any(re.search(r"\b(LDL|STL)\b", line) for line in loop)
+    assert sum("USETMAXREG" in line for line in code) == 2
+    copies = "UTMALDG.2D" if kernel.bulk else "LDGSTS"
+    assert any(copies in line for line in code)
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_89", "sm_90a"))
+def test_prepare(arch):
+    for spec in (CONV, replace(NARROW, windows=1)):
+        code, registers, spilled = build(kernels.PREPARE, spec.for_preparation(), arch)
+        assert spilled == 0 and registers <= 64
+        assert any("POPC" in line for line in code)
+
+
+def test_shared_memory_fits():
+    """99 KiB a block on sm_86 and sm_89, 163 KiB on sm_80, 227 KiB on sm_90."""
+    assert all(k.shared <= 99 * 1024 for k in kernels.MMA)
+    assert all(k.shared <= 227 * 1024 for k in (*kernels.WGMMA, *kernels.BULK))
+
+
+def test_the_cache_gives_back_what_was_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CACHE_DIR", str(tmp_path))
+    source, header = kernels.PREPARE.source, LINEAR.header()
+    first = compiler.compile(source, header, "sm_80")
+    (file,) = tmp_path.iterdir()
+    assert compiler.compile(source, header, "sm_80").code == first.code and not any(
+        path.suffix == ".part" for path in tmp_path.iterdir())
+    compiler.compile(source, LINEAR.with_parts(channels=9).header(), "sm_80")
+    assert len(list(tmp_path.iterdir())) == 2 and file.exists()
+
+
+def test_a_source_that_does_not_compile_says_why():
+    with pytest.raises(compiler.CompileError, match="nowhere"):
+        compiler.compile('#include "types.cuh"\nint x = nowhere;', LINEAR.header(), "sm_80",
+                         cached=False)

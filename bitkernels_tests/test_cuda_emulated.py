@@ -1,0 +1,237 @@
+"""The kernels of csrc/cuda, run thread by thread on the CPU by the emulator, against the reference.
+
+Launchers, plans and arguments are the real ones; only the driver is replaced. Every launch runs
+under another random order of threads and of asynchronous copies.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bitkernels import reference
+from bitkernels.backends.cuda import dispatch, kernels, launch, selfcheck
+from bitkernels_tests import cuda_emulator
+from bitkernels_tests.cases import CONV_CASES, ConvCase, dyadic, reals, words_of
+
+if not cuda_emulator.available():
+    pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
+
+SMALL = kernels.ALL["mma_64x32"], kernels.ALL["wgmma_128x64"]
+LARGE = [k for k in kernels.ALL.values() if k not in (*SMALL, kernels.PREPARE)]
+INT32 = dict(dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    launch.clear()
+    dispatch.clear()
+    emulated = cuda_emulator.EmulatedDriver(seed=torch.randint(1000, ()).item())
+    monkeypatch.setattr(launch, "_driver", emulated)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    yield emulated
+    launch.clear()
+    dispatch.clear()
+
+
+def taken(op: str, args, kw) -> bool:
+    return launch.outside(op, args, kw) is None
+
+
+def check(op: str, kernel, args, kw) -> None:
+    want = getattr(reference, op)(*args, **kw)
+    got = getattr(launch, op)(kernel, *args, **kw)
+    for w, g in zip(want, got, strict=True):
+        assert (w is None) == (g is None)
+        if w is not None:
+            assert g.shape == w.shape and g.stride() == w.stride()
+            assert torch.equal(w, g)
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+def test_conv_geometry(case, kernel):
+    words, filters = case.words()
+    args, kw = (words, filters, case.channels, *case.args), dict(pad_value=case.pad_value, **INT32)
+    if not taken("packed_conv2d", args, kw):
+        assert case.groups > 1 or case.pad_value == 1
+        pytest.skip("outside the class of these kernels")
+    check("packed_conv2d", kernel, args, kw)
+
+
+@pytest.mark.parametrize("kernel", LARGE, ids=lambda k: k.name)
+def test_conv_large_tiles(kernel):
+    if kernel.bulk:
+        pytest.skip("bulk copies are for packed_linear")
+    for case in (ConvCase(channels=128, out_channels=72, size=(9, 8), batch=3),
+                 ConvCase(channels=100, out_channels=33, size=(7, 7), stride=(2, 2)),
+                 ConvCase(channels=512, out_channels=40, size=(5, 4), kernel=(1, 1), padding=(0,))):
+        words, filters = case.words()
+        check("packed_conv2d", kernel, (words, filters, case.channels, *case.args), INT32)
+
+
+@pytest.mark.parametrize("kernel", [*SMALL, *LARGE], ids=lambda k: k.name)
+@pytest.mark.parametrize("rows,cout,channels", ((1, 1, 1), (300, 70, 640), (129, 300, 1024),
+                                                (33, 257, 1408)), ids=str)
+def test_linear(rows, cout, channels, kernel):
+    """More tiles than blocks, more steps than stages, and less than one of each."""
+    words, filters = words_of(rows, channels), words_of(cout, channels)
+    if kernel.bulk and words.shape[-1] % 4:
+        pytest.skip("rows are not multiples of 16 bytes")
+    check("packed_linear", kernel, (words, filters, channels), dict(INT32, packed=True))
+
+
+PARTS = ("clamp_min", "clamp_max", "scale", "bias", "residual", "slope", "shift_in", "shift_out",
+         "sign_shift")
+
+
+def parts_of(names, shape, channels, dtype) -> dict:
+    parts = {name: dyadic(channels) for name in names if not name.startswith("clamp")}
+    if "residual" in names:
+        parts["residual"] = dyadic(*shape, dtype=dtype)
+    if "clamp_min" in names:
+        parts["clamp_min"] = -11.5
+    if "clamp_max" in names:
+        parts["clamp_max"] = 20.0
+    return parts
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
+@pytest.mark.parametrize("channels_last", (True, False))
+@pytest.mark.parametrize("dtype,cout", [*itertools.product(
+    (torch.float32, torch.float16, torch.bfloat16), (8, 21, 70, 96))], ids=str)
+def test_epilogue(dtype, cout, channels_last, kernel):
+    case = ConvCase(channels=64, out_channels=cout, size=(5, 6))
+    words, filters = case.words()
+    parts = parts_of(PARTS, case.output_shape, cout, dtype)
+    check("packed_conv2d", kernel, (words, filters, 64, *case.args),
+          dict(parts, dtype=dtype, packed=True, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
+@pytest.mark.parametrize("names", ((), ("scale",), ("bias",), ("residual",), ("slope",),
+                                   ("shift_in", "slope"), ("slope", "shift_out"), ("clamp_min",),
+                                   ("clamp_max", "bias"), ("sign_shift",)), ids=str)
+def test_parts_of_the_epilogue(names, kernel):
+    words, filters = words_of(70, 96), words_of(38, 96)
+    parts = parts_of(names, (70, 38), 38, torch.float32)
+    for real in (True, False):
+        kw = {k: v for k, v in parts.items() if real or k != "dtype"}
+        check("packed_linear", kernel, (words, filters, 96), dict(kw, real=real, packed=True))
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
+def test_real_values_round_once_a_step(kernel):
+    """Values whose fused multiply-add would round otherwise."""
+    words, filters = words_of(65, 320), words_of(33, 320)
+    parts = {name: reals(33) * 1.1 for name in ("scale", "bias", "slope", "shift_in", "shift_out")}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check("packed_linear", kernel, (words, filters, 320),
+              dict(parts, residual=reals(65, 33, dtype=dtype), dtype=dtype))
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
+def test_threshold(kernel):
+    words, filters = words_of(70, 200), words_of(45, 200)
+    low = torch.randint(-30, 10, (45,), dtype=torch.int32)
+    threshold = torch.stack([low, low + torch.randint(-2, 60, (45,), dtype=torch.int32)])
+    threshold[:, :2] = torch.tensor([[-2**31, 2**31 - 1], [2**31 - 1, -2**31]])
+    check("packed_linear", kernel, (words, filters, 200),
+          dict(threshold=threshold, real=False, packed=True))
+
+
+def test_views_are_taken_as_they_lie():
+    """Offsets that are not aligned, strides, tiled filters, a residual in another layout."""
+    words = words_of(40, 260)[1:]
+    filters = words_of(33, 256)
+    for offset in (0, 1, 2):
+        part = words.flatten()[offset:offset + 34 * 8].view(34, 8)
+        check("packed_linear", SMALL[0], (part, filters, 256), INT32)
+        check("packed_linear", SMALL[1], (part, filters, 256), INT32)
+    check("packed_linear", SMALL[0], (words[:, ::1][::2], words_of(9, 260), 260), INT32)
+    tiled = reference.tile_weight(filters)
+    check("packed_linear", SMALL[0], (words_of(5, 256), tiled, 256),
+          dict(INT32, out_channels=33))
+    case = ConvCase(channels=64, out_channels=24)
+    a, w = case.words()
+    scale = dyadic(25)[1:]
+    for residual in (dyadic(*case.output_shape),
+                     dyadic(*case.output_shape).to(memory_format=torch.channels_last),
+                     dyadic(*case.output_shape[:-1], 7)[..., 1:]):
+        check("packed_conv2d", SMALL[0], (a, w, 64, *case.args),
+              dict(residual=residual, scale=scale))
+    check("packed_conv2d", SMALL[0], (a, reference.tile_weight(w), 64, *case.args),
+          dict(INT32, out_channels=24))
+
+
+def test_the_plan_runs_and_checks_itself(driver, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    monkeypatch.setattr(dispatch, "why_unusable", lambda device: None)
+    words, filters = words_of(300, 512), words_of(130, 512)
+    real, packed = dispatch.attempt("packed_linear", (words, filters, 512),
+                                    dict(INT32, real=True, packed=True))
+    want = reference.packed_linear(words, filters, 512, **INT32, packed=True)
+    assert torch.equal(real, want[0]) and torch.equal(packed, want[1])
+    assert driver.launched[-1].startswith("bulk_") and "prepare" in driver.launched
+    assert "unproven" in dispatch.explain("packed_linear", words, filters, 512, real=True)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_selfcheck_covers_every_kernel(op, driver):
+    for kernel in SMALL:
+        assert selfcheck.failure(op, kernel, torch.device("cpu")) is None
+
+
+# What is wrong; the file; the right text; the same with the mistake where MUTANT is its number.
+MUTATIONS = (
+    ("a copy that nothing waits for", "mma_gemm.cuh", "copy_async_wait<STAGES - 2>();",
+     "if (MUTANT == 1) copy_async_wait<STAGES - 1>(); else copy_async_wait<STAGES - 2>();"),
+    ("no barrier before a stage is filled again", "mma_gemm.cuh", "sync_threads();  // the step",
+     "if (MUTANT != 2) sync_threads();  // the step"),
+    ("no swizzle", "layout.cuh", "(byte >> 4) ^ row", "(byte >> 4) ^ (MUTANT == 3 ? 0 : row)"),
+    ("no fence before wgmma reads", "wgmma_gemm.cuh", "    fence_async();",
+     "    if (MUTANT != 4) fence_async();"),
+    ("a producer that lags too far", "wgmma_gemm.cuh", "behind < LAG",
+     "behind < LAG + (MUTANT == 5)"),
+    ("a stage left too early", "wgmma_gemm.cuh", "wgmma_wait<1>();",
+     "if (MUTANT == 6) wgmma_wait<2>(); else wgmma_wait<1>();"),
+    ("the wrong parity", "wgmma_gemm.cuh", "at.parity ^ 1", "at.parity ^ (MUTANT != 7)"),
+    ("a stage that is never left", "wgmma_gemm.cuh",
+     "if (lane == 0) barrier_arrive(empty(before));\n\n",
+     "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n\n"),
+    ("the accumulators of the tile before", "wgmma_gemm.cuh", "accumulate || k > 0",
+     "accumulate || k > 0 || MUTANT == 9"),
+    ("a fragment of other rows", "mma_gemm.cuh", "warp_m * WM + 16 * f + 8 * h + lane / 4;",
+     "warp_m * WM + 16 * f + 8 * (MUTANT == 10 ? 1 - h : h) + lane / 4;"),
+)
+
+
+def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
+    chosen = [kernels.ALL[n] for n in ("mma_64x32", "wgmma_128x64", "bulk_128x128")]
+    texts = dict(cuda_emulator.compiler.sources())
+    for _, file, right, wrong in MUTATIONS:
+        assert right in texts[file]
+        texts[file] = texts[file].replace(right, wrong)
+    library = cuda_emulator.build(texts, chosen)
+    words, filters = words_of(520, 6144), words_of(130, 6144)
+    want = reference.packed_linear(words, filters, 6144, **INT32)[0]
+
+    def right(kernel, seed) -> bool:
+        launch.clear()
+        monkeypatch.setattr(launch, "_driver", cuda_emulator.EmulatedDriver(seed, library))
+        try:
+            return torch.equal(
+                launch.packed_linear(kernel, words, filters, 6144, **INT32)[0], want)
+        except RuntimeError:  # a deadlock, or what the emulator refuses
+            return False
+
+    survived = []
+    for number, (name, *_) in enumerate(MUTATIONS, 1):
+        library.set_mutant(number)
+        if all(right(kernel, seed) for kernel in chosen for seed in range(2)):
+            survived.append(name)
+    library.set_mutant(0)
+    assert not survived
+    assert all(right(kernel, 0) for kernel in chosen)
