@@ -14,10 +14,30 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno", "-g0"]
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+
+
+class BuildPy(build_py):
+    """Takes csrc/cuda along, which is compiled where it runs. A checkout reads it in its place."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._cuda_sources():
+                self.mkpath(os.path.dirname(target))
+                self.copy_file(source, target)
+
+    def _cuda_sources(self) -> list[tuple[str, str]]:
+        folder = os.path.join(self.build_lib, "bitkernels", "backends", "cuda", "csrc")
+        return [(path, os.path.join(folder, os.path.basename(path)))
+                for path in sorted(glob("csrc/cuda/*.cuh"))]
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *(t for _, t in self._cuda_sources())]
 
 
 def obstacle() -> str | None:
@@ -58,20 +78,21 @@ def extension() -> dict:
     )
     return {
         "ext_modules": [engine],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": BuildExtension, "build_py": BuildPy},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
 def build_arguments() -> dict:
+    pure = {"cmdclass": {"build_py": BuildPy}}
     if not BUILD_COMMANDS & set(sys.argv):
-        return {}
+        return pure
     reason = obstacle()
     if reason is None:
         return extension()
     print(f"bitkernels: installing without the C++ CPU engine: {reason}, then install again.",
           file=sys.stderr)
-    return {}
+    return pure
 
 
 setup(**build_arguments())

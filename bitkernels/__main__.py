@@ -13,6 +13,8 @@ import torch
 
 import bitkernels
 from bitkernels.backends import cpu
+from bitkernels.backends.cuda import dispatch as cuda
+from bitkernels.backends.cuda.kernels import PROVEN
 
 FEATURES = ("popcnt", "avx2", "avx512_bw", "avx512_vl", "avx512_vpopcntdq", "avx512_bitalg",
             "neon", "sve")
@@ -63,16 +65,30 @@ def cpu_rows() -> list[tuple[str, str]]:
         return [*rows, ("runs on cpu", f"nothing: {str(error).splitlines()[0]}")]
 
 
+def cuda_row() -> tuple[str, str]:
+    """Of the kernels that are compiled by NVRTC where they run."""
+    proven = ", ".join(f"{family} on {arch} ({day})" for (family, arch), day in PROVEN.items())
+    asked = {"1": "; all asked for by BITKERNELS_CUDA=1", "0": "; none, by BITKERNELS_CUDA=0"}
+    said = (f"proven: {proven}" if proven
+            else "none proven on any GPU yet, BITKERNELS_CUDA=1 opts in")
+    said += asked.get(cuda.mode(), "")
+    if torch.cuda.is_available():
+        reason = cuda.why_unusable(torch.device("cuda", torch.cuda.current_device()))
+        said += f"; not here: {reason}" if reason else "; they compile and load here"
+    return "cuda kernels", said
+
+
 def gpu_rows() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
-        return [("gpu", "none")]
-    rows = []
+        return [("gpu", "none"), cuda_row()]
+    rows = [cuda_row()]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         rows.append((f"gpu {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, "
                                      f"{gpu.total_memory / 2**30:.0f} GiB"))
     fast = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", "CUDA")
-    return [*rows, ("runs on gpu", "the kernels of bitkernels.backends.triton" if fast
+    return [*rows, ("runs on gpu", "csrc/cuda where it has a kernel for the call, else "
+                    "bitkernels.backends.triton" if fast
                     else "reference (slow, plain PyTorch): no GPU backend is loaded")]
 
 

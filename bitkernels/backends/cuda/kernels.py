@@ -101,8 +101,9 @@ def fitting(families: list[str], rows: int, cout: int, multiprocessors: int,
     """
     def clocks(kernel: Kernel) -> float:
         tiles = -(-rows // kernel.bm) * -(-cout // kernel.bn)
-        rounds = -(-tiles // (multiprocessors * kernel.blocks))
-        return rounds * kernel.blocks * kernel.bm * kernel.bn / RATES[kernel.name]
+        side_by_side = min(kernel.blocks, -(-tiles // multiprocessors))
+        rounds = -(-tiles // (multiprocessors * side_by_side))
+        return rounds * side_by_side * kernel.bm * kernel.bn / RATES[kernel.name]
 
     found = [k for k in (*BULK, *WGMMA, *MMA) if k.family in families and (aligned or not k.bulk)]
     return tuple(sorted(found, key=clocks))

@@ -1,0 +1,178 @@
+"""When csrc/cuda runs and when the next backend does, and that it is said why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bitkernels import __main__, reference
+from bitkernels.backends import gpu
+from bitkernels.backends.cuda import dispatch, kernels, launch
+from bitkernels_tests.cases import ConvCase, words_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    for name in ("BITKERNELS_CUDA", "BITKERNELS_CUDA_KERNEL"):
+        monkeypatch.delenv(name, raising=False)
+    dispatch.clear()
+    yield
+    dispatch.clear()
+
+
+@pytest.fixture
+def usable(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_unusable", lambda device: None)
+
+
+def linear(rows=40, cout=64, channels=256):
+    return words_of(rows, channels), words_of(cout, channels), channels
+
+
+def test_nothing_is_proven_so_nothing_runs_unasked(usable):
+    assert dispatch.attempt("packed_linear", linear(), {}) is None
+    assert "BITKERNELS_CUDA=1 opts in" in dispatch.explain("packed_linear", *linear())
+
+
+def test_a_proven_family_runs_unasked(usable, monkeypatch):
+    monkeypatch.setattr(kernels, "PROVEN", {("mma", "sm_90a"): "2027-01-01"})
+    monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
+    ran = []
+    monkeypatch.setattr(launch, "packed_linear", lambda kernel, *a, **k: ran.append(kernel) or "r")
+    assert dispatch.attempt("packed_linear", linear(), {}) == "r"
+    assert ran[0].family == "mma"
+    assert dispatch.explain("packed_linear", *linear()).endswith("proven on 2027-01-01")
+    monkeypatch.setenv("BITKERNELS_CUDA", "0")
+    assert dispatch.attempt("packed_linear", linear(), {}) is None
+    assert "BITKERNELS_CUDA is 0" in dispatch.explain("packed_linear", *linear())
+
+
+OUTSIDE = {
+    "groups": (ConvCase(groups=2, channels=128), {}),
+    "padding with +1": (ConvCase(), {"pad_value": 1}),
+    "float64": (ConvCase(), {"dtype": torch.float64}),
+    "kinds of border windows": (ConvCase(kernel=(21, 21), size=(30, 30), padding=(10, 10)), {}),
+}
+
+
+@pytest.mark.parametrize("what", OUTSIDE)
+def test_calls_outside_the_class(what, usable, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    case, kw = OUTSIDE[what]
+    args = (*case.words(), case.channels, *case.args)
+    assert what in launch.outside("packed_conv2d", args, kw)
+    assert dispatch.attempt("packed_conv2d", args, kw) is None
+    assert what in dispatch.explain("packed_conv2d", *args, **kw)
+
+
+def test_a_kernel_that_fails_is_named_once_and_the_next_runs(usable, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    ran = []
+
+    def failing(kernel, *args, **kw):
+        ran.append(kernel.name)
+        if kernel.family != "mma":
+            raise RuntimeError("no room")
+        return reference.packed_linear(*args, **kw)
+
+    monkeypatch.setattr(launch, "packed_linear", failing)
+    with pytest.warns(UserWarning, match="no room; the next kernel runs instead"):
+        out = dispatch.attempt("packed_linear", linear(), dict(dtype=torch.int32))
+    assert out[0].dtype == torch.int32
+    assert dispatch.explain("packed_linear", *linear()).startswith("cuda: mma_")
+    ran.clear()
+    dispatch.attempt("packed_linear", linear(), dict(dtype=torch.int32))
+    assert all(name.startswith("mma") for name in ran)
+
+
+def test_a_wrong_kernel_is_not_used(usable, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    monkeypatch.setattr(launch, "packed_linear", lambda kernel, *a, **k: tuple(
+        None if t is None else t + 1 for t in reference.packed_linear(*a, **k)))
+    with pytest.warns(UserWarning, match="differs from the reference"):
+        assert dispatch.attempt("packed_linear", linear(), {}) is None
+    assert "differs from the reference" in dispatch.explain("packed_linear", *linear())
+
+
+def test_reasons_of_the_machine(monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "sm_100 has no 1-bit tensor core" in dispatch.why_unusable(CPU)
+    monkeypatch.undo()
+    find_spec = dispatch.importlib.util.find_spec
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec",
+                        lambda name: None if name.startswith("cupy") else find_spec(name))
+    assert "CuPy is not installed" in dispatch.why_unusable(CPU)
+
+
+@pytest.mark.parametrize("driver,said", (((12, 8), "the driver knows CUDA 12.8"), (None, None)))
+def test_reasons_of_the_driver(driver, said, monkeypatch):
+    compiler = pytest.importorskip("bitkernels.backends.cuda.compiler")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "architectures", lambda: frozenset((80, 90)))
+    if driver is None:
+        def missing():
+            raise OSError("libcuda.so.1: no such file")
+
+        monkeypatch.setattr(launch, "driver", missing)
+        assert "the CUDA driver does not load: OSError" in dispatch.why_unusable(CPU)
+    else:
+        found = type("Found", (), {"version": lambda self: driver})()
+        monkeypatch.setattr(launch, "driver", lambda: found)
+        assert said in dispatch.why_unusable(CPU)
+    monkeypatch.setattr(compiler, "architectures", lambda: frozenset((80,)))
+    assert "does not compile for sm_90a" in dispatch.why_unusable(CPU)
+
+
+def test_asking_for_it_where_it_cannot_run_warns_once(monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    monkeypatch.setattr(dispatch, "why_unusable", lambda device: "no such thing")
+    with pytest.warns(UserWarning, match="no such thing; BITKERNELS_CUDA=1 has no effect"):
+        assert dispatch.attempt("packed_linear", linear(), {}) is None
+    assert dispatch.attempt("packed_linear", linear(), {}) is None
+
+
+def test_one_kernel_can_be_named(usable, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", "mma_64x64")
+    plan, why = dispatch._plan("packed_linear", linear(), {}, CPU)
+    assert [k.name for k in plan] == ["mma_64x64"] and "names it" in why
+    monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", "mma_1x1")
+    with pytest.raises(RuntimeError, match="BITKERNELS_CUDA_KERNEL must be one of .*mma_64x64"):
+        dispatch.attempt("packed_linear", linear(), {})
+
+
+def test_large_calls_get_large_tiles():
+    def first(rows, cout, aligned=True, families=("bulk", "wgmma", "mma")):
+        return kernels.fitting(list(families), rows, cout, 132, aligned)[0].name
+
+    assert first(8192, 8192).startswith("bulk_")
+    assert first(8192, 8192, aligned=False).startswith("wgmma_")
+    assert first(8192, 8192, families=("mma",)) == "mma_128x128"
+    assert first(64 * 56 * 56, 64, families=("mma",)) == "mma_128x64"
+    assert first(8, 32) == "mma_64x32"
+
+
+def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):
+    monkeypatch.setattr(gpu, "run_triton", lambda op, *a, **k: (op, a, k))
+    assert gpu.run("sign_pack", 1, x=2) == ("sign_pack", (1,), {"x": 2})
+    assert gpu.run("packed_linear", *linear())[0] == "packed_linear"
+
+
+def test_the_report_says_why(monkeypatch):
+    rows = dict(__main__.report())
+    assert "cuda kernels" in rows
+    assert "none proven" in rows["cuda kernels"]
+
+
+def test_importing_loads_no_cuda():
+    code = ("import sys, bitkernels; assert not any(m.startswith(('cupy', 'triton')) "
+            "for m in sys.modules), 'loaded'")
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
