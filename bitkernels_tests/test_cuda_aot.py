@@ -117,6 +117,13 @@ def test_prepare(arch):
         assert any("POPC" in line for line in code)
 
 
+def test_peak():
+    code, _, spilled = build(kernels.PEAK_MMA, LINEAR, "sm_80")
+    assert spilled == 0 and sum("BMMA" in line for line in code) % 32 == 0
+    code, _, spilled = build(kernels.PEAK_WGMMA, LINEAR, "sm_90a")
+    assert spilled == 0 and sum("BGMMA.64x256x256" in line for line in code) % 4 == 0
+
+
 def test_shared_memory_fits():
     """99 KiB a block on sm_86 and sm_89, 163 KiB on sm_80, 227 KiB on sm_90."""
     assert all(k.shared <= 99 * 1024 for k in kernels.MMA)

@@ -83,11 +83,11 @@ def test_a_kernel_that_fails_is_named_once_and_the_next_runs(usable, monkeypatch
 
     monkeypatch.setattr(launch, "packed_linear", failing)
     with pytest.warns(UserWarning, match="no room; the next kernel runs instead"):
-        out = dispatch.attempt("packed_linear", linear(), dict(dtype=torch.int32))
+        out = dispatch.attempt("packed_linear", linear(1000, 256), dict(dtype=torch.int32))
     assert out[0].dtype == torch.int32
-    assert dispatch.explain("packed_linear", *linear()).startswith("cuda: mma_")
+    assert dispatch.explain("packed_linear", *linear(1000, 256)).startswith("cuda: mma_")
     ran.clear()
-    dispatch.attempt("packed_linear", linear(), dict(dtype=torch.int32))
+    dispatch.attempt("packed_linear", linear(1000, 256), dict(dtype=torch.int32))
     assert all(name.startswith("mma") for name in ran)
 
 

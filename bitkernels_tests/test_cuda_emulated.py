@@ -203,8 +203,10 @@ MUTATIONS = (
      "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n\n"),
     ("the accumulators of the tile before", "wgmma_gemm.cuh", "accumulate || k > 0",
      "accumulate || k > 0 || MUTANT == 9"),
+    ("more registers taken than given", "wgmma_gemm.cuh", "give_registers<PRODUCER_REGISTERS>();",
+     "if (MUTANT == 10) give_registers<64>(); else give_registers<PRODUCER_REGISTERS>();"),
     ("a fragment of other rows", "mma_gemm.cuh", "warp_m * WM + 16 * f + 8 * h + lane / 4;",
-     "warp_m * WM + 16 * f + 8 * (MUTANT == 10 ? 1 - h : h) + lane / 4;"),
+     "warp_m * WM + 16 * f + 8 * (MUTANT == 11 ? 1 - h : h) + lane / 4;"),
 )
 
 

@@ -184,6 +184,8 @@ std::string Machine::run(int grid, int block_threads, int shared_size, int seed,
     ready.clear();
     for (int i = 0; i < threads; ++i) ready.push_back(i);
     in_flight.clear();
+    pool = 0;
+    pool_waiting.clear();
     barriers.clear();
     warps.assign(threads / 32, {});
     named.assign(16, {});

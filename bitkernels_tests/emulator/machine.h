@@ -87,8 +87,11 @@ struct Machine {
   std::vector<std::deque<std::vector<Copy>>> groups;  // cp.async of each thread, the last is open
   std::vector<uint16_t> unfenced;                     // of each byte: thread + 1 that wrote it
   std::vector<std::vector<std::pair<uint32_t, int>>> waited;  // ranges that a fence will publish
+  int pool;  // registers that threads gave up, less those that others took
+  Queue pool_waiting;
   std::string error;
 
+  int launched_registers() const { return 65536 / threads / 8 * 8; }
   [[noreturn]] void fail(const std::string& what);
   void wait(Queue& queue);
   void wake(Queue& queue);

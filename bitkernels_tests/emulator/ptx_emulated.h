@@ -191,10 +191,19 @@ void wgmma_and(int (&d)[N / 8][4], u64 a, u64 b, bool accumulate) {
   });
 }
 
+// A block owns what it was launched with; taking more than was given waits.
 template <int REGISTERS>
-void give_registers() {}
+void give_registers() {
+  machine.pool += machine.launched_registers() - REGISTERS;
+  machine.wake(machine.pool_waiting);
+}
+
 template <int REGISTERS>
-void take_registers() {}
+void take_registers() {
+  const int more = REGISTERS - machine.launched_registers();
+  while (machine.pool < more) machine.wait(machine.pool_waiting);
+  machine.pool -= more;
+}
 
 inline void barrier_init(u32 barrier, int count) {
   machine.at(barrier, 8);

@@ -47,10 +47,12 @@ struct WgmmaGemm {
   static constexpr int STAGE = (BM + BN) * STEP;
   static constexpr int SHARED = STAGES * STAGE + BM * sizeof(Window) + 16 * STAGES;
   static constexpr int LAG = STAGES - 2;
-  static constexpr int PRODUCER_REGISTERS = BULK ? 40 : 64;
+  static constexpr int PRODUCER_REGISTERS = BULK ? 40 : 56;
   static constexpr int CONSUMER_REGISTERS = BULK ? 232 : 224;
-  static_assert(GROUPS == 2, "the register counts are those of three warpgroups");
-  static_assert(128 * (PRODUCER_REGISTERS + GROUPS * CONSUMER_REGISTERS) <= 65536, "too many");
+  // What the producers give up must cover what the consumers take: the block owns as many registers
+  // as it was launched with, 168 a thread of 384, and would wait forever for one more.
+  static constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;
+  static_assert(PRODUCER_REGISTERS + GROUPS * CONSUMER_REGISTERS <= (GROUPS + 1) * LAUNCHED);
 
   u32 ring, barriers;
   Window* windows;

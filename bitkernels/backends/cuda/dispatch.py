@@ -12,6 +12,7 @@ again in this process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import threading
@@ -87,7 +88,8 @@ def attempt(op: str, args, kw):
         if not _trusted(op, kernel, device):
             continue
         try:
-            return getattr(launch, op)(kernel, *args, **kw)
+            with _on(device):
+                return getattr(launch, op)(kernel, *args, **kw)
         except torch.OutOfMemoryError:
             raise
         except launch.Capturing as error:
@@ -108,6 +110,12 @@ def explain(op: str, *args, **kw) -> str:
             return f"cuda: {kernel.name}, {reason}"
         reason = f"{kernel.name} {_trust[op, kernel.name, _index(device)]}"
     return f"the next backend: {reason}"
+
+
+def _on(device: torch.device):
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _index(device: torch.device) -> int:
@@ -166,7 +174,8 @@ def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:
 
             _trust[key] = None
             try:
-                failure = selfcheck.failure(op, kernel, device)
+                with _on(device):
+                    failure = selfcheck.failure(op, kernel, device)
             except Exception as error:
                 failure = f"failed: {type(error).__name__}: {error}"
             if failure is not None:

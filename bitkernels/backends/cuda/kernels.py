@@ -68,6 +68,8 @@ WGMMA = (_wgmma(1, 256, 4, False), _wgmma(2, 128, 4, False), _wgmma(1, 128, 4, F
          _wgmma(1, 64, 6, False))
 BULK = (_wgmma(1, 256, 4, True), _wgmma(2, 128, 4, True), _wgmma(1, 128, 6, True))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<4>", 4, 0, 128, 0, 4)
+PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
+PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)
 ALL = {kernel.name: kernel for kernel in (*MMA, *WGMMA, *BULK, PREPARE)}
 
 # (family, architecture): the day on which it passed its tests on that GPU and was measured. What is

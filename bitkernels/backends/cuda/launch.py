@@ -252,3 +252,22 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
                 run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
     run.launch(main, min(tiles, blocks) if kernel.persistent else tiles, kernel.threads,
                kernel.shared, stream, params, *maps)
+
+
+def peak(device: torch.device, rounds: int = 2000):
+    """(call, products of a call): the 1-bit tensor core with nothing else to do."""
+    kernel = kernels.PEAK_WGMMA if architecture(device) == "sm_90a" else kernels.PEAK_MMA
+    blocks = multiprocessors(device) * (1 if kernel is kernels.PEAK_WGMMA else 2)
+    function = _function(kernel, linear_spec(1, 1, 1, 4), device)
+    out = torch.empty(blocks * kernel.threads, dtype=torch.int32, device=device)
+    params = Params(out=out.data_ptr(), rows=rounds)
+
+    def call():
+        stream = torch.cuda.current_stream(device).cuda_stream
+        driver().bind(_index(device))
+        driver().launch(function, blocks, kernel.threads, kernel.shared, stream, params)
+        return out
+
+    warps = blocks * kernel.threads // 32
+    each = 64 * 256 * 256 // 4 * 4 if kernel is kernels.PEAK_WGMMA else 16 * 8 * 256 * 32
+    return call, warps * each * rounds
