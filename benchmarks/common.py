@@ -158,6 +158,8 @@ class GpuDevice:
 
     def kernel(self) -> str:
         own = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", "CUDA")
+        if own and os.environ.get("BITKERNELS_CUDA") == "1":
+            return "csrc/cuda where it takes a call, else triton"
         return "triton" if own else cpu.REFERENCE
 
 
