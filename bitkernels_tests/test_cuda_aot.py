@@ -72,7 +72,7 @@ def name_of(value) -> str:
 
 MMA = [(k, arch, what) for k in kernels.MMA for arch, what in (
     ("sm_80", "conv"), ("sm_80", "linear"), ("sm_89", "narrow"))]
-MMA += [(kernels.MMA[0], "sm_90a", "conv"), (kernels.MMA[1], "sm_80", "nchw"),
+MMA += [(kernels.MMA[0], "sm_90a", "linear"), (kernels.MMA[1], "sm_80", "nchw"),
         (kernels.MMA[2], "sm_86", "linear")]
 
 

@@ -151,7 +151,7 @@ def test_one_kernel_can_be_named(usable, monkeypatch):
 
 def test_large_calls_get_large_tiles():
     def first(rows, cout, aligned=True, families=("bulk", "wgmma", "mma")):
-        return kernels.fitting(list(families), rows, cout, 132, aligned)[0].name
+        return kernels.fitting(families, rows, cout, 132, aligned)[0].name
 
     assert first(8192, 8192).startswith("bulk_")
     assert first(8192, 8192, aligned=False).startswith("wgmma_")

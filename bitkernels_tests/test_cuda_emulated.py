@@ -217,7 +217,7 @@ def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
         assert right in texts[file]
         texts[file] = texts[file].replace(right, wrong)
     library = cuda_emulator.build(texts, chosen)
-    words, filters = words_of(520, 6144), words_of(130, 6144)
+    words, filters = words_of(300, 6144), words_of(130, 6144)
     want = reference.packed_linear(words, filters, 6144, **INT32)[0]
 
     def right(kernel, seed) -> bool:

@@ -141,7 +141,7 @@ def _plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
 
     arch = launch.architecture(device)
     assert arch is not None
-    families = [f for f in kernels.FAMILIES[arch] if allowed(f, arch)]
+    families = tuple(f for f in kernels.FAMILIES[arch] if allowed(f, arch))
     if mode() == "0":
         return (), "BITKERNELS_CUDA is 0"
     if not families:

@@ -6,6 +6,7 @@ A kernel is a class template of csrc/cuda with its tile; everything else about a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 WINDOW = 16  # bytes of a Window (layout.cuh)
@@ -94,7 +95,8 @@ RATES = {"bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8, "wgmma_128x
          "mma_128x64": 4, "mma_64x64": 3, "mma_64x32": 2}
 
 
-def fitting(families: list[str], rows: int, cout: int, multiprocessors: int,
+@functools.lru_cache(maxsize=4096)
+def fitting(families: tuple[str, ...], rows: int, cout: int, multiprocessors: int,
             aligned: bool) -> tuple[Kernel, ...]:
     """Kernels for so many rows and channels, the one expected to be fastest first.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitkernels import reference
-from bitkernels._checks import conv_geometry, linear_geometry
+from bitkernels._checks import TILE, conv_geometry, linear_geometry
 from bitkernels._ops import empty_real, empty_words
 from bitkernels.backends.cuda import kernels
 from bitkernels.backends.cuda.driver import Driver, TensorMap
@@ -30,6 +30,7 @@ _driver: Driver | None = None
 _loaded: dict[tuple[str, Spec, int], int] = {}
 MOST_CLASSES = 256
 MOST_PRODUCTS = 1 << 29  # 4 popcount(a and w) stays in int32
+MOST_ROWS = 2**31 - 2**12  # rows and tiles of them are counted in int32
 
 
 def driver() -> Driver:
@@ -118,7 +119,7 @@ def outside(op: str, args, kw) -> str | None:
         return "float64"
     if op == "packed_linear":
         words, filters, channels = args[:3]
-        products, taps = channels, 1
+        rows, spec = words.numel() // words.shape[-1], linear_spec(words.shape[-1], 1, channels, 4)
     else:
         words, filters, channels, stride, padding, dilation, groups = _defaults(*args)
         pad_value = kw.get("pad_value", 0)
@@ -126,17 +127,17 @@ def outside(op: str, args, kw) -> str | None:
             return "groups"
         if pad_value == 1:
             return "padding with +1"
-        _, kh, kw_, _ = filters.shape[:4]
-        products, taps = channels * kh * kw_, kh * kw_
-        if pad_value == 0:
-            spec = _conv(words, filters, channels, stride, padding, dilation, 0,
-                         kw.get("out_channels"), 4)[0]
-            if spec.classes > MOST_CLASSES:
-                return f"{spec.classes} kinds of border windows, more than {MOST_CLASSES}"
-            if max(spec.h, spec.w) + spec.kh * spec.dh + spec.kw * spec.dw >= 1 << 29:
-                return "an image of 2^29 pixels a side"
-    if products >= MOST_PRODUCTS or 4 * filters.shape[-1] * taps >= MOST_PRODUCTS:
+        spec, shape = _conv(words, filters, channels, stride, padding, dilation, pad_value,
+                            kw.get("out_channels"), 4)
+        rows = shape[0] * shape[2] * shape[3]
+        if spec.classes > MOST_CLASSES:
+            return f"{spec.classes} kinds of border windows, more than {MOST_CLASSES}"
+        if max(spec.h, spec.w) + spec.kh * spec.dh + spec.kw * spec.dw >= 1 << 29:
+            return "an image of 2^29 pixels a side"
+    if 8 * spec.k_bytes >= MOST_PRODUCTS:
         return "2^29 products in one dot product"
+    if rows >= MOST_ROWS or spec.classes * filters.shape[0] >= MOST_ROWS // TILE:
+        return "2^31 rows or channels"
     return None
 
 
@@ -156,7 +157,7 @@ def _conv(words, filters, channels, stride, padding, dilation, pad_value, out_ch
     return spec, shape
 
 
-def choose(op: str, args, kw, families: list[str]) -> tuple[kernels.Kernel, ...]:
+def choose(op: str, args, kw, families: tuple[str, ...]) -> tuple[kernels.Kernel, ...]:
     """Kernels for a call that is not `outside`, the preferred first."""
     words, filters, channels = args[:3]
     aligned = False
