@@ -29,8 +29,8 @@ class DriverError(RuntimeError):
 
 
 class Driver:
-    def __init__(self):
-        self.lib = ctypes.CDLL("libcuda.so.1")
+    def __init__(self, library: str = "libcuda.so.1"):
+        self.lib = ctypes.CDLL(library)
         self.lib.cuLaunchKernel.argtypes = [
             ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p,
             ctypes.c_void_p]
