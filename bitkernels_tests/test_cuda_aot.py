@@ -137,7 +137,7 @@ def test_the_cache_gives_back_what_was_compiled(tmp_path, monkeypatch):
     (file,) = tmp_path.iterdir()
     assert compiler.compile(source, header, "sm_80").code == first.code and not any(
         path.suffix == ".part" for path in tmp_path.iterdir())
-    compiler.compile(source, LINEAR.with_parts(channels=9).header(), "sm_80")
+    compiler.compile(source, LINEAR.with_parts(("channels", 9)).header(), "sm_80")
     assert len(list(tmp_path.iterdir())) == 2 and file.exists()
 
 

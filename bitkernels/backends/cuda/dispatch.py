@@ -22,10 +22,12 @@ import torch
 
 from bitkernels.backends.cuda import kernels
 
+MOST_PLANS = 4096
 OPS = ("packed_conv2d", "packed_linear")
 _lock = threading.RLock()
 _trust: dict[tuple[str, str, int], str | None] = {}
 _unusable: dict[int, str | None] = {}
+_plans: dict[tuple, tuple[tuple[kernels.Kernel, ...], str]] = {}
 
 
 def clear() -> None:
@@ -35,6 +37,7 @@ def clear() -> None:
     with _lock:
         _trust.clear()
         _unusable.clear()
+        _plans.clear()
         launch.clear()
 
 
@@ -133,7 +136,25 @@ def _reason(device: torch.device) -> str | None:
 
 
 def _plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
-    """Kernels to try, and why they (or none) are chosen."""
+    """Kernels to try, and why they (or none) are chosen. Made once for calls that look alike."""
+    key = (op, _index(device), mode(), os.environ.get("BITKERNELS_CUDA_KERNEL"),
+           *map(_look, args), *((name, _look(value)) for name, value in kw.items()))
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        found = _plans[key] = _new_plan(op, args, kw, device)
+    return found
+
+
+def _look(value):
+    """What a plan may depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.data_ptr() % 16, value.is_contiguous()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _new_plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
     reason = _reason(device)
     if reason is not None:
         return (), reason

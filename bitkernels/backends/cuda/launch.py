@@ -152,8 +152,8 @@ def _conv(words, filters, channels, stride, padding, dilation, pad_value, out_ch
         out_channels)
     tiled = filters.dim() == 5
     filters_shape = (shape[1], *filters.shape[1:4]) if tiled else tuple(filters.shape)
-    spec = conv_spec(shape, tuple(words.shape[1:3]), filters_shape, channels, stride, pad, dilation,
-                     chunk, pad_value)
+    spec = conv_spec(tuple(shape), tuple(words.shape[1:3]), filters_shape, channels, tuple(stride),
+                     tuple(pad), tuple(dilation), chunk, pad_value)
     return spec, shape
 
 
@@ -224,10 +224,12 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     if threshold is not None:
         threshold = _aligned(threshold)
     spec = spec.with_parts(
-        out_type=TYPES[None if out is None else out.dtype], nhwc=nhwc, packed=packed is not None,
-        residual=TYPES[None if residual is None else residual.dtype],
-        threshold=threshold is not None, clamp_min=clamp_min is not None,
-        clamp_max=clamp_max is not None, windows=kernel.windows, **dict.fromkeys(vectors, True))
+        ("out_type", TYPES[None if out is None else out.dtype]), ("nhwc", int(nhwc)),
+        ("packed", int(packed is not None)),
+        ("residual", TYPES[None if residual is None else residual.dtype]),
+        ("threshold", int(threshold is not None)), ("clamp_min", int(clamp_min is not None)),
+        ("clamp_max", int(clamp_max is not None)), ("windows", int(kernel.windows)),
+        *((name, 1) for name in vectors))
     prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
     main = _function(kernel, spec, device)
     corr = words.new_empty(spec.classes * spec.cout)

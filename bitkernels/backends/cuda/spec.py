@@ -72,9 +72,11 @@ class Spec:
         lines = (f"constexpr int {f.name.upper()} = {getattr(self, f.name)};" for f in fields(self))
         return "#pragma once\n" + "\n".join(lines) + "\n"
 
-    def with_parts(self, **parts) -> Spec:
-        return replace(self, **{name: int(value) for name, value in parts.items()})
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  specs are small and few
+    def with_parts(self, *parts: tuple[str, int]) -> Spec:
+        return replace(self, **dict(parts))
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
     def for_preparation(self) -> Spec:
         """Without what `prepare` does not look at, so that calls share its compiled kernel."""
         plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
@@ -104,6 +106,7 @@ def axis_border(size: int, out: int, kernel: int, stride: int, pad: int, step: i
     return most_before, most_past, int(both)
 
 
+@functools.lru_cache(maxsize=4096)
 def conv_spec(shape, size, filters_shape, channels, stride, pad, dilation, chunk: int,
               pad_value: int = 0) -> Spec:
     """Of a convolution with `shape` (N, Cout, OH, OW), input `size` and filters in words.
@@ -123,5 +126,6 @@ def conv_spec(shape, size, filters_shape, channels, stride, pad, dilation, chunk
                 bottom=bottom, left=left, right=right, both_h=both_h, both_w=both_w)
 
 
+@functools.lru_cache(maxsize=4096)
 def linear_spec(width: int, cout: int, channels: int, chunk: int) -> Spec:
     return Spec(chunk=chunk, pixel=4 * width, k_bytes=4 * width, channels=channels, cout=cout)
