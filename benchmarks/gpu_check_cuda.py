@@ -1,7 +1,9 @@
 """One command on an NVIDIA GPU: do the kernels of csrc/cuda work there, and how fast are they.
 
-    python benchmarks/gpu_check_cuda.py             all steps, at most 12 minutes
-    python benchmarks/gpu_check_cuda.py --quick     without the sanitizer and the largest sizes
+    python benchmarks/gpu_check_cuda.py                 all steps
+    python benchmarks/gpu_check_cuda.py --quick         without the sanitizer and the largest sizes
+    python benchmarks/gpu_check_cuda.py --only check    the steps whose names start so
+    python benchmarks/gpu_check_cuda.py --list          what there is, and the limits in seconds
 
 These kernels have not run on every architecture, and a pipeline that has not run could hang. So
 every step, and in the first one every kernel, has a process and a time limit of its own; what fails
@@ -100,17 +102,24 @@ def results() -> Path:
     import common
     import torch
 
-    return common.RESULTS / common.slug(torch.cuda.get_device_name())
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
+    return common.RESULTS / common.slug(name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", nargs="+", metavar="STEP", default=[""])
+    parser.add_argument("--list", action="store_true")
+    chosen = parser.parse_args()
     import torch
 
     from bitkernels.backends.cuda import kernels
 
+    if chosen.list:
+        for name, _, limit, _ in steps(("mma", "wgmma", "bulk"), chosen.quick):
+            print(f"{name:28}{limit:5}")
+        return 0
     if not torch.cuda.is_available():
         print("no GPU: nothing to check")
         return 1
@@ -123,7 +132,9 @@ def main() -> int:
     path = results() / "gpu_check_cuda.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     failed = []
-    for name, command, limit, environment in steps(kernels.FAMILIES[arch], quick):
+    for name, command, limit, environment in steps(kernels.FAMILIES[arch], chosen.quick):
+        if not name.startswith(tuple(chosen.only)):
+            continue
         result = step(command, limit, **environment)
         report["steps"][name] = result
         path.write_text(json.dumps(report, indent=1))
