@@ -44,7 +44,10 @@ CUresult cuCtxSetCurrent(void* context) {
 
 CUresult cuModuleLoadData(void** module, const void* image) {
   *module = MODULE;
-  return memcmp(image, "\x7f" "ELF", 4) != 0;
+  return memcmp(image,
+                "\x7f"
+                "ELF",
+                4) != 0;
 }
 
 CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
@@ -76,7 +79,7 @@ CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, u
   seen[2] = bx;
   seen[3] = shared;
   seen[4] = (uint64_t)stream;
-  memcpy(&seen[5], params[0], 8);              // the first pointer of Params
+  memcpy(&seen[5], params[0], 8);                 // the first pointer of Params
   memcpy(&seen[6], (uint64_t*)params[1] + 4, 8);  // the box height of the first map
   return function != FUNCTION || gy != 1 || gz != 1 || by != 1 || bz != 1 || extra != 0 || !bound;
 }
