@@ -193,6 +193,24 @@ def test_pack_names_what_it_cannot_pack():
         pack(model)
 
 
+def test_pack_leaves_what_the_filter_refuses():
+    model = nn.Sequential(BinaryLinear(40, 8, input_quantizer=quantizers.NoOp(precision=32)),
+                          BinaryLinear(8, 4)).eval()
+    seen = []
+
+    def packable(name, layer):
+        seen.append(name)
+        return layer.pack_obstacle() is None
+
+    packed = pack(model, filter=packable)
+    assert seen == ["0", "1"]
+    assert type(packed[0]) is BinaryLinear and packed[0] is not model[0]
+    assert type(packed[1]) is PackedLinear
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        assert torch.equal(packed(x), model(x))
+
+
 def test_real_model_packs_to_itself():
     model = settled(small())
     x = reals(2, 3, 8, 8)
