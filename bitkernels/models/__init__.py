@@ -1,0 +1,25 @@
+"""Binary networks for small images, with the exact block structure of the published ones.
+
+`BinaryNet`, `ReActNet` and `QuickNet` take the sizes of the published networks as arguments; the
+defaults suit images of 8 to 64 pixels. `create` makes one by name.
+
+Each has the option binary_weights. False keeps the activations binary and the weights real, with
+the same state_dict keys: the first step of ReActNet's training, whose result the second step loads
+strictly.
+"""
+
+from bitkernels.models.binarynet import BinaryNet
+from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
+from bitkernels.models.reactnet import ReActBlock, ReActNet
+from bitkernels.models.registry import create, names
+
+__all__ = [
+    "BinaryNet",
+    "QuickNet",
+    "QuickNetBlock",
+    "QuickNetTransition",
+    "ReActBlock",
+    "ReActNet",
+    "create",
+    "names",
+]

@@ -1,0 +1,83 @@
+"""What several networks share: TensorFlow's padding, batch norm without scale, weight options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitkernels.nn.layer import WeightScale
+from bitkernels.quantizers import NoOp
+
+# The standard deviation of a normal distribution that is cut at two of its own.
+TRUNCATED_STD = 0.87962566103423978
+
+
+def weight_options(binary: bool, quantizer: str | nn.Module = "ste_sign",
+                   scale: WeightScale = None) -> dict[str, Any]:
+    """The weight options of a binary layer, or those that leave its weights real."""
+    if binary:
+        return dict(weight_quantizer=quantizer, weight_scale=scale)
+    return dict(weight_quantizer=NoOp(precision=32))
+
+
+def keras_normal_(weight: Tensor, std: float) -> None:
+    """Keras's he_normal and glorot_normal: normal, cut at two deviations, `std` after the cut."""
+    nn.init.trunc_normal_(weight, std=std / TRUNCATED_STD, a=-2 * std / TRUNCATED_STD,
+                          b=2 * std / TRUNCATED_STD)
+
+
+def he_normal_(weight: Tensor) -> None:
+    keras_normal_(weight, (2 / nn.init._calculate_fan_in_and_fan_out(weight)[0]) ** 0.5)
+
+
+def glorot_normal_(weight: Tensor) -> None:
+    keras_normal_(weight, (2 / sum(nn.init._calculate_fan_in_and_fan_out(weight))) ** 0.5)
+
+
+class SamePad2d(nn.Module):
+    """Zeros around (N, C, H, W) so that a window then gives ceil(H / stride) by ceil(W / stride).
+
+    TensorFlow's padding "same": where the total is odd the bottom and the right get the more. It
+    depends on the image's size: a 3x3 window of stride 2 pads an even side by (0, 1), an odd one
+    by (1, 1).
+    """
+
+    def __init__(self, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        pads = []
+        for size in (input.shape[-1], input.shape[-2]):
+            outputs = -(-size // self.stride)
+            total = max((outputs - 1) * self.stride + self.kernel_size - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.pad(input, pads)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+class _Unscaled(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with a learned shift and no scale (Keras's scale=False): weight is None."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.register_parameter("weight", None)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class UnscaledBatchNorm1d(_Unscaled, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` without a scale; state_dict: bias and the running statistics."""
+
+
+class UnscaledBatchNorm2d(_Unscaled, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` without a scale; state_dict: bias and the running statistics."""
