@@ -1,0 +1,1 @@
+"""Training of binary networks: losses against a teacher."""
