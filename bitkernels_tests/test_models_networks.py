@@ -11,6 +11,7 @@ from bitkernels import models
 from bitkernels import nn as bnn
 from bitkernels.models.parts import SamePad2d, UnscaledBatchNorm2d, glorot_normal_, he_normal_
 from bitkernels.models.reactnet import PUBLISHED_CHANNELS
+from bitkernels.train.distillation import FeatureTap
 
 SMALL = {
     "binarynet": dict(width=16),
@@ -218,6 +219,16 @@ def test_unscaled_norm_survives_conversion_to_sync_batch_norm():
     assert isinstance(sync, nn.SyncBatchNorm) and sync.weight is None and sync.momentum == 0.01
     x = torch.randn(8, 4, 3, 3)
     torch.testing.assert_close(sync.eval()(x), norm.eval()(x))
+
+
+@pytest.mark.parametrize("name, sides", [
+    ("binarynet", [3, 1]), ("quicknet", [8, 4]), ("reactnet", [8, 8, 4])])
+def test_attention_layers_give_images(name, sides):
+    model = small(name)
+    with FeatureTap(model, model.attention_layers) as tap:
+        model(torch.randn(2, 1, 8, 8))
+        features = tap.features()
+    assert [tuple(f.shape[2:]) for f in features] == [(side, side) for side in sides]
 
 
 def test_channels_last_and_bfloat16_autocast_run():

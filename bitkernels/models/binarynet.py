@@ -40,6 +40,8 @@ class BinaryNet(nn.Module):
     there by `bitkernels.optim.Bop`, batch norms by Adam. `bitkernels.nn.pack` has to leave the
     first layer: pack(model, filter=lambda name, layer: layer.pack_obstacle() is None).
 
+    attention_layers: the name of each stage's last batch norm, for attention matching.
+
     Raises ValueError for an image that is too small and options out of range.
     """
 
@@ -78,6 +80,7 @@ class BinaryNet(nn.Module):
                 channels = out
         size >>= stages
         self.features = nn.Sequential(*features)
+        self.attention_layers = tuple(f"features.{5 * stage + 4}" for stage in range(stages))
         self.flatten = nn.Flatten()
         hidden = 8 * width
         self.classifier = nn.Sequential(

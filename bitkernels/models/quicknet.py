@@ -76,6 +76,8 @@ class QuickNet(nn.Module):
     larq_zoo.sota, structure and initialisation (of the depthwise convolution: Keras's default).
     Larq clips the latent weights to 1.25: `bitkernels.optim.clip_latent_weights(..., clip=CLIP)`.
 
+    attention_layers: the names of the sections, for attention matching against another network.
+
     Raises ValueError for sections that do not fit each other and filters[0] not a multiple of 4.
     """
 
@@ -100,6 +102,7 @@ class QuickNet(nn.Module):
                       for _ in range(count)]
             sections.append(nn.Sequential(*parts))
         self.sections = nn.Sequential(*sections)
+        self.attention_layers = tuple(f"sections.{i}" for i in range(len(sections)))
         self.relu = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(filters[-1], num_classes)

@@ -77,6 +77,8 @@ class ReActNet(nn.Module):
     torch's convolutions do; the published code starts them in [0, 0.001], all of one sign, and
     expects the first step's.
 
+    attention_layers: the names of the blocks, for attention matching against another network.
+
     Raises ValueError for channels that neither stay nor double and strides that do not fit.
     """
 
@@ -101,6 +103,7 @@ class ReActNet(nn.Module):
         self.blocks = nn.Sequential(*(
             ReActBlock(before, after, stride, binary_weights=binary_weights)
             for (before, after), stride in zip(pairs, strides, strict=True)))
+        self.attention_layers = tuple(f"blocks.{i}" for i in range(len(pairs)))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels[-1], num_classes)
 
