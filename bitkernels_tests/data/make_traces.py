@@ -189,8 +189,9 @@ def adambnn(checkout: Path) -> None:
                "net/momentum": np.stack(momentum).astype(np.float32),
                "net/names": np.array(names), "net/binary": np.array(list(binary))}
     save("adambnn.npz", arrays, f"""All outputs are those of github.com/liuzechun/AdamBNN at \
-commit {commit}, its step2/reactnet.py and utils/KD_loss.py, on torch {torch.__version__}, CPU, float64: \
-sign/ BinaryActivation, conv/ HardBinaryConv (stride 1, padding 1), net/ firstconv3x3(1, 4, 1), \
+commit {commit}, its step2/reactnet.py and utils/KD_loss.py, on torch {torch.__version__}, CPU, \
+float64: sign/ BinaryActivation, conv/ HardBinaryConv (stride 1, padding 1), net/ \
+firstconv3x3(1, 4, 1), \
 BasicBlock(4, 8, 2), BasicBlock(8, 8, 1), mean, Linear(8, 5) trained on DistributionLoss for \
 {STEPS} updates of SGD, lr 0.05, momentum 0.9, batch step % 4. net/signs: packed weight < 0 of the \
 binary weights in the order of net/binary after each update; net/momentum: the momentum buffers of \
