@@ -1,0 +1,169 @@
+"""Files that are either the old one or the new one, and the state of the random generators.
+
+A file is written beside its place under another name, flushed to the disk and then renamed over the
+old one: a crash at any moment, or a full disk, leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitkernels.train.errors import CheckpointError, TrainError
+
+__all__ = ["export", "import_weights", "load", "random_state", "replace_file", "save",
+           "set_random_state", "transfer"]
+
+FORMAT = 1
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, all of it or none.
+
+    Raises CheckpointError where the disk is full or the folder cannot be written; what was at
+    `path` before is then still there, and no other file is left.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = "; the file that was there before is intact" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from None
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint. Raises CheckpointError as `replace_file` does."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What `save` wrote, on the CPU.
+
+    identity: what this run is, by name; must equal the "identity" in the checkpoint. Raises
+    CheckpointError for a file that is missing or broken, and for one of another run: the message
+    names both.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path} to resume") from None
+    except Exception as error:  # what torch.load raises depends on where the file is broken
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: "
+                              f"{str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "identity" not in state:
+        raise CheckpointError(f"{path} is not a checkpoint of bitkernels.train in format {FORMAT}")
+    _same(path, state["identity"], identity)
+    return state
+
+
+def _same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    if theirs == ours:
+        return
+    def title(run: dict[str, Any]) -> str:
+        return (f"model {run.get('model')} on {run.get('data')} with recipe "
+                f"{run.get('recipe', {}).get('name')}")
+
+    def flat(run: dict[str, Any]) -> dict[str, Any]:
+        rows = {}
+        for key, value in run.items():
+            rows.update({f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict)
+                        else {key: value})
+        return rows
+
+    there, here = flat(theirs), flat(ours)
+    differing = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+                 for key in [*there, *(k for k in here if k not in there)]
+                 if there.get(key) != here.get(key)]
+    if title(theirs) != title(ours):
+        raise CheckpointError(f"{path} is of {title(theirs)}; this run is {title(ours)}")
+    raise CheckpointError(f"{path} is of {title(theirs)}, as this run, but with other settings: "
+                          + "; ".join(differing))
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of torch's, numpy's and Python's generators of this process."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words = torch.from_numpy(np.asarray(keys, np.int64))
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(),
+             "numpy": (name, words, position, has_gauss, cached)}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def export(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write weights as safetensors, with strings about them in its metadata.
+
+    Raises CheckpointError as `replace_file` does, TrainError without safetensors.
+    """
+    safetensors = _safetensors()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    replace_file(path, safetensors.save(tensors, metadata=about))
+
+
+def import_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError where it cannot be read."""
+    try:
+        return _safetensors().load(path.read_bytes())
+    except TrainError:
+        raise
+    except Exception as error:  # safetensors has its own class of errors
+        raise CheckpointError(f"cannot read weights from {path}: {error}") from None
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise TrainError("weights are written by safetensors, which is not installed: "
+                         "pip install safetensors") from None
+    return safetensors.torch
+
+
+def transfer(weights: dict[str, Tensor], model: nn.Module, origin: str) -> None:
+    """Load all of `weights` into all of `model`.
+
+    Raises CheckpointError that lists every key that is missing, unknown or of another shape; the
+    model is then unchanged.
+    """
+    ours = model.state_dict()
+    problems = {
+        "missing": [k for k in ours if k not in weights],
+        "unknown": [k for k in weights if k not in ours],
+        "of another shape": [f"{k} {tuple(weights[k].shape)}, not {tuple(v.shape)}"
+                             for k, v in ours.items()
+                             if k in weights and weights[k].shape != v.shape]}
+    if any(problems.values()):
+        raise CheckpointError(
+            f"the weights of {origin} are not those of {type(model).__name__}: "
+            + "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys))
+    model.load_state_dict(weights)
