@@ -20,7 +20,7 @@ from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group
 from bitkernels.train.errors import DivergedError, TrainError
 from bitkernels.train.loop import Options, fit
-from bitkernels.train.recipes import Recipe
+from bitkernels.train.recipes import AUGMENTATIONS, Recipe
 
 DESCRIPTION = """\
 Train a binary network by a recipe.
@@ -58,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scale.add_argument("--lr", type=float, help="of the recipe's first Adam or SGD; the others "
                                                 "keep their ratio to it")
     scale.add_argument("--gamma", type=float, help="of Bop, likewise")
+    scale.add_argument("--augmentation", choices=AUGMENTATIONS,
+                       help="of the training images; folders of pictures have them all")
     how = parser.add_argument_group("how to run")
     how.add_argument("--out", help="folder of the results")
     how.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -130,7 +132,8 @@ def _run(args: argparse.Namespace, recipe: Recipe, group: Group) -> None:
 def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe is None:
         raise ValueError(f"--recipe is needed; there are {', '.join(recipes.names())}")
-    recipe = recipes.get(args.recipe).scaled(args.epochs, args.batch_size, args.lr, args.gamma)
+    recipe = recipes.get(args.recipe).scaled(args.epochs, args.batch_size, args.lr, args.gamma,
+                                              args.augmentation)
     if args.stage is None:
         return recipe
     stages = {stage.name: stage for stage in recipe.stages}

@@ -46,12 +46,11 @@ class Group:
         return self.rank == 0
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with averaged gradients. Buffers stay apart: batch norm keeps them equal."""
+        """The model with averaged gradients."""
         if self.size == 1:
             return model
         return DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False)
+            model, device_ids=[device.index] if device.type == "cuda" else None)
 
     def total(self, values: list[float], device: torch.device) -> list[float]:
         """The sums over all processes."""

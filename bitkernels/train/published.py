@@ -83,7 +83,7 @@ def _r2b(name: str, lr: float, **fields) -> Stage:
                  **fields)
 
 
-_MATCHING = Loss(labels=1, matching=3, attention=30, points=("blocks.*",))
+_MATCHING = Loss(labels=1, matching=3, attention=30)
 REAL_TO_BINARY = Recipe("real-to-binary", (
     _r2b("real", 1e-3, activations="tanh", weights="real", teacher="given",
          loss=replace(_MATCHING, teacher_points=("layer?.?",))),
@@ -94,7 +94,7 @@ REAL_TO_BINARY = Recipe("real-to-binary", (
     "Larq Zoo, ImageNet: Real-to-Binary net 65.0 %; the teacher of the first stage is a ResNet-18",
     """\
 Of the zoo's four stages the first trains the teacher that is given here, a ResNet-18, whose eight
-  blocks torchvision names layer1.0 to layer4.1; the student's are blocks.0 to blocks.7.
+  blocks torchvision names layer1.0 to layer4.1; the network has eight blocks, too.
 Rates, weights of the losses and the cosine of the last stage are those of the zoo's TrainR2B; the
   paper has no warm-up and steps in the last stage too.
 The second stage starts fresh, as in the zoo: only its teacher comes from the first.""")

@@ -19,6 +19,9 @@ from typing import Any, Literal
 __all__ = ["Loss", "Method", "Recipe", "Schedule", "Stage", "get", "names"]
 
 
+AUGMENTATIONS = ("none", "shift", "shift-flip", "resized-crop", "resized-crop-bicubic")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What the learning rate is multiplied with at a step.
@@ -90,8 +93,9 @@ class Loss:
     matching: temperature^2 times the Kullback-Leibler divergence of the student's from the
       teacher's outputs, both softened by `temperature` (Hinton et al. 2015).
     attention: attention matching (Martinez et al. 2020, section 4.2) between the outputs of the
-      modules that `points` names in the student and `teacher_points`, or else `points`, in the
-      teacher. Names may have the wildcards of `fnmatch`, where * does not stand for a dot.
+      modules that `points` names in the student and `teacher_points` in the teacher. Names may
+      have the wildcards of `fnmatch`, where * does not stand for a dot. Empty: the names that the
+      model has in its attribute `attention_layers`, as those of `bitkernels.models`.
     """
 
     labels: float = 1.0
@@ -186,8 +190,9 @@ class Recipe:
             raise ValueError(f"recipe {self.name} has no stages")
 
     def scaled(self, epochs: int | None = None, batch_size: int | None = None,
-               lr: float | None = None, gamma: float | None = None) -> Recipe:
-        """Every stage with other epochs, batch size or rates; None keeps what is there.
+               lr: float | None = None, gamma: float | None = None,
+               augmentation: str | None = None) -> Recipe:
+        """Every stage with other epochs, rates and so on; None keeps what is there.
 
         lr, gamma: of the first Adam or SGD, and of the first Bop; further ones, also of later
         stages, keep their ratio to it. Rates do not follow the batch size by themselves.
@@ -206,6 +211,8 @@ class Recipe:
             stages = [stage.with_epochs(epochs) for stage in stages]
         if batch_size is not None:
             stages = [replace(stage, batch_size=batch_size) for stage in stages]
+        if augmentation is not None:
+            stages = [replace(stage, augmentation=augmentation) for stage in stages]
         return replace(self, stages=tuple(stages))
 
     def settings(self) -> dict[str, Any]:

@@ -120,8 +120,14 @@ def make_scheduler(optimizer: Optimizer, stage: Stage, steps_per_epoch: int) -> 
 def matching_modules(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """The names of modules that a pattern matches, in the model's order; * stands for no dot.
 
-    Raises TrainError for a pattern that matches none.
+    Without patterns those in the model's `attention_layers`. Raises TrainError for a pattern that
+    matches none, and a model without that attribute.
     """
+    if not patterns:
+        if not hasattr(model, "attention_layers"):
+            raise TrainError(f"attention matching: {type(model).__name__} has no attention_layers, "
+                             "so the recipe's loss has to name points")
+        return list(model.attention_layers)  # type: ignore[arg-type]
     names = [name for name, _ in model.named_modules()]
 
     def matches(name: str, pattern: str) -> bool:
@@ -145,8 +151,7 @@ class StageLoss:
         if loss.attention:
             assert teacher is not None
             self.taps = (FeatureTap(student, matching_modules(student, loss.points)),
-                         FeatureTap(teacher, matching_modules(
-                             teacher, loss.teacher_points or loss.points)))
+                         FeatureTap(teacher, matching_modules(teacher, loss.teacher_points)))
 
     def __call__(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         loss, logits = self.loss, logits.float() if logits.dtype.itemsize < 4 else logits
