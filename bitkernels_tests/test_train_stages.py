@@ -1,0 +1,182 @@
+"""What a stage makes of a network: quantizers, optimizers, losses, strict transfer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bitkernels import models
+from bitkernels.nn import BinaryLayer
+from bitkernels.optim import Bop, binary_weights
+from bitkernels.train import CheckpointError, Loss, Method, Stage, TrainError, recipes
+from bitkernels.train.checkpoint import transfer
+from bitkernels.train.stages import StageLoss, configure, make_optimizer, make_scheduler
+from torch import nn
+
+STEP1, STEP2 = recipes.get("adambnn").stages
+TANH = replace(STEP1, activations="tanh")
+
+
+def reactnet(**options):
+    return models.create("reactnet", in_channels=1, image_size=8, channels=(8, 16), **options)
+
+
+def made(stage, model):
+    names = [n for n, p in model.named_parameters()
+             if any(p is m.weight for m in model.modules() if isinstance(m, BinaryLayer))]
+    configure(model, stage)
+    return make_optimizer(model, stage, names)
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("stage, signs, tanhs", [(STEP1, True, False), (STEP2, True, False),
+                                                 (TANH, False, True)])
+def test_configure(name, stage, signs, tanhs):
+    """Names stay; weights are binary or not; activations are signs or in the range of tanh."""
+    torch.manual_seed(0)
+    model = models.create(name, in_channels=1, image_size=8)
+    keys = list(model.state_dict())
+    configure(model, stage)
+    assert list(model.state_dict()) == keys
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BinaryLayer)}
+    seen = {}
+    for key, layer in layers.items():
+        layer.register_forward_hook(
+            lambda m, args, out, key=key: seen.__setitem__(key, m._real_operands(args[0])[0]))
+    model(torch.randn(4, 1, 8, 8)).sum().backward()
+    binary = stage.weights == "binary"
+    assert all(layer.on_bits == (binary and signs) or name == "binarynet"
+               for layer in layers.values())
+    assert len(binary_weights(model)) == (len(layers) if binary else 0)
+    if name == "binarynet":
+        seen.pop("features.0")  # it takes the image
+    for x in seen.values():
+        values = x.detach().abs().unique()
+        assert (len(values) == 1 and values.item() == 1) if signs else (
+            len(values) > 100 and values.max() <= 1)
+
+
+def test_real_weights_are_the_weights():
+    model = reactnet()
+    configure(model, STEP1)
+    layer = model.blocks[0].conv1
+    x = torch.randn(2, 8, 8, 8).sign()
+    assert torch.equal(layer(x), nn.functional.conv2d(x, layer.weight, padding=1))
+
+
+def test_a_model_without_binary_layers_is_an_error():
+    with pytest.raises(TrainError, match="Linear has no binary layers"):
+        configure(nn.Linear(3, 3), STEP1)
+
+
+def test_step1_weights_load_strictly_into_step2():
+    step1, step2 = reactnet(), reactnet()
+    configure(step1, STEP1)
+    configure(step2, STEP2)
+    transfer(step1.state_dict(), step2, "step1")
+    assert all(torch.equal(a, b) for a, b in zip(step1.state_dict().values(),
+                                                 step2.state_dict().values(), strict=True))
+
+
+def test_transfer_lists_what_differs_and_changes_nothing():
+    """The published step 2 called `weight` `weights`, and every binary weight was lost."""
+    model = reactnet()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    weights = {k: torch.zeros_like(v) for k, v in before.items()}
+    weights["blocks.0.conv1.weights"] = weights.pop("blocks.0.conv1.weight")
+    weights["stem.0.weight"] = torch.zeros(8, 1, 5, 5)
+    with pytest.raises(CheckpointError) as error:
+        transfer(weights, model, "stage step1")
+    assert str(error.value) == (
+        "the weights of stage step1 are not those of ReActNet: missing: blocks.0.conv1.weight; "
+        "unknown: blocks.0.conv1.weights; of another shape: stem.0.weight (8, 1, 5, 5), not "
+        "(8, 1, 3, 3)")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_decay_is_of_the_filters_alone():
+    model = reactnet()
+    groups = made(STEP1, model).param_groups
+    decayed = {n for g in groups for n in g["param_names"] if g["weight_decay"] == 5e-6}
+    assert decayed == {n for n, p in model.named_parameters() if p.dim() == 4}
+    assert {n for g in groups for n in g["param_names"]} == {n for n, _ in model.named_parameters()}
+    assert {g["weight_decay"] for g in made(STEP2, reactnet()).param_groups} == {0.0}
+
+
+def test_bop_starts_from_signs_and_leaves_the_rest_to_adam():
+    (stage,) = recipes.get("bop-cifar10").stages
+    model = models.create("binarynet", in_channels=1, image_size=8, width=4)
+    signs = {n: torch.where(p < 0, -1.0, 1.0) for n, p in binary_weights(model).items()}
+    optimizer = made(stage, model)
+    bop, adam = optimizer.optimizers
+    assert type(bop) is Bop and type(adam) is torch.optim.Adam
+    assert set(bop.param_groups[0]["param_names"]) == set(signs)
+    assert all(torch.equal(p, signs[n]) for n, p in binary_weights(model).items())
+    scheduler = make_scheduler(optimizer, stage, steps_per_epoch=1)
+    optimizer.step()
+    for _ in range(250):
+        scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-6, 1e-2])
+
+
+def test_quicknet_clips_its_latent_weights():
+    (stage,) = recipes.get("quicknet").stages
+    model = models.create("quicknet", in_channels=1, image_size=8, filters=(8,), blocks=(1,))
+    optimizer = made(stage, model)
+    weight = model.sections[0][0].conv.weight
+    with torch.no_grad():
+        weight.fill_(7.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert weight.unique().tolist() == [1.25]
+
+
+def test_rest_of_a_stage_with_real_weights():
+    stage = Stage("a", 1, 1, Method("adam", 1e-3), rest=Method("sgd", 1e-1), weights="real")
+    adam, _ = made(stage, reactnet()).optimizers
+    assert adam.param_groups[0]["param_names"] == [
+        "blocks.0.conv1.weight", "blocks.0.conv2.0.weight", "blocks.0.conv2.1.weight"]
+
+
+def test_loss_is_the_weighted_sum():
+    torch.manual_seed(1)
+    student, teacher = reactnet(), reactnet().eval()
+    images, labels = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
+    parts = {}
+    for name, loss in {
+            "labels": Loss(label_smoothing=0.1), "distribution": Loss(labels=0, distribution=1),
+            "matching": Loss(labels=0, matching=1, temperature=2),
+            "attention": Loss(labels=0, attention=1)}.items():
+        stage_loss = StageLoss(loss, student, teacher if loss.needs_teacher else None)
+        parts[name] = stage_loss(images, student(images), labels)
+        stage_loss.close()
+    logits, target = student(images), teacher(images)
+    assert parts["labels"].item() == pytest.approx(nn.functional.cross_entropy(
+        logits, labels, label_smoothing=0.1).item())
+    assert parts["distribution"].item() == pytest.approx(
+        -(target.softmax(1) * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+    assert parts["attention"] > 0
+    joined = StageLoss(Loss(0.5, 0.1, 2, 3, 2, 30), student, teacher)
+    total = joined(images, student(images), labels)
+    assert total.item() == pytest.approx(sum(
+        w * parts[n].item() for n, w in zip(parts, (0.5, 2, 3, 30), strict=True)), rel=1e-5)
+    total.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    joined.close()
+
+
+def test_attention_by_patterns():
+    model = reactnet()
+    loss = StageLoss(Loss(attention=1, points=("blocks.*",)), model, model)
+    assert loss.taps[0].names == ("blocks.0",)
+    with pytest.raises(TrainError, match="ReActNet has no module layer1"):
+        StageLoss(Loss(attention=1, points=("layer1",)), model, model)
+    with pytest.raises(TrainError, match="Sequential has no attention_layers"):
+        StageLoss(Loss(attention=1), model, nn.Sequential())
+
+
+def test_a_teacher_of_other_classes_is_an_error():
+    student, teacher = reactnet(), reactnet(num_classes=5)
+    images = torch.randn(2, 1, 8, 8)
+    with pytest.raises(TrainError, match=r"teacher's outputs are \(2, 5\), the student's \(2, 10"):
+        StageLoss(Loss(matching=1), student, teacher)(images, student(images), torch.zeros(2).long())
