@@ -49,3 +49,14 @@ def exploding(num_classes: int) -> nn.Module:
     network = Noisy(num_classes)
     network.network.classifier.weight.register_hook(lambda grad: grad * torch.inf)
     return network
+
+
+def tanh_teacher(num_classes: int) -> nn.Module:
+    """The small ReActNet of the tests as the stage "teacher" trains it."""
+    from bitkernels.train import recipes
+    from bitkernels.train.stages import configure
+
+    network = models.create("reactnet", num_classes=num_classes, in_channels=1, image_size=8,
+                            channels=(4, 8))
+    configure(network, recipes.get("adambnn-digits").stages[0])
+    return network

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitkernels.train.errors import CheckpointError, TrainError
+from bitkernels.train.errors import CheckpointError, TrainError, first_line
 
 __all__ = ["export", "import_weights", "load", "random_state", "replace_file", "save",
            "set_random_state", "transfer"]
@@ -68,7 +68,7 @@ def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint {path} to resume") from None
     except Exception as error:  # what torch.load raises depends on where the file is broken
         raise CheckpointError(f"{path} is not a checkpoint that can be read: "
-                              f"{str(error).splitlines()[0]}") from None
+                              f"{first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or "identity" not in state:
         raise CheckpointError(f"{path} is not a checkpoint of bitkernels.train in format {FORMAT}")
     _same(path, state["identity"], identity)
@@ -137,7 +137,7 @@ def import_weights(path: Path) -> dict[str, Tensor]:
     except TrainError:
         raise
     except Exception as error:  # safetensors has its own class of errors
-        raise CheckpointError(f"cannot read weights from {path}: {error}") from None
+        raise CheckpointError(f"cannot read weights from {path}: {first_line(error)}") from None
 
 
 def _safetensors() -> Any:

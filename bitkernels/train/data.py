@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from bitkernels.train.errors import DataError
+from bitkernels.train.errors import DataError, first_line
 
 __all__ = ["Batches", "Data", "Pictures", "Source", "loader"]
 
@@ -43,6 +43,10 @@ class Tensors:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
+
+    def first(self, count: int) -> Tensors:
+        """The first images alone."""
+        return Tensors(self.images[:count], self.labels[:count])
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Pictures(Dataset):
         except Exception as error:  # each picture format raises its own
             paths = getattr(self.source, "samples", None)
             where = paths[index][0] if paths else f"image {index}"
-            return DataError(f"cannot read {where}: {error}")
+            return DataError(f"cannot read {where}: {first_line(error)}")
         with _seeded(self.seed, epoch, index):
             return self.transform(image), label
 

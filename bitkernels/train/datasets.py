@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitkernels.train.data import Data, Shift, Tensors
-from bitkernels.train.errors import DataError, TrainError
+from bitkernels.train.errors import DataError, TrainError, first_line
 
 __all__ = ["NAMES", "cifar", "digits", "folder", "generated", "load"]
 
@@ -114,7 +114,7 @@ def _torchvision() -> Any:
         from torchvision import datasets, transforms  # noqa: F401
     except Exception as error:  # one built for another torch raises RuntimeError
         raise TrainError("pictures are read by torchvision, which cannot be imported "
-                         f"({str(error).splitlines()[0]}): install the release that belongs to "
+                         f"({first_line(error)}): install the release that belongs to "
                          f"torch {torch.__version__}") from None
     return torchvision
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 __all__ = ["CheckpointError", "DataError", "DivergedError", "TrainError"]
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class TrainError(Exception):
     """Something the user can mend; the message says what and where."""
 

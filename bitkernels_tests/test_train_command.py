@@ -1,0 +1,186 @@
+"""`python -m bitkernels train`: killed at random moments, interrupted, and given bad arguments."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bitkernels.__main__ import main
+from safetensors.torch import load_file
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).parents[1]
+BASE = ["--model", "bitkernels_tests.train_models:Noisy", "--data", "digits",
+        "--recipe", "adambnn-digits"]
+
+
+def start(out, *more, environment=()):
+    return subprocess.Popen(
+        [sys.executable, "-m", "bitkernels", "train", *BASE, "--out", str(out), *more], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def call(monkeypatch, *arguments):
+    """The exit status of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["bitkernels", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that `start` starts: sums of several threads differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def wait_for_checkpoints(process, path, count):
+    """Until the run has replaced its checkpoint `count` times, or has ended."""
+    seen: set[int] = set()
+    while len(seen) <= count and process.poll() is None:
+        seen.add(path.stat().st_mtime_ns if path.exists() else 0)
+        time.sleep(0.002)
+
+
+def test_killed_at_three_random_moments(tmp_path, monkeypatch, one_thread):
+    """SIGKILL leaves no time to tidy up: the weights of every stage are bit-equal all the same."""
+    arguments = ["--epochs", "2", "--batch-size", "100", "--checkpoint-every", "4", "--quiet"]
+    assert call(monkeypatch, *BASE, *arguments, "--out", tmp_path / "whole") == 0
+    out, moments = tmp_path / "killed", random.Random()
+    kills = 0
+    for attempt in range(3):
+        process = start(out, *arguments, *(["--resume"] if attempt else []))
+        wait_for_checkpoints(process, out / "checkpoint.pt", moments.randint(1, 6))
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3
+    assert torch.load(out / "checkpoint.pt")["stage"] < 3
+    last = start(out, *arguments, "--resume")
+    _, errors = last.communicate()
+    assert last.returncode == 0, errors
+    for stage in ("teacher", "step1", "step2"):
+        ours, theirs = (load_file(p / f"{stage}.safetensors") for p in (out, tmp_path / "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs), stage
+
+
+def test_ctrl_c_leaves_the_checkpoint(tmp_path, monkeypatch, capsys):
+    process = start(tmp_path, "--batch-size", "100", "--checkpoint-every", "2", "--quiet")
+    wait_for_checkpoints(process, tmp_path / "checkpoint.pt", 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors == "\ninterrupted; --resume goes on from the last checkpoint\n"
+    assert torch.load(tmp_path / "checkpoint.pt")["stage"] == 0
+    assert call(monkeypatch, *BASE, "--out", tmp_path) == 1
+    assert "checkpoint.pt is there already" in capsys.readouterr().err
+
+
+def test_one_stage_after_the_other_by_files(tmp_path, monkeypatch, capsys):
+    """The two steps run apart, as published: weights and teacher are files."""
+    small = ["--model", "reactnet", "--model-option", "channels=(4, 8)", "--data", "digits",
+             "--epochs", "1", "--batch-size", "400", "--threads", torch.get_num_threads()]
+    recipe = ["--recipe", "adambnn", "--augmentation", "shift"]
+    assert call(monkeypatch, *small, "--recipe", "adambnn-digits", "--stage", "teacher",
+                "--out", tmp_path / "teacher") == 0
+    assert re.search(r"^teacher 1/1: loss \d.*, held out \d", capsys.readouterr().out, re.M)
+    teacher = ["--teacher", "bitkernels_tests.train_models:tanh_teacher",
+               "--teacher-weights", tmp_path / "teacher" / "teacher.safetensors"]
+    assert call(monkeypatch, *small, *recipe, *teacher, "--stage", "step1", "--quiet",
+                "--out", tmp_path / "1") == 0
+    step2 = [*small, *recipe, *teacher, "--stage", "step2", "--quiet", "--out", tmp_path / "2"]
+    assert call(monkeypatch, *step2) == 1
+    assert "starts from the weights of step1: give them with --init" in capsys.readouterr().err
+    weights = tmp_path / "1" / "step1.safetensors"
+    assert call(monkeypatch, *step2, "--init", weights) == 0
+    assert re.search(r"\d+\.\d\d% of 360 held-out images; weights in .*2/step2.safetensors",
+                     capsys.readouterr().out)
+    assert call(monkeypatch, "--model", "quicknet", *step2[2:-1], tmp_path / "3",
+                "--init", weights) == 1
+
+
+def test_show(monkeypatch, capsys):
+    assert call(monkeypatch, "--recipe", "quicknet", "--lr", "1e-3", "--show") == 0
+    out = capsys.readouterr().out
+    assert "lr=0.001" in out and "latent_clip = 1.25" in out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "reactnet"], "--recipe is needed; there are adambnn, "),
+    ([*BASE], "--out is needed"),
+    ([*BASE, "--model", "resnet", "--out", "OUT"], "no model is called 'resnet'; there are bina"),
+    ([*BASE, "--model", "os:nothing", "--out", "OUT"], "module 'os' has no attribute 'nothing'"),
+    ([*BASE, "--model", "reactnet", "--model-option", "deep", "--out", "OUT"], "NAME=VALUE"),
+    ([*BASE, "--stage", "step3", "--out", "OUT"], "no stage step3, only teacher, step1, step2"),
+    ([*BASE, "--gamma", "1", "--out", "OUT"], "adambnn-digits has no gamma to change"),
+    ([*BASE, "--batch-size", "5000", "--out", "OUT"], "batch of 5000 images is larger than"),
+    ([*BASE, "--out", "OUT", "--resume"], "there is no checkpoint OUT/checkpoint.pt"),
+    ([*BASE, "--teacher", "reactnet", "--out", "OUT"], "--teacher needs --teacher-weights"),
+    ([*BASE, "--init", "OUT/none", "--out", "OUT"], "cannot read weights from OUT/none"),
+    ([*BASE, "--augmentation", "resized-crop", "--out", "OUT"], "digits has no augmentation 'res"),
+    ([*BASE, "--data", "imagenet", "--out", "OUT"], "imagenet needs the folder of its files"),
+    ([*BASE, "--recipe", "quicknet", "--augmentation", "shift", "--out", "/proc/none"],
+     "cannot make /proc/none")])
+def test_bad_arguments_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    arguments = [a.replace("OUT", str(tmp_path)) for a in arguments]
+    assert call(monkeypatch, *arguments) == 1
+    error = capsys.readouterr().err
+    assert message.replace("OUT", str(tmp_path)) in error
+    assert error.count("\n") == 1 and error.startswith("bitkernels train: ")
+
+
+def test_options_of_computing(tmp_path, monkeypatch):
+    """bf16, channels-last, workers and no metrics give a run that learns as the plain one."""
+    small = ["--model", "reactnet", "--model-option", "channels=(4, 8)", "--data", "digits",
+             "--recipe", "adambnn-digits", "--stage", "teacher", "--epochs", "2", "--quiet"]
+    assert call(monkeypatch, *small, "--bf16", "--channels-last", "--workers", "1", "--no-watch",
+                "--out", tmp_path) == 0
+    losses = [float(line.split(",")[4]) for line in
+              (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert losses[1] < losses[0] < 2.5
+    assert load_file(tmp_path / "teacher.safetensors")["stem.0.weight"].dtype == torch.float32
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator")
+    assert call(monkeypatch, *BASE, "--model", "reactnet", "--model-option", "channels=(4, 8)",
+                "--batch-size", "400", "--epochs", "2", "--tensorboard", "--quiet",
+                "--out", tmp_path) == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "step2"))
+    events.Reload()
+    tags = events.Tags()
+    for metric in ("flip_ratio", "c2i_ratio", "dead_weights"):
+        assert f"{metric}/blocks.0.conv1" in tags["scalars"]
+        assert [event.step for event in events.Scalars(f"run/{metric}")] == [3, 6]
+    assert "saturation/blocks.0.sign1" in tags["scalars"]
+    assert {"histogram/weight/blocks.0.conv1", "histogram/activation/blocks.0.sign1"} <= set(
+        tags["histograms"])
+    latent = load_file(tmp_path / "step2.safetensors")["blocks.0.conv1.weight"]
+    histogram = events.Histograms("histogram/weight/blocks.0.conv1")[-1].histogram_value
+    assert histogram.num == latent.numel()
+    assert histogram.max == pytest.approx(latent.abs().max().item(), rel=0.05)
+
+
+def test_without_tensorboard_or_tqdm_one_message(tmp_path, monkeypatch, capsys):
+    arguments = [*BASE, "--model", "reactnet", "--batch-size", "400", "--epochs", "1"]
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "1") == 1
+    assert "progress bars need tqdm, which is not installed" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert call(monkeypatch, *arguments, "--quiet", "--tensorboard", "--out", tmp_path / "2") == 1
+    assert "plots need tensorboard, which cannot be imported" in capsys.readouterr().err
