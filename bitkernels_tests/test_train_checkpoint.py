@@ -9,6 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from bitkernels.train import (
     CheckpointError,
     DivergedError,
@@ -20,9 +23,6 @@ from bitkernels.train import (
 )
 from bitkernels.train import checkpoint as files
 from bitkernels.train.checkpoint import replace_file
-from safetensors import safe_open
-from safetensors.torch import load_file
-
 from bitkernels_tests.train_models import Noisy, exploding
 
 pytest.importorskip("sklearn")

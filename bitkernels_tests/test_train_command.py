@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitkernels.__main__ import main
 from safetensors.torch import load_file
+
+from bitkernels.__main__ import main
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")

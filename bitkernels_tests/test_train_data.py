@@ -4,6 +4,7 @@ import builtins
 
 import pytest
 import torch
+
 from bitkernels.train import DataError, TrainError, datasets
 from bitkernels.train.data import Batches, Pictures, Shift, Tensors, held_out_batches, loader
 

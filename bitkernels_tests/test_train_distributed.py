@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from bitkernels import models
-from bitkernels.train import CheckpointError, checkpoint, datasets, fit, recipes
-from bitkernels.train.distributed import Group, SyncBatchNorm, synchronised
 from safetensors.torch import load_file
 from torch import nn
 
+from bitkernels import models
+from bitkernels.train import CheckpointError, checkpoint, datasets, fit, recipes
+from bitkernels.train.distributed import Group, SyncBatchNorm, synchronised
 from bitkernels_tests.train_models import double_reactnet
 
 pytest.importorskip("sklearn")

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from bitkernels.train import DataError, datasets
 from bitkernels.train.data import Pictures, loader
 

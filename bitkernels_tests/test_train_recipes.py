@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from bitkernels.train import Loss, Method, Recipe, Schedule, Stage, recipes
 
 
@@ -56,7 +57,8 @@ def test_quicknet_warm_up_and_cosine():
 
 def test_real_to_binary_stages():
     real, activations, binary = recipes.get("real-to-binary").stages
-    assert [(s.activations, s.weights, s.start, s.teacher) for s in (real, activations, binary)] == [
+    stages = (real, activations, binary)
+    assert [(s.activations, s.weights, s.start, s.teacher) for s in stages] == [
         ("tanh", "real", None, "given"), ("binary", "real", None, "real"),
         ("binary", "binary", "binary-activations", "binary-activations")]
     assert (real.loss.attention, real.loss.matching) == (30, 3)

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from bitkernels import models
 from bitkernels.nn import BinaryLayer
 from bitkernels.optim import Bop, binary_weights
 from bitkernels.train import CheckpointError, Loss, Method, Stage, TrainError, recipes
 from bitkernels.train.checkpoint import transfer
 from bitkernels.train.stages import StageLoss, configure, make_optimizer, make_scheduler
-from torch import nn
 
 STEP1, STEP2 = recipes.get("adambnn").stages
 TANH = replace(STEP1, activations="tanh")
@@ -21,10 +22,8 @@ def reactnet(**options):
 
 
 def made(stage, model):
-    names = [n for n, p in model.named_parameters()
-             if any(p is m.weight for m in model.modules() if isinstance(m, BinaryLayer))]
     configure(model, stage)
-    return make_optimizer(model, stage, names)
+    return make_optimizer(model, stage)
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -179,4 +178,5 @@ def test_a_teacher_of_other_classes_is_an_error():
     student, teacher = reactnet(), reactnet(num_classes=5)
     images = torch.randn(2, 1, 8, 8)
     with pytest.raises(TrainError, match=r"teacher's outputs are \(2, 5\), the student's \(2, 10"):
-        StageLoss(Loss(matching=1), student, teacher)(images, student(images), torch.zeros(2).long())
+        StageLoss(Loss(matching=1), student, teacher)(
+            images, student(images), torch.zeros(2, dtype=torch.long))

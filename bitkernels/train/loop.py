@@ -229,7 +229,7 @@ class _Trainer:
                                run.group.size)
         self.pictures = Pictures(run.data.train, run.data.augmentation(stage.augmentation),
                                  run.seed)
-        self.optimizer = make_optimizer(model, stage, list(_layer_weights(model)))
+        self.optimizer = make_optimizer(model, stage)
         self.scheduler = make_scheduler(self.optimizer, stage, self.batches.steps)
         self.loss = StageLoss(stage.loss, model, run.teacher(stage))
         stack.callback(self.loss.close)
@@ -306,13 +306,12 @@ class _Trainer:
         share = self.stage.batch_size // self.run.group.size
         values = torch.stack(self.pending).tolist()
         self.pending.clear()
-        for back, (loss, _) in enumerate(reversed(values)):
-            if not math.isfinite(loss) and self.run.group.size == 1:
-                raise self._diverged(f"the loss is {loss / share}", self.total - back)
         loss, right = (sum(column) for column in zip(*values, strict=True))
+        bad = [i for i, (value, _) in enumerate(values) if not math.isfinite(value)]
         sums = self.run.group.total([loss, right, float(share * len(values))], self.run.device)
-        if not math.isfinite(sums[0]):
-            raise self._diverged(f"the loss is {sums[0] / sums[2]}", self.total)
+        if not math.isfinite(sums[0]):  # on all processes, of which one may have no bad value
+            step = self.total - len(values) + 1 + (bad[0] if bad else 0)
+            raise self._diverged(f"the loss is {sums[0] / sums[2]}", step)
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         if self.bar is not None:
             self.bar.step(self.sums[0] / self.sums[2], self.sums[1] / self.sums[2],
@@ -397,14 +396,6 @@ class _Trainer:
             self.watcher.load_state_dict(saved["watcher"])
         self.epoch, self.step, self.sums = saved["epoch"], saved["step"], list(saved["sums"])
         checkpoint.set_random_state(saved["random"][self.run.group.rank], self.run.device)
-
-
-def _layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of binary layers by parameter name, also where a stage made them real."""
-    from bitkernels.nn import BinaryLayer
-
-    ids = {id(layer.weight) for layer in model.modules() if isinstance(layer, BinaryLayer)}
-    return {name: p for name, p in model.named_parameters() if id(p) in ids}
 
 
 def _flips(watcher: Watcher | None) -> float | None:

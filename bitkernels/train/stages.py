@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
-from bitkernels.nn import RSign
+from bitkernels.nn import BinaryLayer, RSign
 from bitkernels.optim import Bop, CaseOptimizer, binary_weights, clip_latent_weights
 from bitkernels.optim.grouping import binary_layers
 from bitkernels.quantizers import NoOp
@@ -68,12 +68,13 @@ def configure(model: nn.Module, stage: Stage) -> None:
                     setattr(parent, name, ShiftedTanh(child))
 
 
-def make_optimizer(model: nn.Module, stage: Stage, binary: list[str]) -> Optimizer:
+def make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
     """The stage's optimizer, over all parameters that require grad.
 
-    binary: the names of the weights that `stage.method` has where there is a `rest`; given, since
-    a stage with real weights has them too.
+    Where there is a `rest`, `stage.method` has the weights of the binary layers, also in a stage
+    that made them real.
     """
+    binary = {id(layer.weight) for layer in model.modules() if isinstance(layer, BinaryLayer)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer: Optimizer
     if stage.rest is None:
@@ -81,7 +82,7 @@ def make_optimizer(model: nn.Module, stage: Stage, binary: list[str]) -> Optimiz
     else:
         method, rest = stage.method, stage.rest
         optimizer = CaseOptimizer(
-            named, (lambda name, _: name in binary, lambda params: _made(method, params)),
+            named, (lambda _, p: id(p) in binary, lambda params: _made(method, params)),
             default=lambda params: _made(rest, params))
     if stage.signs_at_start:
         with torch.no_grad():
