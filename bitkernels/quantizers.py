@@ -105,6 +105,30 @@ class _Round(torch.autograd.Function):
         return grad, None
 
 
+class _Clamp(torch.autograd.Function):
+    """x clamped to [low, high]."""
+
+    @staticmethod
+    def forward(ctx, x, low, high):
+        ctx.save_for_backward(x)
+        ctx.low, ctx.high = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * ((x >= ctx.low) & (x <= ctx.high)), None, None
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """x clamped to [low, high], the gradient 1 at both bounds, as TensorFlow has it.
+
+    torch's own clamp has 1 there up to release 2.14 and 0 from 2.15 on.
+    """
+    return _Clamp.apply(x, low, high)
+
+
 class Quantizer(nn.Module):
     """Base of the quantizers here. Arguments are fixed: layers read them once.
 
@@ -290,7 +314,7 @@ class DoReFa(Quantizer):
         wide = x if x.dtype == torch.float64 else x.float()
         n = float(2**self.k_bit - 1)
         if self.mode == "activations":
-            return _Round.apply(wide.clamp(0, 1), n).to(x.dtype)
+            return _Round.apply(clamp(wide, 0, 1), n).to(x.dtype)
         if x.numel() == 0:
             return torch.empty_like(x)
         tanh = torch.tanh(wide)

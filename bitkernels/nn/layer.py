@@ -156,7 +156,7 @@ class BinaryLayer(nn.Module):
             return None
         w = self.weight if self._scale_rule == "xnor" else self.weight.detach()
         if self._scale_rule == "xnor":
-            w = w.clamp(-1, 1)
+            w = quantizers.clamp(w, -1, 1)
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
         return w.abs().mean(tuple(range(1, w.dim())), dtype=dtype)
 
