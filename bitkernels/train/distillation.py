@@ -3,15 +3,13 @@
 ReActNet (Liu et al. 2020, arXiv 2003.03488) and AdamBNN train on a teacher's outputs alone,
 `distribution_loss`. Real-to-Binary (Martinez et al. 2020, openreview BJg4NgBKvH) adds to the
 cross-entropy with the labels an `attention_matching_loss` on features inside the network and an
-`output_matching_loss` on the logits; `DistillationLoss` is that sum, and `REAL_TO_BINARY` holds its
-weights in the stages of Larq Zoo's code. The teacher is a constant in all of them: no gradient
-enters it.
+`output_matching_loss` on the logits. The teacher is a constant in all of them: no gradient enters
+it. `bitkernels.train.Loss` weighs them in a recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "REAL_TO_BINARY",
-    "DistillationLoss",
-    "DistillationWeights",
     "FeatureTap",
     "attention_matching_loss",
     "distribution_loss",
@@ -98,26 +93,6 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
                          f"{tuple(student.shape)} and {tuple(teacher.shape)}")
 
 
-@dataclass(frozen=True)
-class DistillationWeights:
-    """What `DistillationLoss` multiplies its parts with, and the temperature of the outputs."""
-
-    classification: float = 1.0
-    attention: float = 0.0
-    output: float = 0.0
-    temperature: float = 1.0
-
-
-REAL_TO_BINARY: Mapping[str, DistillationWeights] = {
-    "real": DistillationWeights(),
-    "real_tanh": DistillationWeights(attention=30.0, output=3.0),
-    "binary_activations": DistillationWeights(attention=30.0, output=3.0),
-    "binary": DistillationWeights(output=0.8),
-}
-"""Stages 0 to 3 of Larq Zoo's Real-to-Binary, in order. The teacher of each is the result of the
-stage before, which also gives the last stage its first weights."""
-
-
 class FeatureTap:
     """The outputs of some submodules in the last forward pass, kept by hooks until `close`.
 
@@ -163,66 +138,3 @@ class FeatureTap:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-class DistillationLoss:
-    """classification * cross-entropy + attention * attention matching + output * output matching.
-
-        loss = DistillationLoss(student, teacher, REAL_TO_BINARY["real_tanh"], ["blocks.1"])
-        logits = student(images)
-        loss(images, logits, labels).backward()
-
-    A call runs the teacher on the images, in eval mode and without gradients, where a part needs
-    it, and takes the student's features from its forward pass just before. The teacher's training
-    mode is put back after the call.
-
-    points: names of the student's submodules whose outputs (N, C, H, W) are matched; teacher_points
-      those of the teacher, by default the same names. close() removes the student's and the
-      teacher's hooks.
-
-    Raises ValueError for an attention weight without points, points without that weight, and
-    unequal numbers of points.
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, weights: DistillationWeights,
-                 points: Sequence[str] = (), teacher_points: Sequence[str] | None = None) -> None:
-        theirs = points if teacher_points is None else teacher_points
-        if bool(points) != bool(weights.attention):
-            raise ValueError(f"DistillationLoss: the weight of attention is {weights.attention}, "
-                             f"the points are {list(points)}; one needs the other")
-        if len(points) != len(theirs):
-            raise ValueError(f"DistillationLoss: {len(points)} points of the student, "
-                             f"{len(theirs)} of the teacher")
-        self.teacher, self.weights = teacher, weights
-        self._student_tap = FeatureTap(student, points)
-        self._teacher_tap = FeatureTap(teacher, theirs)
-
-    def __call__(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        weights = self.weights
-        loss = weights.classification * F.cross_entropy(logits, labels)
-        if not weights.attention and not weights.output:
-            return loss
-        ours = self._student_tap.features()
-        teacher_logits = self._ask_teacher(images)
-        theirs = self._teacher_tap.features()
-        if weights.attention:
-            loss = loss + weights.attention * attention_matching_loss(ours, theirs)
-        if weights.output:
-            loss = loss + weights.output * output_matching_loss(logits, teacher_logits,
-                                                                weights.temperature)
-        return loss
-
-    @torch.no_grad()
-    def _ask_teacher(self, images: Tensor) -> Tensor:
-        modes = {module: module.training for module in self.teacher.modules()}
-        self.teacher.eval()
-        try:
-            return self.teacher(images)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-    def close(self) -> None:
-        """Remove all hooks."""
-        self._student_tap.close()
-        self._teacher_tap.close()
