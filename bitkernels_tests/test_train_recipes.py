@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from bitkernels.train import Loss, Method, Recipe, Schedule, Stage, recipes
+from bitkernels import models
+from bitkernels.optim import binary_weights
+from bitkernels.train import Loss, Method, Recipe, Schedule, Stage, datasets, fit, recipes
 
 
 @pytest.mark.parametrize("name, epochs, batch, lr, decay", [
@@ -90,6 +92,32 @@ def test_scaled_keeps_shares_and_ratios():
     assert stage.method.schedule.warmup == 1
     with pytest.raises(ValueError, match="quicknet has no gamma"):
         recipes.get("quicknet").scaled(gamma=1e-3)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_runs(name):
+    """Two updates a stage; each stage starts from the weights and has the teacher that it names."""
+    pytest.importorskip("sklearn")
+    digits = datasets.digits()
+    digits = dataclasses.replace(digits, train=digits.train.first(60),
+                                 held_out=digits.held_out.first(20))
+    recipe = recipes.get(name).scaled(1, 30, augmentation="none")
+    stages = [dataclasses.replace(stage, loss=dataclasses.replace(stage.loss, teacher_points=()))
+              for stage in recipe.stages]  # the teacher here is no ResNet-18
+    model = "binarynet" if name.startswith("bop") else "reactnet"
+    options = dict(width=2) if model == "binarynet" else dict(channels=(4, 8, 8))
+
+    def build():
+        return models.create(model, in_channels=1, image_size=8, **options)
+
+    result = fit(build, dataclasses.replace(recipe, stages=tuple(stages)), digits,
+                 teacher=build() if any(s.teacher == "given" for s in stages) else None)
+    assert [row["stage"] for row in result.rows] == [stage.name for stage in stages]
+    assert all(0 < row["train_loss"] < 100 for row in result.rows)
+    weights = list(binary_weights(result.model).values())
+    if name.startswith("bop"):
+        assert all(w.abs().unique().tolist() == [1.0] for w in weights)
+    assert weights
 
 
 ADAM = Method("adam", 1e-3)

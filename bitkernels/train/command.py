@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     except DivergedError as error:  # all processes meet it
         return _failed(error, group.first)
-    except (TrainError, ValueError) as error:
+    except (TrainError, ValueError, OSError) as error:  # OSError: the writer of TensorBoard
         return _failed(error)
     except KeyboardInterrupt:
         if group.first:
