@@ -36,9 +36,10 @@ def data():
 
 
 def run(data, out, recipe=RECIPE, **options):
-    every = options.pop("checkpoint_every", 3)
+    how = Options(checkpoint_every=options.pop("checkpoint_every", 3),
+                  tensorboard=options.pop("tensorboard", False))
     return fit(options.pop("build", lambda: Noisy(10)), recipe, data, out,
-               options=Options(checkpoint_every=every), name=options.pop("name", "noisy"),
+               options=how, name=options.pop("name", "noisy"),
                **options)
 
 
@@ -215,6 +216,7 @@ def test_divergence_after_a_checkpoint_leaves_it(data, tmp_path, monkeypatch):
      "adambnn-digits; this run is model noisy on digits with recipe bop-digits"),
     (dict(recipe=RECIPE.scaled(epochs=3)), "as this run, but with other settings: recipe "
                                            "teacher.epochs: 2 there, 3 here; recipe step1.epochs"),
+    (dict(tensorboard=True), "other settings: tensorboard: False there, True here"),
     (dict(seed=1), "as this run, but with other settings: seed: 0 there, 1 here")])
 def test_a_checkpoint_of_another_run(data, uninterrupted, options, message):
     with pytest.raises(CheckpointError) as error:

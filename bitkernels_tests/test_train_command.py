@@ -130,6 +130,8 @@ def test_show(monkeypatch, capsys):
     ([*BASE, "--gamma", "1", "--out", "OUT"], "adambnn-digits has no gamma to change"),
     ([*BASE, "--batch-size", "5000", "--out", "OUT"], "batch of 5000 images is larger than"),
     ([*BASE, "--out", "OUT", "--resume"], "there is no checkpoint OUT/checkpoint.pt"),
+    ([*BASE, "--checkpoint-every", "0", "--out", "OUT"], "checkpoint_every must be at least 1"),
+    ([*BASE, "--epochs", "0", "--out", "OUT"], "epochs and batch_size must be at least 1"),
     ([*BASE, "--teacher", "reactnet", "--out", "OUT"], "--teacher needs --teacher-weights"),
     ([*BASE, "--init", "OUT/none", "--out", "OUT"], "cannot read weights from OUT/none"),
     ([*BASE, "--augmentation", "resized-crop", "--out", "OUT"], "digits has no augmentation 'res"),

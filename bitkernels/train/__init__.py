@@ -12,8 +12,9 @@
 
 from bitkernels.train import datasets, recipes
 from bitkernels.train.errors import CheckpointError, DataError, DivergedError, TrainError
-from bitkernels.train.loop import Options, Result, fit
+from bitkernels.train.loop import fit
 from bitkernels.train.recipes import Loss, Method, Recipe, Schedule, Stage
+from bitkernels.train.run import Options, Result
 
 __all__ = [
     "CheckpointError",

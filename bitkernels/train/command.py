@@ -19,8 +19,9 @@ from bitkernels.train import checkpoint, datasets, recipes
 from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group
 from bitkernels.train.errors import DivergedError, TrainError
-from bitkernels.train.loop import Options, fit
+from bitkernels.train.loop import fit
 from bitkernels.train.recipes import AUGMENTATIONS, Recipe
+from bitkernels.train.run import Options
 
 DESCRIPTION = """\
 Train a binary network by a recipe.
