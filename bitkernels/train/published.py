@@ -101,11 +101,11 @@ The second stage starts fresh, as in the zoo: only its teacher comes from the fi
 
 _DIGITS_COSINE = Schedule("cosine")
 ADAMBNN_DIGITS = Recipe("adambnn-digits", (
-    Stage("teacher", 15, 64, Method("adam", 3e-3, _DIGITS_COSINE), activations="tanh",
+    Stage("teacher", 10, 64, Method("adam", 3e-3, _DIGITS_COSINE), activations="tanh",
           weights="real", augmentation="shift", loss=Loss(label_smoothing=0.1)),
-    Stage("step1", 25, 64, Method("adam", 3e-3, _EPOCH_LINEAR, weight_decay=5e-6), weights="real",
+    Stage("step1", 20, 64, Method("adam", 3e-3, _EPOCH_LINEAR, weight_decay=5e-6), weights="real",
           augmentation="shift", teacher="teacher", loss=Loss(labels=0, distribution=1)),
-    Stage("step2", 25, 64, Method("adam", 3e-3, _EPOCH_LINEAR), start="step1",
+    Stage("step2", 20, 64, Method("adam", 3e-3, _EPOCH_LINEAR), start="step1",
           augmentation="shift", teacher="teacher", loss=Loss(labels=0, distribution=1))),
     "AdamBNN's two steps, sized for small images", """\
 As adambnn, but: the teacher is the same network with real weights and tanh, trained first, instead
