@@ -137,3 +137,23 @@ def test_a_run_of_two_processes_is_resumed_by_two(tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", saved)
     with pytest.raises(CheckpointError, match="other settings: processes: 2 there, 1 here"):
         run(resume=True)
+
+
+def test_all_processes_learn_that_the_folder_is_taken(tmp_path):
+    """Otherwise the others would wait for the first one."""
+    class First(Group):
+        def shared(self, value):
+            told.append(value)
+            return value
+
+    class Second(Group):
+        def shared(self, value):
+            assert value is None
+            return told[0]
+
+    told = []
+    (tmp_path / "checkpoint.pt").touch()
+    for group in (First(0, 2), Second(1, 2)):
+        with pytest.raises(CheckpointError, match="checkpoint.pt is there already"):
+            fit(lambda: double_reactnet(10), recipes.get("adambnn-digits"), datasets.digits(),
+                tmp_path, group=group)

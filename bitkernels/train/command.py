@@ -18,7 +18,7 @@ from torch import nn
 from bitkernels.train import checkpoint, datasets, recipes
 from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group
-from bitkernels.train.errors import DivergedError, TrainError
+from bitkernels.train.errors import CheckpointError, DivergedError, TrainError
 from bitkernels.train.loop import fit
 from bitkernels.train.recipes import AUGMENTATIONS, Recipe
 from bitkernels.train.run import Options
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
         group = Group.join(args.device)
         _run(args, recipe, group)
         return 0
-    except DivergedError as error:  # all processes meet it
+    except (CheckpointError, DivergedError) as error:  # all processes meet it, or the first alone
         return _failed(error, group.first)
     except (TrainError, ValueError, OSError) as error:  # OSError: the writer of TensorBoard
         return _failed(error)

@@ -79,23 +79,35 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
 
 
 def _opened(run: Run, resume: bool) -> dict[str, Any] | None:
-    """The folder made ready by the first rank; the checkpoint to resume, on all of them."""
-    saved = None
+    """The folder made ready by the first rank; the checkpoint to resume, on all of them.
+
+    Raises the first rank's CheckpointError on all of them.
+    """
+    found: dict[str, Any] | CheckpointError | None = None
     if run.out is not None:
-        path = run.out / "checkpoint.pt"
-        if resume:
-            saved = checkpoint.load(path, run.identity)
-        elif path.exists():
-            raise CheckpointError(f"{path} is there already: resume it, or choose another folder")
-        else:
-            try:
-                run.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"cannot make {run.out}: {error.strerror}") from None
-        run.csv = CsvLog(run.out / "metrics.csv", saved["rows"] if saved else [])
-    saved = run.group.shared(saved)
+        try:
+            found = _open(run.out, run.identity, resume)
+            run.csv = CsvLog(run.out / "metrics.csv", found["rows"] if found else [])
+        except CheckpointError as error:
+            found = error
+    saved = run.group.shared(found)
+    if isinstance(saved, CheckpointError):
+        raise saved
     run.rows = list(saved["rows"]) if saved else []
     return saved
+
+
+def _open(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    path = out / "checkpoint.pt"
+    if resume:
+        return checkpoint.load(path, identity)
+    if path.exists():
+        raise CheckpointError(f"{path} is there already: resume it, or choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make {out}: {error.strerror}") from None
+    return None
 
 
 def _weights_path(run: Run, stage: Stage) -> Path:
