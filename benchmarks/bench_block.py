@@ -13,7 +13,7 @@ and out. A row is a chain of them, three long unless --depth says otherwise. Tim
   compiled     the same through torch.compile (always on a GPU; on a CPU with --compile)
   bitkernels   inference: signs packed once, then one packed_conv2d a block, which also does batch
                norm (folded into scale and bias), addition, RPReLU and the signs for the next block;
-               training: the layers of bitkernels.nn
+               training: a BinaryResidualBlock each, one operator
 
 in inference and in a training step (forward and backward, no optimizer). `saved` is what the
 forward of the training step keeps for its backward, parameters apart. On a GPU the times are with

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,13 @@ from bitkernels import reference
 ops = torch.ops.bitkernels
 
 
-class Block(nn.Module):
-    """The block in layers of bitkernels.nn."""
+class Block(bnn.BinaryResidualBlock):
+    """The block of bitkernels.nn: in training one operator."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.sign = bnn.RSign(channels, "ste_sign")
-        self.conv = bnn.BinaryConv2d(channels, channels, 3, padding=1, bias=False,
-                                     input_quantizer=None)
-        self.norm: Any = nn.BatchNorm2d(channels)
-        self.act = bnn.RPReLU(channels)
+        conv = bnn.BinaryConv2d(channels, channels, 3, padding=1, bias=False, input_quantizer=None)
+        super().__init__(conv, nn.BatchNorm2d(channels), sign=bnn.RSign(channels, "ste_sign"),
+                         act=bnn.RPReLU(channels))
 
     @torch.no_grad()
     def randomize(self, generator: torch.Generator) -> None:
@@ -41,9 +37,6 @@ class Block(nn.Module):
         fill(self.norm.weight, 1.0, 0.5)
         fill(self.norm.running_mean, 0.0, taps**0.5)
         fill(self.norm.running_var, taps, taps / 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x + self.norm(self.conv(self.sign(x))))
 
 
 class StraightThrough(torch.autograd.Function):
@@ -146,14 +139,19 @@ def training_step(model: nn.Module, x: Tensor, grad: Tensor) -> None:
     x.grad = None
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Memory that the forward keeps for the backward, each allocation once, parameters apart."""
+def saved_bytes(model: nn.Module, x: Tensor, weights: bool = True) -> int:
+    """Memory that the forward keeps for the backward, each allocation once, parameters apart.
+
+    Without `weights` nothing in the shape of a parameter counts: cast, binarized or transposed
+    weights.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    shapes = {tuple(sorted(t.shape)) for t in model.parameters() if t.dim() > 1 and not weights}
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and tuple(sorted(t.shape)) not in shapes:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 

@@ -49,14 +49,14 @@ def test_csv_has_both_modes_and_all_match(results):
     assert all(0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
 
 
-def test_training_keeps_little_more_than_half_the_memory(results):
-    """Two real tensors a block and three bits an element, where the emulation keeps four."""
+def test_training_keeps_little_more_than_a_quarter_of_the_memory(results):
+    """One real tensor a block and a bit an element, where the emulation keeps four tensors."""
     output, _ = results
     row = json.loads((output / "block.json").read_text())["rows"][1]
     real, weight = (4 * numbers * row["depth"] for numbers in (2 * 40 * 7 * 7, 40 * 40 * 3 * 3))
     assert row["mode"] == "training"
     assert 4 * real + weight <= row["saved"]["eager"] <= 4.1 * real + weight
-    assert 2 * real <= row["saved"]["bitkernels"] <= 2.3 * real
+    assert real <= row["saved"]["bitkernels"] <= 1.3 * real  # with statistics of 40 channels
 
 
 def test_json_and_chart(results):
