@@ -307,8 +307,8 @@ def estimator_grad(grad: Tensor, x: Tensor, name: str, clip: float | None, beta:
         return torch.where(_wide(x).abs() <= clip, grad, torch.zeros_like(grad))
     if name == "approx_sign":
         magnitude = x.abs()
-        slope = torch.where(magnitude <= 1, 2 - 2 * magnitude, torch.zeros_like(x))  # NaN: 0
-        return (grad * slope).to(grad.dtype)
+        product = (grad * (2 - 2 * magnitude)).to(grad.dtype)
+        return torch.where(magnitude <= 1, product, torch.zeros_like(grad))  # x NaN: 0
     bx = beta * x
     slope = beta * (2 - bx * torch.tanh(bx / 2)) / (1 + torch.cosh(bx))
     # Past |bx| = 80 it is below 1e-32, and cosh is near overflow; NaN falls there too.

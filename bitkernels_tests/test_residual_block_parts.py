@@ -76,24 +76,27 @@ def test_passes_equal_the_reference(channels, dtype, dot_type, device):
                            reference.residual_block_norm_backward(*arguments))
 
 
+@pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("estimator", ["ste_sign", "approx_sign", "swish_sign", "identity"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sign_backward_equals_the_reference(estimator, dtype, device):
+def test_sign_backward_equals_the_reference(estimator, dtype, finite, device):
     shape, kw = (3, 37, 5, 6), dict(device=device)
     x, add = (reals(*shape, dtype=dtype, **kw) for _ in range(2))
     grads = {reals(*shape, dtype=t, **kw) for t in (
         (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16))}
     # tanh and cosh are the library's, some units in the last place apart
     near = dict(rtol=1e-2 if x.element_size() == 2 else 1e-5, atol=1e-5)
+    inf = float("inf")
     for change, shift, added, g in itertools.product(
             (LAYOUTS["contiguous"], LAYOUTS["channels_last"], LAYOUTS["sliced"]),
             (None, dyadic(37, **kw)), (None, add), grads):
+        g[0, :3, 0] = torch.tensor([[inf], [-inf], [float("nan")]]) if not finite else 1.0
         arguments = g, change(x), shift, added
         kw = dict(estimator=estimator, clip=0.75, beta=3.0)
         out, total = ops.sign_backward(*arguments, **kw)
         expected, sums = reference.sign_backward(*arguments, **kw)
         if estimator == "swish_sign":
-            torch.testing.assert_close(out, expected, **near)
+            torch.testing.assert_close(out, expected, **near, equal_nan=True)
         else:
-            assert torch.equal(out, expected)
-        torch.testing.assert_close(total, sums, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(total, sums, rtol=1e-4, atol=1e-4, equal_nan=True)
