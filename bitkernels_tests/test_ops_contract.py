@@ -178,6 +178,8 @@ def block(x, weight, shift, slope, dense):
     y = ops.rsign(x, shift)
     y = ops.binary_conv2d(y, weight, None, (1,), (1,), scale=weight.abs().mean((1, 2, 3)))
     y = ops.rprelu(y, shift, slope, shift)
+    y = ops.binary_residual_block(y, weight, None, shift, slope, shift, shift, slope, shift, (1,),
+                                  (1,), input_estimator="swish_sign", beta=0.1, eps=1.0)[0]
     y = ops.binary_conv2d.padding(y, weight, None, (1,), "same", pad_value=1, input_clip=40.0)
     return ops.binary_linear(y.mean((2, 3)), dense, input_estimator="identity")
 
