@@ -276,6 +276,15 @@ def test_hooks_are_called():
         handle.remove()
     block(batch())
     assert calls[5:] == ["BinaryResidualBlock"]
+    handles[-1].remove()
+    everywhere = nn.modules.module.register_module_forward_hook(
+        lambda m, *_: calls.append(type(m).__name__))
+    try:
+        assert block.unfused(batch()) == "all modules have hooks"
+        block(batch())
+    finally:
+        everywhere.remove()
+    assert calls[6:] == calls[:5] and block.unfused(batch()) is None
 
 
 @pytest.mark.parametrize("shape", [(1, CHANNELS, 1, 1), (0, CHANNELS, 4, 4), (CHANNELS, 4, 4)])

@@ -15,6 +15,7 @@ _pack = torch.ops.bitkernels.sign_pack.default
 _infer = torch.ops.bitkernels.packed_conv2d.default
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
 
 
 class BinaryResidualBlock(nn.Module):
@@ -77,6 +78,8 @@ class BinaryResidualBlock(nn.Module):
         conv, norm, act, sign = self.conv, self.norm, self.act, self.sign
         if not self.fused:
             return "fused is False"
+        if any(_GLOBAL_HOOKS):
+            return "all modules have hooks"
         for name, module in (("conv", conv), ("norm", norm), ("act", act), ("sign", sign)):
             if module is not None and any(getattr(module, hooks) for hooks in _HOOKS):
                 return f"{name} has hooks"
