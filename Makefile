@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= test,bench,dev,triton
+EXTRAS ?= test,bench,dev,triton,cupy,train
 CXX ?= g++
 CXX_NEON ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
@@ -22,8 +22,19 @@ WARN := -Wall -Wextra -Wno-maybe-uninitialized
 KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-# Tests that no CPU kernel takes part in; test-all leaves them to `make test`.
-OTHER_TESTS := $(wildcard bitkernels_tests/test_triton_*.py bitkernels_tests/test_thresholds.py)
+# Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
+OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* models_* nn_residual_block_distributed \
+  digits distillation experiments gpu_check import metrics optim thresholds traces,\
+  $(wildcard bitkernels_tests/test_$(name).py))
+
+# $(call kernel_test,compiler,flags,folder,runner): the engine's own test, files compiled side by side.
+define kernel_test
+	mkdir -p build/$(3)
+	printf '%s\n' $(TEST_SOURCES) | xargs -P $(JOBS) -I{} sh -c \
+	  '$(1) $(2) $(KERNEL_FLAGS) -c {} -o build/$(3)/$$(basename {} .cpp).o'
+	$(1) $(2) $(KERNEL_FLAGS) build/$(3)/*.o -o build/$(3)/kernel_test
+	$(4) build/$(3)/kernel_test
+endef
 
 .PHONY: help test bench build test-all kernel-test kernel-test-neon gpu-check abi-audit lint clean
 
@@ -69,19 +80,18 @@ test-all: build
 	  tail -n 1 build/test-{}.log; exit $$code'
 
 kernel-test:
-	mkdir -p build
-	$(CXX) -O3 $(KERNEL_FLAGS) $(TEST_SOURCES) -o build/kernel_test
-	build/kernel_test
-	$(CXX) $(SANITIZE) $(KERNEL_FLAGS) $(TEST_SOURCES) -o build/kernel_test_sanitized
-	build/kernel_test_sanitized
+	$(call kernel_test,$(CXX),-O3,plain,)
+	$(call kernel_test,$(CXX),$(SANITIZE),sanitized,)
 
 kernel-test-neon:
-	mkdir -p build
-	$(CXX_NEON) -static -O3 $(KERNEL_FLAGS) $(TEST_SOURCES) -o build/kernel_test_neon
-	$(QEMU) build/kernel_test_neon
+	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))
 
-gpu-check: build
-	$(PY) benchmarks/gpu_check.py
+# Where $(PYTHON) has torch, as on a GPU machine without a network, it and its packages are used.
+gpu-check:
+	@if $(PYTHON) -c "import torch" 2> /dev/null; then \
+	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps . && \
+	  $(PYTHON) benchmarks/gpu_check.py; \
+	else $(MAKE) build && $(PY) benchmarks/gpu_check.py; fi
 
 abi-audit: build
 	$(VENV)/bin/torch-abi-audit --check both bitkernels/_C.abi3.so
