@@ -132,6 +132,14 @@ def test_reasons_of_the_driver(driver, said, monkeypatch):
     assert "does not compile for sm_90a" in dispatch.why_unusable(CPU)
 
 
+def test_a_shape_that_is_new_inside_a_capture_is_an_error(usable, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
+    monkeypatch.setattr(launch, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="bitkernels::packed_linear: .* call it once before"):
+        dispatch.attempt("packed_linear", linear(), {})
+
+
 def test_asking_for_it_where_it_cannot_run_warns_once(monkeypatch):
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
     monkeypatch.setattr(dispatch, "why_unusable", lambda device: "no such thing")
