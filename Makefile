@@ -24,7 +24,7 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
 OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* models_* nn_residual_block_distributed \
-  digits distillation experiments gpu_check import metrics optim thresholds traces,\
+  interop digits distillation experiments gpu_check import metrics optim thresholds traces,\
   $(wildcard bitkernels_tests/test_$(name).py))
 
 # $(call kernel_test,compiler,flags,folder,runner): the engine's own test, files compiled side by side.
@@ -36,7 +36,7 @@ define kernel_test
 	$(4) build/$(3)/kernel_test
 endef
 
-.PHONY: help test bench build test-all kernel-test kernel-test-neon gpu-check abi-audit lint clean
+.PHONY: help test bench build test-all kernel-test kernel-test-neon gpu-check gpu-check-cuda abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -46,6 +46,7 @@ help:
 	@echo "make kernel-test       the C++ kernels alone, plain and under sanitizers"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
 	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
+	@echo "make gpu-check-cuda    the kernels of csrc/cuda, which wait for their first GPU"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
 	@echo "make lint              ruff, mypy, clang-format"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' EXTRAS=$(EXTRAS)"
@@ -87,11 +88,11 @@ kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))
 
 # Where $(PYTHON) has torch, as on a GPU machine without a network, it and its packages are used.
-gpu-check:
+gpu-check gpu-check-cuda:
 	@if $(PYTHON) -c "import torch" 2> /dev/null; then \
 	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps . && \
-	  $(PYTHON) benchmarks/gpu_check.py; \
-	else $(MAKE) build && $(PY) benchmarks/gpu_check.py; fi
+	  $(PYTHON) benchmarks/$(subst -,_,$@).py; \
+	else $(MAKE) build && $(PY) benchmarks/$(subst -,_,$@).py; fi
 
 abi-audit: build
 	$(VENV)/bin/torch-abi-audit --check both bitkernels/_C.abi3.so
