@@ -128,7 +128,7 @@ class _ResidualBlock(torch.autograd.Function):
             grad, dot, stream, norm_slope, offset, shift_in, slope, center, conf["relu"])
         if slope is None:
             grad_value = grad
-        grads: list[Tensor | None] = [None] * 11
+        grads = [None] * 11
         for at, value in ((4, sums[1] * normal), (5, sums[0]), (6, sums[0]), (7, sums[2]),
                           (8, sums[3])):
             if needs[at]:

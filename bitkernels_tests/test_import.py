@@ -49,3 +49,18 @@ def test_reference_loads_no_extension():
 def test_import_survives_warnings_as_errors():
     result = run("import torch, warnings; warnings.simplefilter('error'); import bitkernels")
     assert result.returncode == 0, result.stderr
+
+
+def test_an_extension_that_does_not_fit_is_a_warning():
+    stale = run("import sys, types; sys.modules['bitkernels._C'] = types.ModuleType('_C');"
+                "import bitkernels")
+    assert stale.returncode == 0 and "build it again" in stale.stderr
+    assert "packed_conv2d, " in stale.stderr and "sign_pack, " in stale.stderr
+    broken = run("import sys\n"
+                 "class Finder:\n"
+                 "    def find_spec(self, name, path, target=None):\n"
+                 "        if name == 'bitkernels._C': raise ImportError('undefined symbol')\n"
+                 "sys.meta_path.insert(0, Finder())\n"
+                 "import bitkernels; print(bitkernels.backends.cpu.explain())")
+    assert broken.returncode == 0 and "undefined symbol" in broken.stderr
+    assert broken.stdout.startswith("reference (slow")

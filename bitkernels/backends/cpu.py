@@ -8,10 +8,15 @@ from __future__ import annotations
 import importlib
 import os
 import time
+import warnings
 
 import torch
 
+from bitkernels.backends.launchers import BLOCK, SINGLE
+
 REFERENCE = "reference"
+OPERATORS = (*(launcher.__name__ for launcher in (*SINGLE, *BLOCK)), "tile_weight",
+             "packed_conv2d", "packed_linear", "binary_conv2d_forward")
 
 
 def _load() -> str | None:
@@ -23,7 +28,14 @@ def _load() -> str | None:
     except ModuleNotFoundError:
         return "the extension bitkernels._C is not built"
     except ImportError as error:
-        return f"the extension bitkernels._C does not load: {error}"
+        reason = f"the extension bitkernels._C does not load: {error}"
+        warnings.warn(f"bitkernels runs slowly on CPUs: {reason}", stacklevel=2)
+        return reason
+    missing = [name for name in OPERATORS
+               if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{name}", "CPU")]
+    if missing:
+        warnings.warn("bitkernels._C is older than the Python files: build it again. Until then "
+                      f"these operators run slowly on CPUs: {', '.join(missing)}", stacklevel=2)
     return None
 
 
