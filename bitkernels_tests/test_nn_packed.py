@@ -23,9 +23,9 @@ from bitkernels.nn import (
 )
 from bitkernels_tests import oracles
 from bitkernels_tests.cases import reals
-from bitkernels_tests.test_nn_conv import GEOMETRIES, SCALES, SIZE, Centred, layer_of, one_thread
+from bitkernels_tests.test_nn_conv import GEOMETRIES, SCALES, SIZE, Centred, layer_of
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear_of(**options):

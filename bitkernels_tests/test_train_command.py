@@ -38,15 +38,6 @@ def call(monkeypatch, *arguments):
     return stop.value.code
 
 
-@pytest.fixture
-def one_thread():
-    """As in the processes that `start` starts: sums of several threads differ in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def wait_for_checkpoints(process, path, count):
     """Until the run has replaced its checkpoint `count` times, or has ended."""
     seen: set[int] = set()
@@ -55,6 +46,7 @@ def wait_for_checkpoints(process, path, count):
         time.sleep(0.002)
 
 
+# One thread as in the processes that `start` starts: sums of several differ in the last bit.
 def test_killed_at_three_random_moments(tmp_path, monkeypatch, one_thread):
     """SIGKILL leaves no time to tidy up: the weights of every stage are bit-equal all the same."""
     arguments = ["--epochs", "2", "--batch-size", "100", "--checkpoint-every", "4", "--quiet"]
