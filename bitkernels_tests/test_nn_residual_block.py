@@ -328,6 +328,21 @@ def test_autocast():
     assert_equal_state(fused, layers, 2**-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_module(dtype):
+    """Parameters, statistics and stream in half precision: the layers round more often."""
+    fused, layers = (m.to(dtype) for m in pair_of(reactnet_down))
+    x = batch().to(dtype)
+    a, b = step(fused, x), step(layers, x)
+    assert a[0].dtype == dtype and fused.norm.running_var.dtype == dtype
+    near(a[0], b[0], 2**-7)
+    near(a[1], b[1], 0.1)  # some values cross the activation's kink
+    for n in a[2]:
+        assert a[2][n].dtype == dtype
+        near(a[2][n], b[2][n], 0.1)
+    assert_equal_state(fused, layers, 2**-7)
+
+
 def test_deepcopy_and_pickle():
     block = pair_of(reactnet_down)[0]
     block(batch())
