@@ -254,8 +254,9 @@ class Panel:
 
 
 COLORS = {"bitkernels": "#1f6feb", "bitkernels real": "#1f6feb", "bitkernels fp16": "#1f6feb",
-          "bitkernels bf16": "#79b0f7", "bitkernels packed": "#f0883e"}
-GREYS = ("#9aa4af", "#c4ccd4", "#dfe4e8")
+          "bitkernels bf16": "#79b0f7", "bitkernels packed": "#f0883e",
+          "bitkernels compiled": "#79b0f7"}
+GREYS = ("#9aa4af", "#c4ccd4", "#dfe4e8", "#6b7681", "#b0a99f", "#d9d2c7")
 
 
 def write_bars(path: Path, panels: Sequence[Panel], columns: int, title: str, ylabel: str) -> None:
