@@ -1,4 +1,4 @@
-"""Adam against SGD for latent weights: accuracy and dead weights, each at several rates.
+"""Adam against SGD for latent weights: accuracy and dead weights, each at two rates.
 
   python examples/experiments/adam_sgd.py [--quick]
 
@@ -15,7 +15,7 @@ from common import Row, Variant, adam, dots, last, main, sets, stage, table
 from bitkernels.train import Method, Recipe, Schedule
 
 EPOCHS = 10
-ADAM, SGD = (3e-3, 1e-2, 3e-2), (0.1, 0.3)
+ADAM, SGD = (3e-3, 1e-2), (0.1, 0.3)
 
 
 def variants(_data: str) -> list[Variant]:
