@@ -62,7 +62,7 @@ def plot(rows: list[Row], axes: Any) -> None:
             axis.set_title(data)
             axis.set_ylabel("held-out accuracy, %")
             axis.legend(fontsize=7)
-        dots(line[2], rows, data, last("flip_ratio"), "flips of the last epoch, % an update")
+        dots(line[2], rows, data, last("flip_ratio"), "flips an update, %")
         line[2].set_yscale("log")
     table(rows, {"held-out accuracy, %": last("held_out_accuracy"),
                  "flips of the last epoch, % an update": last("flip_ratio"),
