@@ -18,7 +18,7 @@ activations are large and real in every form, is under torch.utils.checkpoint. -
 times it that way too. On a GPU `peak` is the most memory that a step allocates.
 
 `match` says whether output and gradients of the network's first block, in this precision, were
-close to the lean emulation's in this run.
+close to the lean emulation's (in float64 for fp32) in this run.
 
 A complete run writes train.csv, train.json and train.png to benchmarks/results/<device>, a partial
 one only to --output.
@@ -27,6 +27,7 @@ one only to --output.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ SIZE, BLOCKS = 224, 4
 BATCH = {"cpu": 8, "cuda": 64}
 # Largest relative distance (2-norm) of outputs and of gradients. Rounding moves values across the
 # kinks of sign and activation, rarely in fp32; bf16 autocast rounds the emulation's convolution.
-CLOSE = {"fp32": (1e-5, 1e-2), "bf16": (5e-2, 0.3)}
+CLOSE = {"fp32": (1e-6, 1e-4), "bf16": (5e-2, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,21 @@ class Case:
             model.checkpoint_stem = on
 
     def match(self) -> bool:
-        """Of the first block, on the stem's shape of input."""
+        """Of the first block, on the stem's shape of input.
+
+        In fp32 the emulation runs in float64: PyTorch's batch norm of channels-last floats is off
+        by 1e-4 at these sizes, its gradient by 3e-3 (torch 2.13, CPU).
+        """
         with torch.no_grad():
             stream = self.network.stem(self.x)
         grad = torch.randn_like(stream)
         results = []
         for form in (OURS, "lean"):
             block = in_form(Network(nn.Identity(), self.network.body[:1]), form).body[0]
-            x = stream.clone().requires_grad_()
+            x = stream.clone()
+            if form != OURS and self.precision == "fp32":
+                block, x = copy.deepcopy(block).double(), x.double()
+            x.requires_grad_()
             with self.autocast():
                 out = block(x)
             out.backward(grad.to(out.dtype))
