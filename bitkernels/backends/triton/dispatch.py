@@ -16,11 +16,18 @@ import warnings
 
 import torch
 
-from bitkernels import reference
+from bitkernels.backends import reference
 from bitkernels.backends.triton import configs
 
 OLDEST = (3, 4)
-MODULES = {"sign_pack_mask": "sign_pack", "rprelu_backward": "rprelu"}  # where not its own name
+MODULES = {  # where not its own name
+    "sign_pack_mask": "sign_pack",
+    "rprelu_backward": "rprelu",
+    "residual_block_forward": "residual_block",
+    "residual_block_backward": "residual_block",
+    "residual_block_norm_backward": "residual_block",
+}
+PRODUCTS = ("packed_conv2d", "packed_conv2d_moments", "packed_linear")
 
 _lock = threading.RLock()
 _trust: dict[tuple[str, str | None, int], bool] = {}
@@ -58,7 +65,7 @@ def kernel(op: str):
 
 
 def inner_products(op: str, args, kw) -> tuple[str | None, ...]:
-    if op not in ("packed_conv2d", "packed_linear"):
+    if op not in PRODUCTS:
         return (None,)
     module = importlib.import_module(f"bitkernels.backends.triton.{op}")
     return module.inner_products(*args, **kw)
@@ -77,7 +84,7 @@ def run(op: str, *args, **kw):
                 raise
             except Exception as error:  # Triton raises many types for one that does not compile
                 _distrust(op, inner, device, f"failed: {type(error).__name__}: {error}")
-    return getattr(reference, op)(*args, **kw)
+    return reference.run(op, *args, **kw)
 
 
 def _on(device: torch.device):
