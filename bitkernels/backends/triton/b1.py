@@ -182,8 +182,8 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
         y = epilogue(dot, safe_n, col_ok, added, clamp_min, clamp_max, scale, bias, shift_in,
                      slope, shift_out, True)
         if out is not None:
-            if out.dtype.element_ty == tl.int32:
-                tl.store(out + (out_at + n * ooc), dot, mask=ok)
+            if out.dtype.element_ty.is_int():
+                tl.store(out + (out_at + n * ooc), dot.to(out.dtype.element_ty), mask=ok)
             else:
                 tl.store(out + (out_at + n * ooc), y.to(out.dtype.element_ty), mask=ok)
         if packed is not None:

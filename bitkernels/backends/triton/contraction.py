@@ -124,8 +124,8 @@ def finish(dot, m, n, N, OH, OW, out, packed, residual, ron, roc, roh, row, oon,
                  shift_out)
     if out is not None:
         at = out + (image * oon + h * ooh + w * oow)[:, None] + wide_n * ooc
-        if out.dtype.element_ty == tl.int32:
-            tl.store(at, dot, mask=ok)
+        if out.dtype.element_ty.is_int():
+            tl.store(at, dot.to(out.dtype.element_ty), mask=ok)
         else:
             tl.store(at, y.to(out.dtype.element_ty), mask=ok)
     if packed is not None:
