@@ -36,10 +36,11 @@ POINTERS = {
     "pa": "*i32", "border": "*i32", "corr": "*i32", "threshold": None, "partial": "*fp32",
     "shift": "*fp32", "scale": "*fp32", "bias": "*fp32", "shift_in": "*fp32", "slope": "*fp32",
     "shift_out": "*fp32", "sign_shift": "*fp32", "clip": "fp32", "clamp_min": "fp32",
-    "clamp_max": "fp32", "WIDE": False,
+    "clamp_max": "fp32", "dot": "*i16", "center": "*fp64", "p": "*fp64", "q": "*fp64",
+    "r": "*fp64", "add": "*fp16", "beta": "fp32", "STEPS": 16, "RELU": True, "WIDE": False,
 }
-CHANNELS_LAST = {"so": 0, "oo": 0, "go": 0, "si": "i32:16", "oi": "i32:16", "gi": "i32:16",
-                 "sc": 1, "oc": 1, "gc": 1}
+CHANNELS_LAST = {"so": 0, "oo": 0, "go": 0, "ao": 0, "si": "i32:16", "oi": "i32:16",
+                 "gi": "i32:16", "ai": "i32:16", "sc": 1, "oc": 1, "gc": 1, "ac": 1}
 NCHW = {"so": "i32:16", "oo": "i32:16", "go": "i32:16", "si": 1, "oi": 1, "gi": 1,
         "sc": "i32:16", "oc": "i32:16", "gc": "i32:16"}
 NHWC_OUT = {f"{side}{axis}": 1 if axis == "oc" else "i32:16"
@@ -50,6 +51,8 @@ CONV = {
     "GROUPS": 1, "PIXEL": 8, "PAD_VALUE": 0, "TOP": 1, "BOTTOM": 1, "LEFT": 1, "RIGHT": 1,
     **NHWC_OUT,
 }
+ROWS = {"channels": "i32:16", "BLOCK_R": 8, "BLOCK_C": 128}  # of a residual block
+NORM = {"scale": "*fp64", "bias": "*fp64"}
 PACKED_ONLY = dict(out=None, residual=None, scale=None, bias=None, shift_in=None, slope=None,
                    shift_out=None, sign_shift=None, clamp_min=None, clamp_max=None,
                    threshold="*i32")
@@ -58,8 +61,9 @@ LINEAR = dict(H=1, W=1, OH=1, OW=1, PT=0, PL=0, KH=1, KW=1, WIDTH=256, PADDED=Fa
               sign_shift=None)
 NARROW = dict(WIDTH=2)
 WHOLE_GROUPS = dict(GROUPS=2, WIDTH=4)
+DOTS = {**PACKED_ONLY, "out": "*i16", "packed": None, "threshold": None}
 PRODUCTS = {"full": {}, "packed": PACKED_ONLY, "linear": LINEAR, "narrow": NARROW,
-            "grouped": WHOLE_GROUPS}
+            "grouped": WHOLE_GROUPS, "dots": DOTS}
 
 
 def build(gpu: str, kernel, overrides: dict, **options):
@@ -85,6 +89,13 @@ SIMPLE = {
     "rprelu_backward": ("rprelu", {**CHANNELS_LAST, "BLOCK_R": 8, "BLOCK_C": 256}),
     "rprelu_reduce": ("rprelu", {"grad_in": "*fp32", "grad_slope": "*fp32", "grad_out": "*fp32",
                                  "BLOCK_P": 32, "BLOCK_C": 32}),
+    "block_forward": ("residual_block", {**ROWS, **NORM, "BLOCK_C": 256}),
+    "block_backward": ("residual_block", {**ROWS, **NORM, "partial": "*fp64"}),
+    "norm_backward": ("residual_block", {**ROWS, "dot": "*i32", "BLOCK_C": 256}),
+    "sign_backward": ("sign_backward", {**CHANNELS_LAST, **ROWS, "partial": "*fp64",
+                                        "ESTIMATOR": 3}),
+    "moments": ("packed_conv2d_moments", {**ROWS, "partial": "*i64"}),
+    "reduce": ("sums", {"partial": "*fp64", "out": "*fp64", "BLOCK_P": 32, "BLOCK_C": 32}),
     "window": ("contraction", {**CONV, "BLOCK_M": 128, "BLOCK_K": 8}),
     "filter": ("contraction", {**CONV, "BORDERS": "i32", "CHANNELS": "i32", "BLOCK_B": 64,
                                "BLOCK_N": 32, "BLOCK_K": 8}),
@@ -118,7 +129,7 @@ def test_popc(what, gpu):
 INT8_CASES = [(what, gpu, 0) for what in ("full", "packed") for gpu in GPUS]
 INT8_CASES += [("linear", "sm90", 0), ("narrow", "sm80", 0), ("narrow", "sm100", 0)]
 INT8_CASES += [("grouped", "sm90", 0), ("full", "sm90", 1), ("narrow", "sm90", 1),
-               ("full", "sm90", 2)]
+               ("full", "sm90", 2), ("dots", "sm90", 0)]
 
 
 @pytest.mark.parametrize("what,gpu,number", INT8_CASES)
@@ -133,8 +144,8 @@ def test_int8(what, gpu, number):
     assert code.count(INT8_INSTRUCTION[gpu]) >= 8, "one integer product a bit plane at least"
 
 
-@pytest.mark.parametrize("gpu", ("sm80", "sm90"))
-@pytest.mark.parametrize("what", PRODUCTS)
+@pytest.mark.parametrize("what,gpu", [(what, gpu) for what in PRODUCTS for gpu in ("sm80", "sm90")
+                                      if (what, gpu) != ("dots", "sm80")])
 def test_b1(what, gpu):
     tile = configs.table("b1", gpu)[0]
     code = build(gpu, load("b1", "b1_kernel"), {**CONV, **PRODUCTS[what], **tile.tile},

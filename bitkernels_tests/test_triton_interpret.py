@@ -56,6 +56,9 @@ else:
     kernel = dispatch.kernel
     CPU = torch.device("cpu")
     CHANNELS = (1, 32, 100)
+    LAYOUTS_AND_CHANNELS = [
+        (layout, channels) for layout in LAYOUTS
+        for channels in (CHANNELS if layout in ("contiguous", "channels_last") else (33,))]
     FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
     # Of whole words in and whole tiles out: with and without a K step that stays in a tap.
@@ -102,11 +105,11 @@ else:
             return x.to(dtype)
         return (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
-    def as_promised(op, *args):
+    def as_promised(op, *args, **kw):
         """The kernel's output; its layout is the one that the fake kernel tells compilers."""
-        out = kernel(op)(*args)
+        out = kernel(op)(*args, **kw)
         fake = getattr(torch.ops.bitkernels, op)(
-            *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+            *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args), **kw)
         got, promised = ((out,), (fake,)) if isinstance(out, torch.Tensor) else (out, fake)
         for have, want in zip(got, promised, strict=True):
             assert have.stride() == want.stride()
@@ -122,9 +125,7 @@ else:
             assert have.dtype == want.dtype and have.shape == want.shape
             assert torch.equal(have, want)
 
-    @pytest.mark.parametrize("layout,channels", [
-        (layout, channels) for layout in LAYOUTS
-        for channels in (CHANNELS if layout in ("contiguous", "channels_last") else (33,))])
+    @pytest.mark.parametrize("layout,channels", LAYOUTS_AND_CHANNELS)
     def test_elementwise(layout, channels):
         for dtype in FLOATS:
             x = LAYOUTS[layout](reals(2, channels, 3, 5, dtype=dtype))
@@ -167,6 +168,94 @@ else:
         same(kernel("rprelu_backward")(grad, x, *vectors),
              reference.rprelu_backward(grad, x, *vectors))
 
+    def integers(shape, dtype):
+        return torch.randint(-2**8, 2**8, shape).to(dtype)
+
+    def near(got, expected):
+        """Sums of values that are equal, in another order."""
+        torch.testing.assert_close(got, expected, rtol=1e-6,
+                                   atol=1e-6 * float(expected.abs().amax()))
+
+    @pytest.mark.parametrize("layout,channels", LAYOUTS_AND_CHANNELS)
+    def test_residual_block(channels, layout):
+        shape, of = (2, channels, 3, 7), LAYOUTS[layout]
+        scale, bias, inside, slope, last, center = (reals(channels).double() for _ in range(6))
+        for dtype, kind, relu, parts in (
+                (torch.float32, torch.int16, False, (inside, slope, last)),
+                (torch.float16, torch.int32, True, (None, slope, None)),
+                (torch.bfloat16, torch.int16, True, (inside.float(), slope.half(), None)),
+                (torch.float16, torch.int16, False, (None, None, None))):
+            dot, stream, grad = (of(t) for t in (integers(shape, kind), reals(*shape, dtype=dtype),
+                                                 reals(*shape, dtype=dtype)))
+            args = scale / 200, bias, *parts
+            got = as_promised("residual_block_forward", dot, stream, *args, relu)
+            same(got, as_interpreted(
+                reference.residual_block_forward(dot, stream.float(), *args, relu), dtype))
+            args = dot, stream, *args[:-1], center, relu
+            got, sums = as_promised("residual_block_backward", grad, *args)
+            expected, want = reference.residual_block_backward(
+                grad.float(), dot, stream.float(), *args[2:])
+            same(got, as_interpreted(expected, dtype))
+            near(sums, want)
+            for out in FLOATS:
+                args = dot, scale, bias / 100, center, last, relu
+                got = as_promised("residual_block_norm_backward", grad, *args, out)
+                same(got, as_interpreted(
+                    reference.residual_block_norm_backward(grad, *args, torch.float32), out))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("estimator", ("ste_sign", "approx_sign", "swish_sign", "identity"))
+    def test_sign_backward(estimator, layout):
+        shape, shift = (3, 37, 5, 6), reals(37)
+        for dtype, wide, given, added, clip in (
+                (torch.float32, torch.bfloat16, shift, True, 0.7),
+                (torch.float16, torch.float32, None, False, 0.7),
+                (torch.bfloat16, torch.bfloat16, shift.double(), True, None)):
+            x, grad = LAYOUTS[layout](reals(*shape, dtype=dtype)), reals(*shape, dtype=wide)
+            x[0, 0, 0, :1] = float("nan")
+            add = reals(*shape, dtype=dtype) if added else None
+            kw = dict(estimator=estimator, clip=clip, beta=3.0)
+            got, total = as_promised("sign_backward", grad, x, given, add, **kw)
+            expected, want = reference.sign_backward(
+                grad, x.float(), given, None if add is None else add.float(), **kw)
+            expected = as_interpreted(expected, dtype)
+            if estimator == "swish_sign":
+                loose = dict(rtol=2e-2, atol=1e-3) if dtype != torch.float32 else {}
+                torch.testing.assert_close(got, expected, **loose)
+                torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
+            else:
+                same(got, expected)
+                near(total, want)
+
+    @pytest.mark.parametrize("op", ("residual_block_forward", "residual_block_backward",
+                                    "residual_block_norm_backward", "sign_backward"))
+    def test_block_selfcheck_and_no_rows(op):
+        assert selfcheck.failure(op, None, CPU) is None
+        for args, kw in selfcheck.cases(op):
+            none = [a[:0] if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+            same(kernel(op)(*none, **kw), getattr(reference, op)(*none, **kw))
+            double = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else
+                      torch.float64 if isinstance(a, torch.dtype) else a for a in args]
+            same(kernel(op)(*double, **kw), getattr(reference, op)(*double, **kw))
+
+    def test_sums_of_several_programs(monkeypatch):
+        """Exact values: the sums are those of any order. Squares reach 2^60."""
+        from bitkernels.backends.triton import packed_conv2d_moments, sums
+
+        monkeypatch.setattr(sums, "PARTIALS", 3)
+        monkeypatch.setattr(sums, "STEPS", 2)
+        dot = LAYOUTS["channels_last"](torch.randint(-2**24, 2**24, (2, 33, 20, 25)).int())
+        for relu in (False, True):
+            d = (dot.relu() if relu else dot).long()
+            expected = [t.sum((0, 2, 3)) for t in (d, d * d, torch.ones_like(d))]
+            same(packed_conv2d_moments.moments(dot, relu), torch.stack(expected))
+        x, stream = dyadic(*dot.shape), dyadic(*dot.shape)
+        c = [dyadic(33) for _ in range(5)]
+        args = x, dot // 2**20, stream, *c, True
+        same(kernel("residual_block_backward")(*args), reference.residual_block_backward(*args))
+        args = x, stream, c[0], x, "approx_sign", None, 5.0
+        same(kernel("sign_backward")(*args), reference.sign_backward(*args))
+
     @pytest.mark.parametrize("case", POOL_CASES, ids=str)
     def test_packed_max_pool2d(case):
         words = words_of(case.batch, *case.size, case.channels)
@@ -183,6 +272,19 @@ else:
         expected = reference.packed_conv2d(*args, **kw)
         same(got, expected)
         assert got[0].stride() == expected[0].stride()
+
+    @pytest.mark.parametrize("inner,case", [(inner, case) for case in (
+        FEW_CONV_CASES[3], WHOLE_GROUPS[0], ConvCase(batch=0)) for inner in takers(case)], ids=str)
+    def test_packed_conv2d_moments(inner, case):
+        words, weight_words = case.words()
+        args = words, weight_words, case.channels, *case.args
+        for relu, dtype in ((False, torch.int16), (True, torch.int32)):
+            kw = dict(pad_value=case.pad_value, out_channels=case.out_channels, relu=relu,
+                      dtype=dtype)
+            got = kernel("packed_conv2d_moments")(*args, **kw, inner=inner)
+            expected = reference.packed_conv2d_moments(*args, **kw)
+            same(got, expected)
+            assert got[0].stride() == expected[0].stride()
 
     @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
     @pytest.mark.parametrize("inner", configs.INNER)

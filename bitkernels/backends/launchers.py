@@ -7,7 +7,7 @@ signatures of `bitkernels.reference`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -121,9 +121,9 @@ BLOCK = (packed_conv2d_moments, residual_block_forward, residual_block_backward,
          packed_conv2d_input_grad)
 
 
-def register_block(key: str, run: Run) -> None:
+def register_block(key: str, run: Run, launchers: Sequence[Run] = BLOCK) -> None:
     """Makes `run` the kernel of the residual block's parts under a dispatch key."""
-    for launcher in BLOCK:
+    for launcher in launchers:
         LIB.impl(launcher.__name__, functools.partial(launcher, run), key)
 
 
