@@ -34,12 +34,13 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-LIMITS = {"selfcheck": 70, "tests": 170, "linear": 40, "conv": 70, "bandwidth": 30, "block": 90}
+LIMITS = {"selfcheck": 75, "tests": 170, "linear": 40, "conv": 70, "bandwidth": 30, "block": 90}
 TIMED = ("linear", "conv", "bandwidth", "block")
 MARK = "RESULT "
 # Test files, and over how many processes each is spread
 OPERATOR_TESTS = {"packed_conv2d": 4, "binary_conv2d": 3, "packed_linear": 2, "binary_linear": 2,
-                  "sign_pack": 3, "rsign": 1, "rprelu": 1, "packed_max_pool2d": 1}
+                  "sign_pack": 3, "rsign": 1, "rprelu": 1, "packed_max_pool2d": 1,
+                  "residual_block_parts": 2, "residual_block": 2}
 REHEARSAL = os.environ.get("BITKERNELS_GPU_CHECK_REHEARSAL") == "1"
 COMPILING = os.environ.get("BITKERNELS_GPU_CHECK_COMPILE") == "1"  # run everything once, untimed
 DEVICE = "cpu" if REHEARSAL else "cuda"
@@ -119,9 +120,9 @@ def part_selfcheck() -> dict:
     if not REHEARSAL and (reason := dispatch.why_unusable(device)):
         return {"triton": reason}
     for op in ("sign_pack", "sign_pack_mask", "mask_grad", "unpack", "packed_max_pool2d", "rsign",
-               "rprelu", "rprelu_backward", "packed_linear", "packed_conv2d"):
-        packed = op in ("packed_linear", "packed_conv2d")
-        for inner in [*inner_names(), "popc"] if packed else [None]:
+               "rprelu", "rprelu_backward", "residual_block_forward", "residual_block_backward",
+               "residual_block_norm_backward", "sign_backward", *dispatch.PRODUCTS):
+        for inner in [*inner_names(), "popc"] if op in dispatch.PRODUCTS else [None]:
             name = op if inner is None else f"{op} {inner}"
             try:
                 out[name] = selfcheck.failure(op, inner, device) or "exact"

@@ -76,7 +76,7 @@ def cases(op: str) -> list[tuple[tuple, dict]]:
             (large, dict(both, dtype=torch.int32))]
 
 
-def _block_cases(op: str, v: _Values) -> list[tuple[tuple, dict]]:
+def _block_cases(op: str, v: Values) -> list[tuple[tuple, dict]]:
     """Mixed types, memory orders and optional parts, over several tiles of rows."""
     shape, half, last = (2, 70, 5, 9), torch.float16, torch.channels_last
     real, grad = v.real(*shape), v.real(*shape, dtype=half).to(memory_format=last)
