@@ -70,7 +70,7 @@ def _moments(words: Tensor, weight_words: Tensor, channels: int, conf) -> tuple[
 
 def _forward(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in, slope,
              shift_out, scale, conf, clip):
-    """(output, packed signs of input and weight, packed mask or None, statistics)."""
+    """(output, packed signs, packed mask or None, statistics)."""
     mask, weight_words = None, ops.sign_pack.default(weight, None, 1)
     if clip is None:
         words = ops.sign_pack.default(input, sign_shift, 1)
@@ -81,7 +81,7 @@ def _forward(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_
     out = ops.residual_block_forward.default(
         dot, input if residual is None else residual, norm.slope, norm.offset, shift_in, slope,
         shift_out, conf["relu"])
-    return out, words, weight_words, mask, norm
+    return out, words, mask, norm
 
 
 class _ResidualBlock(torch.autograd.Function):
@@ -98,11 +98,11 @@ class _ResidualBlock(torch.autograd.Function):
         from_input = estimator in ("approx_sign", "swish_sign") or stream is input
         clip = conf["input_clip"] if estimator == "ste_sign" and not from_input else None
         with _below_autograd():
-            out, words, weight_words, mask, norm = _forward(
+            out, words, mask, norm = _forward(
                 input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in, slope,
                 shift_out, scale, conf, clip)
         kept = input if from_input and estimator not in ("identity", "none") else None
-        ctx.save_for_backward(words, weight_words, weight, scale, stream, kept, mask, sign_shift,
+        ctx.save_for_backward(words, weight, scale, stream, kept, mask, sign_shift,
                               shift_in, slope, norm.slope, norm.offset, norm.center, norm.factor,
                               norm.normal, norm.count)
         ctx.conf, ctx.estimator = conf, estimator
@@ -120,9 +120,10 @@ class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _variance):
-        (words, weight_words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
+        (words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
          norm_slope, offset, center, factor, normal, count) = ctx.saved_tensors
         conf, needs, estimator = ctx.conf, ctx.needs_input_grad, ctx.estimator
+        weight_words = ops.sign_pack.default(weight, None, 1)
         dot, _ = _moments(words, weight_words, weight.shape[1] * conf["groups"], conf)
         grad_value, sums = ops.residual_block_backward.default(
             grad, dot, stream, norm_slope, offset, shift_in, slope, center, conf["relu"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,3 +400,15 @@ def test_one_graph_for_every_batch(name):
     assert counter.frame_count == 1 and block.conv.weight.grad is not None
     assert_equal_state(block, eager, 0)
     torch._dynamo.reset()
+
+
+def test_the_example_of_the_documentation():
+    page = Path(__file__).parents[1] / "docs" / "training.md"
+    if not page.exists():
+        pytest.skip("installed without docs")
+    examples = [part.split("```")[0] for part in page.read_text().split("```python")[1:]]
+    space: dict = {}
+    exec(next(code for code in examples if "BinaryResidualBlock" in code), space)
+    for build in (space["reactnet"], space["quicknet"]):
+        block, x = build(8), torch.randn(2, 8, 5, 5)
+        assert block.unfused(x) is None and block(x).shape == x.shape

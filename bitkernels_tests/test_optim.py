@@ -272,7 +272,8 @@ def test_the_example_of_the_documentation(capsys):
     if not page.exists():
         pytest.skip("installed without docs")
     space: dict = {}
-    exec(page.read_text().split("```python")[-1].split("```")[0], space)
+    examples = [part.split("```")[0] for part in page.read_text().split("```python")[1:]]
+    exec(next(code for code in examples if "CaseOptimizer" in code), space)
     group, = space["bop"].param_groups
     assert group["lr"] == pytest.approx(0, abs=1e-12) and group["threshold"] == 1e-7
     assert "c2i_ratio" in capsys.readouterr().out

@@ -72,7 +72,8 @@ def test_killed_at_three_random_moments(tmp_path, monkeypatch, one_thread):
 
 
 def test_ctrl_c_leaves_the_checkpoint(tmp_path, monkeypatch, capsys):
-    process = start(tmp_path, "--batch-size", "100", "--checkpoint-every", "2", "--quiet")
+    process = start(tmp_path, "--batch-size", "100", "--checkpoint-every", "2", "--quiet",
+                    "--epochs", "1000")
     wait_for_checkpoints(process, tmp_path / "checkpoint.pt", 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()

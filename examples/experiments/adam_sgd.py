@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import Row, Variant, adam, dots, last, main, sets, stage, table
+from runner import Row, Variant, adam, dots, last, main, sets, stage, table
 
 from bitkernels.train import Method, Recipe, Schedule
 

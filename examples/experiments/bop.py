@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from common import (
+from runner import (
     Row,
     Variant,
     curves,

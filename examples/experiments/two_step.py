@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import Row, Variant, adam, curves, dots, last, main, mean_of, sets, stage, table
+from runner import Row, Variant, adam, curves, dots, last, main, mean_of, sets, stage, table
 
 from bitkernels.train import Recipe
 
