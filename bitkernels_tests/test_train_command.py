@@ -24,9 +24,11 @@ BASE = ["--model", "bitkernels_tests.train_models:Noisy", "--data", "digits",
 
 
 def start(out, *more, environment=()):
+    """The command in a process that Ctrl-C reaches, even where this one ignores it."""
     return subprocess.Popen(
         [sys.executable, "-m", "bitkernels", "train", *BASE, "--out", str(out), *more], cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
