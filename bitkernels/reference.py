@@ -275,6 +275,7 @@ def sign_backward(grad, input, shift, add, estimator, clip, beta):
 def packed_conv2d_weight_grad(grad, words, channels, kernel_size, stride, pad, dilation, pad_value):
     """Gradient (Cout, channels, kh, kw) of the weight's signs, float32, channels-last."""
     top, bottom, left, right = pad
+    grad = _wide(grad)
     x = F.pad(unpack(words, channels, grad.dtype, dim=1), (left, right, top, bottom),
               value=float(pad_value))
     weight = grad.new_empty((grad.shape[1], channels, *kernel_size))
