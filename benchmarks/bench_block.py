@@ -44,7 +44,7 @@ import common
 import torch
 from residual_block import Block, Emulated, Fused, saved_bytes, training_step
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 BLOCKS = ("64@56", "128@28", "256@14", "512@7")
@@ -69,10 +69,6 @@ class Shape:
         if found is None:
             raise argparse.ArgumentTypeError(f"{name!r} is not channels@size, as 256@14")
         return cls(name, int(found[1]), int(found[2]))
-
-
-def close(a: Tensor, b: Tensor, limit: float) -> bool:
-    return bool((a.double() - b.double()).norm() <= limit * b.double().norm())
 
 
 class Case:
@@ -106,7 +102,7 @@ class Case:
         with torch.inference_mode():
             equal = all(torch.equal(self.fused(x), self.fused.expected(x))
                         for x in dict.fromkeys((self.x, self.x.float())))
-            first = close(Fused([ours])(self.x), usual.eval()(self.x), outputs)
+            first = common.close(Fused([ours])(self.x), usual.eval()(self.x), outputs)
         results = []
         for block in (ours.train(), usual.train()):
             norm = {name: t.clone() for name, t in block.norm.state_dict().items()}
@@ -117,7 +113,7 @@ class Case:
             results.append((out.detach(), x.grad, weight.grad))
             block.zero_grad(set_to_none=True)
             block.norm.load_state_dict(norm)
-        trained = all(close(a, b, limit) for a, b, limit in
+        trained = all(common.close(a, b, limit) for a, b, limit in
                       zip(*results, (outputs, gradients, gradients), strict=True))
         return {"inference": equal and first, "training": trained}
 

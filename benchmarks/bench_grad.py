@@ -105,8 +105,7 @@ class Case:
 
     def match(self, kind: str) -> bool:
         exact = self.library(kind, torch.float64)
-        return all(bool((t.double() - exact).norm() <= 1e-5 * exact.norm())
-                   for t in (self.tables(kind), self.library(kind)))
+        return all(common.close(t, exact, 1e-5) for t in (self.tables(kind), self.library(kind)))
 
 
 def run(device: common.Device, layers: Sequence[Layer], batches: Sequence[int],

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from residual_block import saved_bytes
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from training_networks import FORMS, NETWORKS, Network, in_form
 
@@ -72,10 +72,6 @@ class Row:
 
     def speedup(self, baseline: str, provider: str = OURS) -> float:
         return self.times[baseline].p50 / self.times[provider].p50
-
-
-def close(a: Tensor, b: Tensor, limit: float) -> bool:
-    return bool((a.double() - b.double()).norm() <= limit * b.double().norm())
 
 
 class Case:
@@ -141,7 +137,7 @@ class Case:
             results.append([out.detach(), x.grad, *(
                 p.grad for _, p in sorted(block.named_parameters()))])
         outputs, gradients = CLOSE[self.precision]
-        return all(close(a, b, gradients if i else outputs)
+        return all(common.close(a, b, gradients if i else outputs)
                    for i, (a, b) in enumerate(zip(*results, strict=True)))
 
 

@@ -171,6 +171,11 @@ def pick_device(name: str | None) -> Device:
     return GpuDevice() if name == "cuda" else CpuDevice()
 
 
+def close(a: torch.Tensor, b: torch.Tensor, limit: float) -> bool:
+    """Whether a is within `limit` of b, relative, in the 2-norm."""
+    return bool((a.double() - b.double()).norm() <= limit * b.double().norm())
+
+
 def measure_in_turns(device: Device, calls: Mapping[str, Callable[[], object]], seconds: float,
                      each: Callable[[str], object] = lambda name: None) -> dict[str, Times]:
     """Times of every call, about `seconds` each; `each(name)` is told of every turn."""

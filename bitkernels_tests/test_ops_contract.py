@@ -305,3 +305,19 @@ def test_shapes_beyond_int32():
     assert ops.binary_linear(rows, torch.empty(2048, 1024, device="meta")).numel() == 2**33
     wide = torch.empty(1, 2**32 + 1, device="meta")
     assert ops.sign_pack(wide).shape == (1, 2**27 + 1)
+
+
+RAW = tuple(name for name, (op, args, kw) in samples(torch.device("cpu")).items()
+            if "binary_conv2d" not in str(op) or "forward" in str(op)
+            if not str(op).startswith(tuple(f"bitkernels.{name}.default" for name in (
+                "binary_linear", "binary_residual_block", "rsign", "rprelu"))))
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_raw_operators_refuse_gradients(name, device):
+    op, args, kw = samples(device)[name]
+    real = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    for i in real:
+        wanting = [leaf(a) if j == i else a for j, a in enumerate(args)]
+        with pytest.raises(RuntimeError, match="must not require grad"):
+            op(*wanting, **kw)

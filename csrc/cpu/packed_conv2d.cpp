@@ -17,8 +17,6 @@ namespace {
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
 constexpr double kMinProducts = 1e7;   // per task, about 10 us of one core
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Output positions [begin, end) whose windows contain exactly the taps [tap_begin, tap_end).
 struct Segment {
   int64_t begin, end, tap_begin, tap_end;

@@ -7,6 +7,8 @@
 
 namespace bitkernels {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Conv {
   int64_t batch, height, width;
   int64_t groups, channels, out_channels;  // channels and out_channels of one group

@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kPlaneBytes = 1 << 18;  // of the planes of one task
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // (taps, ceil(out_channels / 32), channels padded to words): bit o of a word is output channel o.
 std::vector<uint32_t> by_output(const Kernel& kernel, const Conv& conv, const uint32_t* weight,
                                 int64_t words) {

@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t kOffsets = 1 << 18;  // in one block of pixels, 512 KiB
 constexpr int64_t kWantedTasks = 32;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Shape {
   const Conv& conv;
   int64_t words, taps, entries, pixels;  // entries: taps x 32 words, then the taps
