@@ -18,7 +18,7 @@ import torch
 import bitkernels
 from bitkernels.backends import cpu
 from bitkernels.backends.cuda import dispatch as cuda
-from bitkernels.backends.cuda.kernels import PROVEN
+from bitkernels.backends.cuda import plan
 
 FEATURES = ("popcnt", "avx2", "avx512_bw", "avx512_vl", "avx512_vpopcntdq", "avx512_bitalg",
             "neon", "sve")
@@ -71,9 +71,10 @@ def cpu_rows() -> list[tuple[str, str]]:
 
 def cuda_row() -> tuple[str, str]:
     """Of the kernels that are compiled by NVRTC where they run."""
-    proven = ", ".join(f"{family} on {arch} ({day})" for (family, arch), day in PROVEN.items())
+    measured = ", ".join(f"{arch} ({entry['gpu']}, {entry['date']})"
+                         for arch, entry in plan.table().items())
     asked = {"1": "; all asked for by BITKERNELS_CUDA=1", "0": "; none, by BITKERNELS_CUDA=0"}
-    said = (f"proven: {proven}" if proven
+    said = (f"measured on {measured}" if measured
             else "none proven on any GPU yet, BITKERNELS_CUDA=1 opts in")
     said += asked.get(cuda.mode(), "")
     if torch.cuda.is_available():

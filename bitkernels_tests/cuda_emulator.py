@@ -38,15 +38,17 @@ def maps(kernel: kernels.Kernel) -> str:
 def _generated(chosen) -> dict[str, str]:
     spec = "#pragma once\n" + "".join(f"inline int {name};\n" for name in NAMES)
     spec += f"#define SPEC_CONSTANTS {', '.join('&' + name for name in NAMES)}\n"
-    table = "".join(f'{{"{k.name}", [] {{ {k.type}::run(params{maps(k)}); }}}},\n'
-                    for k in chosen)
+    table = "".join(
+        f'{{"{k.name}", [] {{ {k.type}::run(params{maps(k)}); }}, '
+        f'{f"{k.type}::shared" if k.resident else "nullptr"}}},\n' for k in chosen)
     checks = f"static_assert(sizeof(Params) == {ctypes.sizeof(Params)});\n"
     for name, _ in Params._fields_:
         checks += f"static_assert(offsetof(Params, {name}) == {getattr(Params, name).offset});\n"
     for k in chosen:
         if k is not kernels.PREPARE:
-            checks += (f"static_assert({k.type}::THREADS == {k.threads});\n"
-                       f"static_assert({k.type}::SHARED == {k.shared});\n")
+            checks += f"static_assert({k.type}::THREADS == {k.threads});\n"
+        if k is not kernels.PREPARE and not k.resident:
+            checks += f"static_assert({k.type}::SHARED == {k.shared});\n"
     return {"spec.cuh": spec, "kernels.inc": table, "checks.inc": checks}
 
 
@@ -114,7 +116,7 @@ class EmulatedDriver:
     def launch(self, function: int, grid: int, block: int, shared: int, stream: int,
                params: Params, *maps: ctypes.Structure) -> None:
         kernel, spec = self.functions[function]
-        assert (block, shared) == (kernel.threads, kernel.shared)
+        assert (block, shared) == (kernel.threads, kernel.shared_bytes(spec))
         self.launched.append(kernel.name)
         ranges = (Range * 20)()
         sizes = self._sizes(kernel, spec, params)

@@ -109,6 +109,20 @@ def test_wgmma(kernel, what):
     assert any(copies in line for line in code)
 
 
+@pytest.mark.parametrize("what", SPECS)
+@pytest.mark.parametrize("kernel", kernels.RESIDENT, ids=name_of)
+def test_resident(kernel, what):
+    spec = SPECS[what] if what != "linear" else replace(linear_spec(64, 200, 2048, 16), packed=1)
+    spec = spec.with_parts(("image", spec.image_bytes(kernel.bm)))
+    code, registers, spilled = build(kernel, spec, "sm_90a")
+    # Fragments in registers: the first operand after the accumulators is not a descriptor.
+    product = re.compile(rf"BGMMA.64x{kernel.bn + 16}x256.AND.POPC R\d+, R\d+, gdesc")
+    assert sum(bool(product.search(line)) for line in code) == -(-spec.k_bytes // 32)
+    assert spilled == 0 and registers * kernel.threads <= 65536
+    assert kernel.shared_bytes(spec) <= kernels.MOST_SHARED
+    assert any("LDGSTS" in line for line in code) and any("LDS" in line for line in code)
+
+
 @pytest.mark.parametrize("arch", ("sm_80", "sm_89", "sm_90a"))
 def test_prepare(arch):
     for spec in (CONV, replace(NARROW, windows=1)):

@@ -11,7 +11,8 @@ import torch
 
 from bitkernels import __main__, reference
 from bitkernels.backends import gpu
-from bitkernels.backends.cuda import dispatch, kernels, launch, selfcheck
+from bitkernels.backends.cuda import dispatch, kernels, launch, plan, selfcheck
+from bitkernels.backends.cuda.spec import conv_spec, linear_spec
 from bitkernels_tests.cases import ConvCase, words_of
 
 CPU = torch.device("cpu")
@@ -40,17 +41,64 @@ def test_nothing_is_proven_so_nothing_runs_unasked(usable):
     assert "BITKERNELS_CUDA=1 opts in" in dispatch.explain("packed_linear", *linear())
 
 
-def test_a_proven_family_runs_unasked(usable, monkeypatch):
-    monkeypatch.setattr(kernels, "PROVEN", {("mma", "sm_90a"): "2027-01-01"})
+def measured(monkeypatch, op, us, **sizes):
+    """A plan table of one call, as a GPU would have filled it."""
+    call = dict(op=op, real=True, us=us, **sizes)
+    monkeypatch.setattr(plan, "table", lambda: {
+        "sm_90a": {"gpu": "a GPU", "date": "2027-01-01", "calls": [call]}})
+
+
+LINEAR = dict(rows=64, cout=64, products=256)
+
+
+def test_a_measured_kernel_runs_unasked(usable, monkeypatch):
+    measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 7, "mma_64x32": 8}, **LINEAR)
     monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
     ran = []
     monkeypatch.setattr(launch, "packed_linear", lambda kernel, *a, **k: ran.append(kernel) or "r")
     assert dispatch.attempt("packed_linear", linear(), {}) == "r"
-    assert ran[0].family == "mma"
-    assert dispatch.explain("packed_linear", *linear()).endswith("proven on 2027-01-01")
+    assert ran[0].name == "mma_64x64"
+    assert dispatch.explain("packed_linear", *linear()) == (
+        "cuda: mma_64x64, measured near this shape at 7 us, triton 9 us (a GPU, 2027-01-01)")
+    assert "sm_90a (a GPU, 2027-01-01)" in dict(__main__.report())["cuda kernels"]
     monkeypatch.setenv("BITKERNELS_CUDA", "0")
+    dispatch.clear()
     assert dispatch.attempt("packed_linear", linear(), {}) is None
     assert "BITKERNELS_CUDA is 0" in dispatch.explain("packed_linear", *linear())
+
+
+def test_the_next_backend_runs_where_it_was_faster(usable, monkeypatch):
+    measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 10}, **LINEAR)
+    assert dispatch.attempt("packed_linear", linear(), {}) is None
+    assert dispatch.explain("packed_linear", *linear()) == (
+        "the next backend: triton was measured to be faster near this shape")
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    found, why = dispatch._plan("packed_linear", linear(), {}, CPU)
+    assert found[0].name == "mma_64x64" and len(found) > 5 and "at 10 us" in why
+
+
+@pytest.mark.parametrize("far", (dict(rows=1024), dict(cout=512), dict(products=8192)), ids=str)
+def test_nothing_runs_unasked_far_from_what_was_measured(far, usable, monkeypatch):
+    measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 7}, **{**LINEAR, **far})
+    assert dispatch.attempt("packed_linear", linear(), {}) is None
+    assert "proven near this shape" in dispatch.explain("packed_linear", *linear())
+
+
+def test_other_outputs_are_other_calls(usable, monkeypatch):
+    measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 7}, **LINEAR)
+    found, _ = dispatch._plan("packed_linear", linear(), dict(real=True), CPU)
+    assert found
+    found, _ = dispatch._plan("packed_linear", linear(), dict(real=False, packed=True), CPU)
+    assert not found
+
+
+def test_the_table_of_the_package_is_well_formed():
+    for arch, entry in plan.table().items():
+        assert arch in kernels.FAMILIES and entry["gpu"] and entry["date"]
+        for call in entry["calls"]:
+            assert call["op"] in dispatch.OPS and isinstance(call["real"], bool)
+            assert all(call[name] > 0 for name in ("rows", "cout", "products"))
+            assert set(call["us"]) <= {plan.NEXT, *kernels.ALL} and plan.NEXT in call["us"]
 
 
 OUTSIDE = {
@@ -151,22 +199,32 @@ def test_asking_for_it_where_it_cannot_run_warns_once(monkeypatch):
 def test_one_kernel_can_be_named(usable, monkeypatch):
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
     monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", "mma_64x64")
-    plan, why = dispatch._plan("packed_linear", linear(), {}, CPU)
-    assert [k.name for k in plan] == ["mma_64x64"] and "names it" in why
+    found, why = dispatch._plan("packed_linear", linear(), {}, CPU)
+    assert [k.name for k in found] == ["mma_64x64"] and "names it" in why
     monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", "mma_1x1")
     with pytest.raises(RuntimeError, match="BITKERNELS_CUDA_KERNEL must be one of .*mma_64x64"):
         dispatch.attempt("packed_linear", linear(), {})
 
 
 def test_large_calls_get_large_tiles():
-    def first(rows, cout, aligned=True, families=("bulk", "wgmma", "mma")):
-        return kernels.fitting(families, rows, cout, 132, aligned)[0].name
+    def first(rows, cout, aligned=True, families=kernels.FAMILIES["sm_90a"], spec=None):
+        spec = spec or linear_spec(256, cout, 8192, 16)
+        problem = plan.Problem("packed_linear", spec, rows, True, aligned)
+        return plan.modelled(families, problem, 132)[0].name
+
+    def conv(cout, size):
+        return conv_spec((256, cout, size, size), (size, size), (cout, 3, 3, cout // 32), cout,
+                         (1, 1), (1, 1, 1, 1), (1, 1), 16)
 
     assert first(8192, 8192).startswith("bulk_")
     assert first(8192, 8192, aligned=False).startswith("wgmma_")
     assert first(8192, 8192, families=("mma",)) == "mma_128x128"
     assert first(64 * 56 * 56, 64, families=("mma",)) == "mma_128x64"
-    assert first(8, 32) == "mma_64x32"
+    assert first(8, 32, families=("mma",)) == "mma_64x32"
+    assert first(256 * 56 * 56, 64, spec=conv(64, 56)) == "resident_64x64"
+    assert first(256 * 28 * 28, 128, spec=conv(128, 28)) == "resident_64x128"
+    assert first(256 * 14 * 14, 256, spec=conv(256, 14)) == "resident_64x128"
+    assert first(256 * 7 * 7, 512, spec=conv(512, 7)).startswith("resident_")
 
 
 def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):

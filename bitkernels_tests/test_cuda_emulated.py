@@ -19,7 +19,7 @@ from bitkernels_tests.cases import CONV_CASES, ConvCase, dyadic, reals, words_of
 if not cuda_emulator.available():
     pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
-SMALL = kernels.ALL["mma_64x32"], kernels.ALL["wgmma_128x64"]
+SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "wgmma_128x64", "resident_64x64"))
 LARGE = [k for k in kernels.ALL.values() if k not in (*SMALL, kernels.PREPARE)]
 INT32 = dict(dtype=torch.int32)
 
@@ -34,10 +34,6 @@ def driver(monkeypatch):
     yield emulated
     launch.clear()
     dispatch.clear()
-
-
-def taken(op: str, args, kw) -> bool:
-    return launch.outside(op, args, kw) is None
 
 
 def check(op: str, kernel, args, kw) -> None:
@@ -55,9 +51,9 @@ def check(op: str, kernel, args, kw) -> None:
 def test_conv_geometry(case, kernel):
     words, filters = case.words()
     args, kw = (words, filters, case.channels, *case.args), dict(pad_value=case.pad_value, **INT32)
-    if not taken("packed_conv2d", args, kw):
-        assert case.groups > 1 or case.pad_value == 1
-        pytest.skip("outside the class of these kernels")
+    if kernel not in launch.taking((kernel.family,), "packed_conv2d", args, kw):
+        assert case.groups > 1 or case.pad_value == 1 or (kernel.resident and case.channels > 512)
+        pytest.skip("outside the class of this kernel")
     check("packed_conv2d", kernel, args, kw)
 
 
@@ -78,9 +74,11 @@ def test_conv_large_tiles(kernel):
 def test_linear(rows, cout, channels, kernel):
     """More tiles than blocks, more steps than stages, and less than one of each."""
     words, filters = words_of(rows, channels), words_of(cout, channels)
-    if kernel.bulk and words.shape[-1] % 4:
-        pytest.skip("rows are not multiples of 16 bytes")
-    check("packed_linear", kernel, (words, filters, channels), dict(INT32, packed=True))
+    args, kw = (words, filters, channels), dict(INT32, packed=True)
+    if kernel not in launch.taking((kernel.family,), "packed_linear", args, kw):
+        assert kernel.bulk and words.shape[-1] % 4 or kernel.resident and channels > 1000
+        pytest.skip("outside the class of this kernel")
+    check("packed_linear", kernel, args, kw)
 
 
 PARTS = ("clamp_min", "clamp_max", "scale", "bias", "residual", "slope", "shift_in", "shift_out",
@@ -166,16 +164,35 @@ def test_views_are_taken_as_they_lie():
           dict(INT32, out_channels=24))
 
 
-def test_the_plan_runs_and_checks_itself(driver, monkeypatch):
+@pytest.fixture
+def chosen(driver, monkeypatch):
+    """Runs a call as the plan chooses; the kernels launched and what explain says."""
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
     monkeypatch.setattr(dispatch, "why_unusable", lambda device: None)
-    words, filters = words_of(300, 512), words_of(130, 512)
-    real, packed = dispatch.attempt("packed_linear", (words, filters, 512),
-                                    dict(INT32, real=True, packed=True))
-    want = reference.packed_linear(words, filters, 512, **INT32, packed=True)
-    assert torch.equal(real, want[0]) and torch.equal(packed, want[1])
-    assert driver.launched[-1].startswith("bulk_") and "prepare" in driver.launched
-    assert "unproven" in dispatch.explain("packed_linear", words, filters, 512, real=True)
+
+    def run(op, *args):
+        kw = dict(INT32, real=True, packed=True)
+        dispatch.attempt(op, args, kw)  # checks the kernel
+        before = len(driver.launched)
+        for got, want in zip(dispatch.attempt(op, args, kw), getattr(reference, op)(*args, **kw),
+                             strict=True):
+            assert torch.equal(got, want)
+        return driver.launched[before:], dispatch.explain(op, *args, real=True)
+
+    return run
+
+
+def test_the_plan_runs_and_checks_itself(chosen):
+    launched, why = chosen("packed_linear", words_of(300, 4096), words_of(130, 4096), 4096)
+    assert launched[0] == "prepare" and launched[1].startswith("bulk_")
+    assert launched[1] in why and "unproven" in why
+
+
+@pytest.mark.parametrize("cout", (64, 200))
+def test_a_convolution_on_hopper_is_one_launch(cout, chosen):
+    case = ConvCase(channels=128, out_channels=cout, size=(9, 9), batch=3)
+    (launched,), why = chosen("packed_conv2d", *case.words(), 128, *case.args)
+    assert launched.startswith("resident_") and launched in why
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
@@ -207,25 +224,44 @@ MUTATIONS = (
      "if (MUTANT == 10) give_registers<64>(); else give_registers<PRODUCER_REGISTERS>();"),
     ("a fragment of other rows", "mma_gemm.cuh", "warp_m * WM + 16 * f + 8 * h + lane / 4;",
      "warp_m * WM + 16 * f + 8 * (MUTANT == 11 ? 1 - h : h) + lane / 4;"),
+    ("pixels that are read before all are there", "resident.cuh", "sync_some(1 + group(), 128);",
+     "if (MUTANT != 12) sync_some(1 + group(), 128);"),
+    ("pixels that nothing waits for", "resident.cuh", "before.\n      copy_async_wait<0>();",
+     "before.\n      if (MUTANT != 13) copy_async_wait<0>();"),
+    ("fragments replaced while products still read them", "resident.cuh", "wgmma_wait<1>();",
+     "if (MUTANT == 14) wgmma_wait<2>(); else wgmma_wait<1>();"),
+    ("no fence after the filters are stored", "resident.cuh", "fence_async();",
+     "if (MUTANT != 15) fence_async();"),
+    ("filters multiplied before all are stored", "resident.cuh", "fence_async();\n    sync",
+     "fence_async();\n    if (MUTANT != 16) sync"),
+    ("filters in the order of memory", "layout.cuh",
+     "return {2 * step + within % 4 / 2, within / 4 + within % 2 * 4};",
+     "if (MUTANT == 17) return {2 * step + within / 8, within % 8};\n"
+     "    return {2 * step + within % 4 / 2, within / 4 + within % 2 * 4};"),
 )
+# Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
+SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
+         "bulk_128x128": (300, 130, 6144), "resident_64x64": (1500, 130, 2048)}
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
-    chosen = [kernels.ALL[n] for n in ("mma_64x32", "wgmma_128x64", "bulk_128x128")]
+    chosen = [kernels.ALL[name] for name in SIZES]
     texts = dict(cuda_emulator.compiler.sources())
     for _, file, right, wrong in MUTATIONS:
         assert right in texts[file]
         texts[file] = texts[file].replace(right, wrong)
     library = cuda_emulator.build(texts, chosen)
-    words, filters = words_of(300, 6144), words_of(130, 6144)
-    want = reference.packed_linear(words, filters, 6144, **INT32)[0]
+    calls = {}
+    for name, (rows, columns, channels) in SIZES.items():
+        args = words_of(rows, channels), words_of(columns, channels), channels
+        calls[name] = args, reference.packed_linear(*args, **INT32)[0]
 
     def right(kernel, seed) -> bool:
         launch.clear()
         monkeypatch.setattr(launch, "_driver", cuda_emulator.EmulatedDriver(seed, library))
+        args, want = calls[kernel.name]
         try:
-            return torch.equal(
-                launch.packed_linear(kernel, words, filters, 6144, **INT32)[0], want)
+            return torch.equal(launch.packed_linear(kernel, *args, **INT32)[0], want)
         except RuntimeError:  # a deadlock, or what the emulator refuses
             return False
 

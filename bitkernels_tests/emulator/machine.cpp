@@ -109,7 +109,11 @@ void Machine::finish_copy(Copy& copy) {
   if (copy.done) return;
   copy.done = true;
   memcpy(at(copy.to, copy.bytes), copy.data, copy.bytes);
-  for (int i = 0; i < copy.bytes; ++i) unfenced[copy.to - SHARED_BASE + i] = current + 1;
+  own(copy.to, copy.bytes);
+}
+
+void Machine::own(uint32_t address, int bytes) {
+  for (int i = 0; i < bytes; ++i) unfenced[address - SHARED_BASE + i] = current + 1;
 }
 
 void Machine::complete(Barrier& barrier) {
@@ -135,7 +139,7 @@ static const unsigned char* operand_row(Machine& m, uint64_t descriptor, int row
     memcpy(line + 16 * piece, m.at(address, 16), 16);
     for (int i = 0; i < 16; ++i) {
       if (m.unfenced[address - SHARED_BASE + i]) {
-        m.fail("wgmma reads what cp.async wrote without fence.proxy.async");
+        m.fail("wgmma reads what was written without fence.proxy.async");
       }
     }
   }
@@ -146,7 +150,17 @@ void Machine::run_product(Warpgroup& group) {
   const Product product = group.products.front().second;
   group.products.pop_front();
   static unsigned char a[64][32], b[256][32];
-  for (int row = 0; row < 64; ++row) operand_row(*this, product.a, row, a[row]);
+  for (int row = 0; row < 64; ++row) {
+    // In registers a is read when the product happens, as the hardware may.
+    if (product.fragments[0]) {
+      for (int word = 0; word < 8; ++word) {
+        const uint32_t* const lane = product.fragments[row / 16 * 32 + row % 8 * 4 + word % 4];
+        memcpy(a[row] + 4 * word, lane + row % 16 / 8 + word / 4 * 2, 4);
+      }
+    } else {
+      operand_row(*this, product.a, row, a[row]);
+    }
+  }
   for (int row = 0; row < product.columns; ++row) operand_row(*this, product.b, row, b[row]);
   for (int row = 0; row < 64; ++row) {
     for (int column = 0; column < product.columns; ++column) {

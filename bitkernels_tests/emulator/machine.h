@@ -48,6 +48,7 @@ struct Product {  // one wgmma
   uint64_t a, b;
   bool accumulate;
   int* d[128];
+  const uint32_t* fragments[128];  // of a, where it is in registers
 };
 
 struct Warpgroup {
@@ -56,6 +57,7 @@ struct Warpgroup {
   int group = 0;
   bool fenced = false;
   int* d[128];
+  const uint32_t* fragments[128];
 };
 
 struct Barrier {
@@ -101,6 +103,7 @@ struct Machine {
   unsigned char* at(uint32_t address, int bytes);
   void check(const void* p, int bytes, bool write);
   void finish_copy(Copy& copy);
+  void own(uint32_t address, int bytes);  // written by the current thread, not yet fenced
   void run_product(Warpgroup& group);
   void complete(Barrier& barrier);
   std::string run(int grid, int block_threads, int shared_size, int seed,

@@ -1,6 +1,7 @@
 // The kernels, run by the emulator: emulate() is what a launch is on a GPU.
 #include "mma_gemm.cuh"
 #include "prepare.cuh"
+#include "resident.cuh"
 #include "wgmma_gemm.cuh"
 
 static Params params;
@@ -13,6 +14,7 @@ static TensorMap maps[2];
 struct Kernel {
   const char* name;
   void (*run)();
+  int (*shared)();  // what the kernel lays out, where that depends on the shape
 };
 
 static const Kernel KERNELS[] = {
@@ -30,6 +32,7 @@ extern "C" const char* emulate(const char* name, int grid, int block, int shared
   machine.ranges.assign(ranges, ranges + count);
   for (const Kernel& kernel : KERNELS) {
     if (strcmp(kernel.name, name)) continue;
+    if (kernel.shared && kernel.shared() != shared) return "another layout of shared memory";
     error = machine.run(grid, block, shared, seed, kernel.run);
     return error.empty() ? nullptr : error.c_str();
   }

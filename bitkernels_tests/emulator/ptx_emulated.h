@@ -74,6 +74,11 @@ void load2(T (&v)[2], const T* p) {
   memcpy(v, p, 2 * sizeof(T));
 }
 
+inline void load4(u32 (&v)[4], const u32* p) {
+  machine.check(p, 16, false);
+  memcpy(v, p, 16);
+}
+
 inline void store2(void* p, u32 a, u32 b) {
   machine.check(p, 8, true);
   const u32 v[2] = {a, b};
@@ -92,6 +97,27 @@ inline void store4(void* p, const u32 (&v)[4]) {
 }
 
 inline void load_shared4(u32 (&v)[4], u32 address) { memcpy(v, machine.at(address, 16), 16); }
+
+inline void load_shared2(u32 (&v)[2], u32 address) { memcpy(v, machine.at(address, 8), 8); }
+
+inline u32 load_shared(u32 address) {
+  u32 value;
+  memcpy(&value, machine.at(address, 4), 4);
+  return value;
+}
+
+inline void add_shared(u32 address, int value) {
+  int sum;
+  memcpy(&sum, machine.at(address, 4), 4);
+  sum += value;
+  memcpy(machine.at(address, 4), &sum, 4);
+}
+
+inline void store_shared(u32 address, u32 value) {
+  memcpy(machine.at(address, 4), &value, 4);
+  machine.own(address, 4);
+  machine.waited[machine.current].emplace_back(address, 4);
+}
 
 template <int SIZE>
 void copy_async(u32 to, const void* from, bool real) {
@@ -180,15 +206,27 @@ void wgmma_wait() {
 }
 
 template <int N>
-void wgmma_and(int (&d)[N / 8][4], u64 a, u64 b, bool accumulate) {
+void wgmma_queue(int (&d)[N / 8][4], const u32* fragment, u64 a, u64 b, bool accumulate) {
   emulator::Warpgroup& g = warpgroup();
   if (!g.fenced) machine.fail("wgmma without wgmma.fence");
   g.d[machine.current % 128] = &d[0][0];
+  g.fragments[machine.current % 128] = fragment;
   machine.meet(g.meeting, 128, WGMMA + 256 * N, [&] {
-    emulator::Product product = {N, a, b, accumulate, {}};
+    emulator::Product product = {N, a, b, accumulate, {}, {}};
     memcpy(product.d, g.d, sizeof(g.d));
+    memcpy(product.fragments, g.fragments, sizeof(g.fragments));
     g.products.emplace_back(g.group, product);
   });
+}
+
+template <int N>
+void wgmma_and(int (&d)[N / 8][4], u64 a, u64 b, bool accumulate) {
+  wgmma_queue<N>(d, nullptr, a, b, accumulate);
+}
+
+template <int N>
+void wgmma_and(int (&d)[N / 8][4], const u32 (&a)[4], u64 b, bool accumulate) {
+  wgmma_queue<N>(d, a, 0, b, accumulate);
 }
 
 // A block owns what it was launched with; taking more than was given waits.

@@ -64,17 +64,26 @@ struct Channels {
   }
 };
 
+// The corrections of two channels for a border class, as `prepare` left them.
+struct PreparedCorrections {
+  const int* corr;
+
+  DEVICE Pair<int> operator()(int label, int column) const {
+    return load_pair(corr + label * COUT, column);
+  }
+};
+
 // A row of the tile, one past the last computed as the last and not stored.
 struct Row {
   int m;
-  int base;  // -2 popcount(window)
-  int corr;  // where the corrections of its border class start
+  int base;   // -2 popcount(window)
+  int label;  // its border class
   bool inside;
 
   DEVICE static Row at(const Params& p, int m, int pa) {
     const bool inside = m < p.rows;
     if (!inside) m = p.rows - 1;
-    return {m, -2 * pa, border_classes() > 1 ? border_class(pixel_of(m)) * COUT : 0, inside};
+    return {m, -2 * pa, border_classes() > 1 ? border_class(pixel_of(m)) : 0, inside};
   }
 
   // Of an element of the output and of the residual.
@@ -176,17 +185,18 @@ DEVICE void store_row(const Params& p, const Row& r, int first, const u32 (&v)[4
   }
 }
 
-// MT fragments of 16 rows and NT of 8 columns. Row f of fragment i is first_row + i * ROW_STEP + f;
-// pa[i] are the window counts of this lane's two rows of it. Consumes acc.
+// MT fragments of 16 rows and NT of 8 columns; further columns of acc are left out. Row f of
+// fragment i is first_row + i * ROW_STEP + f; pa[i] are the window counts of this lane's two rows
+// of it; corrections(border class, column) are those of a channel and the next. Consumes acc.
 //
 // Nothing branches around a shuffle, so all columns of the tile are gone through; those past the
 // last are computed from its values and not stored. Two rows at a time, and the channels' values
 // read again for each: to keep the addresses of all rows in registers beside the counts costs
 // spills.
-template <int MT, int NT, int ROW_STEP>
-DEVICE void epilogue(int (&acc)[MT][NT][4], const int (&pa)[MT][2], const Params& p, int first_row,
-                     int first_column, int lane) {
-  static_assert(NT % 4 == 0, "whole packed words");
+template <int NT, int ROW_STEP, int MT, int COLUMNS, class Corrections>
+DEVICE void epilogue(int (&acc)[MT][COLUMNS][4], const int (&pa)[MT][2], const Params& p,
+                     const Corrections& corrections, int first_row, int first_column, int lane) {
+  static_assert(NT % 4 == 0 && NT <= COLUMNS, "whole packed words");
   const int t = lane % 4;
 #pragma unroll
   for (int f = 0; f < MT; ++f) {
@@ -204,7 +214,7 @@ DEVICE void epilogue(int (&acc)[MT][NT][4], const int (&pa)[MT][2], const Params
         const Channels c = Channels::at(p, column);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const Pair<int> corr = load_pair(static_cast<const int*>(p.corr) + rows[h].corr, column);
+          const Pair<int> corr = corrections(rows[h].label, column);
           Pair<float> residual = {};
           if (RESIDUAL != NONE) residual = residuals(p, rows[h], column);
 #pragma unroll

@@ -97,6 +97,40 @@ HOST_DEVICE bool reads(const Window& window, const Chunk& chunk) {
   return chunk.inside && ih >= 0 && ih < H && iw >= 0 && iw < W;
 }
 
+// The pixels that the windows of output pixels `first` to `last` read, numbered over all images:
+// one contiguous range, since so are rows of an image, and images.
+struct Span {
+  i64 begin, end;
+};
+
+HOST_DEVICE i64 line_of(int image, int ih) {
+  return (static_cast<i64>(image) * H + (ih < 0 ? 0 : ih < H ? ih : H)) * W;
+}
+
+HOST_DEVICE Span span_of(int first, int last) {
+  const Pixel a = pixel_of(first), b = pixel_of(last);
+  return {line_of(a.image, a.oh * SH - PT), line_of(b.image, b.oh * SH - PT + (KH - 1) * DH + 1)};
+}
+
+// Fragments that come straight from a window's bytes. K goes in steps of 64 bytes, two products of
+// 256 bits, of which lane t of a quad holds 16 contiguous bytes t: words 4t and 4t + 1 for the
+// first product, 4t + 2 and 4t + 3 for the second. A rest of up to 32 bytes is one product, with 8
+// bytes a lane. The order of K is free as long as both operands keep the same; hence slot_of.
+HOST_DEVICE int whole_steps() { return K_BYTES / 64 + (K_BYTES % 64 > 32); }
+HOST_DEVICE int half_steps() { return K_BYTES % 64 > 0 && K_BYTES % 64 <= 32; }
+HOST_DEVICE int products() { return (K_BYTES + 31) / 32; }
+
+// Where word `word` of a filter goes: a product, and one of the 8 words of its 256 bits.
+struct Slot {
+  int product, word;
+};
+
+HOST_DEVICE Slot slot_of(int word) {
+  const int step = word / 16, within = word % 16;
+  if (step < whole_steps()) return {2 * step + within % 4 / 2, within / 4 + within % 2 * 4};
+  return {2 * step, within / 2 + within % 2 * 4};
+}
+
 // Shared tiles. Narrow: rows of 64 bytes, in order. A quarter warp that loads 16 bytes of two rows
 // touches 128 contiguous bytes, so there is no bank conflict to swizzle away.
 HOST_DEVICE u32 narrow_offset(int row, int byte) { return row * 64 + byte; }
@@ -105,4 +139,10 @@ HOST_DEVICE u32 narrow_offset(int row, int byte) { return row * 64 + byte; }
 // bulk tensor copies and wgmma. Tiles start at multiples of 1024.
 HOST_DEVICE u32 wide_offset(int row, int byte) {
   return row * 128 + ((((byte >> 4) ^ row) & 7) << 4) + (byte & 15);
+}
+
+// Descriptor of a wide tile for wgmma, K along the rows: address, 1024 bytes from one group of 8
+// rows to the next, layout type 1. The leading dimension is not used and set to 16 bytes.
+HOST_DEVICE u64 wide_descriptor(u32 address) {
+  return static_cast<u64>(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }

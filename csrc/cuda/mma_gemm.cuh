@@ -112,6 +112,7 @@ struct MmaGemm {
         }
       }
     }
-    epilogue<MT, NT, 16>(acc, pa, p, m0 + warp_m * WM, n0 + warp_n * WN, lane);
+    epilogue<NT, 16>(acc, pa, p, PreparedCorrections{p.corr}, m0 + warp_m * WM, n0 + warp_n * WN,
+                     lane);
   }
 };

@@ -1,5 +1,6 @@
 // How fast the 1-bit tensor core is with nothing else to do: the peak that benchmarks compare with.
 #pragma once
+#include "layout.cuh"
 #include "ptx.cuh"
 
 // p.rows rounds of 4 (wgmma) or 32 (mma.sync) products a warpgroup or warp; the sums go to p.out,
@@ -13,9 +14,8 @@ struct Peak {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
       int d[32][4] = {};
       const u32 shared = shared_address(shared_memory());
-      const u64 layout = 1ull << 16 | 64ull << 32 | 1ull << 62;
-      const u64 a = (shared + thread_index() / 128 * 8192) >> 4 | layout;
-      const u64 b = (shared + 16384) >> 4 | layout;
+      const u64 a = wide_descriptor(shared + thread_index() / 128 * 8192);
+      const u64 b = wide_descriptor(shared + 16384);
       for (int i = 0; i < p.rows; ++i) {
         wgmma_fence();
 #pragma unroll

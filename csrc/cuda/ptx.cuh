@@ -80,6 +80,12 @@ DEVICE void load2(u16 (&v)[2], const u16* p) {
   asm volatile("ld.global.nc.v2.b16 {%0, %1}, [%2];" : "=h"(v[0]), "=h"(v[1]) : "l"(p));
 }
 
+DEVICE void load4(u32 (&v)[4], const u32* p) {
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "l"(p));
+}
+
 template <class T>
 DEVICE void store(T* p, T value) {
   *p = value;
@@ -100,6 +106,27 @@ DEVICE void load_shared4(u32 (&v)[4], u32 address) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(address)
                : "memory");
+}
+
+DEVICE void load_shared2(u32 (&v)[2], u32 address) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+               : "=r"(v[0]), "=r"(v[1])
+               : "r"(address)
+               : "memory");
+}
+
+DEVICE u32 load_shared(u32 address) {
+  u32 value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+DEVICE void store_shared(u32 address, u32 value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+DEVICE void add_shared(u32 address, int value) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 // Copies SIZE bytes, or writes as many zeros and reads nothing.
@@ -137,7 +164,8 @@ DEVICE void mma_and(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
 
 // The rest is Hopper's: wgmma, mbarriers, bulk tensor copies.
 
-// Lets what this thread wrote by ordinary stores and cp.async be read by wgmma and bulk copies.
+// Lets what this thread wrote by ordinary stores and cp.async be read by wgmma and bulk copies. (A
+// fragment of wgmma in registers needs none.)
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Of registers, before the first wgmma that uses them after anything else did.
@@ -154,6 +182,11 @@ DEVICE void wgmma_wait() {
 
 template <int N>
 DEVICE void wgmma_and(int (&d)[N / 8][4], u64 a, u64 b, bool accumulate) {
+  Wgmma<N>::run(d, a, b, accumulate);
+}
+
+template <int N>
+DEVICE void wgmma_and(int (&d)[N / 8][4], const u32 (&a)[4], u64 b, bool accumulate) {
   Wgmma<N>::run(d, a, b, accumulate);
 }
 #endif

@@ -1,101 +1,62 @@
 // wgmma m64nNk256 ... and.popc on sm_90a: one asynchronous product of a warpgroup.
 //
-// d[i][j] += popcount(a and b) for 64 rows of a by N rows of b, 256 bits of both in shared memory,
-// where the descriptors point. Warp w of the group holds rows 16 w to 16 w + 15 of d, as mma_and
-// does: d[i] is the fragment of columns 8 i to 8 i + 7.
+// d[i][j] += popcount(a and b) for 64 rows of a by N rows of b, 256 bits of both. b is in shared
+// memory, where its descriptor points; a too, or in registers. Warp w of the group holds rows 16 w
+// to 16 w + 15 of d, as mma_and does: d[i] is the fragment of columns 8 i to 8 i + 7. In registers
+// a is a fragment of mma_and of the same rows; they belong to the product until it is waited for.
 #pragma once
 #include "types.cuh"
 
 template <int N>
 struct Wgmma;
 
-template <>
-struct Wgmma<64> {
-  DEVICE static void run(int (&d)[8][4], u64 a, u64 b, bool accumulate) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %34, 0;"
-        "wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %33, p; }"
-        : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]),
-          "+r"(d[1][2]), "+r"(d[1][3]), "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]),
-          "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3]), "+r"(d[4][0]), "+r"(d[4][1]),
-          "+r"(d[4][2]), "+r"(d[4][3]), "+r"(d[5][0]), "+r"(d[5][1]), "+r"(d[5][2]), "+r"(d[5][3]),
-          "+r"(d[6][0]), "+r"(d[6][1]), "+r"(d[6][2]), "+r"(d[6][3]), "+r"(d[7][0]), "+r"(d[7][1]),
-          "+r"(d[7][2]), "+r"(d[7][3])
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-};
+// The first 10, and the ten from 10 t on, of the numbers of the operands.
+#define ONES_ "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9"
+#define TEN_(t)                                                                            \
+  ", %" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t \
+  "8, %" #t "9"
 
-template <>
-struct Wgmma<128> {
-  DEVICE static void run(int (&d)[16][4], u64 a, u64 b, bool accumulate) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %66, 0;"
-        "wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
-        "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
-        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, p; }"
-        : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]),
-          "+r"(d[1][2]), "+r"(d[1][3]), "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]),
-          "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3]), "+r"(d[4][0]), "+r"(d[4][1]),
-          "+r"(d[4][2]), "+r"(d[4][3]), "+r"(d[5][0]), "+r"(d[5][1]), "+r"(d[5][2]), "+r"(d[5][3]),
-          "+r"(d[6][0]), "+r"(d[6][1]), "+r"(d[6][2]), "+r"(d[6][3]), "+r"(d[7][0]), "+r"(d[7][1]),
-          "+r"(d[7][2]), "+r"(d[7][3]), "+r"(d[8][0]), "+r"(d[8][1]), "+r"(d[8][2]), "+r"(d[8][3]),
-          "+r"(d[9][0]), "+r"(d[9][1]), "+r"(d[9][2]), "+r"(d[9][3]), "+r"(d[10][0]),
-          "+r"(d[10][1]), "+r"(d[10][2]), "+r"(d[10][3]), "+r"(d[11][0]), "+r"(d[11][1]),
-          "+r"(d[11][2]), "+r"(d[11][3]), "+r"(d[12][0]), "+r"(d[12][1]), "+r"(d[12][2]),
-          "+r"(d[12][3]), "+r"(d[13][0]), "+r"(d[13][1]), "+r"(d[13][2]), "+r"(d[13][3]),
-          "+r"(d[14][0]), "+r"(d[14][1]), "+r"(d[14][2]), "+r"(d[14][3]), "+r"(d[15][0]),
-          "+r"(d[15][1]), "+r"(d[15][2]), "+r"(d[15][3])
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-};
+// 1 and 8 fragments of d as operands.
+#define FRAGMENT_(i) "+r"(d[i][0]), "+r"(d[i][1]), "+r"(d[i][2]), "+r"(d[i][3])
+#define FRAGMENTS_(i)                                                                   \
+  FRAGMENT_(i), FRAGMENT_(i + 1), FRAGMENT_(i + 2), FRAGMENT_(i + 3), FRAGMENT_(i + 4), \
+      FRAGMENT_(i + 5), FRAGMENT_(i + 6), FRAGMENT_(i + 7)
 
-template <>
-struct Wgmma<256> {
-  DEVICE static void run(int (&d)[32][4], u64 a, u64 b, bool accumulate) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %130, 0;"
-        "wgmma.mma_async.sync.aligned.m64n256k256.s32.b1.b1.and.popc {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
-        "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
-        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "
-        "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
-        "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "
-        "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "
-        "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "
-        "%124, %125, %126, %127"
-        "}, %128, %129, p; }"
-        : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]),
-          "+r"(d[1][2]), "+r"(d[1][3]), "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]),
-          "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3]), "+r"(d[4][0]), "+r"(d[4][1]),
-          "+r"(d[4][2]), "+r"(d[4][3]), "+r"(d[5][0]), "+r"(d[5][1]), "+r"(d[5][2]), "+r"(d[5][3]),
-          "+r"(d[6][0]), "+r"(d[6][1]), "+r"(d[6][2]), "+r"(d[6][3]), "+r"(d[7][0]), "+r"(d[7][1]),
-          "+r"(d[7][2]), "+r"(d[7][3]), "+r"(d[8][0]), "+r"(d[8][1]), "+r"(d[8][2]), "+r"(d[8][3]),
-          "+r"(d[9][0]), "+r"(d[9][1]), "+r"(d[9][2]), "+r"(d[9][3]), "+r"(d[10][0]),
-          "+r"(d[10][1]), "+r"(d[10][2]), "+r"(d[10][3]), "+r"(d[11][0]), "+r"(d[11][1]),
-          "+r"(d[11][2]), "+r"(d[11][3]), "+r"(d[12][0]), "+r"(d[12][1]), "+r"(d[12][2]),
-          "+r"(d[12][3]), "+r"(d[13][0]), "+r"(d[13][1]), "+r"(d[13][2]), "+r"(d[13][3]),
-          "+r"(d[14][0]), "+r"(d[14][1]), "+r"(d[14][2]), "+r"(d[14][3]), "+r"(d[15][0]),
-          "+r"(d[15][1]), "+r"(d[15][2]), "+r"(d[15][3]), "+r"(d[16][0]), "+r"(d[16][1]),
-          "+r"(d[16][2]), "+r"(d[16][3]), "+r"(d[17][0]), "+r"(d[17][1]), "+r"(d[17][2]),
-          "+r"(d[17][3]), "+r"(d[18][0]), "+r"(d[18][1]), "+r"(d[18][2]), "+r"(d[18][3]),
-          "+r"(d[19][0]), "+r"(d[19][1]), "+r"(d[19][2]), "+r"(d[19][3]), "+r"(d[20][0]),
-          "+r"(d[20][1]), "+r"(d[20][2]), "+r"(d[20][3]), "+r"(d[21][0]), "+r"(d[21][1]),
-          "+r"(d[21][2]), "+r"(d[21][3]), "+r"(d[22][0]), "+r"(d[22][1]), "+r"(d[22][2]),
-          "+r"(d[22][3]), "+r"(d[23][0]), "+r"(d[23][1]), "+r"(d[23][2]), "+r"(d[23][3]),
-          "+r"(d[24][0]), "+r"(d[24][1]), "+r"(d[24][2]), "+r"(d[24][3]), "+r"(d[25][0]),
-          "+r"(d[25][1]), "+r"(d[25][2]), "+r"(d[25][3]), "+r"(d[26][0]), "+r"(d[26][1]),
-          "+r"(d[26][2]), "+r"(d[26][3]), "+r"(d[27][0]), "+r"(d[27][1]), "+r"(d[27][2]),
-          "+r"(d[27][3]), "+r"(d[28][0]), "+r"(d[28][1]), "+r"(d[28][2]), "+r"(d[28][3]),
-          "+r"(d[29][0]), "+r"(d[29][1]), "+r"(d[29][2]), "+r"(d[29][3]), "+r"(d[30][0]),
-          "+r"(d[30][1]), "+r"(d[30][2]), "+r"(d[30][3]), "+r"(d[31][0]), "+r"(d[31][1]),
-          "+r"(d[31][2]), "+r"(d[31][3])
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-  }
-};
+// N; the numbers of d's operands; those of the five operands that follow; d's operands.
+#define WGMMA_(N, D, A, B, C, E, F, G, ...)                                                  \
+  template <>                                                                                \
+  struct Wgmma<N> {                                                                          \
+    DEVICE static void run(int (&d)[N / 8][4], u64 a, u64 b, bool accumulate) {              \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #C                                     \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc {" D \
+                   "}, %" #A ", %" #B ", p; }"                                               \
+                   : __VA_ARGS__                                                             \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                     \
+    }                                                                                        \
+    DEVICE static void run(int (&d)[N / 8][4], const u32 (&a)[4], u64 b, bool accumulate) {  \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #F                                     \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc {" D \
+                   "}, {%" #A ", %" #B ", %" #C ", %" #E "}, %" #G ", p; }"                  \
+                   : __VA_ARGS__                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),                             \
+                     "r"(static_cast<int>(accumulate)), "l"(b));                             \
+    }                                                                                        \
+  };
+
+WGMMA_(64, ONES_ TEN_(1) TEN_(2) ", %30, %31", 32, 33, 34, 35, 36, 37, FRAGMENTS_(0))
+WGMMA_(80, ONES_ TEN_(1) TEN_(2) TEN_(3), 40, 41, 42, 43, 44, 45, FRAGMENTS_(0), FRAGMENT_(8),
+       FRAGMENT_(9))
+WGMMA_(128, ONES_ TEN_(1) TEN_(2) TEN_(3) TEN_(4) TEN_(5) ", %60, %61, %62, %63", 64, 65, 66, 67,
+       68, 69, FRAGMENTS_(0), FRAGMENTS_(8))
+WGMMA_(144, ONES_ TEN_(1) TEN_(2) TEN_(3) TEN_(4) TEN_(5) TEN_(6) ", %70, %71", 72, 73, 74, 75, 76,
+       77, FRAGMENTS_(0), FRAGMENTS_(8), FRAGMENT_(16), FRAGMENT_(17))
+WGMMA_(256,
+       ONES_ TEN_(1) TEN_(2) TEN_(3) TEN_(4) TEN_(5) TEN_(6) TEN_(7) TEN_(8) TEN_(9) TEN_(10)
+           TEN_(11) ", %120, %121, %122, %123, %124, %125, %126, %127",
+       128, 129, 130, 131, 132, 133, FRAGMENTS_(0), FRAGMENTS_(8), FRAGMENTS_(16), FRAGMENTS_(24))
+
+#undef WGMMA_
+#undef FRAGMENTS_
+#undef FRAGMENT_
+#undef TEN_
+#undef ONES_

@@ -24,12 +24,6 @@
 #include "gather.cuh"
 #include "scheduler.cuh"
 
-// Descriptor of a tile in 128-byte swizzle, K along the rows: address, 1024 bytes from one group of
-// 8 rows to the next, layout type 1. The leading dimension is not used and set to 16 bytes.
-DEVICE u64 wide_descriptor(u32 address) {
-  return static_cast<u64>(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 // A position in the ring, and the parity of the phase that it is in.
 template <int STAGES>
 struct Cursor {
@@ -195,7 +189,7 @@ struct WgmmaGemm {
           pa[s][h] = m < p.rows ? load(p.pa + m) : 0;
         }
       }
-      epilogue<STRIPS, BN / 8, 64>(acc, pa, p, first_row, tile.n * BN, lane);
+      epilogue<BN / 8, 64>(acc, pa, p, PreparedCorrections{p.corr}, first_row, tile.n * BN, lane);
     }
   }
 };

@@ -1,8 +1,8 @@
 """Picks csrc/cuda or the next backend for a call, and says why.
 
 Environment, read at call time:
-  BITKERNELS_CUDA         1: also kernels that have not been proven on this architecture;
-                          0: none. Unset: the proven ones, see `kernels.PROVEN`
+  BITKERNELS_CUDA         1: any kernel that takes the call; 0: none. Unset: only what plan.py
+                          has measurements of, near the call and faster than the next backend
   BITKERNELS_CUDA_KERNEL  the name of one kernel to run wherever it fits (for measuring)
 
 The first use of a kernel on a device runs small cases and compares them bit for bit with the
@@ -20,7 +20,7 @@ import warnings
 
 import torch
 
-from bitkernels.backends.cuda import kernels
+from bitkernels.backends.cuda import kernels, plan
 
 MOST_PLANS = 4096
 OPS = ("packed_conv2d", "packed_linear")
@@ -43,10 +43,6 @@ def clear() -> None:
 
 def mode() -> str:
     return os.environ.get("BITKERNELS_CUDA", "")
-
-
-def allowed(family: str, arch: str) -> bool:
-    return mode() == "1" or (mode() != "0" and (family, arch) in kernels.PROVEN)
 
 
 def why_unusable(device: torch.device) -> str | None:
@@ -81,13 +77,13 @@ def why_unusable(device: torch.device) -> str | None:
 
 def attempt(op: str, args, kw):
     """What the kernels return for a call with checked arguments, or None: the next backend's."""
-    if op not in OPS or mode() == "0" or (mode() != "1" and not kernels.PROVEN):
+    if op not in OPS or mode() == "0" or (mode() != "1" and not plan.table()):
         return None
     device = args[0].device
-    plan, _ = _plan(op, args, kw, device)
+    found, _ = _plan(op, args, kw, device)
     from bitkernels.backends.cuda import launch
 
-    for kernel in plan:
+    for kernel in found:
         if not _trusted(op, kernel, device):
             continue
         try:
@@ -107,8 +103,8 @@ def explain(op: str, *args, **kw) -> str:
     if op not in OPS:
         return f"{op} has no kernel in csrc/cuda"
     device = args[0].device
-    plan, reason = _plan(op, args, kw, device)
-    for kernel in plan:
+    found, reason = _plan(op, args, kw, device)
+    for kernel in found:
         if _trusted(op, kernel, device):
             return f"cuda: {kernel.name}, {reason}"
         reason = f"{kernel.name} {_trust[op, kernel.name, _index(device)]}"
@@ -162,16 +158,21 @@ def _new_plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], st
 
     arch = launch.architecture(device)
     assert arch is not None
-    families = tuple(f for f in kernels.FAMILIES[arch] if allowed(f, arch))
     if mode() == "0":
         return (), "BITKERNELS_CUDA is 0"
-    if not families:
-        return (), (f"no kernel of csrc/cuda has been proven on {arch} yet; BITKERNELS_CUDA=1 opts "
-                    "in")
     reason = launch.outside(op, args, kw)
     if reason is not None:
         return (), f"these kernels do not take {reason}"
-    found = launch.choose(op, args, kw, families)
+    problem = launch.problem(op, args, kw)
+    measured = plan.nearest(arch, problem)
+    found = plan.modelled(kernels.FAMILIES[arch], problem, launch.multiprocessors(device))
+    if mode() != "1":
+        if measured is None:
+            return (), (f"no kernel of csrc/cuda has been proven near this shape on {arch} yet; "
+                        "BITKERNELS_CUDA=1 opts in")
+        found = measured.faster(found)
+        if not found:
+            return (), f"{plan.NEXT} was measured to be faster near this shape"
     forced = os.environ.get("BITKERNELS_CUDA_KERNEL")
     if forced:
         if forced not in kernels.ALL or forced == kernels.PREPARE.name:
@@ -180,8 +181,10 @@ def _new_plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], st
         found = tuple(k for k in found if k.name == forced)
         return found, ("BITKERNELS_CUDA_KERNEL names it" if found else
                        f"{forced}, which BITKERNELS_CUDA_KERNEL names, does not take this call")
-    day = kernels.PROVEN.get((found[0].family, arch)) if found else None
-    return found, f"proven on {day}" if day else "unproven, by BITKERNELS_CUDA=1"
+    if measured is None:
+        return found, "unproven, by BITKERNELS_CUDA=1"
+    found = measured.order(found)
+    return found, measured.said(found[0])
 
 
 def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:

@@ -65,9 +65,10 @@ class Driver:
         self._check(self.lib.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
         self._check(self.lib.cuModuleGetFunction(ctypes.byref(function), module, ENTRY),
                     "cuModuleGetFunction")
-        if kernel.shared:
-            self._check(self.lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, kernel.shared),
-                        f"{kernel.shared} bytes of shared memory")
+        shared = kernel.shared_bytes(spec)
+        if shared:
+            self._check(self.lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared),
+                        f"{shared} bytes of shared memory")
         assert function.value is not None
         return function.value
 

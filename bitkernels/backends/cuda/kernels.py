@@ -1,4 +1,4 @@
-"""The kernels that csrc/cuda has, and which of them have run where.
+"""The kernels that csrc/cuda has, and on which architectures they are native.
 
 A kernel is a class template of csrc/cuda with its tile; everything else about a call is in its
 `Spec`. The names say family and tile: `mma_128x64` computes 128 pixels by 64 channels a block.
@@ -6,29 +6,45 @@ A kernel is a class template of csrc/cuda with its tile; everything else about a
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
+from bitkernels.backends.cuda.spec import Spec
+
 WINDOW = 16  # bytes of a Window (layout.cuh)
+MOST_SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 can have
 
 
 @dataclass(frozen=True)
 class Kernel:
     name: str
     header: str
-    type: str  # the C++ class, with THREADS, BLOCKS and run(Params)
+    type: str  # the C++ class, with THREADS and run(Params)
     bm: int
     bn: int
     threads: int
-    shared: int  # bytes of dynamic shared memory
+    shared: int  # bytes of dynamic shared memory, of a resident kernel those of any shape
     blocks: int  # that must fit on a multiprocessor: the register budget
     windows: bool = False  # whether it wants the windows counted by `prepare`
     bulk: bool = False  # whether it takes tensor maps of both operands
     persistent: bool = False  # whether a block computes many tiles
+    groups: int = 0  # of a resident kernel: warpgroups of a block, each with tiles of its own
 
     @property
     def family(self) -> str:
         return self.name.split("_")[0]
+
+    @property
+    def resident(self) -> bool:
+        """Whether filters stay in shared memory and everything is counted there: no `prepare`."""
+        return self.groups > 0
+
+    def shared_bytes(self, spec: Spec) -> int:
+        """Of dynamic shared memory for a call."""
+        if not self.resident:
+            return self.shared
+        filters = -(-spec.k_bytes // 128) * (self.bn + 16) * 128
+        counts = (spec.kh * spec.kw + spec.classes) * self.bn * 4
+        return self.shared + filters + counts + self.groups * 2 * spec.image_bytes(self.bm)
 
     @property
     def source(self) -> str:
@@ -59,6 +75,12 @@ def _wgmma(strips: int, bn: int, stages: int, bulk: bool) -> Kernel:
                   persistent=True)
 
 
+def _resident(bn: int) -> Kernel:
+    groups = 3
+    return Kernel(f"resident_64x{bn}", "resident.cuh", f"Resident<{groups}, {bn}>", 64, bn,
+                  128 * groups, 16, 1, persistent=True, groups=groups)
+
+
 MMA = (
     _mma(128, 128, 64, 64, 3, 2),
     _mma(128, 64, 32, 64, 4, 2),
@@ -68,46 +90,17 @@ MMA = (
 WGMMA = (_wgmma(1, 256, 4, False), _wgmma(2, 128, 4, False), _wgmma(1, 128, 4, False),
          _wgmma(1, 64, 6, False))
 BULK = (_wgmma(1, 256, 4, True), _wgmma(2, 128, 4, True), _wgmma(1, 128, 6, True))
+RESIDENT = (_resident(128), _resident(64))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<4>", 4, 0, 128, 0, 4)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)
-ALL = {kernel.name: kernel for kernel in (*MMA, *WGMMA, *BULK, PREPARE)}
-
-# (family, architecture): the day on which it passed its tests on that GPU and was measured. What is
-# not here runs only where BITKERNELS_CUDA=1 asks for it.
-PROVEN: dict[tuple[str, str], str] = {}
+ALL = {kernel.name: kernel for kernel in (*RESIDENT, *BULK, *WGMMA, *MMA, PREPARE)}
 
 FAMILIES = {"sm_80": ("mma",), "sm_86": ("mma",), "sm_87": ("mma",), "sm_89": ("mma",),
-            "sm_90a": ("bulk", "wgmma", "mma")}
+            "sm_90a": ("resident", "bulk", "wgmma", "mma")}
 
 
 def architecture(capability: tuple[int, int]) -> str | None:
     """What to compile for, or None where the 1-bit tensor core is missing or only emulated."""
     name = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
     return name if name in FAMILIES else None
-
-
-# Products a clock and multiprocessor that a kernel is expected to reach at best, relative to the
-# others: the first for its shape. Derived from how often a tile reads its operands from L2 and
-# shared memory (docs/performance.md); no GPU has measured them yet.
-RATES = {"bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8, "wgmma_128x256": 9,
-         "wgmma_256x128": 8.5, "wgmma_128x128": 7, "wgmma_128x64": 5, "mma_128x128": 5,
-         "mma_128x64": 4, "mma_64x64": 3, "mma_64x32": 2}
-
-
-@functools.lru_cache(maxsize=4096)
-def fitting(families: tuple[str, ...], rows: int, cout: int, multiprocessors: int,
-            aligned: bool) -> tuple[Kernel, ...]:
-    """Kernels for so many rows and channels, the one expected to be fastest first.
-
-    `aligned`: the call is a product of two matrices whose rows are multiples of 16 bytes, as bulk
-    tensor copies want them.
-    """
-    def clocks(kernel: Kernel) -> float:
-        tiles = -(-rows // kernel.bm) * -(-cout // kernel.bn)
-        side_by_side = min(kernel.blocks, -(-tiles // multiprocessors))
-        rounds = -(-tiles // (multiprocessors * side_by_side))
-        return rounds * side_by_side * kernel.bm * kernel.bn / RATES[kernel.name]
-
-    found = [k for k in (*BULK, *WGMMA, *MMA) if k.family in families and (aligned or not k.bulk)]
-    return tuple(sorted(found, key=clocks))

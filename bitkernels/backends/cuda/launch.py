@@ -1,7 +1,8 @@
-"""packed_conv2d and packed_linear on the kernels of csrc/cuda: from tensors to two launches.
+"""packed_conv2d and packed_linear on the kernels of csrc/cuda: from tensors to launches.
 
-The first launch (`prepare`) counts bits of the filters per border class, the second does the rest.
-Both are compiled for the shape at its first call, which a CUDA graph cannot capture.
+A resident kernel is one launch. For the others a first one (`prepare`) counts bits of the filters
+per border class, the second does the rest. All are compiled for the shape at its first call, which
+a CUDA graph cannot capture.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bitkernels._checks import TILE, conv_geometry, linear_geometry
 from bitkernels._ops import empty_real, empty_words
 from bitkernels.backends.cuda import kernels
 from bitkernels.backends.cuda.driver import Driver, TensorMap
+from bitkernels.backends.cuda.plan import Problem, modelled
 from bitkernels.backends.cuda.spec import (
     TYPES,
     VECTORS,
@@ -157,22 +159,29 @@ def _conv(words, filters, channels, stride, padding, dilation, pad_value, out_ch
     return spec, shape
 
 
-def choose(op: str, args, kw, families: tuple[str, ...]) -> tuple[kernels.Kernel, ...]:
-    """Kernels for a call that is not `outside`, the preferred first."""
+def problem(op: str, args, kw) -> Problem:
+    """Of a call that is not `outside`."""
     words, filters, channels = args[:3]
     aligned = False
     if op == "packed_linear":
         shape = linear_geometry(op, words, filters, channels, kw.get("out_channels"))
-        rows, cout = torch.Size(shape[:-1]).numel(), shape[-1]
+        rows = torch.Size(shape[:-1]).numel()
+        spec = linear_spec(words.shape[-1], shape[-1], channels, 4)
         aligned = words.shape[-1] % 4 == 0 and all(
             t.data_ptr() % 16 == 0 or not t.is_contiguous() for t in (words, filters))
     else:
-        words, filters, channels, stride, padding, dilation, groups = _defaults(*args)
-        (n, cout, oh, ow), *_ = conv_geometry(op, words, filters, channels, stride, padding,
-                                              dilation, groups, kw.get("pad_value", 0),
-                                              kw.get("out_channels"))
+        words, filters, channels, stride, padding, dilation, _ = _defaults(*args)
+        spec, (n, _, oh, ow) = _conv(words, filters, channels, stride, padding, dilation,
+                                     kw.get("pad_value", 0), kw.get("out_channels"), 4)
         rows = n * oh * ow
-    return kernels.fitting(families, rows, cout, multiprocessors(words.device), aligned)
+    return Problem(op, spec, max(1, rows), kw.get("real", True), aligned)
+
+
+def taking(families: tuple[str, ...], op: str, args, kw) -> tuple[kernels.Kernel, ...]:
+    """Kernels that a call can run in, the one expected to be fastest first."""
+    if outside(op, args, kw) is not None:
+        return ()
+    return modelled(families, problem(op, args, kw), multiprocessors(args[0].device))
 
 
 def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=(1,), padding=(0,),
@@ -229,11 +238,14 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         ("residual", TYPES[None if residual is None else residual.dtype]),
         ("threshold", int(threshold is not None)), ("clamp_min", int(clamp_min is not None)),
         ("clamp_max", int(clamp_max is not None)), ("windows", int(kernel.windows)),
+        ("image", spec.image_bytes(kernel.bm) if kernel.resident else 0),
         *((name, 1) for name in vectors))
-    prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
     main = _function(kernel, spec, device)
-    corr = words.new_empty(spec.classes * spec.cout)
-    pa = words.new_empty(rows) if kernel.windows else None
+    prepare = corr = pa = None
+    if not kernel.resident:
+        prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
+        corr = words.new_empty(spec.classes * spec.cout)
+        pa = words.new_empty(rows) if kernel.windows else None
     tensors = dict(words=words, filters=filters, out=out, packed=packed, residual=residual,
                    threshold=threshold, corr=corr, pa=pa, **vectors)
     params = Params(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
@@ -242,19 +254,23 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     run = driver()
     run.bind(_index(device))
-    filters_padded = -(-spec.cout // kernels.PREPARE.bm) * kernels.PREPARE.bm
-    warps = filters_padded + (rows if kernel.windows else 0)
-    run.launch(prepare, -(-warps // kernels.PREPARE.bm), kernels.PREPARE.threads, 0, stream, params)
-    blocks = multiprocessors(device)
-    tiles = -(-rows // kernel.bm) * -(-spec.cout // kernel.bn)
+    if prepare is not None:
+        filters_padded = -(-spec.cout // kernels.PREPARE.bm) * kernels.PREPARE.bm
+        warps = filters_padded + (rows if kernel.windows else 0)
+        run.launch(prepare, -(-warps // kernels.PREPARE.bm), kernels.PREPARE.threads, 0, stream,
+                   params)
+    columns = -(-spec.cout // kernel.bn)
+    tiles = -(-rows // kernel.bm) * columns
+    grid = min(tiles, multiprocessors(device)) if kernel.persistent else tiles
+    if kernel.resident:
+        grid = max(grid, columns)
     maps: tuple[TensorMap, ...] = ()
     if kernel.windows:  # those that gather do not look at them, but take them
         maps = (TensorMap(), TensorMap())
     if kernel.bulk:
         maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
                 run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
-    run.launch(main, min(tiles, blocks) if kernel.persistent else tiles, kernel.threads,
-               kernel.shared, stream, params, *maps)
+    run.launch(main, grid, kernel.threads, kernel.shared_bytes(spec), stream, params, *maps)
 
 
 def peak(device: torch.device, rounds: int = 2000):

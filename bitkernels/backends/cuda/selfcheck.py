@@ -37,7 +37,7 @@ def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None
         return value.to(device) if isinstance(value, Tensor) else value
 
     for number, (args, kw) in enumerate(cases(op)):
-        if kernel.bulk and args[0].shape[-1] % 4:
+        if kernel not in launch.taking((kernel.family,), op, args, kw):
             continue
         expected = getattr(reference, op)(*args, **kw)
         got = getattr(launch, op)(kernel, *map(move, args),

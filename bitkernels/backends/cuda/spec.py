@@ -58,6 +58,7 @@ class Spec:
     shift_out: int = 0
     sign_shift: int = 0
     windows: int = 0  # whether `prepare` counts the windows too
+    image: int = 0  # bytes of the pixels that a tile of a resident kernel reads at most
 
     @property
     def classes(self) -> int:
@@ -66,6 +67,23 @@ class Spec:
 
         return (axis(self.top, self.bottom, self.both_h)
                 * axis(self.left, self.right, self.both_w))
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def image_bytes(self, rows: int) -> int:
+        """Bytes of the pixels that so many neighbouring output pixels read at most.
+
+        They lie in whole rows of the images, from the first that the first one reads to the last
+        that the last one does; `rows` may begin in the middle of an output row.
+        """
+        def line(image: int, ih: int) -> int:
+            return image * self.h + min(max(ih, 0), self.h)
+
+        most = 0
+        for first in range(self.oh):
+            image, oh = divmod(first + (self.ow + rows - 2) // self.ow, self.oh)
+            end = line(image, oh * self.sh - self.pt + (self.kh - 1) * self.dh + 1)
+            most = max(most, end - line(0, first * self.sh - self.pt))
+        return -(-most * self.w * self.pixel // 16) * 16
 
     def header(self) -> str:
         """spec.cuh."""
@@ -81,7 +99,7 @@ class Spec:
         """Without what `prepare` does not look at, so that calls share its compiled kernel."""
         plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
                                "clamp_max"), 0)
-        return replace(self, chunk=4, nhwc=1, **plain)
+        return replace(self, chunk=4, nhwc=1, image=0, **plain)
 
 
 class Params(ctypes.Structure):
