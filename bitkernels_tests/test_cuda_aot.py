@@ -109,10 +109,25 @@ def test_wgmma(kernel, what):
     assert any(copies in line for line in code)
 
 
-@pytest.mark.parametrize("what", SPECS)
+def layer(channels: int, size: int, stride: int = 1):
+    """3x3, as in a ResNet, with the whole epilogue in the widest type."""
+    out = (size - 1) // stride + 1
+    words = channels // 32
+    return replace(conv_spec((256, channels, out, out), (size, size), (channels, 3, 3, words),
+                             channels, (stride, stride), (1, 1, 1, 1), (1, 1), min(16, 4 * words)),
+                   **{**FULL, "out_type": 2, "residual": 2})
+
+
+RESIDENT = {"linear": replace(linear_spec(64, 200, 2048, 16), packed=1),
+            "64 chained": replace(NARROW, packed=1, threshold=1), "nchw": SPECS["nchw"],
+            "64": layer(64, 56), "128": layer(128, 28, 2), "256": layer(256, 14),
+            "512": layer(512, 7)}
+
+
+@pytest.mark.parametrize("what", RESIDENT)
 @pytest.mark.parametrize("kernel", kernels.RESIDENT, ids=name_of)
 def test_resident(kernel, what):
-    spec = SPECS[what] if what != "linear" else replace(linear_spec(64, 200, 2048, 16), packed=1)
+    spec = RESIDENT[what]
     spec = spec.with_parts(("image", spec.image_bytes(kernel.bm)))
     code, registers, spilled = build(kernel, spec, "sm_90a")
     # Fragments in registers: the first operand after the accumulators is not a descriptor.

@@ -46,6 +46,7 @@ inline bool any_lane(bool x) {
   return machine.lane_out[warp][machine.current % 32];
 }
 
+inline int forget(int x) { return x; }
 inline int popcount(u32 value) { return std::popcount(value); }
 inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }

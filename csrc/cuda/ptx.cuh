@@ -27,6 +27,13 @@ DEVICE void sync_some(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// x, of which the compiler no longer knows where it came from: what depends on it is computed again
+// in each turn of a loop, not kept in registers across.
+DEVICE int forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The same in all lanes, and known to be by the compiler: a branch on it leaves the warp whole.
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 

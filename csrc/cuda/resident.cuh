@@ -188,7 +188,7 @@ struct Resident {
 
   // The fragments of a step of K, one for each of its products.
   DEVICE static void gather(u32 (&a)[2][4], const Window (&windows)[2], u32 pixels, int step) {
-    const int t = lane() % 4;
+    const int t = forget(lane()) % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (step < whole_steps()) {
@@ -240,8 +240,9 @@ struct Resident {
       }
       wgmma_wait<0>();
       const int pa[1][2] = {{acc[0][BN / 8][0], acc[0][BN / 8][2]}};
-      epilogue<BN / 8, 64>(acc, pa, p, Corrections{corr() - 4 * n0}, tile * BM + thread() / 32 * 16,
-                           n0, lane());
+      const int column = forget(n0);
+      epilogue<BN / 8, 64>(acc, pa, p, Corrections{corr() - 4 * column},
+                           tile * BM + thread() / 32 * 16, column, lane());
     }
     copy_async_wait<0>();
   }
