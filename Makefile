@@ -23,7 +23,7 @@ KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
-OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* models_* nn_residual_block_distributed \
+OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* measure_plan models_* nn_residual_block_distributed \
   interop digits distillation experiments gpu_check import metrics optim thresholds traces,\
   $(wildcard bitkernels_tests/test_$(name).py))
 
