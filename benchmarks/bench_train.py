@@ -8,7 +8,7 @@ Timed is a step (forward, cross-entropy, backward; no optimizer) of the same net
 
   published    the emulation as networks publish it: signs as compositions of PyTorch's functions
   lean         the emulation with an autograd.Function for the sign, which keeps its input alone
-  layers       the layers of bitkernels.nn, one after the other
+  layers       the layers of bitkernels.nn, one after the other, its max pooling too
   bitkernels   one BinaryResidualBlock operator a block
 
 and, with --compile (on a GPU always), the same through torch.compile, as `published compiled`, ...

@@ -67,7 +67,7 @@ class Network(nn.Module):
 def reactnet18(blocks: int) -> Network:
     """ResNet-18's shape, every 3x3 convolution of its stages a binary block."""
     stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64),
-                         nn.MaxPool2d(3, 2, 1))
+                         bnn.MaxPool2d(3, 2, 1))
     body: list[nn.Module] = []
     channels = 64
     for stage in STAGES:
@@ -86,7 +86,7 @@ def quicknet(blocks: int) -> Network:
     body: list[nn.Module] = []
     for i, stage in enumerate(STAGES):
         if i:
-            body += [nn.ReLU(), nn.MaxPool2d(3, 1, 1), Blur(STAGES[i - 1]),
+            body += [nn.ReLU(), bnn.MaxPool2d(3, 1, 1), Blur(STAGES[i - 1]),
                      nn.Conv2d(STAGES[i - 1], stage, 1, bias=False), nn.BatchNorm2d(stage)]
         body += [quicknet_block(stage) for _ in range(blocks)]
     return Network(stem, nn.Sequential(*body, nn.ReLU(), *head(STAGES[-1])))
@@ -193,7 +193,16 @@ FORMS: dict[str, Callable[[bnn.BinaryResidualBlock], nn.Module]] = {
 
 
 def in_form(network: Network, form: str) -> Network:
-    """A copy of a network of binary blocks, with equal parameters, each block in that form."""
-    body = nn.Sequential(*(FORMS[form](m) if isinstance(m, bnn.BinaryResidualBlock)
-                           else copy.deepcopy(m) for m in network.body.children()))
-    return Network(copy.deepcopy(network.stem), body)
+    """A copy of a network of binary blocks, with equal parameters, each block in that form.
+
+    The emulated forms have PyTorch's own pooling too.
+    """
+    def convert(module: nn.Module) -> nn.Module:
+        if isinstance(module, bnn.BinaryResidualBlock):
+            return FORMS[form](module)
+        if isinstance(module, bnn.MaxPool2d) and form in ("published", "lean"):
+            return nn.MaxPool2d(module.kernel_size, module.stride, module.padding)
+        return copy.deepcopy(module)
+
+    return Network(*(nn.Sequential(*map(convert, part.children()))
+                     for part in (network.stem, network.body)))

@@ -16,6 +16,7 @@ pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
 BENCH = Path(__file__).parents[1] / "benchmarks" / "bench_train.py"
+sys.path.insert(0, str(BENCH.parent))
 PROVIDERS = ("published", "lean", "layers", "bitkernels")
 
 
@@ -46,7 +47,7 @@ def test_table_and_csv(results):
 
 
 def test_fused_blocks_keep_least(results):
-    """By most in fp32 without the stem, which is the same in every form."""
+    """By most in fp32 without the stem, most of which is the same in every form."""
     output, _ = results
     record = json.loads((output / "train.json").read_text())
     assert {"device", "torch", "bitkernels", "kernel", "date"} <= set(record["environment"])
@@ -58,6 +59,17 @@ def test_fused_blocks_keep_least(results):
         if (row["network"], row["precision"]) == ("reactnet18", "fp32"):
             assert recomputed["published"] > 3.5 * recomputed["bitkernels"]
     assert (output / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("precision,least", (("fp32", 4.5), ("bf16", 3.5)))
+def test_reactnet18_keeps_a_fraction_at_full_size(precision, least):
+    """The whole network on images of 224, weights not counted, against the published form."""
+    import bench_train
+    import common
+
+    case = bench_train.Case("reactnet18", precision, 2, 224, 4, common.CpuDevice(), False)
+    kept = case.saved(checkpoint_stem=False)
+    assert kept["published"] > least * kept["bitkernels"]
 
 
 @pytest.mark.parametrize("options, message", [

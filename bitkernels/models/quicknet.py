@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels.models.parts import SamePad2d, glorot_normal_, he_normal_, weight_options
-from bitkernels.nn import BinaryConv2d
+from bitkernels.nn import BinaryConv2d, MaxPool2d
 from bitkernels.quantizers import SteSign
 
 CLIP = 1.25  # of the straight-through estimators, and of the latent weights
@@ -46,7 +46,7 @@ class QuickNetTransition(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.relu = nn.ReLU()
-        self.pool = nn.MaxPool2d(2, stride=1)
+        self.pool = MaxPool2d(2, stride=1)
         self.pad = SamePad2d(3, 2)
         line = torch.tensor([1.0, 2.0, 1.0]) / 4
         self.register_buffer("blur", line.outer(line).expand(in_channels, 1, 3, 3).clone(),

@@ -6,6 +6,7 @@ from bitkernels.nn.convert import binarize, pack
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
+from bitkernels.nn.pool import MaxPool2d
 from bitkernels.nn.residual_block import BinaryResidualBlock
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BinaryLayer",
     "BinaryLinear",
     "BinaryResidualBlock",
+    "MaxPool2d",
     "PackedConv1d",
     "PackedConv2d",
     "PackedLinear",

@@ -1,0 +1,126 @@
+"""bitkernels.nn.MaxPool2d: PyTorch's values and gradients, one byte an output kept."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import bitkernels.nn as bnn
+
+WINDOWS = (dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=2), dict(kernel_size=1),
+           dict(kernel_size=(3, 2), stride=(1, 3), padding=(1, 0)),
+           dict(kernel_size=3, stride=2, ceil_mode=True),
+           dict(kernel_size=(2, 3), stride=2, padding=1, dilation=(2, 3), ceil_mode=True),
+           dict(kernel_size=(1, 5), padding=(0, 2)), dict(kernel_size=16, stride=3, padding=8))
+# Windows whose positions a byte does not tell apart: PyTorch's own function runs.
+BEYOND = (dict(kernel_size=17, stride=2, padding=8), dict(kernel_size=(2, 9), padding=(0, 4)))
+
+
+def result(layer, x, grad=None):
+    """(output, gradient of the input, bytes kept by tensors other than the input)."""
+    x = x.detach().requires_grad_()
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = layer(x)
+    own = kept.pop(x.untyped_storage().data_ptr(), 0)
+    out.backward(torch.arange(out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+                 if grad is None else grad)
+    return out, x.grad, own, sum(kept.values())
+
+
+def same(options, x) -> tuple[int, int]:
+    want, want_grad, *_ = result(nn.MaxPool2d(**options), x)
+    got, grad, own, kept = result(bnn.MaxPool2d(**options), x)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert got.stride() == want.stride() and grad.stride() == want_grad.stride()
+    assert torch.equal(grad, want_grad)
+    return own, kept - got.numel()
+
+
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+def test_equals_torch_and_keeps_a_byte_an_output(options, format, device):
+    x = torch.randint(-3, 4, (2, 3, 20, 17), device=device).float()  # many equal maxima
+    assert same(options, x.contiguous(memory_format=format)) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16), ids=str)
+def test_dtypes(dtype, device):
+    assert same(WINDOWS[0], torch.randn(2, 5, 8, 9).to(device, dtype)) == (0, 0)
+
+
+def test_views_unbatched_and_empty(device):
+    x = torch.randn(2, 4, 12, 14, device=device)
+    for view in (x[0], x[:, ::2], x[..., 1::2], x.transpose(2, 3), x[:1].expand(3, 4, 12, 14),
+                 x[:0]):
+        assert same(WINDOWS[0], view) == (0, 0)
+
+
+def test_not_a_number_and_infinities(device):
+    x = torch.randn(1, 2, 9, 9, device=device)
+    x[0, 0, 4, 4], x[0, 1] = float("nan"), -float("inf")
+    x[0, 0, 0, 0] = float("inf")
+    assert same(WINDOWS[0], x) == (0, 0)
+
+
+@pytest.mark.parametrize("options", BEYOND, ids=str)
+def test_windows_that_a_byte_does_not_cover(options):
+    x = torch.randn(1, 2, 20, 8)
+    own, _ = same(options, x)
+    assert own == 4 * x.numel()
+
+
+def test_where_nothing_is_kept_it_is_torchs():
+    x, layer = torch.randn(1, 2, 8, 8), bnn.MaxPool2d(2)
+    assert layer(x).grad_fn is None
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        assert layer(leaf).grad_fn is None
+    out, indices = bnn.MaxPool2d(2, return_indices=True)(leaf)
+    assert indices.dtype == torch.int64 and out.requires_grad
+    with pytest.raises(RuntimeError, match="3D or 4D"):
+        layer(torch.randn(2, 2, requires_grad=True))
+
+
+def test_it_is_torchs_layer_to_others():
+    layer = bnn.MaxPool2d(3, 2, 1)
+    assert isinstance(layer, nn.MaxPool2d) and not layer.state_dict()
+    assert repr(layer) == repr(nn.MaxPool2d(3, 2, 1))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is bnn.MaxPool2d and twin.stride == 2
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), bnn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.Flatten(),
+                            nn.Linear(4, 2))
+    assert type(bnn.binarize(network)[1]) is bnn.MaxPool2d
+
+
+def test_checkpoint():
+    layer, x = bnn.MaxPool2d(3, 2, 1), torch.randn(2, 3, 8, 8, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert torch.equal(x.grad, result(layer, x, torch.ones(2, 3, 4, 4))[1])
+
+
+def test_no_second_derivative():
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(bnn.MaxPool2d(2)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+def test_compiles_with_dynamic_batch():
+    layer = bnn.MaxPool2d(3, 2, 1)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, 8, 8)
+        assert all(torch.equal(a, b) for a, b in zip(
+            result(compiled, x)[:2], result(layer, x)[:2], strict=True))
+    torch.export.export(layer.eval(), (torch.randn(1, 3, 8, 8),))
