@@ -15,6 +15,8 @@ Estimators of d sign(x) / dx (Larq's names, plus the two trivial ones):
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,6 +127,11 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input:
     return grad_input, grad_signs
 
 
+@functools.cache
+def _has_amx() -> bool:
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
     """Whether the operators on bits are faster than the library, for (input, weight): where a table
     is read often enough for the time to make it (measured, docs/performance.md)."""
@@ -135,6 +142,8 @@ def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
     by_input = grad.dtype == torch.float32 and conf["stride"] == (1, 1) and cout >= 32 and (
         cin >= 128 or (cin >= 64 and taps >= 9))
     by_weight = (cout >= 64 and cin * taps >= 512) or (cout >= 128 and cin * taps >= 128)
+    if grad.dtype == torch.bfloat16 and _has_amx():
+        by_weight = by_weight and cin >= 512
     return by_input, by_weight
 
 

@@ -28,7 +28,7 @@ def bench(*options):
 
 def test_table_csv_and_json(tmp_path):
     result = bench("--layers", "3x3:64-128@6", "1x1:16@5", "--batch", "2", "--threads", "1",
-                   "--output", str(tmp_path))
+                   "--precision", "fp32", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     with (tmp_path / "grad.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -40,6 +40,14 @@ def test_table_csv_and_json(tmp_path):
     record = json.loads((tmp_path / "grad.json").read_text())
     assert {"device", "torch", "kernel", "date"} <= set(record["environment"])
     assert all(row["layer"] in result.stdout for row in record["rows"])
+
+
+def test_bfloat16():
+    result = bench("--layers", "3x3:512-64@4", "--precision", "bf16", "--threads", "1")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines() if line.startswith("3x3:512-64")]
+    assert [(line[1], line[2], line[-2]) for line in lines] == [
+        ("input", "bf16", "library"), ("weight", "bf16", "tables")]
 
 
 def test_a_layer_that_is_none():
