@@ -13,16 +13,17 @@ and out. A row is a chain of them, three long unless --depth says otherwise. Tim
   compiled     the same through torch.compile (always on a GPU; on a CPU with --compile)
   bitkernels   inference: signs packed once, then one packed_conv2d a block, which also does batch
                norm (folded into scale and bias), addition, RPReLU and the signs for the next block;
-               training: a BinaryResidualBlock each, one operator
+               training: a BinaryResidualBlock each, one operator. On a GPU named after the backend:
+               inference `triton`, and `cuda` where csrc/cuda takes it; training `triton`
 
 in inference and in a training step (forward and backward, no optimizer). `saved` is what the
 forward of the training step keeps for its backward, parameters apart. On a GPU the times are with
 a cold L2 cache, inference also has times in a CUDA graph, and `peak` is the most memory allocated.
 
-`match` says whether, in this run, the fused chain was equal bit for bit to the reference operators
-one after the other, and close to the emulation in its first block; and whether output and gradients
-of the first training block were close to the emulation's. (Not of the whole chain: a rounding next
-to 0 turns a sign, and from there on two correct chains differ.)
+`match` says whether, in this run, every fused chain was equal bit for bit to the reference
+operators one after the other, and close to the emulation in its first block; and whether output and
+gradients of the first training block were close to the emulation's. (Not of the whole chain: a
+rounding next to 0 turns a sign, and from there on two correct chains differ.)
 
 A complete run writes block.csv, block.json and block.png to benchmarks/results/<device>, a partial
 one only to --output.
@@ -42,9 +43,10 @@ from typing import Any
 
 import common
 import torch
+from gpu_backends import Ours, by_backend
 from residual_block import Block, Emulated, Fused, saved_bytes, training_step
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 BLOCKS = ("64@56", "128@28", "256@14", "512@7")
@@ -85,7 +87,7 @@ class Case:
             block.randomize(generator)
             block.to(**place)
         size = (batch, shape.channels, shape.size, shape.size)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.where = device, dtype, f"{shape.name} batch {batch}"
         self.x, self.grad = (torch.randn(size, generator=generator).to(**place) for _ in range(2))
         self.fused = Fused(blocks)
         self.models: dict[str, Any] = {
@@ -95,14 +97,24 @@ class Case:
             self.models["compiled"] = torch.compile(nn.Sequential(*map(Emulated, blocks)),
                                                     dynamic=False)
 
-    def match(self) -> dict[str, bool]:
+    def inference(self, fused: Fused, x: Tensor, notes: dict[str, str]):
+        """(calls of a chain, kernels of csrc/cuda), both by backend."""
+        ours = Ours(partial(fused, x), fused.products(x))
+        return by_backend(self.device, "packed_conv2d", {"": ours}, self.where, notes)
+
+    def match(self, notes: dict[str, str]) -> dict[str, bool]:
         """By mode, see the module's text."""
         outputs, gradients = CLOSE[self.dtype]
         ours, usual = self.models[OURS][0], self.models[BASE][0]
         with torch.inference_mode():
-            equal = all(torch.equal(self.fused(x), self.fused.expected(x))
-                        for x in dict.fromkeys((self.x, self.x.float())))
-            first = common.close(Fused([ours])(self.x), usual.eval()(self.x), outputs)
+            equal = True
+            for x in dict.fromkeys((self.x, self.x.float())):
+                expected = self.fused.expected(x)
+                equal &= all(torch.equal(call(), expected)
+                             for call in self.inference(self.fused, x, notes)[0].values())
+            first = usual.eval()(self.x)
+            near = all(common.close(call(), first, outputs)
+                       for call in self.inference(Fused([ours]), self.x, notes)[0].values())
         results = []
         for block in (ours.train(), usual.train()):
             norm = {name: t.clone() for name, t in block.norm.state_dict().items()}
@@ -115,22 +127,32 @@ class Case:
             block.norm.load_state_dict(norm)
         trained = all(common.close(a, b, limit) for a, b, limit in
                       zip(*results, (outputs, gradients, gradients), strict=True))
-        return {"inference": equal and first, "training": trained}
+        return {"inference": equal and near, "training": trained}
 
-    def calls(self, mode: str) -> dict[str, Callable[[], object]]:
+    def calls(self, mode: str, notes: dict[str, str]):
+        """(calls, kernels of csrc/cuda), both by provider."""
         calls: dict[str, Callable[[], object]] = {}
+        kernels: dict[str, str] = {}
         leaf = self.x.clone().requires_grad_()
         for name, model in self.models.items():
             model.train(mode == "training")
             if mode == "training":
-                calls[name] = partial(training_step, model, leaf, self.grad)
+                calls[self.provider(name)] = partial(training_step, model, leaf, self.grad)
+            elif name == OURS:
+                own, kernels = self.inference(self.fused, self.x, notes)
+                calls |= own
             else:
-                calls[name] = partial(self.fused if name == OURS else model, self.x)
-        return calls
+                calls[name] = partial(model, self.x)
+        return calls, kernels
+
+    def provider(self, model: str) -> str:
+        """In training, where ours has one backend."""
+        return self.device.backends[0] if model == OURS else model
 
     def saved(self) -> dict[str, int]:
         leaf = self.x.clone().requires_grad_()
-        return {name: saved_bytes(model, leaf) for name, model in self.models.items()}
+        return {self.provider(name): saved_bytes(model, leaf)
+                for name, model in self.models.items()}
 
 
 @dataclass(frozen=True)
@@ -143,37 +165,42 @@ class Row:
     threads: int
     mode: str
     times: dict[str, common.Times]
+    variants: dict[str, str]  # kernels of csrc/cuda
     warm: dict[str, common.Times]  # in a CUDA graph, inference
     saved: dict[str, int]  # bytes
     peak: dict[str, int]  # bytes
     match: bool
 
-    def speedup(self, baseline: str) -> float:
-        return self.times[baseline].p50 / self.times[OURS].p50
+    def speedup(self, provider: str, baseline: str) -> float | None:
+        if provider not in self.times:
+            return None
+        return self.times[baseline].p50 / self.times[provider].p50
 
 
 def measure(case: Case, mode: str, seconds: float, notes: dict[str, str], each) -> dict:
     """The measured part of a row."""
-    calls = case.calls(mode)
     with torch.inference_mode(mode == "inference"):
+        calls, kernels = case.calls(mode, notes)
         times = common.measure_in_turns(case.device, calls, seconds, each)
         warm = common.measure_warm(case.device, calls if mode == "inference" else {}, seconds,
                                    notes)
         peak = {name: case.device.peak_memory(call) for name, call in calls.items()}
-    return {"times": times, "warm": warm, "saved": case.saved() if mode == "training" else {},
+    return {"times": times, "variants": kernels, "warm": warm,
+            "saved": case.saved() if mode == "training" else {},
             "peak": {name: size for name, size in peak.items() if size is not None}}
 
 
-def run(shapes: Sequence[Shape], batches: Sequence[int], threads: Sequence[int], depth: int,
-        device: common.Device, compiled: bool, seconds: float, notes: dict[str, str]) -> list[Row]:
+def run(shapes: Sequence[Shape], batches: Sequence[int], threads: Sequence[int],
+        modes: Sequence[str], depth: int, device: common.Device, compiled: bool, seconds: float,
+        notes: dict[str, str]) -> list[Row]:
     rows = []
-    with tqdm(total=len(shapes) * len(batches) * len(threads) * len(MODES), unit="row",
+    with tqdm(total=len(shapes) * len(batches) * len(threads) * len(modes), unit="row",
               disable=None) as progress:
         for shape, batch in itertools.product(shapes, batches):
             device.set_threads(max(threads))
             case = Case(shape, batch, depth, device, compiled)
-            match = case.match()
-            for mode, count in itertools.product(MODES, threads):
+            match = case.match(notes)
+            for mode, count in itertools.product(modes, threads):
                 device.set_threads(count)
                 label = f"{shape.name} batch {batch} {mode}"
                 rows.append(Row(
@@ -185,31 +212,39 @@ def run(shapes: Sequence[Shape], batches: Sequence[int], threads: Sequence[int],
     return rows
 
 
-def providers(rows: Sequence[Row]) -> list[str]:
-    return [p for p in (BASE, "compiled", OURS) if p in rows[0].times]
+def ours(rows: Sequence[Row], device: common.Device) -> list[str]:
+    """Our providers, as far as they ran."""
+    return [p for p in device.backends if any(p in row.times for row in rows)]
 
 
-def means(rows: Sequence[Row], mode: str) -> dict[str, float]:
-    """Geometric mean of our speed-up over each of the others."""
+def rivals(rows: Sequence[Row]) -> list[str]:
+    return [p for p in (BASE, "compiled") if p in rows[0].times]
+
+
+def means(rows: Sequence[Row], device: common.Device, mode: str) -> dict[str, dict[str, float]]:
+    """Geometric mean of our speed-up over each of the others, by provider."""
     part = [row for row in rows if row.mode == mode]
-    return {p: statistics.geometric_mean(row.speedup(p) for row in part)
-            for p in providers(rows) if p != OURS}
+    return {own: {p: statistics.geometric_mean(row.speedup(own, p) for row in part)
+                  for p in rivals(rows)}
+            for own in ours(part, device) if all(own in row.times for row in part)}
 
 
-def table(rows: Sequence[Row]) -> str:
-    names = providers(rows)
-    extra = {"warm": any(row.warm for row in rows), "saved": True,
+def table(rows: Sequence[Row], device: common.Device) -> str:
+    own, others = ours(rows, device), rivals(rows)
+    names = [*others, *own]
+    extra = {"warm": any(row.warm for row in rows), "saved": any(row.saved for row in rows),
              "peak": any(row.peak for row in rows)}
     titles = {"warm": "graph ms", "saved": "saved MB", "peak": "peak MB"}
     shown = [key for key, there in extra.items() if there]
+    over = [(p, other) for p in own for other in others]
     headers = ["mode", "block", "batch", "threads", *(f"{p}\nms" for p in names),
-               *(f"over\n{p}" for p in names if p != OURS),
+               *(f"{p}\nover\n{other}" if len(own) > 1 else f"over\n{other}" for p, other in over),
                *(f"{p}\n{titles[key]}" for key in shown for p in names), "match"]
     lines = []
     for row in sorted(rows, key=lambda row: MODES.index(row.mode)):
-        line = [row.mode, row.block, row.batch, row.threads,
-                *(f"{row.times[p].p50 * 1e3:.3f}" for p in names),
-                *(f"{row.speedup(p):.2f}x" for p in names if p != OURS)]
+        line = [row.mode, row.block, row.batch, row.threads, *(
+            f"{row.times[p].p50 * 1e3:.3f}" if p in row.times else "n/a" for p in names), *(
+            f"{row.speedup(p, other):.2f}x" if p in row.times else "n/a" for p, other in over)]
         for key in shown:
             values = getattr(row, key)
             line += ["" if p not in values else f"{values[p].p50 * 1e3:.3f}" if key == "warm"
@@ -218,7 +253,8 @@ def table(rows: Sequence[Row]) -> str:
     return tabulate(lines, headers, stralign="right", disable_numparse=True)
 
 
-def csv_rows(rows: Sequence[Row], record: dict) -> Iterator[dict]:
+def csv_rows(rows: Sequence[Row], device: common.Device, record: dict) -> Iterator[dict]:
+    own = ours(rows, device)
     for row in rows:
         for provider, times in row.times.items():
             warm = row.warm.get(provider)
@@ -228,15 +264,17 @@ def csv_rows(rows: Sequence[Row], record: dict) -> Iterator[dict]:
                 "threads": row.threads,
                 **{q: f"{value * 1e3:.6g}" for q, value in asdict(times).items()},
                 "graph_p50": f"{warm.p50 * 1e3:.6g}" if warm else "",
-                "bitkernels_speedup": f"{row.speedup(provider):.4g}",
+                **{f"{p}_speedup": f"{row.speedup(p, provider):.4g}" if p in row.times else ""
+                   for p in own},
+                "variant": row.variants.get(provider, ""),
                 "saved_bytes": row.saved.get(provider, ""),
                 "peak_bytes": row.peak.get(provider, ""),
-                "match": row.match if provider == OURS else "",
+                "match": row.match if provider in own else "",
                 **{key: record[key] for key in ("device", "kernel", "bitkernels", "torch", "date")},
             }
 
 
-def panels(rows: Sequence[Row]) -> Iterator[common.Panel]:
+def panels(rows: Sequence[Row], device: common.Device) -> Iterator[common.Panel]:
     """Speed over eager, so that the compiled emulation has a bar beside ours."""
     keys = dict.fromkeys((row.batch, row.threads, row.mode) for row in rows)
     for batch, threads, mode in sorted(keys):
@@ -244,18 +282,19 @@ def panels(rows: Sequence[Row]) -> Iterator[common.Panel]:
         yield common.Panel(
             f"{mode}, batch {batch}, {threads} thread{'s' * (threads > 1)}",
             [row.block for row in part],
-            {p: [row.times[BASE].p50 / row.times[p].p50 for row in part]
-             for p in providers(rows) if p != BASE})
+            {p: [row.speedup(p, BASE) for row in part]
+             for p in (*rivals(rows)[1:], *ours(rows, device))})
 
 
 def save(output: Path, rows: Sequence[Row], device: common.Device, record: dict) -> None:
-    common.write_csv(output / "block.csv", list(csv_rows(rows, record)))
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    common.write_csv(output / "block.csv", list(csv_rows(rows, device, record)))
     common.write_json(output / "block.json", {
         "environment": record, "baseline": BASE, "unit": "s",
-        "geometric_mean_speedup": {mode: means(rows, mode) for mode in MODES},
+        "geometric_mean_speedup": {mode: means(rows, device, mode) for mode in modes},
         "rows": [asdict(row) for row in rows]})
     common.write_bars(
-        output / "block.png", list(panels(rows)), len(MODES),
+        output / "block.png", list(panels(rows, device)), len(modes),
         f"Residual binary block: speed-up over eager emulation on {device.name}\n"
         f"{record['kernel']} kernels, torch {record['torch']}, {record['date'][:10]}",
         "times faster than eager")
@@ -270,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--batch", nargs="+", type=int,
                         help="default: 1 and 8; on a GPU 1, 64 and 256")
     parser.add_argument("--threads", nargs="+", type=int, help="default: one and all")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="time torch.compile of the emulation too; default: on a GPU")
     parser.add_argument("--min-run-time", type=float, metavar="SECONDS",
@@ -286,15 +326,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     seconds = args.min_run_time or (0.05 if args.quick else 0.2)
     compiled = device.compiles if args.compile is None else args.compile
     notes: dict[str, str] = {}
-    rows = run(shapes, batches, threads, args.depth, device, compiled, seconds, notes)
+    rows = run(shapes, batches, threads, args.mode, args.depth, device, compiled, seconds, notes)
     record = common.environment(device) | {
         "real_type": str(next(iter(device.reals.values()))).removeprefix("torch."),
         "min_run_time": seconds, "not_available": notes}
 
-    print(f"{table(rows)}\n\ntimes of {args.depth} blocks; geometric mean of the speed-up")
-    for mode in MODES:
-        print(f"  {mode:9}", ", ".join(f"{mean:.2f}x over {name}"
-                                       for name, mean in means(rows, mode).items()))
+    print(f"{table(rows, device)}\n\ntimes of {args.depth} blocks; geometric mean of the speed-up")
+    for mode in args.mode:
+        print(f"  {mode:9}", ", ".join(f"{own} {mean:.2f}x over {name}"
+                                       for own, over in means(rows, device, mode).items()
+                                       for name, mean in over.items()))
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "not_available"))
     for name, reason in notes.items():
         print(f"{name} n/a: {reason}")
@@ -303,8 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if record["kernel"] == "reference":
         print("bitkernels ran its reference implementation here, which is written to be read: "
               "these speeds say nothing about a compiled backend")
-    complete = not args.quick and (shapes, batches, threads, args.depth) == (
-        [Shape.parse(name) for name in BLOCKS], list(device.batches), device.threads, DEPTH)
+    complete = not args.quick and (
+        shapes, batches, threads, args.mode, args.depth) == (
+        [Shape.parse(name) for name in BLOCKS], list(device.batches), device.threads, list(MODES),
+        DEPTH)
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
     if output is not None:
         save(output, rows, device, record)

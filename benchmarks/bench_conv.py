@@ -8,17 +8,20 @@
 A layer is kernel[/stride]:channels@size, with as many output as input channels. Timed are
 
   bitkernels real     real channels-last input -> sign and pack -> convolve -> real output
-                      (on a GPU once in fp16 and once in bf16, named so)
   bitkernels packed   packed input -> convolve, integer threshold a channel -> packed output
   fp32, bf16, ...     torch.nn.functional.conv2d, the faster of channels-last and contiguous
   int8                PyTorch's quantized convolution, int8 input and output, where it has one
 
-On a GPU these times are with a cold L2 cache; beside them stand times in a CUDA graph, with
-operands in L2 as far as they fit, and floors: the bytes of input, weight and output divided by the
-bandwidth of a copy measured in the same run. `of floor` is the floor over the cold time.
+On a GPU ours are named after the backend, `triton` or `cuda` (csrc/cuda, where it takes the call;
+a note says why where not), and the real type: `triton fp16`, `cuda bf16`, `cuda packed`.
 
-`match` says whether, in this run, the real output was equal to conv2d of the signs, integer by
-integer, and the packed output to the bits of its comparison with the thresholds. A complete run
+On a GPU these times are with a cold L2 cache; beside them stand times in a CUDA graph, with
+operands in L2 as far as they fit. `of floor` is the floor over the cold time: the bytes of input,
+weight and output divided by the bandwidth of a copy measured in the same run. `of peak` is the rate
+of operations over that of the 1-bit tensor core alone, also measured in the same run.
+
+`match` says whether, in this run, every real output was equal to conv2d of the signs, integer by
+integer, and every packed output to the bits of its comparison with the thresholds. A complete run
 writes conv.csv, conv.json and conv.png to benchmarks/results/<device>, a partial one only to
 --output.
 """
@@ -27,9 +30,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +40,8 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
+from conv_table import Row, csv_rows, geometric_means, gpu_tables, panels, table
+from gpu_backends import Ours, by_backend, peak_rate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,12 +49,6 @@ ops = torch.ops.bitkernels
 LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7",
           "1x1:512@14", "3x3/2:128@56", "5x5:192@27", "3x3:32@112")
 QUICK = ("3x3:64@56", "3x3:256@14")
-PACKED = "bitkernels packed"
-
-
-def ours(device: common.Device) -> list[str]:
-    return [*(f"bitkernels {name}" for name in device.reals), PACKED]
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -94,47 +91,58 @@ class Case:
         self.reals = {name: self.x.to(dtype) for name, dtype in device.reals.items()}
         self.w = w.to(device.type, memory_format=torch.channels_last)
         self.conv = ([layer.stride] * 2, [layer.padding] * 2)
-        self.filter = ops.tile_weight.default(ops.sign_pack.default(self.w, None, 1))
+        words = ops.sign_pack.default(self.w, None, 1)
+        self.filter = words if device.type == "cuda" else ops.tile_weight.default(words)
         self.words = ops.sign_pack.default(self.x, None, 1)
         spread = int((c * k * k) ** 0.5)
         low = torch.randint(-spread, spread + 1, (c,), generator=generator, dtype=torch.int32)
         top = torch.full_like(low, torch.iinfo(torch.int32).max)
         self.threshold = torch.stack((low, top)).to(device.type)
+        self.arguments = self.filter, c, *self.conv  # all but the words
+        self.options = {name: {"out_channels": c, "dtype": t} for name, t in device.reals.items()}
+        self.options["packed"] = {"out_channels": c, "threshold": self.threshold}
         signs = [torch.where(t < 0, -1, 1).to(device.exact) for t in (self.x, self.w)]
         self.dot = F.conv2d(*signs, None, *self.conv).round()
 
-    def real(self, name: str) -> Tensor:
-        words = ops.sign_pack.default(self.reals[name], None, 1)
-        return ops.packed_conv2d.default(words, self.filter, self.layer.channels, *self.conv,
-                                         out_channels=self.layer.channels,
-                                         dtype=self.device.reals[name])
+    def product(self, output: str) -> Tensor:
+        if output == "packed":
+            return ops.packed_conv2d.packed(self.words, *self.arguments, **self.options[output])
+        words = ops.sign_pack.default(self.reals[output], None, 1)
+        return ops.packed_conv2d.default(words, *self.arguments, **self.options[output])
 
-    def packed(self) -> Tensor:
-        return ops.packed_conv2d.packed(self.words, self.filter, self.layer.channels, *self.conv,
-                                        out_channels=self.layer.channels, threshold=self.threshold)
+    def ours(self, notes: dict[str, str]):
+        """(calls, kernels of csrc/cuda), both by provider."""
+        args = self.words, *self.arguments
+        outputs = {}
+        for name, kw in self.options.items():
+            asked = {"real": name != "packed", "packed": name == "packed"}
+            outputs[name] = Ours(partial(self.product, name), [(args, {**asked, **kw})])
+        where = f"{self.layer.name} batch {self.batch}"
+        return by_backend(self.device, "packed_conv2d", outputs, where, notes)
 
-    def match(self) -> bool:
-        expected = (self.dot >= self.threshold[0].view(-1, 1, 1)).movedim(1, -1).cpu().numpy()
-        words = self.packed().cpu().numpy().astype("<i4").view(np.uint8)
+    def match(self, calls: Mapping[str, Callable[[], Tensor]]) -> bool:
+        """Whether each of our calls returns what it should."""
+        return all(self.right(name.split()[1], call()) for name, call in calls.items())
+
+    def right(self, output: str, found: Tensor) -> bool:
+        if output != "packed":
+            return torch.equal(found, self.dot.to(self.device.reals[output]))
+        words = found.cpu().numpy().astype("<i4").view(np.uint8)
         bits = np.unpackbits(words, axis=-1, bitorder="little").astype(bool)
+        expected = (self.dot >= self.threshold[0].view(-1, 1, 1)).movedim(1, -1).cpu().numpy()
         channels = self.layer.channels
-        reals = self.device.reals.items()
-        return (all(torch.equal(self.real(name), self.dot.to(dtype)) for name, dtype in reals)
-                and np.array_equal(bits[..., :channels], expected)
+        return (np.array_equal(bits[..., :channels], expected)
                 and not bits[..., channels:].any())
-
-    def ours(self) -> dict[str, Callable[[], Tensor]]:
-        return {**{f"bitkernels {name}": partial(self.real, name) for name in self.device.reals},
-                PACKED: self.packed}
 
     def traffic(self, provider: str) -> int:
         """Bytes of input, weight and output."""
         real = self.x.numel() + self.dot.numel()
-        if provider == PACKED:
+        backend, _, output = provider.partition(" ")
+        if output == "packed":
             out = self.words.shape[-1] * self.dot[:, 0].numel()  # as many channels out as in
             return 4 * (self.words.numel() + self.filter.numel() + out)
-        if provider.startswith("bitkernels"):
-            size = self.device.reals[provider.removeprefix("bitkernels ")].itemsize
+        if backend in self.device.backends:
+            size = self.device.reals[output].itemsize
             return size * real + 4 * self.filter.numel()
         size = 1 if provider == "int8" else self.device.rivals[provider].itemsize
         return size * (real + self.w.numel())
@@ -163,46 +171,17 @@ class Case:
         return lambda: call(x, weight, 1.0, zero)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the fastest variant of every provider."""
-
-    layer: str
-    batch: int
-    threads: int
-    products: int
-    times: dict[str, common.Times]
-    variants: dict[str, str]
-    measured: dict[str, common.Times]  # every variant
-    warm: dict[str, common.Times]  # the fastest variants in a CUDA graph; on a GPU only
-    floors: dict[str, float]  # seconds that the memory traffic takes; on a GPU only
-    match: bool
-
-    def speedup(self, provider: str, baseline: str) -> float | None:
-        if provider not in self.times:
-            return None
-        return self.times[baseline].p50 / self.times[provider].p50
-
-    def of_floor(self, provider: str) -> float:
-        return self.floors[provider] / self.times[provider].p50
-
-    def ceiling(self, rate: float | None) -> float | None:
-        """Part of the popcount rate that the packed convolution reaches."""
-        if rate is None:
-            return None
-        return self.products / self.times[PACKED].p50 / (rate * self.threads)
-
-
 def measure(case: Case, threads: int, seconds: float, bandwidth: float | None,
             notes: dict[str, str], each) -> Row:
     device = case.device
     device.set_threads(threads)
-    calls = {**case.ours(), **case.rivals()}
+    own, kernels = case.ours(notes)
+    calls = {**own, **case.rivals()}
     try:
         calls["int8"] = case.int8()
     except RuntimeError as error:
         notes.setdefault("int8", str(error).splitlines()[0])
-    match = case.match()
+    match = case.match(own)
     times: dict[str, common.Times] = {}
     variants: dict[str, str] = {}
     measured = common.measure_in_turns(device, calls, seconds, each)
@@ -215,15 +194,17 @@ def measure(case: Case, threads: int, seconds: float, bandwidth: float | None,
     warm = common.measure_warm(device, fastest, seconds, notes)
     floors = {} if bandwidth is None else {p: case.traffic(p) / bandwidth for p in times}
     return Row(case.layer.name, case.batch, threads, case.layer.products(case.batch), times,
-               variants, measured, warm, floors, match)
+               variants | kernels, measured, warm, floors, match)
 
 
 def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
         device: common.Device, seconds: float, notes: dict[str, str]):
-    """(rows, bit products per second that only counting bits reaches on one thread, or None)."""
+    """(rows, bit products per second that only counting bits reaches on one thread, or None;
+    operations per second of a GPU's 1-bit tensor core, or None)."""
     rows: list[Row] = []
     rates: list[float] = []
     bandwidth = device.copy_bandwidth()
+    peak = None if bandwidth is None else peak_rate(device, notes)
     with torch.inference_mode(), tqdm(total=len(layers) * len(batches) * len(threads),
                                       unit="row", disable=None) as progress:
         for layer in layers:
@@ -237,98 +218,18 @@ def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
                         lambda name, label=f"{layer.name} batch {batch}": progress.set_postfix_str(
                             f"{label}, {name}")))
                     progress.update()
-    return rows, max(rates, default=None)
-
-
-def geometric_means(rows: Sequence[Row], baseline: str) -> dict[str, float]:
-    everywhere = [p for p in rows[0].times if all(p in row.times for row in rows)]
-    return {provider: statistics.geometric_mean(row.speedup(provider, baseline) for row in rows)
-            for provider in everywhere if provider != baseline}
-
-
-def table(rows: Sequence[Row], device: common.Device, rate: float | None) -> str:
-    base = device.baseline
-    rivals, own = [*device.rivals, "int8"], ours(device)
-    names = [name.removeprefix("bitkernels ") for name in own]
-    clash = set(names) & set(rivals)
-    names = [f"binary\n{name}" if clash else name for name in names]
-    headers = ["layer", "batch", "threads", *(f"{name}\nms" for name in (*rivals, *names)),
-               *(f"{name}\nover {base}" for name in names), "match"]
-    if rate is not None:
-        headers.append("of popcount\nceiling")
-    lines = []
-    for row in rows:
-        times = [f"{row.times[p].p50 * 1e3:.3f}" if p in row.times else "n/a"
-                 for p in (*rivals, *own)]
-        line = [row.layer, row.batch, row.threads, *times,
-                *(f"{row.speedup(p, base):.2f}x" for p in own), "yes" if row.match else "NO"]
-        if rate is not None:
-            line.append(f"{row.ceiling(rate):.0%}")
-        lines.append(line)
-    return tabulate(lines, headers, stralign="right", disable_numparse=True)
-
-
-def gpu_table(rows: Sequence[Row], device: common.Device) -> str:
-    """Times in a CUDA graph, and the floor's part of the cold times."""
-    own = ours(device)
-    providers = [*device.rivals, "int8", *own]
-    title = {p: p.replace(" ", "\n") for p in providers}
-    headers = ["layer", "batch", *(f"{title[p]}\ngraph ms" for p in providers),
-               *(f"{title[p]}\nof floor" for p in own)]
-    lines = [[row.layer, row.batch,
-              *(f"{row.warm[p].p50 * 1e3:.4f}" if p in row.warm else "n/a" for p in providers),
-              *(f"{row.of_floor(p):.0%}" for p in own)] for row in rows]
-    return tabulate(lines, headers, stralign="right", disable_numparse=True)
-
-
-def csv_rows(rows: Sequence[Row], device: common.Device, record: dict, rate: float | None):
-    """One line a row and provider, so that files of different devices can be joined."""
-    for row in rows:
-        for provider, times in row.times.items():
-            gpu = {}
-            if row.floors:
-                warm = row.warm.get(provider)
-                gpu = {"graph_p50": f"{warm.p50 * 1e3:.6g}" if warm else "",
-                       "floor": f"{row.floors[provider] * 1e3:.6g}",
-                       "of_floor": f"{row.of_floor(provider):.4g}"}
-            yield {
-                "kernel_name": "packed_conv2d", "kernel_provider": provider, "mode": "inference",
-                "metric": "ms", "layer": row.layer, "batch": row.batch, "threads": row.threads,
-                **{q: f"{value * 1e3:.6g}" for q, value in asdict(times).items()},
-                "variant": row.variants[provider],
-                f"speedup_over_{device.baseline}":
-                    f"{row.speedup(provider, device.baseline):.4g}",
-                **gpu,
-                "match": row.match if provider.startswith("bitkernels") else "",
-                "popcount_ceiling":
-                    f"{row.ceiling(rate):.4g}" if rate and provider == PACKED else "",
-                "device": record["device"], "kernel": record["kernel"],
-                "bitkernels": record["bitkernels"], "torch": record["torch"],
-                "date": record["date"],
-            }
-
-
-def panels(rows: Sequence[Row], baseline: str):
-    for batch in dict.fromkeys(row.batch for row in rows):
-        for threads in dict.fromkeys(row.threads for row in rows):
-            part = [row for row in rows if (row.batch, row.threads) == (batch, threads)]
-            means = geometric_means(part, baseline)
-            order = sorted(means, key=lambda p: p.startswith("bitkernels"))
-            yield common.Panel(
-                f"batch {batch}, {threads} thread{'s' * (threads > 1)}",
-                [*(row.layer.replace(":", "\n") for row in part), "geometric\nmean"],
-                {p: [*(row.speedup(p, baseline) for row in part), means[p]] for p in order})
+    return rows, max(rates, default=None), peak
 
 
 def save(output: Path, rows: Sequence[Row], device: common.Device, record: dict,
-         rate: float | None, means: dict[str, float]) -> None:
-    common.write_csv(output / "conv.csv", list(csv_rows(rows, device, record, rate)))
+         rate: float | None, peak: float | None, means: dict[str, float]) -> None:
+    common.write_csv(output / "conv.csv", list(csv_rows(rows, device, record, rate, peak)))
     common.write_json(output / "conv.json", {
         "environment": record, "baseline": device.baseline, "unit": "s",
         "geometric_mean_speedup": means,
         "rows": [asdict(row) | {"popcount_ceiling": row.ceiling(rate)} for row in rows]})
     common.write_bars(
-        output / "conv.png", list(panels(rows, device.baseline)),
+        output / "conv.png", list(panels(rows, device)),
         len({row.threads for row in rows}),
         f"Convolution: speed-up over PyTorch's {device.baseline} on {device.name}\n"
         f"{record['kernel']} kernels, torch {record['torch']}, {record['date'][:10]}",
@@ -355,18 +256,20 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     batches = args.batch or list(device.batches)
     seconds = args.min_run_time or (0.05 if args.quick else 0.4)
     notes: dict[str, str] = {}
-    rows, rate = run(layers, batches, threads, device, seconds, notes)
+    rows, rate, peak = run(layers, batches, threads, device, seconds, notes)
     means = geometric_means(rows, device.baseline)
     record = common.environment(device) | {"min_run_time": seconds, "popcount_rate": rate,
                                            "not_available": notes}
+    if rows[0].floors:
+        record["peak"] = peak
 
     print(table(rows, device, rate))
     if rows[0].floors:
-        print(f"\n{gpu_table(rows, device)}")
+        print("", *gpu_tables(rows, device, peak), sep="\n\n")
     print(f"\ngeometric mean over {device.baseline}: "
           + ", ".join(f"{name} {mean:.2f}x" for name, mean in means.items()))
     print(", ".join(f"{key} {value}" for key, value in record.items()
-                    if key not in ("not_available", "popcount_rate")))
+                    if key not in ("not_available", "popcount_rate", "peak")))
     for name, reason in notes.items():
         print(f"{name} n/a: {reason}")
     if device.busy():
@@ -379,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         [Layer.parse(name) for name in LAYERS], list(device.batches), device.threads)
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
     if output is not None:
-        save(output, rows, device, record, rate, means)
+        save(output, rows, device, record, rate, peak, means)
         print(f"wrote {output}/conv.csv, conv.json and conv.png")
     if not all(row.match for row in rows):
         raise SystemExit("some outputs do not match conv2d of the signs")

@@ -23,6 +23,8 @@ import torch
 
 import bitkernels
 from bitkernels.backends import cpu
+from bitkernels.backends.cuda import dispatch as cuda
+from bitkernels.backends.cuda import launch
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 4
@@ -45,6 +47,7 @@ class CpuDevice:
     """This machine's processor: `threads` threads of PyTorch, torch.utils.benchmark's timer."""
 
     type = "cpu"
+    backends: Sequence[str] = ("bitkernels",)  # what our packed products are named after
     # types of the real inputs and outputs of binary layers, the first that of whole networks
     reals: Mapping[str, torch.dtype] = {"real": torch.float32}
     exact = torch.float32  # sums of less than 2^24 signs are exact
@@ -90,6 +93,11 @@ class CpuDevice:
         """Products per second of one thread that only counts bits; None without the extension."""
         return cpu.popcount_ceiling(0.02) if cpu.active() else None
 
+    def peak_rate(self) -> float | None:
+        """Operations a second of all threads that only count bits."""
+        rate = self.popcount_rate()
+        return None if rate is None else 2 * rate * torch.get_num_threads()
+
     def kernel(self) -> str:
         return cpu.active() or cpu.REFERENCE
 
@@ -98,6 +106,7 @@ class GpuDevice:
     """The current GPU: cuDNN picks its algorithm by trial, the L2 cache is swept before calls."""
 
     type = "cuda"
+    backends: Sequence[str] = ("triton", "cuda")
     reals: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
     exact = torch.float64
     baseline = "bf16"
@@ -153,14 +162,23 @@ class GpuDevice:
     def popcount_rate(self) -> float | None:
         return None
 
+    def peak_rate(self) -> float | None:
+        """Operations a second of the 1-bit tensor core with nothing else to do."""
+        device = torch.device(self.type)
+        reason = cuda.why_unusable(device)
+        if reason is not None:
+            raise RuntimeError(reason)
+        call, products = launch.peak(device)
+        call()
+        return 2 * products / float(np.median(self.measure(call, 0.2)))
+
     def busy(self) -> bool:
         return False
 
     def kernel(self) -> str:
         own = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", "CUDA")
-        if own and os.environ.get("BITKERNELS_CUDA") == "1":
-            return "csrc/cuda where it takes a call, else triton"
-        return "triton" if own else cpu.REFERENCE
+        both = "triton" if cuda.mode() == "0" else "triton and csrc/cuda"
+        return both if own else cpu.REFERENCE
 
 
 Device = CpuDevice | GpuDevice
@@ -258,9 +276,10 @@ class Panel:
     series: Mapping[str, Sequence[float | None]]
 
 
-COLORS = {"bitkernels": "#1f6feb", "bitkernels real": "#1f6feb", "bitkernels fp16": "#1f6feb",
-          "bitkernels bf16": "#79b0f7", "bitkernels packed": "#f0883e",
-          "bitkernels compiled": "#79b0f7"}
+COLORS = {"bitkernels": "#1f6feb", "bitkernels real": "#1f6feb", "bitkernels packed": "#f0883e",
+          "bitkernels compiled": "#79b0f7", "triton": "#1f6feb", "triton fp16": "#1f6feb",
+          "triton bf16": "#79b0f7", "triton packed": "#0b3d91", "cuda": "#f0883e",
+          "cuda fp16": "#f0883e", "cuda bf16": "#f7bd8f", "cuda packed": "#b35900"}
 GREYS = ("#9aa4af", "#c4ccd4", "#dfe4e8", "#6b7681", "#b0a99f", "#d9d2c7")
 
 

@@ -1,12 +1,15 @@
-"""What is asked of an H200, and what a run of gpu_check.py says about it."""
+"""What is asked of an H200, and what a run of gpu_check.py or gpu_check_cuda.py says about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 CONV = {"64@56": (1.5, 3.0), "128@28": (2.5, 4.0), "256@14": (3.0, 5.0), "512@7": (3.0, 5.0)}
 LINEAR = {"int8": 2.0, "b1": 4.0}
+# Of csrc/cuda: POPS by size; times cuDNN's bf16 with fp16 and with packed operands.
+CUDA_GEMM = {4096: 4.1, 8192: 7.0, 16384: 8.5}
+CUDA_CONV = {"64@56": (1.8, 5.0), "128@28": (3.5, 6.0), "256@14": (5.0, 8.0), "512@7": (5.0, 8.0)}
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,35 @@ def goals(parts: dict) -> Iterator[Goal]:
     for name in ("sign_pack nhwc", "sign_pack nchw", "rprelu", "rprelu_backward"):
         yield Goal(f"{name}: of measured copy bandwidth", 0.8, _ratio(
             _find(parts, "bandwidth", "times", name, "GB/s"), copy))
+
+
+def cuda_goals(steps: Mapping[str, Mapping], tables: Mapping[str, Sequence[Mapping[str, str]]]
+               ) -> Iterator[Goal]:
+    """Of csrc/cuda, from the results of the steps and the csv files that they wrote, by name."""
+    for text, kind in (("kernels that differ from the reference, fail or hang", "check "),
+                       ("shards of the tests that do not pass", "tests ")):
+        found = ["failed" in result for name, result in steps.items() if name.startswith(kind)]
+        yield Goal(text, 0.0, float(sum(found)) if found else None, at_most=True)
+
+    def value(table: str, column: str, **where: object) -> float | None:
+        for row in tables.get(table, ()):
+            if all(row.get(key) == str(wanted) for key, wanted in where.items()):
+                return float(row[column]) if row.get(column) else None
+        return None
+
+    for size, asked in CUDA_GEMM.items():
+        yield Goal(f"product {size}^3, packed out: POPS", asked,
+                   value("gemm", "POPS", size=size, provider="cuda packed"))
+    yield Goal("product 8192^3, packed out: times cuBLAS bf16", 8.0,
+               value("gemm", "over bf16", size=8192, provider="cuda packed"))
+    for layer, asked_of in CUDA_CONV.items():
+        for output, asked in zip(("fp16", "packed"), asked_of, strict=True):
+            yield Goal(f"conv {layer}, {output} in and out: times cuDNN bf16", asked,
+                       value("conv", "speedup_over_bf16", layer=f"3x3:{layer}", batch=256,
+                             kernel_provider=f"cuda {output}"))
+    yield Goal("block 256@14, inference: times compiled emulation", 4.0,
+               value("block", "cuda_speedup", block="256@14", batch=256, mode="inference",
+                     kernel_provider="compiled"))
+    over = value("trunk", "graph over bf16", provider="cuda packed")
+    yield Goal("trunk in a CUDA graph: of cuDNN bf16's time", 0.2,
+               None if over is None else 1 / over, at_most=True)

@@ -99,23 +99,32 @@ class Fused:
             values = dict(scale=scale, bias=bias, shift_in=act.shift_in.float(),
                           slope=act.slope.float(), shift_out=act.shift_out.float())
             self.parts.append({name: t.detach() for name, t in values.items()})
-            self.words.append(ops.sign_pack.default(block.conv.weight.detach(), None, 1))
-            self.filters.append(ops.tile_weight.default(self.words[-1]))
+            words = ops.sign_pack.default(block.conv.weight.detach(), None, 1)
+            self.words.append(words)
+            self.filters.append(words if words.is_cuda else ops.tile_weight.default(words))
             self.shifts.append(block.sign.shift.detach().float())
         self.channels = blocks[0].conv.out_channels
 
+    def keywords(self, i: int, x: Tensor) -> dict:
+        """Of block i's product, whose residual is x."""
+        signs = {"sign_shift": self.shifts[i + 1]} if i + 1 < len(self.filters) else {}
+        return dict(out_channels=self.channels, residual=x, dtype=x.dtype, **self.parts[i], **signs)
+
+    def products(self, x: Tensor) -> list[tuple[tuple, dict]]:
+        """(arguments, keywords) of every product, as the backends get them."""
+        words, last = ops.sign_pack.default(x, self.shifts[0], 1), len(self.filters) - 1
+        return [((words, filter, self.channels, *self.GEOMETRY),
+                 {"real": True, "packed": i < last, **self.keywords(i, x)})
+                for i, filter in enumerate(self.filters)]
+
     def __call__(self, x: Tensor) -> Tensor:
-        channels, last = self.channels, len(self.filters) - 1
         words = ops.sign_pack.default(x, self.shifts[0], 1)
-        for i, (filter, parts) in enumerate(zip(self.filters, self.parts, strict=True)):
-            if i < last:
-                x, words = ops.packed_conv2d.both(
-                    words, filter, channels, *self.GEOMETRY, out_channels=channels, residual=x,
-                    sign_shift=self.shifts[i + 1], dtype=x.dtype, **parts)
+        for i, filter in enumerate(self.filters):
+            args, kw = (words, filter, self.channels, *self.GEOMETRY), self.keywords(i, x)
+            if i + 1 < len(self.filters):
+                x, words = ops.packed_conv2d.both(*args, **kw)
             else:
-                x = ops.packed_conv2d.default(
-                    words, filter, channels, *self.GEOMETRY, out_channels=channels, residual=x,
-                    dtype=x.dtype, **parts)
+                x = ops.packed_conv2d.default(*args, **kw)
         return x
 
     def expected(self, x: Tensor) -> Tensor:

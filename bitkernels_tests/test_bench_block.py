@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 import bitkernels
+from bitkernels.backends.cuda import launch
+from bitkernels_tests import pretended_gpu
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-BENCH = Path(__file__).parents[1] / "benchmarks" / "bench_block.py"
+BENCH = pretended_gpu.BENCHMARKS / "bench_block.py"
 
 
 def bench(*options):
@@ -65,6 +67,47 @@ def test_json_and_chart(results):
     assert {"device", "torch", "bitkernels", "kernel", "date"} <= set(record["environment"])
     assert len(record["rows"]) == 2 and all(row["match"] for row in record["rows"])
     assert (output / "block.png").read_bytes().startswith(b"\x89PNG")
+
+
+def gpu_run(tmp_path):
+    """What bench_block writes of a small chain on the pretended GPU."""
+    import bench_block
+
+    bench_block.main(["--blocks", "40@5", "--batch", "1", "--threads", "1", "--depth", "2",
+                      "--min-run-time", "0.002", "--output", str(tmp_path)])
+    with (tmp_path / "block.csv").open() as file:
+        return {(r["mode"], r["kernel_provider"]): r for r in csv.DictReader(file)}
+
+
+def test_on_a_gpu_inference_stands_once_for_each_backend(tmp_path, monkeypatch, capsys):
+    driver = pretended_gpu.install(monkeypatch)
+    rows = gpu_run(tmp_path)
+    assert set(rows) == {("inference", "eager"), ("inference", "triton"), ("inference", "cuda"),
+                         ("training", "eager"), ("training", "triton")}
+    eager, ours = rows["inference", "eager"], rows["inference", "cuda"]
+    assert ours["match"] == "True" and ours["variant"] == pretended_gpu.KERNEL
+    assert float(ours["graph_p50"]) > 0
+    assert float(eager["cuda_speedup"]) == pytest.approx(
+        float(eager["p50"]) / float(ours["p50"]), rel=1e-3)
+    assert rows["training", "eager"]["cuda_speedup"] == ""
+    assert "cuda" in capsys.readouterr().out
+    assert set(driver.launched) == {pretended_gpu.KERNEL, "prepare"}
+
+
+def test_a_wrong_chain_on_csrc_cuda_is_no_match(tmp_path, monkeypatch):
+    pretended_gpu.install(monkeypatch)
+    right = launch.packed_conv2d
+    monkeypatch.setattr(launch, "packed_conv2d", lambda *args, **kw: tuple(
+        None if t is None else -t if t.is_floating_point() else t for t in right(*args, **kw)))
+    with pytest.raises(SystemExit, match="do not match"):
+        gpu_run(tmp_path)
+
+
+def test_one_mode_alone(tmp_path):
+    run = bench("--blocks", "32@4", "--batch", "1", "--threads", "1", "--mode", "inference",
+                "--output", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert "training" not in (tmp_path / "block.csv").read_text() + run.stdout
 
 
 @pytest.mark.parametrize("options, message", [

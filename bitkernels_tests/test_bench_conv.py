@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import bitkernels
+from bitkernels.backends.cuda import launch
+from bitkernels_tests import pretended_gpu
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-BENCH = Path(__file__).parents[1] / "benchmarks" / "bench_conv.py"
+BENCH = pretended_gpu.BENCHMARKS / "bench_conv.py"
 LAYERS = ("3x3/2:40@9",)
 
 
@@ -57,42 +59,66 @@ def test_json_and_chart(results):
     assert (output / "conv.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_gpu_columns(tmp_path, monkeypatch, capsys):
-    """What a GPU adds, on a processor that claims to be one: half types, warm times, floors."""
-    monkeypatch.syspath_prepend(str(BENCH.parent))
+def gpu_run(tmp_path):
+    """What bench_conv writes of a small layer on the pretended GPU."""
     import bench_conv
-    import common
 
-    class Pretended(common.CpuDevice):
-        baseline, batches, int8 = "bf16", (1, 2), (torch.qint8, 0)
-        reals, rivals = common.GpuDevice.reals, common.GpuDevice.rivals
-        measure_warm = common.CpuDevice.measure
-
-        def set_threads(self, threads):
-            pass
-
-        def copy_bandwidth(self):
-            return 1e9
-
-        def popcount_rate(self):
-            return None
-
-    monkeypatch.setattr(common, "pick_device", lambda name: Pretended())
-    bench_conv.main(["--quick", "--min-run-time", "0.01", "--layers", "3x3/2:40@9", "--threads",
+    bench_conv.main(["--quick", "--min-run-time", "0.002", "--layers", "3x3/2:40@9", "--threads",
                      "1", "--output", str(tmp_path)])
-    assert "of floor" in capsys.readouterr().out
     with (tmp_path / "conv.csv").open() as file:
         rows = {(r["batch"], r["kernel_provider"]): r for r in csv.DictReader(file)}
+    return rows, json.loads((tmp_path / "conv.json").read_text())
+
+
+def test_gpu_columns(tmp_path, monkeypatch, capsys):
+    """What a GPU adds: half types, both backends, warm times, floors, parts of the peak."""
+    driver = pretended_gpu.install(monkeypatch)
+    rows, record = gpu_run(tmp_path)
+    printed = capsys.readouterr().out
+    assert "of floor" in printed and "of peak" in printed and "triton" in printed
     assert {batch for batch, _ in rows} == {"1", "2"}
     pixels, weights = 9 * 9 + 5 * 5, 40 * 9
     filter_words = 48 * 9 * 2  # of 3 tiles of 16 channels
-    bytes_moved = {"bf16": 2 * 40 * (2 * pixels + weights),
-                   "bitkernels fp16": 2 * 40 * 2 * pixels + 4 * filter_words,
-                   "bitkernels packed": 4 * (2 * 2 * pixels + filter_words)}
+    bytes_moved = {"bf16": 2 * 40 * (2 * pixels + weights)}
+    for backend in ("triton", "cuda"):
+        bytes_moved |= {f"{backend} {real}": 2 * 40 * 2 * pixels + 4 * filter_words
+                        for real in ("fp16", "bf16")}
+        bytes_moved[f"{backend} packed"] = 4 * (2 * 2 * pixels + filter_words)
+    peak, operations = record["environment"]["peak"], 2 * 2 * 25 * 40 * 40 * 9
     for name, count in bytes_moved.items():
-        row = rows["2", name]
+        row, ours = rows["2", name], name != "bf16"
+        time = float(row["p50"])
         assert float(row["floor"]) == pytest.approx(count / 1e6)
-        assert float(row["of_floor"]) == pytest.approx(count / 1e6 / float(row["p50"]), rel=1e-3)
+        assert float(row["of_floor"]) == pytest.approx(count / 1e6 / time, rel=1e-3)
         assert float(row["graph_p50"]) > 0
-    ours = [row["match"] for row in rows.values() if "bitkernels" in row["kernel_provider"]]
-    assert ours == ["True"] * 6
+        assert row["match"] == ("True" if ours else "")
+        assert bool(row["of_peak"]) == ours
+        if ours:
+            assert float(row["of_peak"]) == pytest.approx(1e3 * operations / time / peak, rel=1e-3)
+        assert (row["variant"] == pretended_gpu.KERNEL) == name.startswith("cuda")
+    assert set(driver.launched) == {pretended_gpu.KERNEL, "prepare"}
+
+
+def test_a_wrong_kernel_of_either_backend_is_no_match(tmp_path, monkeypatch):
+    pretended_gpu.install(monkeypatch)
+    right = launch.packed_conv2d
+    monkeypatch.setattr(launch, "packed_conv2d", lambda *args, **kw: tuple(
+        None if t is None else t ^ 1 if t.dtype == torch.int32 else t
+        for t in right(*args, **kw)))
+    with pytest.raises(SystemExit, match="do not match"):
+        gpu_run(tmp_path)
+
+
+def test_without_csrc_cuda_a_note_says_why(tmp_path, monkeypatch, capsys):
+    pretended_gpu.install(monkeypatch, unusable="CuPy is not installed")
+    rows, record = gpu_run(tmp_path)
+    providers = {name for _, name in rows}
+    assert "triton packed" in providers and "cuda packed" not in providers
+    assert all(not row["of_peak"] for row in rows.values())
+    notes = record["environment"]["not_available"]
+    assert notes["of peak"] == "CuPy is not installed"
+    assert [why for name, why in notes.items() if name.startswith("cuda")] == [
+        "the next backend: CuPy is not installed"]
+    printed = capsys.readouterr().out
+    assert "cuda fp16, 3x3/2:40@9 batch 1 n/a: the next backend: CuPy" in printed
+    assert "n/a" in printed.partition("of peak")[2]
