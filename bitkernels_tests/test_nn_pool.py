@@ -11,14 +11,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bitkernels.nn as bnn
+from bitkernels.nn.pool import _Geometry
 
 WINDOWS = (dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=2), dict(kernel_size=1),
            dict(kernel_size=(3, 2), stride=(1, 3), padding=(1, 0)),
            dict(kernel_size=3, stride=2, ceil_mode=True),
            dict(kernel_size=(2, 3), stride=2, padding=1, dilation=(2, 3), ceil_mode=True),
-           dict(kernel_size=(1, 5), padding=(0, 2)), dict(kernel_size=16, stride=3, padding=8))
+           dict(kernel_size=(1, 5), padding=(0, 2)),
+           dict(kernel_size=(15, 17), stride=3, padding=(7, 8)))
 # Windows whose positions a byte does not tell apart: PyTorch's own function runs.
-BEYOND = (dict(kernel_size=17, stride=2, padding=8), dict(kernel_size=(2, 9), padding=(0, 4)))
+BEYOND = (dict(kernel_size=16, stride=2, padding=8), dict(kernel_size=(2, 9), padding=(0, 4)))
 
 
 def result(layer, x, grad=None):
@@ -73,6 +75,19 @@ def test_not_a_number_and_infinities(device):
     assert same(WINDOWS[0], x) == (0, 0)
 
 
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+def test_index_outside_of_its_window(options, format):
+    """On GPUs the index is 0 where all of a window is -inf: kept as such, not looked up outside."""
+    x = torch.randn(2, 3, 20, 17).contiguous(memory_format=format)
+    indices = nn.MaxPool2d(**options, return_indices=True)(x)[1]
+    indices[:, 1] = 0
+    geometry = _Geometry(bnn.MaxPool2d(**options), 17)
+    numbers = geometry.to_numbers(indices.clone())
+    assert numbers.dtype == torch.uint8 and numbers.stride() == indices.stride()
+    assert torch.equal(geometry.to_indices(numbers), indices)
+
+
 @pytest.mark.parametrize("options", BEYOND, ids=str)
 def test_windows_that_a_byte_does_not_cover(options):
     x = torch.randn(1, 2, 20, 8)
@@ -109,18 +124,60 @@ def test_checkpoint():
     assert torch.equal(x.grad, result(layer, x, torch.ones(2, 3, 4, 4))[1])
 
 
-def test_no_second_derivative():
-    x = torch.randn(1, 1, 4, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(bnn.MaxPool2d(2)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        grad.sum().backward()
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_second_derivative(format):
+    """As PyTorch's: that of the elements that were the maxima."""
+    x = torch.randn(2, 3, 8, 9).contiguous(memory_format=format).requires_grad_()
+    grads = []
+    for layer in (nn.MaxPool2d(3, 2, 1), bnn.MaxPool2d(3, 2, 1)):
+        (grad,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        grads.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    assert grads[0].any() and torch.equal(*grads)
+
+
+def test_hooks_may_change_the_layout():
+    x = torch.randn(2, 3, 8, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.tolist(), torch.tensor):
+        out = bnn.MaxPool2d(3, 2, 1)(x)
+    out.sum().backward()
+    assert torch.equal(x.grad, result(nn.MaxPool2d(3, 2, 1), x, torch.ones_like(out))[1])
+
+
+@pytest.mark.parametrize("options", (
+    dict(kernel_size=(3,)), dict(kernel_size=3, stride=[2], padding=(1,), dilation=(1,)),
+    dict(kernel_size=2, stride=[])), ids=str)
+def test_arguments_in_every_form_that_torch_takes(options):
+    same(options, torch.randn(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("options", (
+    dict(kernel_size=0), dict(kernel_size=3.0), dict(kernel_size=(1, 2, 3)), dict(kernel_size=None),
+    dict(kernel_size=3, padding=2), dict(kernel_size=3, stride=0), dict(kernel_size=3, dilation=0),
+    dict(kernel_size=3, dilation=9)), ids=str)
+def test_errors_are_torchs(options):
+    x, errors = torch.randn(1, 2, 8, 8, requires_grad=True), []
+    for layer in (nn.MaxPool2d(**options), bnn.MaxPool2d(**options)):
+        with pytest.raises((RuntimeError, TypeError)) as error:
+            layer(x)
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traces():
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 3), bnn.MaxPool2d(2)), torch.randn(1, 3, 8, 8)
+    for traced in (torch.jit.trace(network, x), torch.fx.symbolic_trace(network)):
+        assert torch.equal(traced(x), network(x))
 
 
 def test_compiles_with_dynamic_batch():
+    """To Inductor's own pooling, which keeps a byte an output as well."""
     layer = bnn.MaxPool2d(3, 2, 1)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for batch in (2, 3):
         x = torch.randn(batch, 3, 8, 8)
-        assert all(torch.equal(a, b) for a, b in zip(
-            result(compiled, x)[:2], result(layer, x)[:2], strict=True))
-    torch.export.export(layer.eval(), (torch.randn(1, 3, 8, 8),))
+        ours, inductors = result(layer, x), result(compiled, x)
+        assert all(torch.equal(a, b) for a, b in zip(ours[:2], inductors[:2], strict=True))
+        assert ours[2:] == inductors[2:] == (0, ours[0].numel())
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), layer).eval()
+    torch.export.export(network, (torch.randn(1, 3, 8, 8),))

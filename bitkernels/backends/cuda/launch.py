@@ -32,7 +32,7 @@ _driver: Driver | None = None
 _loaded: dict[tuple[str, Spec, int], int] = {}
 MOST_CLASSES = 256
 MOST_PRODUCTS = 1 << 29  # 4 popcount(a and w) stays in int32
-MOST_ROWS = 2**31 - 2**12  # rows and tiles of them are counted in int32
+MOST_ROWS = 2**31 - 2**16  # rows, and those of tiles past the last, are counted in int32
 
 
 def driver() -> Driver:
