@@ -66,6 +66,12 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Of the gradient of `t`: PyTorch's batch norm takes ten times as long for mixed formats."""
+    channels_last = t.stride(1) == 1 and not t.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tensor | None, conf,
                        wants_weight: bool, wants_scale: bool):
     """(dweight, dscale) from the gradient with respect to the unscaled signs of the weight.
@@ -109,21 +115,20 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input:
     The unscaled output gradient meets scaled weights: its product with the input is then the
     gradient of the unscaled signs, from which every rule for the weight follows.
     """
-    by_tables = _by_tables(grad, weight, conf)
+    by_input, by_weight = _by_tables(grad, weight, conf)
     channels = weight.shape[1] * conf["groups"]
     grad_input = grad_signs = None
-    if wants_weight and by_tables[1]:
+    if wants_weight and by_weight:
         grad_signs = ops.packed_conv2d_weight_grad.default(
             grad, words, channels, weight.shape[2:], conf["stride"], conf["pad"],
             conf["dilation"], conf["pad_value"])
-    if wants_input and by_tables[0]:
+    elif wants_weight:
+        grad_signs = _weight_grad(grad, words, weight, conf)
+    if wants_input and by_input:
         grad_input = ops.packed_conv2d_input_grad.default(
             grad, weight_words, channels, scale, words.shape[1:3], conf["pad"], conf["dilation"])
-    rest = wants_input and grad_input is None, wants_weight and grad_signs is None
-    if any(rest):
-        from_library = _conv2d_backward(grad, words, weight, weight_words, scale, conf, *rest)
-        grad_input = from_library[0] if rest[0] else grad_input
-        grad_signs = from_library[1] if rest[1] else grad_signs
+    elif wants_input:
+        grad_input = _input_grad(grad, words, weight, weight_words, scale, conf)
     return grad_input, grad_signs
 
 
@@ -147,25 +152,38 @@ def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
     return by_input, by_weight
 
 
-def _conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input, wants_weight):
-    """The same by PyTorch's convolution backward, on operands expanded from the bits."""
-    channels = weight.shape[1] * conf["groups"]
-    if wants_weight:
-        x = ops.unpack.default(words, channels, grad.dtype, 1)
-    else:  # only its shape is read
-        x = grad.new_empty((words.shape[0], channels, *words.shape[1:3]))
+def _library_backward(grad, x, weight, conf, padding, mask):
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, conf["stride"], padding, conf["dilation"], False, (0, 0),
+        conf["groups"], (*mask, False))
+
+
+def _input_grad(grad, words, weight, weight_words, scale, conf) -> Tensor:
+    """Of the input's signs, by PyTorch's convolution backward; what the padding holds is nothing to
+    it."""
     top, bottom, left, right = conf["pad"]
-    height, width = x.shape[2:]
+    size, channels = words.shape[1:3], weight.shape[1] * conf["groups"]
+    uneven = top != bottom or left != right
+    shape = (size[0] + top + bottom, size[1] + left + right) if uneven else size
+    x = torch.empty(grad.shape[0], channels, *shape, dtype=grad.dtype, device=grad.device,
+                    memory_format=torch.channels_last)  # only its shape and layout are read
+    scaled = _scaled_signs(weight, weight_words, scale, grad.dtype)
+    grad_input = _library_backward(grad, x, scaled, conf, (0, 0) if uneven else (top, left),
+                                   (True, False))[0]
+    if uneven:
+        grad_input = grad_input[:, :, top : top + size[0], left : left + size[1]]
+    return grad_input
+
+
+def _weight_grad(grad, words, weight, conf) -> Tensor:
+    """Of the weight's signs, by PyTorch's convolution backward."""
+    x = ops.unpack.default(words, weight.shape[1] * conf["groups"], grad.dtype, 1)
+    top, bottom, left, right = padding = conf["pad"]
     explicit = conf["pad_value"] != 0 or top != bottom or left != right
     if explicit:
         x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
-    scaled = _scaled_signs(weight, weight_words, scale, grad.dtype)
-    grad_input, grad_signs, _ = torch.ops.aten.convolution_backward(
-        grad, x, scaled, None, conf["stride"], (0, 0) if explicit else (top, left),
-        conf["dilation"], False, (0, 0), conf["groups"], (wants_input, wants_weight, False))
-    if wants_input and explicit:
-        grad_input = grad_input[:, :, top : top + height, left : left + width]
-    return grad_input, grad_signs
+    return _library_backward(grad, x, grad.new_empty(weight.shape), conf,
+                             (0, 0) if explicit else padding[::2], (False, True))[1]
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -179,7 +197,7 @@ class _BinaryConv2d(torch.autograd.Function):
         if estimator == "approx_sign" or estimator == "swish_sign":
             saved = input
         ctx.save_for_backward(words, saved, weight, scale)
-        ctx.conf = conf
+        ctx.conf, ctx.memory_format = conf, memory_format(input)
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         return out
 
@@ -195,9 +213,10 @@ class _BinaryConv2d(torch.autograd.Function):
             grad_input, grad_signs = conv2d_backward(grad, words, weight, weight_words, scale, conf,
                                                      wants_input, wants_weight)
             if wants_input:
-                grad_input = _Signs.grad(grad_input.to(ctx.input_dtype), saved,
-                                         conf["input_estimator"], conf["input_clip"],
-                                         conf["beta"], 1)
+                grad_input = grad_input.to(ctx.input_dtype).contiguous(
+                    memory_format=ctx.memory_format)
+                grad_input = _Signs.grad(grad_input, saved, conf["input_estimator"],
+                                         conf["input_clip"], conf["beta"], 1)
             if wants_weight:
                 grad_weight, grad_scale = finish_weight_grad(
                     grad_signs, weight, weight_words, scale, conf, ctx.needs_input_grad[1],

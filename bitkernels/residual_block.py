@@ -25,6 +25,7 @@ from bitkernels.autograd import (
     autocast,
     conv2d_backward,
     finish_weight_grad,
+    memory_format,
 )
 
 ops = torch.ops.bitkernels
@@ -106,7 +107,8 @@ class _ResidualBlock(torch.autograd.Function):
                               shift_in, slope, norm.slope, norm.offset, norm.center, norm.factor,
                               norm.normal, norm.count)
         ctx.conf, ctx.estimator = conf, estimator
-        ctx.input_dtype, ctx.has_residual = input.dtype, residual is not None
+        ctx.input_dtype, ctx.memory_format = input.dtype, memory_format(input)
+        ctx.residual_format = None if residual is None else memory_format(residual)
         ctx.dtypes = [None if t is None else t.dtype for t in
                       (sign_shift, norm_weight, norm_bias, shift_in, slope, shift_out)]
         mean, variance = norm.mean, norm.variance
@@ -149,13 +151,14 @@ class _ResidualBlock(torch.autograd.Function):
                 grads[1], grads[9] = finish_weight_grad(
                     grad_weight_signs, weight, weight_words, scale, conf, needs[1],
                     wants_scale)
-        own = None if ctx.has_residual else grad_value  # the input is the residual too
+        # Without a residual the input is that too.
+        own = grad_value if ctx.residual_format is None else None
         if wants_input:
             grads[0], grads[3] = _sign_backward(ctx, grad_signs, kept, mask, sign_shift, own)
         elif needs[0]:
-            grads[0] = own
+            grads[0] = None if own is None else own.contiguous(memory_format=ctx.memory_format)
         if needs[2]:
-            grads[2] = grad_value
+            grads[2] = grad_value.contiguous(memory_format=ctx.residual_format)
         return tuple(grads)
 
 
@@ -167,7 +170,7 @@ def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | 
             grad, kept, shift, add, estimator=ctx.estimator, clip=conf["input_clip"],
             beta=conf["beta"])
     else:
-        grad = grad.to(dtype)
+        grad = grad.to(dtype).contiguous(memory_format=ctx.memory_format)
         if mask is not None:
             grad = ops.mask_grad.default(grad, mask, 1)
         total = grad.sum((0, 2, 3), dtype=torch.float64) if ctx.needs_input_grad[3] else None

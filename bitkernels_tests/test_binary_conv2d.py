@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ ops = torch.ops.bitkernels
 CASE = ConvCase(channels=37, out_channels=10, size=(6, 5))
 ESTIMATORS = (("ste_sign", 1.0), ("ste_sign", 1.25), ("ste_sign", None), ("approx_sign", 1.0),
               ("swish_sign", None), ("identity", None), ("none", None))
+FORMATS = (torch.contiguous_format, torch.channels_last)
 NAMES = ("input", "weight", "bias", "scale")
 
 
@@ -216,6 +219,19 @@ def test_layouts(layout, device):
     ops.binary_conv2d(leaf, w, bias, *CASE.args, scale=scale).backward(grad)
     expected = emulated(CASE, (x, w, bias, scale), grad)[1][0]
     torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ("ste_sign", "approx_sign", "identity"))
+@pytest.mark.parametrize("pad", (dict(), dict(pad_value=1), dict(padding=(1, 0, 2, 1))), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_gradient_of_the_input_has_its_memory_format(format, pad, estimator, device):
+    case = replace(CASE, **pad)
+    x = tensors_of(case, device)[0].contiguous(memory_format=format).requires_grad_()
+    for grad_format in FORMATS:
+        y = ops.binary_conv2d(x, reals(*case.weight_shape, device=device), None, *case.args,
+                              pad_value=case.pad_value, input_estimator=estimator)
+        grad = torch.ones_like(y, memory_format=grad_format)
+        assert torch.autograd.grad(y, x, grad)[0].stride() == x.stride()
 
 
 def test_channels_last_weight_gives_channels_last_output(device):

@@ -272,6 +272,21 @@ def test_any_layout_is_the_same_block(name, layout):
         assert_near(n, b_grads[n], a_grads[n].double(), 1e-6)
 
 
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_of_images_have_their_memory_format(name, format, device):
+    case, parts, options = BLOCKS[name]
+    tensors = operands(case, parts, device=device)
+    for which in {"input", "residual"} & tensors.keys():
+        t = tensors[which].detach().contiguous(memory_format=format)
+        tensors[which] = t.requires_grad_()
+    out = call(case, tensors, **options)[0]
+    out.backward(torch.randn(out.shape, device=device))
+    for which in {"input", "residual"} & tensors.keys():
+        t = tensors[which]
+        assert t.grad is None or t.grad.stride() == t.stride(), which
+
+
 @pytest.mark.parametrize("name", ["reactnet", "reactnet_down"])
 def test_non_finite_streams(name):
     """NaN and the infinities stay where the layers leave them, and everything else is right."""

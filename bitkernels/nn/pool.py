@@ -72,7 +72,7 @@ class _Geometry:
         taps = self.taps(numbers.device)
         table = torch.full((NOWHERE + 1,), -2**62, device=numbers.device)
         table[:len(taps)] = taps
-        return _look_up(table, numbers.long()).add_(self.starts(numbers)).clamp_(min=0)
+        return _look_up(table, numbers.int()).add_(self.starts(numbers)).clamp_(min=0)
 
 
 class _MaxPool2d(torch.autograd.Function):
