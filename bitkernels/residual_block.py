@@ -142,9 +142,13 @@ class _ResidualBlock(torch.autograd.Function):
         wants_weight = (needs[1] and conf["weight_estimator"] != "none") or wants_scale
         if wants_input or wants_weight:
             total = _all_reduce(sums[:2].contiguous(), conf["group"]) / count
+            dtype = conf["dtype"] or grad.dtype
+            if (scale is not None and conf["scale_weight_grad"] and not wants_scale
+                    and dtype != torch.float16):  # which it might bring below the normal numbers
+                factor, scale = factor * scale.double(), None  # where it costs no pass
             grad_dot = ops.residual_block_norm_backward.default(
                 grad_value, dot, factor, -factor * normal * normal * total[1],
-                -factor * total[0], center, conf["relu"], conf["dtype"] or grad.dtype)
+                -factor * total[0], center, conf["relu"], dtype)
             grad_signs, grad_weight_signs = conv2d_backward(
                 grad_dot, words, weight, weight_words, scale, conf, wants_input, wants_weight)
             if wants_weight:
