@@ -346,10 +346,10 @@ def wants_channels_last(input: Tensor, weight: Tensor) -> bool:
     """Whether a convolution's real output is channels-last: as torch, if either operand is."""
     if input.is_contiguous() and weight.is_contiguous():
         return False
-    return _is_channels_last(input) or _is_channels_last(weight)
+    return is_channels_last(input) or is_channels_last(weight)
 
 
-def _is_channels_last(t: Tensor) -> bool:
+def is_channels_last(t: Tensor) -> bool:
     return (t.dim() == 4 and not t.is_contiguous()
             and t.is_contiguous(memory_format=torch.channels_last))
 

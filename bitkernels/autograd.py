@@ -28,6 +28,7 @@ from bitkernels._checks import (
     check_clip,
     check_estimator,
     check_rprelu,
+    is_channels_last,
     wants_channels_last,
 )
 from bitkernels._ops import LIB
@@ -67,9 +68,9 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
-    """Of the gradient of `t`: PyTorch's batch norm takes ten times as long for mixed formats."""
-    channels_last = t.stride(1) == 1 and not t.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+    """Channels-last if `t` is, else contiguous; its gradient gets the same."""
+    # PyTorch's batch norm takes ten times as long for mixed formats (docs/performance.md).
+    return torch.channels_last if is_channels_last(t) else torch.contiguous_format
 
 
 def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tensor | None, conf,
@@ -115,6 +116,7 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input:
     The unscaled output gradient meets scaled weights: its product with the input is then the
     gradient of the unscaled signs, from which every rule for the weight follows.
     """
+    grad = grad.contiguous(memory_format=torch.channels_last)  # as the words; once for both
     by_input, by_weight = _by_tables(grad, weight, conf)
     channels = weight.shape[1] * conf["groups"]
     grad_input = grad_signs = None
@@ -159,8 +161,7 @@ def _library_backward(grad, x, weight, conf, padding, mask):
 
 
 def _input_grad(grad, words, weight, weight_words, scale, conf) -> Tensor:
-    """Of the input's signs, by PyTorch's convolution backward; what the padding holds is nothing to
-    it."""
+    """Of the input's signs, by PyTorch's convolution backward; the same for any pad_value."""
     top, bottom, left, right = conf["pad"]
     size, channels = words.shape[1:3], weight.shape[1] * conf["groups"]
     uneven = top != bottom or left != right
@@ -178,12 +179,12 @@ def _input_grad(grad, words, weight, weight_words, scale, conf) -> Tensor:
 def _weight_grad(grad, words, weight, conf) -> Tensor:
     """Of the weight's signs, by PyTorch's convolution backward."""
     x = ops.unpack.default(words, weight.shape[1] * conf["groups"], grad.dtype, 1)
-    top, bottom, left, right = padding = conf["pad"]
+    top, bottom, left, right = conf["pad"]
     explicit = conf["pad_value"] != 0 or top != bottom or left != right
     if explicit:
         x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
     return _library_backward(grad, x, grad.new_empty(weight.shape), conf,
-                             (0, 0) if explicit else padding[::2], (False, True))[1]
+                             (0, 0) if explicit else (top, left), (False, True))[1]
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -324,7 +325,7 @@ class _RSign(torch.autograd.Function):
                 saved = ops.sign_pack_mask.default(input, clip, shift, 1)[1]
             out = ops.rsign.default(input, shift)
         ctx.save_for_backward(saved, shift)
-        ctx.conf = estimator, clip, beta
+        ctx.conf, ctx.memory_format = (estimator, clip, beta), memory_format(input)
         return out
 
     @staticmethod
@@ -338,6 +339,7 @@ class _RSign(torch.autograd.Function):
             grad_input, grad_shift = ops.sign_backward.default(
                 grad, saved, shift, None, estimator=estimator, clip=clip, beta=beta)
             return grad_input, grad_shift.to(shift.dtype), None, None, None
+        grad = grad.contiguous(memory_format=ctx.memory_format)
         grad_input = _Signs.grad(grad, saved, estimator, clip, beta, 1)
         grad_shift = None
         if ctx.needs_input_grad[1]:

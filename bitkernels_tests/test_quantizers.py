@@ -178,6 +178,17 @@ def test_one_bit_is_saved_for_backward(name):
     assert saved_bytes(quantizers.SteSign(None), x) == 0
 
 
+@pytest.mark.parametrize("name", ("ste_sign", "ste_tern", "ste_heaviside"))
+@pytest.mark.parametrize("grad_format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_gradient_of_an_image_has_its_memory_format(format, grad_format, name):
+    x = torch.randn(2, 5, 3, 4).contiguous(memory_format=format).requires_grad_()
+    grad = torch.randn(x.shape).contiguous(memory_format=grad_format)
+    (got,) = torch.autograd.grad(quantizers.get(name)(x), x, grad)
+    assert got.stride() == x.stride()
+    assert torch.equal(got, torch.where(x.abs() <= 1, grad, 0))
+
+
 def test_second_derivative_is_refused():
     x = torch.randn(4, requires_grad=True)
     (g,) = torch.autograd.grad(quantizers.SteSign()(x).pow(2).sum(), x, create_graph=True)

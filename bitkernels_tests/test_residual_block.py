@@ -16,6 +16,7 @@ block = ops.binary_residual_block.default
 # Sums of float32 numbers: 2-norms over whole tensors. float64 differs by the order of its sums.
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-5}
 
+FORMATS = (torch.contiguous_format, torch.channels_last)
 VECTORS = ("norm_weight", "norm_bias", "shift_in", "slope", "shift_out")
 AFFINE, RPRELU = VECTORS[:2], VECTORS[2:]
 SAME = ConvCase(channels=40, out_channels=40, size=(7, 6))
@@ -272,7 +273,7 @@ def test_any_layout_is_the_same_block(name, layout):
         assert_near(n, b_grads[n], a_grads[n].double(), 1e-6)
 
 
-@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients_of_images_have_their_memory_format(name, format, device):
     case, parts, options = BLOCKS[name]
@@ -280,11 +281,27 @@ def test_gradients_of_images_have_their_memory_format(name, format, device):
     for which in {"input", "residual"} & tensors.keys():
         t = tensors[which].detach().contiguous(memory_format=format)
         tensors[which] = t.requires_grad_()
-    out = call(case, tensors, **options)[0]
-    out.backward(torch.randn(out.shape, device=device))
-    for which in {"input", "residual"} & tensors.keys():
-        t = tensors[which]
-        assert t.grad is None or t.grad.stride() == t.stride(), which
+    for grad_format in FORMATS:
+        out = call(case, tensors, **options)[0]
+        grad = torch.randn(out.shape, device=device).contiguous(memory_format=grad_format)
+        images = {n: t for n, t in tensors.items() if n in ("input", "residual")}
+        grads = torch.autograd.grad(out, list(images.values()), grad, allow_unused=True)
+        for (which, t), got in zip(images.items(), grads, strict=True):
+            assert got is None or got.stride() == t.stride(), which
+
+
+def test_small_gradients_are_not_lost_in_half_precision():
+    """Times a scale of 2^-10 they would leave float16's normal numbers."""
+    case, parts = SAME, (*AFFINE, "scale")
+    plain = operands(case, parts, torch.float64)
+    plain["scale"] = torch.full_like(plain["scale"], 2**-10, requires_grad=False)
+    half = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in plain.items()}
+    grad = torch.randn(case.output_shape, dtype=torch.float64) * 1e-5
+    call(case, plain)[0].backward(grad)
+    call(case, half, dtype=torch.float16)[0].backward(grad.float())
+    expected = plain["weight"].grad
+    distance = (half["weight"].grad.double() - expected).norm()
+    assert distance <= 4 * torch.finfo(torch.float16).eps * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["reactnet", "reactnet_down"])

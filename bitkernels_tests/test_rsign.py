@@ -89,6 +89,17 @@ def test_large_arguments_have_finite_gradients(device):
     assert x.grad.tolist() == [[0.0] * 4]
 
 
+@pytest.mark.parametrize("estimator", ("ste_sign", "approx_sign", "identity"))
+@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_gradient_of_an_image_has_its_memory_format(format, estimator, device):
+    x = torch.randn(2, 5, 3, 4, device=device).contiguous(memory_format=format).requires_grad_()
+    shift = torch.randn(5, device=device)
+    for grad_format in (torch.contiguous_format, torch.channels_last):
+        grad = torch.ones_like(x, memory_format=grad_format)
+        y = ops.rsign(x, shift, estimator=estimator)
+        assert torch.autograd.grad(y, x, grad)[0].stride() == x.stride()
+
+
 def test_only_the_shift_trains(device):
     x, shift = reals(2, 3, 4, device=device), torch.zeros(3, device=device, requires_grad=True)
     ops.rsign(x, shift, estimator="identity").sum().backward()

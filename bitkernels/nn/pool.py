@@ -72,6 +72,7 @@ class _Geometry:
         taps = self.taps(numbers.device)
         table = torch.full((NOWHERE + 1,), -2**62, device=numbers.device)
         table[:len(taps)] = taps
+        # With int64 places the look-up takes twice the time, once they are not in the cache.
         return _look_up(table, numbers.int()).add_(self.starts(numbers)).clamp_(min=0)
 
 
