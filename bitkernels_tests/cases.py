@@ -218,6 +218,9 @@ POOL_CASES = (
     PoolCase((3, 3), channels=4096, size=(3, 3), batch=1),
 )
 
+# The memory formats of images that PyTorch has fast paths for.
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
 # The layouts in which a tensor of a given shape may arrive; each keeps the values of `x`.
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),

@@ -14,6 +14,7 @@ from bitkernels_tests.cases import (
     CONV_CASES,
     DTYPES,
     FEW_CONV_CASES,
+    FORMATS,
     LAYOUTS,
     ConvCase,
     dyadic,
@@ -24,7 +25,6 @@ ops = torch.ops.bitkernels
 CASE = ConvCase(channels=37, out_channels=10, size=(6, 5))
 ESTIMATORS = (("ste_sign", 1.0), ("ste_sign", 1.25), ("ste_sign", None), ("approx_sign", 1.0),
               ("swish_sign", None), ("identity", None), ("none", None))
-FORMATS = (torch.contiguous_format, torch.channels_last)
 NAMES = ("input", "weight", "bias", "scale")
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bitkernels.nn as bnn
 from bitkernels.nn.pool import _Geometry
+from bitkernels_tests.cases import FORMATS
 
 WINDOWS = (dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=2), dict(kernel_size=1),
            dict(kernel_size=(3, 2), stride=(1, 3), padding=(1, 0)),
@@ -49,7 +50,7 @@ def same(options, x) -> tuple[int, int]:
     return own, kept - got.numel()
 
 
-@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("options", WINDOWS, ids=str)
 def test_equals_torch_and_keeps_a_byte_an_output(options, format, device):
     x = torch.randint(-3, 4, (2, 3, 20, 17), device=device).float()  # many equal maxima
@@ -75,7 +76,7 @@ def test_not_a_number_and_infinities(device):
     assert same(WINDOWS[0], x) == (0, 0)
 
 
-@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("options", WINDOWS, ids=str)
 def test_index_outside_of_its_window(options, format):
     """On GPUs the index is 0 where all of a window is -inf: kept as such, not looked up outside."""
@@ -124,7 +125,7 @@ def test_checkpoint():
     assert torch.equal(x.grad, result(layer, x, torch.ones(2, 3, 4, 4))[1])
 
 
-@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_second_derivative(format):
     """As PyTorch's: that of the elements that were the maxima."""
     x = torch.randn(2, 3, 8, 9).contiguous(memory_format=format).requires_grad_()

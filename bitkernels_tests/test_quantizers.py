@@ -12,7 +12,7 @@ from torch import nn
 
 from bitkernels import quantizers
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import DTYPES, reals
+from bitkernels_tests.cases import DTYPES, FORMATS, reals
 
 NAN, INF = math.nan, math.inf
 POINTS = (-INF, -1.5, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5, INF)
@@ -179,8 +179,8 @@ def test_one_bit_is_saved_for_backward(name):
 
 
 @pytest.mark.parametrize("name", ("ste_sign", "ste_tern", "ste_heaviside"))
-@pytest.mark.parametrize("grad_format", (torch.contiguous_format, torch.channels_last), ids=str)
-@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("grad_format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_gradient_of_an_image_has_its_memory_format(format, grad_format, name):
     x = torch.randn(2, 5, 3, 4).contiguous(memory_format=format).requires_grad_()
     grad = torch.randn(x.shape).contiguous(memory_format=grad_format)

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import LAYOUTS, ConvCase, dyadic, reals
+from bitkernels_tests.cases import FORMATS, LAYOUTS, ConvCase, dyadic, reals
 
 ops = torch.ops.bitkernels
 block = ops.binary_residual_block.default
 # Sums of float32 numbers: 2-norms over whole tensors. float64 differs by the order of its sums.
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-5}
 
-FORMATS = (torch.contiguous_format, torch.channels_last)
 VECTORS = ("norm_weight", "norm_bias", "shift_in", "slope", "shift_out")
 AFFINE, RPRELU = VECTORS[:2], VECTORS[2:]
 SAME = ConvCase(channels=40, out_channels=40, size=(7, 6))

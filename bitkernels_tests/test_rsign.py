@@ -7,7 +7,7 @@ import torch
 
 from bitkernels import reference
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import DTYPES, LAYOUTS, reals
+from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, reals
 
 ops = torch.ops.bitkernels
 SHAPES = ((2, 7), (0, 3), (3, 33, 5), (2, 7, 4, 5), (1, 40, 1, 1), (2, 5, 3, 4, 2))
@@ -90,11 +90,11 @@ def test_large_arguments_have_finite_gradients(device):
 
 
 @pytest.mark.parametrize("estimator", ("ste_sign", "approx_sign", "identity"))
-@pytest.mark.parametrize("format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_gradient_of_an_image_has_its_memory_format(format, estimator, device):
     x = torch.randn(2, 5, 3, 4, device=device).contiguous(memory_format=format).requires_grad_()
     shift = torch.randn(5, device=device)
-    for grad_format in (torch.contiguous_format, torch.channels_last):
+    for grad_format in FORMATS:
         grad = torch.ones_like(x, memory_format=grad_format)
         y = ops.rsign(x, shift, estimator=estimator)
         assert torch.autograd.grad(y, x, grad)[0].stride() == x.stride()
