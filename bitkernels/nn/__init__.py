@@ -2,7 +2,7 @@
 
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
-from bitkernels.nn.convert import binarize, pack
+from bitkernels.nn.conversion import binarize, pack
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
