@@ -1,7 +1,6 @@
 """Folders of pictures and CIFAR, read by torchvision."""
 
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -13,28 +12,7 @@ from bitkernels.train.data import Pictures, loader
 Image = pytest.importorskip("PIL.Image")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def torchvision():
-    """torchvision. One built for another build of torch imports once two operators have names.
-
-    Its wheels on PyPI are built for CUDA; a torch for CPUs cannot load their operators, of which
-    pictures and transforms use none.
-    """
-    library = None
-    try:
-        import torchvision
-    except ImportError:
-        pytest.skip("torchvision is not installed")
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-    yield torchvision
+pytestmark = pytest.mark.usefixtures("torchvision")
 
 
 @pytest.fixture
