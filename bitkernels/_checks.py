@@ -297,14 +297,32 @@ def check_rprelu(op: str, input: Tensor, **vectors: Tensor) -> None:
         check_channel_vector(op, arg, t, input.shape[1])
 
 
+def check_shift(op: str, input: Tensor, shift: Tensor, dim: int) -> None:
+    """One shift a channel, (C,), or one a channel of each sample: the input's rank, N in dimension
+    0, C in `dim`, 1 elsewhere. Where the channels are dimension 0 there are no samples."""
+    check_same_device(op, input, shift=shift)
+    check_real(op, "shift", shift)
+    channels = input.shape[dim]
+    if shift.dim() == 1 and shift.shape[0] == channels:
+        return
+    each = tuple(input.shape[i] if i in (0, dim) else 1 for i in range(input.dim()))
+    if dim == 0 or shift.dim() == 1 or tuple(shift.shape) != each:
+        takes = f"of shape ({channels},)"
+        fail(op, "shift", takes if dim == 0 else f"{takes} or {each}", describe(shift))
+
+
+def check_rsign(input: Tensor, shift: Tensor) -> None:
+    check_rprelu("rsign", input)
+    check_shift("rsign", input, shift, 1)
+
+
 def check_sign_pack(op: str, input: Tensor, shift: Tensor | None, dim: int) -> int:
     check_real(op, "input", input)
     dim = normalize_dim(op, input, dim)
     if input.shape[dim] < 1:
         fail(op, "input", "at least 1 channel wide", describe(input))
     if shift is not None:
-        check_same_device(op, input, shift=shift)
-        check_channel_vector(op, "shift", shift, input.shape[dim])
+        check_shift(op, input, shift, dim)
     return dim
 
 

@@ -7,6 +7,8 @@ Conventions (see docs/architecture.md for the numeric contract):
   words     32 signs in an int32, least significant bit first, along the channels, channels last.
             Bit 1 is +1, and x is +1 unless x < 0; bits past the last channel are 0.
   channels  the number of real channels behind the words, since words alone cannot tell.
+  shift     of rsign, sign_pack and sign_pack_mask: one a channel, (C,), or one a channel of each
+            sample: of the input's rank, N in dimension 0, C in the channels' and 1 elsewhere.
   filter    words of shape (Cout, kh, kw, ceil(Cin/groups/32)), or the same tiled by `tile_weight`.
 """
 
@@ -34,6 +36,7 @@ from bitkernels._checks import (
     check_grad_like,
     check_mask_grad,
     check_rprelu,
+    check_rsign,
     check_sign_pack,
     check_tile_weight,
     check_unpack,
@@ -237,7 +240,7 @@ def _(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=Fals
 
 @_fake("rsign")
 def _(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
-    check_rprelu("rsign", input, shift=shift)
+    check_rsign(input, shift)
     check_estimator("rsign", "estimator", estimator)
     check_clip("rsign", "clip", clip)
     return empty_around(input, 1)

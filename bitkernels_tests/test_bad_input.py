@@ -103,7 +103,15 @@ for op, more in ((ops.sign_pack.default, ()), (ops.sign_pack_mask.default, (1.0,
     row(op, "dim must be in [-2, 1], got 2", real(2, 3), *more, None, 2)
     row(op, "dim must be in [-2, 1], got -3", real(2, 3), *more, None, -3)
     row(op, "input must be at least 1 channel wide, got float32 of shape (2, 0)", real(2, 0), *more)
-    row(op, "shift must be of shape (3,), got float32 of shape (2,)", real(2, 3), *more, real(2))
+    for shape, dim, takes, wrong in (
+        ((2, 3), -1, "(3,) or (2, 3)", (2,)), ((2, 3), 1, "(3,) or (2, 3)", (1, 3)),
+        ((2, 3, 4, 5), 1, "(3,) or (2, 3, 1, 1)", (2, 3)),
+        ((2, 3, 4, 5), 1, "(3,) or (2, 3, 1, 1)", (1, 3, 1, 1)),
+        ((2, 3, 4, 5), 1, "(3,) or (2, 3, 1, 1)", (2, 3, 4, 5)),
+        ((2, 3, 4, 5), -1, "(5,) or (2, 1, 1, 5)", (2, 5, 1, 1)),
+        ((2, 3, 4), 0, "(2,)", (2, 1, 1)), ((5,), 0, "(5,)", ())):
+        row(op, f"shift must be of shape {takes}, got float32 of shape {wrong}", real(*shape),
+            *more, real(*wrong), dim)
     row(op, f"shift must be {FLOATS}, got int32 of shape (3,)", real(2, 3), *more, words(3))
     row(op, "shift must be on cpu as the first argument, got meta", real(2, 3), *more,
         real(3, device="meta"))
@@ -274,8 +282,13 @@ dense(f"dtype must be {FLOATS}, got torch.int64", dtype=torch.int64)
 
 row(ops.rsign.default, f"input must be {FLOATS}, got int32 of shape (2, 3)", words(2, 3), real(3))
 row(ops.rsign.default, "input must be (N, C, ...), got float32 of shape (3,)", real(3), real(3))
-row(ops.rsign.default, "shift must be of shape (3,), got float32 of shape (4,)", real(2, 3, 4),
-    real(4))
+for wrong in ((4,), (2, 3), (1, 3, 1), (2, 3, 4), (3, 1)):
+    row(ops.rsign.default, "shift must be of shape (3,) or (2, 3, 1), got float32 of shape "
+        f"{wrong}", grad(2, 3, 4), real(*wrong))
+row(ops.rsign.default, f"shift must be {FLOATS}, got int32 of shape (2, 3, 1)", real(2, 3, 4),
+    words(2, 3, 1))
+row(ops.rsign.default, "shift must be of shape (3,) or (2, 3, 1), got float32 of shape (4,)",
+    real(2, 3, 4), real(4))
 row(ops.rsign.default, f"estimator must be {ESTIMATORS}, got 'tanh'", real(2, 3), real(3),
     estimator="tanh")
 row(ops.rsign.default, "clip must be at least 0, got -0.5", grad(2, 3), real(3),

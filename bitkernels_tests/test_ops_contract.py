@@ -38,7 +38,7 @@ def samples(device) -> dict[str, tuple]:
     vector, matrix = words_of(2, 3, 37, **kw), words_of(19, 37, **kw)
     linear = (vector, matrix, 37)
     mask = words_of(2, 5, 6, 37, **kw)
-    shift = dyadic(37, **kw)
+    shift, samples = dyadic(37, **kw), dyadic(2, 37, 1, 1, **kw)
     grouped = ConvCase(channels=6, out_channels=4, groups=2, pad_value=-1)
     gx, gw = (leaf(t) for t in grouped.reals(**kw))
     pair = (leaf(reals(2, 3, 37, **kw)), leaf(reals(19, 37, **kw)))
@@ -52,8 +52,10 @@ def samples(device) -> dict[str, tuple]:
         "sign_pack": (ops.sign_pack.default, (x, None, 1), {}),
         "sign_pack_last": (ops.sign_pack.default, (x,), {}),
         "sign_pack_strided": (ops.sign_pack.default, (channels_last(x)[:, :, ::2], shift, 1), {}),
+        "sign_pack_samples": (ops.sign_pack.default, (x, dyadic(2, 1, 1, 6, **kw)), {}),
         "sign_pack_bfloat16": (ops.sign_pack.default, (x.bfloat16(), None, 0), {}),
         "sign_pack_mask": (ops.sign_pack_mask.default, (x, 1.0, shift, 1), {}),
+        "sign_pack_mask_samples": (ops.sign_pack_mask.default, (x, 1.0, samples, 1), {}),
         "sign_pack_mask_last": (ops.sign_pack_mask.default, (channels_last(x).half(), 1.25), {}),
         "mask_grad": (ops.mask_grad.default, (x, mask, 1), {}),
         "mask_grad_channels_last": (ops.mask_grad.default, (channels_last(x), mask, 1), {}),
@@ -84,6 +86,9 @@ def samples(device) -> dict[str, tuple]:
                       dict(estimator="ste_sign")),
         "rsign_matrix": (ops.rsign.default, (x[:, :, 0, 0], leaf(shift)),
                          dict(estimator="identity")),
+        "rsign_samples": (ops.rsign.default, (leaf(channels_last(x)), leaf(samples)), {}),
+        "rsign_samples_matrix": (ops.rsign.default, (leaf(x[:, :, 0, 0]), leaf(x[:, :, 1, 1])),
+                                 dict(estimator="identity")),
         "rprelu": (ops.rprelu.default, rprelu, {}),
         "rprelu_half": (ops.rprelu.default, (leaf(channels_last(x).half()), *rprelu[1:]), {}),
         "rprelu_backward": (ops.rprelu_backward.default, (x, channels_last(x), shift, shift), {}),

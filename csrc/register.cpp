@@ -33,7 +33,7 @@ std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat
   dim = normalize_dim(op, input, dim);
   const int64_t channels = input.size(dim);
   if (channels < 1) fail(op, "input", "at least 1 channel wide", describe(input));
-  check_channel_vector(op, "shift", shift, channels);
+  const int64_t samples = check_shift(op, input, shift, dim);
   if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
   const Kernel& k = kernel();
   const Around x = around(input, dim);
@@ -43,7 +43,7 @@ std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat
   if (clip) mask = empty(packed_shape(input, dim), ScalarType::Int);
   if (input.numel() > 0)
     sign_pack(k, x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, channels,
-              x.inner, wide.get(), clip.value_or(0), mutable_words(signs),
+              x.inner, wide.get(), samples, clip.value_or(0), mutable_words(signs),
               mask ? mutable_words(*mask) : nullptr);
   return {signs, mask};
 }
@@ -451,7 +451,7 @@ void check_activation(const char* op, const Tensor& input) {
 Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip, double) {
   const char* op = "rsign";
   check_activation(op, input);
-  check_channel_vector(op, "shift", shift, input.size(1));
+  const int64_t samples = check_shift(op, input, shift, 1);
   bool known = false;
   for (const char* name : {"ste_sign", "approx_sign", "swish_sign", "identity", "none"})
     known |= estimator == name;
@@ -464,7 +464,7 @@ Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip
   Tensor out = dense_like(x.tensor);
   if (input.numel() > 0)
     rsign(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
-          x.inner, wide.get(), out.mutable_data_ptr());
+          x.inner, wide.get(), samples, out.mutable_data_ptr());
   return out;
 }
 
