@@ -390,7 +390,10 @@ std::tuple<Tensor, Tensor, Tensor> op_binary_conv2d_forward(Tensor input, Tensor
   if (input.dim() != 4) fail(op, "input", "4-dimensional", describe(input));
   if (weight.dim() != 4) fail(op, "weight", "4-dimensional", describe(weight));
   if (weight.size(1) * groups != input.size(1))
-    fail(op, "weight", text("for ", input.size(1), " input channels"), describe(weight));
+    fail(op, "input",
+         text(weight.size(1) * groups, " channels wide for a weight of shape ",
+              tuple_text(weight.sizes()), groups > 1 ? text(" in ", groups, " groups") : ""),
+         text(input.size(1), " channels in ", describe(input)));
   const auto [words, mask] = pack(op, input, clip, std::nullopt, 1);
   const Tensor weight_words = std::get<0>(pack(op, weight, std::nullopt, std::nullopt, 1));
   Parts parts;
@@ -443,14 +446,35 @@ Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes paddin
   return out;
 }
 
-void check_activation(const char* op, const Tensor& input) {
+// Of a layer's input and its parameters per channel: where these agree with each other, the input
+// is what does not fit.
+void check_activation(const char* op, const Tensor& input,
+                      const std::vector<std::pair<const char*, const Tensor*>>& vectors) {
   check_real(op, "input", input);
   if (input.dim() < 2) fail(op, "input", "(N, C, ...)", describe(input));
+  const int64_t channels = input.size(1);
+  bool agree = true;
+  for (const auto& [arg, t] : vectors) check_cpu(op, arg, *t);
+  for (const auto& [arg, t] : vectors)
+    agree = agree && t->dim() == 1 && t->numel() == vectors.front().second->numel();
+  for (const auto& [arg, t] : vectors) {
+    if (!agree || t->size(0) == channels) {
+      check_channel_vector(op, arg, *t, channels);
+      continue;
+    }
+    check_real(op, arg, *t);
+    fail(op, "input",
+         text(t->size(0), " channels wide for a ", arg, " of shape ", tuple_text(t->sizes())),
+         text(channels, " channels in ", describe(input)));
+  }
 }
 
 Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip, double) {
   const char* op = "rsign";
-  check_activation(op, input);
+  if (shift.dim() == 1)
+    check_activation(op, input, {{"shift", &shift}});
+  else
+    check_activation(op, input, {});
   const int64_t samples = check_shift(op, input, shift, 1);
   bool known = false;
   for (const char* name : {"ste_sign", "approx_sign", "swish_sign", "identity", "none"})
@@ -470,10 +494,8 @@ Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip
 
 Tensor op_rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) {
   const char* op = "rprelu";
-  check_activation(op, input);
-  check_channel_vector(op, "shift_in", shift_in, input.size(1));
-  check_channel_vector(op, "slope", slope, input.size(1));
-  check_channel_vector(op, "shift_out", shift_out, input.size(1));
+  check_activation(op, input,
+                   {{"shift_in", &shift_in}, {"slope", &slope}, {"shift_out", &shift_out}});
   const bool wide = input.scalar_type() == ScalarType::Double;
   const WideVector a(shift_in, wide), b(slope, wide), c(shift_out, wide);
   const Around x = around(input, 1);
@@ -487,9 +509,7 @@ Tensor op_rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) 
 std::tuple<Tensor, Tensor, Tensor, Tensor> op_rprelu_backward(Tensor grad, Tensor input,
                                                               Tensor shift_in, Tensor slope) {
   const char* op = "rprelu_backward";
-  check_activation(op, input);
-  check_channel_vector(op, "shift_in", shift_in, input.size(1));
-  check_channel_vector(op, "slope", slope, input.size(1));
+  check_activation(op, input, {{"shift_in", &shift_in}, {"slope", &slope}});
   check_cpu(op, "grad", grad);
   const auto sizes = input.sizes();
   const Sizes shape(sizes.begin(), sizes.end()),
