@@ -59,7 +59,7 @@ class _Packed(nn.Module):
     @torch.no_grad()
     def _fill(self, layer: Any) -> None:
         """Take over signs, scale and bias of a binary layer."""
-        weight = layer.signs_of_weight()
+        weight = layer._by_output(layer.signs_of_weight())
         self.weight_words = _sign_pack(weight, None, 1).view(self.weight_words.shape)
         scale, bias = layer.scale(), layer.bias
         self.scale = None if scale is None else scale.float()
