@@ -63,28 +63,39 @@ def conv_transpose2d_on_words(words: Tensor, filters, every, channels: int, out_
                               channels_last: bool) -> Tensor:
     """(N, Cout, *size) of words (N, H, W, words); filters are `phase_filters`, or tiled ones."""
 
-    def part(phase: tuple[Phase, Phase], filter: Tensor | None) -> Tensor:
+    def part(phase: tuple[Phase, Phase], filter: Tensor | None) -> Tensor | None:
         v, h = phase
-        spans = _span(v, words.shape[1]), _span(h, words.shape[2])
-        if filter is None or spans[0] is None or spans[1] is None:
-            value = torch.zeros(out_channels, device=words.device)
-            value = value if scale is None else value * scale.float()
-            value = value if bias is None else value + bias.float()
-            return value.to(dtype).view(1, -1, 1, 1)
-        (rows, *vertical), (columns, *horizontal) = spans
+        rows, columns = _span(v, words.shape[1]), _span(h, words.shape[2])
+        if filter is None or rows is None or columns is None:
+            return None
         return ops.packed_conv2d.default(
-            words[:, rows, columns], filter, channels, (1, 1), (*vertical, *horizontal),
+            words[:, rows[0], columns[0]], filter, channels, (1, 1), (*rows[1:], *columns[1:]),
             (v.dilation, h.dilation), groups, out_channels=out_channels, scale=scale, bias=bias,
             dtype=dtype, channels_last=channels_last)
 
-    if len(every) == 1 and filters[0] is not None:
-        return part(every[0], filters[0])
+    if len(every) == 1:
+        whole = part(every[0], filters[0])
+        if whole is not None:
+            return whole
     out = empty_real(words, (words.shape[0], out_channels, *size), dtype, channels_last)
     for phase, filter in zip(every, filters, strict=True):
         first = phase[0].first, phase[1].first
         if first[0] < size[0] and first[1] < size[1]:
-            out[:, :, first[0] :: stride[0], first[1] :: stride[1]] = part(phase, filter)
+            value = part(phase, filter)
+            if value is None:
+                value = _of_no_taps(out, scale, bias)
+            out[:, :, first[0] :: stride[0], first[1] :: stride[1]] = value
     return out
+
+
+def _of_no_taps(out: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The epilogue of dot products that are 0, (Cout, 1, 1) in float32."""
+    value = torch.zeros(out.shape[1], device=out.device)
+    if scale is not None:
+        value.mul_(scale)
+    if bias is not None:
+        value.add_(bias)
+    return value.view(-1, 1, 1)
 
 
 def _span(phase: Phase, size: int) -> tuple[slice, int, int] | None:

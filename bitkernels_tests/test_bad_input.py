@@ -271,6 +271,41 @@ row(ops.binary_conv2d.padding, "padding must be 'same', 'valid' or integers, got
 row(ops.binary_conv2d.padding, "stride must be 1 with padding='same', got [2, 2]",
     real(2, 6, 5, 5), real(8, 6, 3, 3), None, (2, 2), "same")
 
+TRANSPOSED = real(2, 6, 5, 5), real(6, 4, 3, 3)
+
+
+def transposed(text, *args, x=TRANSPOSED[0], w=TRANSPOSED[1], **kw):
+    row(ops.binary_conv_transpose2d.default, text, x, w, *args, **kw)
+
+
+transposed("input must be (N, C, H, W) or (C, H, W), got float32 of shape (6, 5)", x=real(6, 5))
+transposed(f"input must be {FLOATS}, got int64 of shape (2, 6, 5, 5)",
+           x=real(2, 6, 5, 5, dtype=torch.int64))
+transposed("input must be 6 channels wide for a weight of shape (6, 4, 3, 3), got 4 channels in "
+           "float32 of shape (2, 4, 5, 5)", x=real(2, 4, 5, 5))
+transposed("input must be at least 1 x 1 in size, got [0, 5]", x=real(2, 6, 0, 5))
+transposed("weight must be 4-dimensional, got float32 of shape (6, 4, 3)", w=real(6, 4, 3))
+transposed("weight must be of at least one channel and tap, got float32 of shape (6, 4, 0, 3)",
+           w=real(6, 4, 0, 3))
+transposed("weight must be on cpu as the first argument, got meta",
+           w=real(6, 4, 3, 3, device="meta"))
+transposed("groups must be a divisor of 6 input channels, got 4", None, (1,), (0,), (0,), 4)
+transposed("groups must be a divisor of 6 input channels, got 0", None, (1,), (0,), (0,), 0)
+transposed("bias must be of shape (8,), got float32 of shape (4,)", real(4), (1,), (0,), (0,), 2)
+transposed("scale must be of shape (4,), got float32 of shape (6,)", scale=real(6))
+transposed("stride must be at least 1, got [0, 0]", None, (0, 0))
+transposed("dilation must be at least 1, got [1, 0]", None, (1,), (0,), (0,), 1, (1, 0))
+transposed("padding must be at least 0, got [-1, 0]", None, (1,), (-1, 0))
+transposed("output_padding must be at least 0, got [0, -1]", None, (2,), (0,), (0, -1))
+transposed("output_padding must be smaller than stride or dilation, got [0, 2]", None, (2,), (0,),
+           (0, 2))
+transposed("padding must be small enough for an output of at least 1 x 1, got [4, 4] and an output "
+           "of -1 x -1", None, (1,), (4, 4))
+transposed(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
+transposed("weight_clip must be at least 0, got -1", weight_clip=-1.0)
+transposed(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
+transposed("scale must be on cpu as the first argument, got meta", scale=real(4, device="meta"))
+
 dense(f"input must be {FLOATS}, got int32 of shape (3, 6)", x=words(3, 6))
 dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape (3, 5)",
       x=real(3, 5))

@@ -41,6 +41,7 @@ def samples(device) -> dict[str, tuple]:
     shift, samples = dyadic(37, **kw), dyadic(2, 37, 1, 1, **kw)
     grouped = ConvCase(channels=6, out_channels=4, groups=2, pad_value=-1)
     gx, gw = (leaf(t) for t in grouped.reals(**kw))
+    transposed = (gx, leaf(reals(6, 4, 3, 2, **kw)))
     pair = (leaf(reals(2, 3, 37, **kw)), leaf(reals(19, 37, **kw)))
     train = (leaf(x), leaf(w), leaf(c19[5]))
     rprelu = tuple(leaf(t) for t in (x, shift, shift + 0.25, -shift))
@@ -137,6 +138,13 @@ def samples(device) -> dict[str, tuple]:
             leaf(x.double()), leaf(w.double()), leaf(residual.double()), leaf(shift), None, None,
             None, None, None, *CONV.args), dict(relu=True, scale=leaf(c19[5].abs()))),
         "train_linear": (ops.binary_linear.default, (*pair, leaf(c19[0])), {}),
+        "train_transpose": (ops.binary_conv_transpose2d.default, (
+            *transposed, leaf(c19[5][:8]), (2,), (1,), (1,), 2), {}),
+        "train_transpose_scale": (ops.binary_conv_transpose2d.default, (
+            leaf(channels_last(gx).half()), transposed[1], None, (2, 3), (0, 1), (1, 0), 2, (1, 2)),
+            dict(scale=leaf(c19[0][:8]), input_estimator="approx_sign", input_clip=None)),
+        "train_transpose_unbatched": (ops.binary_conv_transpose2d.default, (
+            transposed[0][0], transposed[1].detach()), dict(dtype=torch.bfloat16)),
         "train_linear_scale": (ops.binary_linear.default, pair,
                                dict(scale=leaf(c19[0]), input_estimator="swish_sign")),
     }
@@ -315,7 +323,8 @@ def test_shapes_beyond_int32():
 RAW = tuple(name for name, (op, args, kw) in samples(torch.device("cpu")).items()
             if "binary_conv2d" not in str(op) or "forward" in str(op)
             if not str(op).startswith(tuple(f"bitkernels.{name}.default" for name in (
-                "binary_linear", "binary_residual_block", "rsign", "rprelu"))))
+                "binary_linear", "binary_conv_transpose2d", "binary_residual_block", "rsign",
+                "rprelu"))))
 
 
 @pytest.mark.parametrize("name", RAW)
