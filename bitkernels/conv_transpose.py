@@ -1,9 +1,9 @@
-"""The differentiable transposed convolution of signs, by its phases (`bitkernels._transposed`).
+"""Transposed convolutions of signs, by their phases (`bitkernels._transposed`).
 
-The input is packed once; each phase of the output is a convolution of the words with some taps of
-the filters, and writes every stride-th pixel. For the backward it keeps what `binary_conv2d` keeps:
-packed signs, and what the sign's estimator needs. The real part of the backward is PyTorch's own,
-on operands expanded from the bits.
+Each phase of the output is a `packed_conv2d` of the words with some taps of the filters, on the
+backend that the device has, and writes every stride-th pixel. `binary_conv_transpose2d` keeps for
+its backward what `binary_conv2d` keeps: packed signs, and what the sign's estimator needs. The real
+part of the backward is PyTorch's own, on operands expanded from the bits.
 
 Filters of a transposed convolution have the input's channels first, (Cin, Cout / groups, kh, kw).
 Words, scale and gradients are by output channel, (Cout, Cin / groups, kh, kw), as in all other
@@ -18,7 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from bitkernels._checks import wants_channels_last
 from bitkernels._ops import LIB, empty_real
-from bitkernels._transposed import Phase, check_binary_conv_transpose2d, phases
+from bitkernels._transposed import (
+    Phase,
+    check_binary_conv_transpose2d,
+    check_packed_conv_transpose2d,
+    phases,
+)
 from bitkernels.autograd import (
     _below_autograd,
     _needs_grad,
@@ -58,10 +63,10 @@ def phase_filters(weight_words: Tensor, every: list[tuple[Phase, Phase]]) -> lis
             else weight_words[:, v.taps, h.taps].flip(1, 2) for v, h in every]
 
 
-def conv_transpose2d_on_words(words: Tensor, filters, every, channels: int, out_channels: int,
-                              size, stride, groups: int, scale, bias, dtype: torch.dtype,
-                              channels_last: bool) -> Tensor:
-    """(N, Cout, *size) of words (N, H, W, words); filters are `phase_filters`, or tiled ones."""
+def by_phases(words: Tensor, filters, every, channels: int, shape, stride, groups: int, scale,
+              bias, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """(N, *shape) of words (N, H, W, words); filters are `phase_filters`, or tiled ones."""
+    out_channels, *size = shape
 
     def part(phase: tuple[Phase, Phase], filter: Tensor | None) -> Tensor | None:
         v, h = phase
@@ -96,6 +101,17 @@ def _of_no_taps(out: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tenso
     if bias is not None:
         value.add_(bias)
     return value.view(-1, 1, 1)
+
+
+def _packed_conv_transpose2d(
+        words, weight_words, channels, stride=(1,), padding=(0,), output_padding=(0,), groups=1,
+        dilation=(1,), *, scale=None, bias=None, dtype=None, channels_last=True):
+    shape, *geometry = check_packed_conv_transpose2d(
+        words, weight_words, channels, stride, padding, output_padding, groups, dilation,
+        scale=scale, bias=bias, dtype=dtype)
+    every = phases2d(weight_words.shape[1:3], *geometry)
+    return by_phases(words, phase_filters(weight_words, every), every, channels, shape[1:],
+                     geometry[0], groups, scale, bias, dtype or torch.float32, channels_last)
 
 
 def _span(phase: Phase, size: int) -> tuple[slice, int, int] | None:
@@ -166,27 +182,25 @@ class _BinaryConvTranspose2d(torch.autograd.Function):
 
 
 def _on_words(words, input, weight, bias, scale, conf) -> Tensor:
-    groups, kernel = conf["groups"], weight.shape[2:]
-    every = phases2d(kernel, conf["stride"], conf["padding"], conf["output_padding"],
-                     conf["dilation"])
-    return conv_transpose2d_on_words(
-        words, phase_filters(pack_filters(weight, groups), every), every, weight.shape[0],
-        weight.shape[1] * groups, conf["size"], conf["stride"], groups, scale, bias,
-        conf["dtype"] or input.dtype, wants_channels_last(input, weight))
+    return ops.packed_conv_transpose2d.default(
+        words, pack_filters(weight, conf["groups"]), weight.shape[0], conf["stride"],
+        conf["padding"], conf["output_padding"], conf["groups"], conf["dilation"], scale=scale,
+        bias=bias, dtype=conf["dtype"] or input.dtype,
+        channels_last=wants_channels_last(input, weight))
 
 
 def _binary_conv_transpose2d(
         input, weight, bias=None, stride=(1,), padding=(0,), output_padding=(0,), groups=1,
         dilation=(1,), *, scale=None, input_estimator="ste_sign", input_clip=1.0,
         weight_estimator="ste_sign", weight_clip=1.0, beta=5.0, scale_weight_grad=True, dtype=None):
-    shape, stride, padding, output_padding, dilation = check_binary_conv_transpose2d(
+    _, stride, padding, output_padding, dilation = check_binary_conv_transpose2d(
         input, weight, bias, stride, padding, output_padding, groups, dilation, scale=scale,
         input_estimator=input_estimator, input_clip=input_clip, weight_estimator=weight_estimator,
         weight_clip=weight_clip, dtype=dtype)
     conf = dict(stride=stride, padding=padding, output_padding=output_padding, groups=groups,
-                dilation=dilation, size=shape[-2:], input_estimator=input_estimator,
-                input_clip=input_clip, weight_estimator=weight_estimator, weight_clip=weight_clip,
-                beta=beta, scale_weight_grad=scale_weight_grad, dtype=dtype)
+                dilation=dilation, input_estimator=input_estimator, input_clip=input_clip,
+                weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
+                scale_weight_grad=scale_weight_grad, dtype=dtype)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if _needs_grad(input, weight, bias, scale):
         out = _BinaryConvTranspose2d.apply(batched, weight, bias, scale, conf)[0]
@@ -197,6 +211,7 @@ def _binary_conv_transpose2d(
     return out if input.dim() == 4 else out.squeeze(0)
 
 
+LIB.impl("packed_conv_transpose2d", _packed_conv_transpose2d, "CompositeExplicitAutograd")
 for _key in ("Autograd", "CompositeExplicitAutograd"):
     LIB.impl("binary_conv_transpose2d", _binary_conv_transpose2d, _key)
 for _device in ("cpu", "cuda"):

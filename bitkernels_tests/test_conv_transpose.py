@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bitkernels import reference
 from bitkernels._transposed import phases
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, dyadic, reals
+from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, dyadic, reals, words_of
 from bitkernels_tests.properties import given, settings, st
 
 ops = torch.ops.bitkernels
@@ -115,6 +116,22 @@ def test_phases_partition_the_taps(kernel, stride, padding, output_padding, dila
         outputs = [phase.first + stride * m for phase in found for m in range(size + phase.more)]
         total = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
         assert sorted(outputs) == list(range(total))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_packed_equals_reference(case, channels_last, device):
+    (n, cin, height, width), (_, per_group, *kernel) = case[:2]
+    cout, groups = per_group * case[5], case[5]
+    args = (words_of(n, height, width, cin, device=device),
+            words_of(cout, *kernel, cin // groups, device=device), cin, *case[2:])
+    scale, bias = dyadic(cout, device=device), reals(cout, device=device)
+    for kw in (dict(dtype=torch.int32), dict(bias=bias), dict(scale=scale, dtype=torch.float16),
+               dict(scale=scale, bias=bias.double(), dtype=torch.float64)):
+        y = ops.packed_conv_transpose2d(*args, channels_last=channels_last, **kw)
+        expected = reference.packed_conv_transpose2d(*args, channels_last=channels_last, **kw)
+        assert y.dtype == expected.dtype and torch.equal(y, expected)
+        assert y.stride() == expected.stride()
 
 
 def test_pixels_without_taps_are_the_bias(device):

@@ -80,6 +80,10 @@ def samples(device) -> dict[str, tuple]:
         "linear_vector": (ops.packed_linear.default, (vector[0, 0], matrix, 37), {}),
         "linear_packed": (ops.packed_linear.packed, linear, dict(threshold=threshold)),
         "linear_both": (ops.packed_linear.both, linear, dict(affine, dtype=torch.bfloat16)),
+        "conv_transpose": (ops.packed_conv_transpose2d.default, conv[:3], {}),
+        "conv_transpose_parts": (ops.packed_conv_transpose2d.default, (
+            *conv[:3], (2, 3), (0, 1), (1, 0), 1, (1, 2)),
+            dict(affine, dtype=torch.float16, channels_last=False)),
         "pool": (ops.packed_max_pool2d.default, (words, (2, 2)), {}),
         "pool_ceil": (ops.packed_max_pool2d.default, (words, (3,), (2,), (1,), (1,), True), {}),
         "rsign": (ops.rsign.default, (leaf(x), leaf(shift)), {}),

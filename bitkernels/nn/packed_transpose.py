@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
-from bitkernels._transposed import output_size as output_size_of
-from bitkernels.conv_transpose import conv_transpose2d_on_words, phase_filters, phases2d
+from bitkernels._transposed import geometry
+from bitkernels.conv_transpose import by_phases, phase_filters, phases2d
 from bitkernels.nn.derived import Derived
 from bitkernels.nn.packed import _Packed, _tile_weight
+
+_packed_conv_transpose2d = torch.ops.bitkernels.packed_conv_transpose2d.default
 
 
 def _filters(words: Tensor, groups: int, kernel, stride, padding,
@@ -77,17 +80,20 @@ class _PackedConvTranspose(_Packed):
         kernel, stride, padding, dilation = self._geometry
         if len(output_padding) == 1:
             output_padding = (0, *output_padding)
-        geometry = (kernel, stride, padding, output_padding, dilation)
-        size = output_size_of(type(self).__name__, input.shape[2:], *geometry)
-        every = phases2d(*geometry)
-        words: Any = self._buffers["weight_words"]
-        filters = self._tiles(words, self.groups, *self._geometry)
+        weight_words: Any = self._buffers["weight_words"]
+        words, dtype = self._words(input, 1), self._dtype(input)
+        channels_last = wants_channels_last(input, input)
+        filters = self._tiles(weight_words, self.groups, *self._geometry)
         if filters is None:
-            filters = phase_filters(words, every)
-        return conv_transpose2d_on_words(
-            self._words(input, 1), filters, every, self.in_channels, self.out_channels, size,
-            stride, self.groups, self.scale, self.bias, self._dtype(input),
-            wants_channels_last(input, input))
+            return _packed_conv_transpose2d(
+                words, weight_words, self.in_channels, stride, padding, output_padding, self.groups,
+                dilation, scale=self.scale, bias=self.bias, dtype=dtype,
+                channels_last=channels_last)
+        size, *_ = geometry("packed_conv_transpose2d", "input", input.shape[2:], kernel, stride,
+                            padding, output_padding, dilation)
+        every = phases2d(kernel, stride, padding, output_padding, dilation)
+        return by_phases(words, filters, every, self.in_channels, (self.out_channels, *size),
+                         stride, self.groups, self.scale, self.bias, dtype, channels_last)
 
     def extra_repr(self) -> str:
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
