@@ -393,9 +393,8 @@ def _rprelu(input, shift_in, slope, shift_out):
 
 # Without an Autograd key of their own these would detach silently; they refuse instead.
 RAW = ("sign_pack", "sign_pack_mask", "mask_grad", "packed_conv2d", "packed_conv2d.packed",
-       "packed_conv2d.both", "packed_conv_transpose2d",
-       "packed_linear", "packed_linear.packed", "packed_linear.both",
-       "binary_conv2d_forward", "rprelu_backward", "packed_conv2d_moments",
+       "packed_conv2d.both", "packed_conv_transpose2d", "packed_linear", "packed_linear.packed",
+       "packed_linear.both", "binary_conv2d_forward", "rprelu_backward", "packed_conv2d_moments",
        "packed_conv2d_input_grad", "packed_conv2d_weight_grad",
        "residual_block_forward", "residual_block_backward", "residual_block_norm_backward",
        "sign_backward")
