@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitkernels.conv_transpose import by_output
+from bitkernels.conv_transpose import by_output, spread
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 
@@ -25,8 +25,7 @@ class _BinaryConvTranspose(BinaryLayer, nn.modules.conv._ConvTransposeNd):
         return by_output(weight, self.groups)
 
     def _factor(self, scale: Tensor) -> Tensor:
-        grouped = scale.view(self.groups, 1, -1).expand(-1, self.in_channels // self.groups, -1)
-        return grouped.flatten(0, 1).unflatten(1, (-1, *[1] * len(self.kernel_size)))
+        return spread(scale, self.weight, self.groups)
 
     def _geometry(self, input: Tensor, output_size) -> tuple[Any, ...]:
         """stride, padding, output_padding, groups, dilation as `F.conv_transpose2d` takes them."""
