@@ -225,7 +225,6 @@ def test_inference_tensors_are_read_anew(pair):
 def test_threads_on_one_layer(pair):
     a, b, x, expected = pair
     own, wrong = a(x).clone(), []
-    state = {name: tensor.clone() for name, tensor in b.state_dict().items()}
 
     def run(layer, right):
         for _ in range(50):
