@@ -1,4 +1,4 @@
-"""Binary weights under pruning, norms and parametrizations, for optimizers, clipping and metrics."""
+"""Binary weights that are pruned, normed or parametrized: optimizers, clipping and metrics."""
 
 from __future__ import annotations
 
