@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def linear(rows=40, cout=64, channels=256):
     return words_of(rows, channels), words_of(cout, channels), channels
 
 
-def test_nothing_is_proven_so_nothing_runs_unasked(usable):
+def test_a_call_unlike_any_measured_one_does_not_run_unasked(usable):
     assert dispatch.attempt("packed_linear", linear(), {}) is None
     assert "BITKERNELS_CUDA=1 opts in" in dispatch.explain("packed_linear", *linear())
 
@@ -233,10 +234,22 @@ def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):
     assert gpu.run("packed_linear", *linear())[0] == "packed_linear"
 
 
+def test_on_hopper_the_layers_of_a_resnet_run_unasked(usable):
+    """By the table that the package carries; batch 256, and one image."""
+    for channels, size in ((64, 56), (128, 28), (256, 14)):
+        for batch, real in itertools.product((1, 256), (False, True)):
+            words = torch.zeros(batch, size, size, channels // 32, dtype=torch.int32)
+            args = words, words_of(channels, 3, 3, channels), channels, (1, 1), (1, 1)
+            found, why = dispatch._plan("packed_conv2d", args, dict(real=real, packed=not real),
+                                        CPU)
+            assert found[0].name.startswith("resident_"), (channels, batch, real, why)
+            assert "NVIDIA H200" in why
+
+
 def test_the_report_says_why(monkeypatch):
-    rows = dict(__main__.report())
-    assert "cuda kernels" in rows
-    assert "none proven" in rows["cuda kernels"]
+    assert "sm_90a (NVIDIA H200, " in dict(__main__.report())["cuda kernels"]
+    monkeypatch.setattr(plan, "table", dict)
+    assert "none proven" in dict(__main__.report())["cuda kernels"]
 
 
 def test_importing_loads_no_cuda():
