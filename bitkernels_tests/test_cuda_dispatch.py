@@ -184,7 +184,7 @@ def test_reasons_of_the_driver(driver, said, monkeypatch):
 def test_a_shape_that_is_new_inside_a_capture_is_an_error(usable, monkeypatch):
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
     monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
-    monkeypatch.setattr(launch, "_capturing", lambda device: True)
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="bitkernels::packed_linear: .* call it once before"):
         dispatch.attempt("packed_linear", linear(), {})
 
