@@ -45,7 +45,7 @@ struct Tasks {
   int64_t rows_each() const {
     if (!sums) return step();
     const int64_t steps = (outer + step() - 1) / step();
-    return step() * ((steps + kMostRowTasks - 1) / kMostRowTasks);
+    return step() * std::max<int64_t>(1, (steps + kMostRowTasks - 1) / kMostRowTasks);
   }
   int64_t count() const {
     return rows() ? (outer + rows_each() - 1) / rows_each() : outer * channels;
