@@ -246,6 +246,22 @@ def test_on_hopper_the_layers_of_a_resnet_run_unasked(usable):
             assert "NVIDIA H200" in why
 
 
+def test_free_image_sizes_do_not_compile_for_ever(usable, monkeypatch):
+    monkeypatch.setattr(dispatch, "MOST_UNASKED", 2)
+    weight = words_of(256, 3, 3, 256)
+
+    def chosen(size):
+        args = torch.zeros(4, size, size, 8, dtype=torch.int32), weight, 256, (1, 1), (1, 1)
+        return dispatch._plan("packed_conv2d", args, dict(real=True, packed=False), CPU)
+
+    assert chosen(28)[0] and chosen(30)[0]
+    found, why = chosen(32)
+    assert not found and "kernels for 2 shapes have been compiled" in why
+    assert chosen(28)[0], "what is there goes on"
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    assert chosen(32)[0]
+
+
 def test_the_report_says_why(monkeypatch):
     assert "sm_90a (NVIDIA H200, " in dict(__main__.report())["cuda kernels"]
     monkeypatch.setattr(plan, "table", dict)

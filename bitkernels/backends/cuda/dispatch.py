@@ -17,10 +17,15 @@ import os
 import torch
 
 from bitkernels.backends.cuda import kernels, plan
+from bitkernels.backends.cuda.spec import Spec
 from bitkernels.backends.trust import Capturing, Trust, Usable, index
 
 MOST_PLANS = 4096
+# Shapes that kernels are compiled for unasked. Each takes seconds once and stays loaded, which a
+# network with free image sizes must not do for ever.
+MOST_UNASKED = 128
 OPS = ("packed_conv2d", "packed_linear")
+_unasked: set[Spec] = set()
 _plans: dict[tuple, tuple[tuple[kernels.Kernel, ...], str]] = {}
 
 
@@ -30,6 +35,7 @@ def clear() -> None:
 
     trust.clear()
     usable.clear()
+    _unasked.clear()
     _plans.clear()
     launch.clear()
 
@@ -150,6 +156,10 @@ def _new_plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], st
         found = measured.faster(found)
         if not found:
             return (), f"{plan.NEXT} was measured to be faster near this shape"
+        if problem.spec not in _unasked and len(_unasked) >= MOST_UNASKED:
+            return (), (f"kernels for {MOST_UNASKED} shapes have been compiled in this process; "
+                        "BITKERNELS_CUDA=1 lifts the limit")
+        _unasked.add(problem.spec)
     forced = os.environ.get("BITKERNELS_CUDA_KERNEL")
     if forced:
         if forced not in kernels.ALL or forced == kernels.PREPARE.name:
