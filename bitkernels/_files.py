@@ -6,7 +6,9 @@ old one: a crash at any moment, or a full disk, leaves the old file as it was.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -34,3 +36,26 @@ def replace_file(path: Path, data: bytes, mark: str = "") -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes, and other calls in this one, out of a folder that is there.
+
+    The system lets go of it when the process ends, however it ends. Raises BlockingIOError where
+    another holds it, OSError where the folder cannot be written. Systems and file systems without
+    flock lock nothing.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # no locks here
+            pass
+        yield
