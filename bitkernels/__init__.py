@@ -4,6 +4,7 @@ from bitkernels import (
     _ops,
     autograd,
     backends,
+    conv_transpose,
     metrics,
     models,
     nn,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "autograd",
     "backends",
+    "conv_transpose",
     "fold_threshold",
     "metrics",
     "models",

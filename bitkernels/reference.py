@@ -45,8 +45,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _shifted(input: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+    """input + shift in the wide type, channels last; shift as `_checks.check_shift` takes it."""
     x = _wide(input.movedim(dim, -1))
-    return x if shift is None else x + shift.to(x.dtype)
+    if shift is None:
+        return x
+    return x + (shift if shift.dim() == 1 else shift.movedim(dim, -1)).to(x.dtype)
 
 
 def sign_pack(input: Tensor, shift: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -181,7 +184,7 @@ def per_channel(vector: Tensor, like: Tensor) -> Tensor:
 
 
 def rsign(input: Tensor, shift: Tensor) -> Tensor:
-    return sign(_wide(input) + per_channel(shift, input)).to(input.dtype)
+    return sign(_shifted(input, shift, 1).movedim(-1, 1)).to(input.dtype)
 
 
 def rprelu(input: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:

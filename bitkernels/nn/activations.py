@@ -21,6 +21,9 @@ class RSign(nn.Module):
     paper, or swish_sign) at x + shift; that of shift is summed over all dimensions but channels.
     A binary layer that follows takes input_quantizer=None.
 
+    Thresholds that a network computes for each sample go to the operator itself:
+    `torch.ops.bitkernels.rsign(x, shift)` takes a shift (N, C, 1, ..., 1) too, with its gradient.
+
     state_dict: shift (num_features,), 0 at first. Raises ValueError for another quantizer.
     """
 

@@ -60,9 +60,9 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in (2, 3):
-            raise RuntimeError("BinaryConv1d: input must be (N, C, L) or (C, L), got shape "
-                               f"{tuple(input.shape)}")
+        if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:
+            raise RuntimeError(f"BinaryConv1d: input must be (N, {self.in_channels}, L) or "
+                               f"({self.in_channels}, L), got shape {tuple(input.shape)}")
         if not self.on_bits:
             return self._real_forward(input, F.conv1d)
         input, weight = self._bit_operands(input)

@@ -158,7 +158,15 @@ class BinaryLayer(nn.Module):
         if self._scale_rule == "xnor":
             w = quantizers.clamp(w, -1, 1)
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return w.abs().mean(tuple(range(1, w.dim())), dtype=dtype)
+        return self._by_output(w).abs().mean(tuple(range(1, w.dim())), dtype=dtype)
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """The weight, or a tensor of its shape, with the output channels in dimension 0."""
+        return weight
+
+    def _factor(self, scale: Tensor) -> Tensor:
+        """A scale of each output channel, shaped to multiply the weight."""
+        return scale.view(-1, *[1] * (self.weight.dim() - 1))
 
     def _bit_operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight for the operator, after the quantizers that it does not know."""
@@ -178,7 +186,7 @@ class BinaryLayer(nn.Module):
         weight = self._quantized_weight()
         scale = self.scale()
         if scale is not None:
-            scale = scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+            scale = self._factor(scale.to(weight.dtype))
             weight = (_ForwardScale.apply(weight, scale) if self._scale_rule == "detached"
                       else weight * scale)
         return _quantized(self.input_quantizer, input), weight

@@ -1,14 +1,16 @@
 """Inference twins of the binary layers: packed 1-bit weights, no latent ones, no gradients.
 
-Buffers (all in the state_dict but `weight_tiles`):
+Buffers, all in the state_dict:
   weight_words  int32 signs, (Cout, kh, kw, ceil(Cin/groups/32)) or (out, ceil(in/32))
-  weight_tiles  the same as `tile_weight` orders them for CPU kernels; follows weight_words whenever
-                a state_dict is loaded, and must be rebuilt by `retile` if they are changed by hand
-  scale, bias   float32 (Cout,), or None
+  scale, bias   float32 (Cout,), or None; `half()`, `to(dtype)` and the default dtype leave them so
+
+On CPUs the words are read as `tile_weight` orders them. These tiles are kept outside the state and
+follow weight_words, however they are loaded, replaced or written to (`bitkernels.nn.derived`, which
+also says which writes PyTorch itself does not count).
 
 The output has the input's dtype (under autocast, the autocast dtype) and is equal, bit for bit, to
 that of the layer it was packed from where that computes in float32. An input that requires grad is
-an error of the operators.
+an error: there is no gradient.
 """
 
 from __future__ import annotations
@@ -20,20 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
+from bitkernels.nn.derived import Derived
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default
 _tile_weight = torch.ops.bitkernels.tile_weight.default
 _packed_conv2d = torch.ops.bitkernels.packed_conv2d.default
 _packed_linear = torch.ops.bitkernels.packed_linear.default
 
+_OWN = ("weight_words", "scale", "bias")
 
-def _retile(module: nn.Module, _incompatible_keys: Any) -> None:
-    module.retile()  # type: ignore[operator]
+
+def _tiles(words: Tensor, groups: int) -> Tensor:
+    return _tile_weight(words, groups)
 
 
 class _Packed(nn.Module):
     weight_words: Tensor
-    weight_tiles: Tensor
     scale: Tensor | None
     bias: Tensor | None
     groups = 1
@@ -41,31 +45,49 @@ class _Packed(nn.Module):
     def _register(self, words_shape: tuple[int, ...], scale: bool, bias: bool, device,
                   input_quantizer) -> None:
         def vector(wanted: bool, value: float) -> Tensor | None:
-            return torch.full((words_shape[0],), value, device=device) if wanted else None
+            if not wanted:
+                return None
+            return torch.full((words_shape[0],), value, dtype=torch.float32, device=device)
 
         words = torch.zeros(words_shape, dtype=torch.int32, device=device)
         self.register_buffer("weight_words", words)
-        self.register_buffer("weight_tiles", None, persistent=False)
         self.register_buffer("scale", vector(scale, 1.0))
         self.register_buffer("bias", vector(bias, 0.0))
         self.input_quantizer = input_quantizer
-        self.retile()
-        self.register_load_state_dict_post_hook(_retile)
-
-    def retile(self) -> None:
-        """Rebuild weight_tiles from weight_words."""
-        self.weight_tiles = _tile_weight(self.weight_words, self.groups)
+        self._tiles = Derived(_tiles)
 
     @torch.no_grad()
     def _fill(self, layer: Any) -> None:
         """Take over signs, scale and bias of a binary layer."""
-        weight = layer.signs_of_weight()
+        weight = layer._by_output(layer.signs_of_weight())
         self.weight_words = _sign_pack(weight, None, 1).view(self.weight_words.shape)
         scale, bias = layer.scale(), layer.bias
         self.scale = None if scale is None else scale.float()
         self.bias = None if bias is None else bias.detach().float().clone()
-        self.retile()
         self.train(layer.training)
+
+    def _apply(self, fn, recurse=True):
+        """Move the buffers as any module's, but keep their dtype and order: words are counted in
+        rows, and scale and bias would be rounded."""
+        before = {name: self._buffers[name] for name in _OWN}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None:
+                continue
+            if new.dtype != old.dtype:
+                new = new.to(old.dtype) if old.is_meta else old.to(new.device)
+            self._buffers[name] = new.contiguous()
+        self._tiles.clear()
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._tiles.clear()  # torch.utils.swap_tensors takes no tensor with weak references
+        super()._load_from_state_dict(*args)
+        for name in ("scale", "bias"):
+            vector = self._buffers[name]
+            if vector is not None and vector.dtype != torch.float32:  # by assign=True
+                self._buffers[name] = vector.float()
 
     def _dtype(self, input: Tensor) -> torch.dtype:
         """The output's: the input's, or autocast's, as of the layer this was packed from."""
@@ -77,7 +99,11 @@ class _Packed(nn.Module):
 
     def _filter(self, input: Tensor) -> Tensor:
         """The layout that the input's backend reads without rearranging it."""
-        return self.weight_tiles if input.is_cpu else self.weight_words
+        words: Any = self._buffers["weight_words"]
+        if not input.is_cpu:
+            return words
+        tiles = self._tiles(words, self.groups)
+        return words if tiles is None else tiles
 
     def _words(self, input: Tensor, dim: int) -> Tensor:
         if self.input_quantizer is not None:

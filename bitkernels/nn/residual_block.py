@@ -113,6 +113,9 @@ class BinaryResidualBlock(nn.Module):
         return None
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 4 and input.shape[1] != self.conv.in_channels:
+            raise RuntimeError(f"BinaryResidualBlock: input must be (N, {self.conv.in_channels}, "
+                               f"H, W), got shape {tuple(input.shape)}")
         residual = None if self.shortcut is None else self.shortcut(input)
         if (self.unfused(input) is not None
                 or (residual is not None and residual.dtype != input.dtype)):

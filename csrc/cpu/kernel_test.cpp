@@ -33,17 +33,19 @@ namespace {
 void test_bits(const Kernel& k, DType type, int64_t outer, int64_t channels, int64_t inner,
                bool shifted, bool masked) {
   const double clip = pick({0.0, 1.25, kInf});
+  const int64_t samples = rng() & 1 ? std::max<int64_t>(outer, 1) : 1;
   parameters = text(k.name, "type", static_cast<int>(type), outer, channels, inner, "shift",
-                    shifted, "mask", masked, "clip", clip);
+                    shifted, "samples", samples, "mask", masked, "clip", clip);
   const int64_t rows = outer * inner, size = rows * channels, words = word_count(channels);
   const Real x = random_real(type, size, true);
-  const Real shift = random_real(wide_type(type), channels + 32, true);
+  const Real shift = random_real(wide_type(type), samples * channels + 32, true);
   Words signs(rows * words), mask(rows * words);
-  sign_pack(k, x.data(), type, outer, channels, inner, shifted ? shift.data() : nullptr, clip,
-            signs.data.get(), masked ? mask.data.get() : nullptr);
+  sign_pack(k, x.data(), type, outer, channels, inner, shifted ? shift.data() : nullptr, samples,
+            clip, signs.data.get(), masked ? mask.data.get() : nullptr);
   const auto value = [&](int64_t row, int64_t c) {
     const double real = x.get((row / inner * channels + c) * inner + row % inner);
-    return shifted ? wide(type, real + shift.get(c)) : real;
+    const int64_t sample = samples > 1 ? row / inner : 0;
+    return shifted ? wide(type, real + shift.get(sample * channels + c)) : real;
   };
   check_words("sign_pack", signs, channels,
               [&](int64_t row, int64_t c) { return !(value(row, c) < 0); });
@@ -78,9 +80,15 @@ void test_activations(const Kernel& k, DType type, int64_t outer, int64_t channe
   const auto channel = [&](int64_t i) { return i / inner % channels; };
   const auto shifted = [&](int64_t i) { return wide(w, x.get(i) + shift_in.get(channel(i))); };
 
-  rsign(k, x.data(), type, outer, channels, inner, shift_in.data(), out.data());
+  rsign(k, x.data(), type, outer, channels, inner, shift_in.data(), 1, out.data());
   for (int64_t i = 0; i < n; ++i) want.set(i, shifted(i) < 0 ? -1 : 1);
   check_real("rsign", out, want);
+  const Real shifts = random_real(w, outer * channels + 16, special);
+  rsign(k, x.data(), type, outer, channels, inner, shifts.data(), std::max<int64_t>(outer, 1),
+        out.data());
+  for (int64_t i = 0; i < n; ++i)
+    want.set(i, wide(w, x.get(i) + shifts.get(i / inner)) < 0 ? -1 : 1);
+  check_real("rsign of samples", out, want);
 
   rprelu(k, x.data(), type, outer, channels, inner, shift_in.data(), slope.data(), shift_out.data(),
          out.data());
