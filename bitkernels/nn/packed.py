@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
+from bitkernels._fx import FxLeaf, traced_whole
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default
 _tile_weight = torch.ops.bitkernels.tile_weight.default
@@ -31,7 +32,7 @@ def _retile(module: nn.Module, _incompatible_keys: Any) -> None:
     module.retile()  # type: ignore[operator]
 
 
-class _Packed(nn.Module):
+class _Packed(FxLeaf):
     weight_words: Tensor
     weight_tiles: Tensor
     scale: Tensor | None
@@ -162,6 +163,7 @@ class PackedConv2d(_PackedConv):
 
     _real = nn.Conv2d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         if input.dim() == 4:
@@ -174,6 +176,7 @@ class PackedConv1d(_PackedConv):
 
     _real = nn.Conv1d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         batched = input if input.dim() == 3 else input.unsqueeze(0)
@@ -204,6 +207,7 @@ class PackedLinear(_Packed):
         twin._fill(layer)
         return twin
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
