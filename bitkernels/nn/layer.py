@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels._fx import FxLeaf
 from bitkernels.quantizers import (
     ApproxSign,
     MagnitudeAwareSign,
@@ -53,7 +54,7 @@ class _ForwardScale(torch.autograd.Function):
         return grad, None
 
 
-class BinaryLayer(nn.Module):
+class BinaryLayer(FxLeaf):
     """Mixin of the binary layers; comes before the `torch.nn` layer it makes binary.
 
     The layer computes on bits if both quantizers return -1 and +1, else on real numbers: the plain

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.derived import Derived
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default
@@ -36,7 +37,7 @@ def _tiles(words: Tensor, groups: int) -> Tensor:
     return _tile_weight(words, groups)
 
 
-class _Packed(nn.Module):
+class _Packed(FxLeaf):
     weight_words: Tensor
     scale: Tensor | None
     bias: Tensor | None
@@ -188,6 +189,7 @@ class PackedConv2d(_PackedConv):
 
     _real = nn.Conv2d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         if input.dim() == 4:
@@ -200,6 +202,7 @@ class PackedConv1d(_PackedConv):
 
     _real = nn.Conv1d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         batched = input if input.dim() == 3 else input.unsqueeze(0)
@@ -230,6 +233,7 @@ class PackedLinear(_Packed):
         twin._fill(layer)
         return twin
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "

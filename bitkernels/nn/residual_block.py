@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv2d
 from bitkernels.nn.norm import SyncBatchNorm
@@ -20,7 +21,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
 
 
-class BinaryResidualBlock(nn.Module):
+class BinaryResidualBlock(FxLeaf):
     """act(norm(conv(sign(x))) + shortcut(x)), the block of Bi-Real Net, ReActNet and QuickNet.
 
     conv: a `BinaryConv2d`, best without bias (the norm cancels it).
@@ -112,6 +113,7 @@ class BinaryResidualBlock(nn.Module):
             return "less than two values per channel"
         return None
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 4 and input.shape[1] != self.conv.in_channels:
             raise RuntimeError(f"BinaryResidualBlock: input must be (N, {self.conv.in_channels}, "
