@@ -2,8 +2,9 @@
 
 The engine uses the LibTorch stable ABI and Python's limited API, so one binary serves torch >= 2.11
 and Python >= 3.10. An install that lacks the means to build it stops with one line that names what
-is missing, for pip shows nothing of an install that succeeds. BITKERNELS_NO_EXT=1 asks for pure
-Python; where no engine can be built, on Windows and free-threaded Python, that needs no asking.
+is missing. BITKERNELS_NO_EXT=1 asks for pure Python; where no engine can be built, on Windows and
+free-threaded Python, that needs no asking. The version of such an install ends in +pure: the
+version is all that pip shows of an install that succeeds.
 """
 
 import importlib.util
@@ -143,9 +144,13 @@ def build_arguments() -> dict:
     if WHEEL_COMMANDS & set(sys.argv) and not builds_wheels():
         refuse(f"setuptools {setuptools.__version__} builds no wheels by itself; "
                "pip install 'setuptools>=77' wheel")
-    pure = {"cmdclass": {"build_py": BuildPy}}
-    if not BUILD_COMMANDS & set(sys.argv) or pure_python():
-        return pure
+    arguments: dict = {"cmdclass": {"build_py": BuildPy}}
+    if pure_python():
+        if WHEEL_COMMANDS & set(sys.argv):  # pip then says that it installed bitkernels-X+pure
+            arguments["options"] = {"egg_info": {"tag_build": "+pure"}}
+        return arguments
+    if not BUILD_COMMANDS & set(sys.argv):
+        return arguments
     reason = obstacle()
     if reason:
         refuse(f"the CPU engine cannot be built here: {reason}. For an install in pure Python, "
