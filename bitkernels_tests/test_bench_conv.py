@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,58 @@ def test_without_csrc_cuda_a_note_says_why(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "cuda fp16, 3x3/2:40@9 batch 1 n/a: the next backend: CuPy" in printed
     assert "n/a" in printed.partition("of peak")[2]
+
+
+class Clocked:
+    """A device whose calls take the seconds that they return, and that counts them."""
+
+    def __init__(self):
+        self.calls = {}
+
+    def once(self, call):
+        taken = call()
+        self.calls[taken] = self.calls.get(taken, 0) + 1
+        return taken
+
+    def measure(self, call, seconds):
+        return [self.once(call) for _ in range(int(seconds / call()))]
+
+
+def test_slow_calls_are_timed_once(monkeypatch):
+    """Of a rival, slower than the baseline; of anything, longer than its time."""
+    monkeypatch.syspath_prepend(str(pretended_gpu.BENCHMARKS))
+    import common
+
+    device = Clocked()
+    taken = {"fp32/a": 0.02, "fp32/b": 0.03, "bf16": 0.5, "ours": 0.021, "late": 2.0,
+             "quick": 0.001}
+    times = common.measure_in_turns(
+        device, {name: lambda t=t: t for name, t in taken.items()}, 1.0,
+        baseline=("fp32/a", "fp32/b"), rivals=("fp32/a", "fp32/b", "bf16", "quick"))
+    assert {name: t.p50 for name, t in times.items()} == taken
+    count = {name: device.calls[t] for name, t in taken.items()}
+    assert count["late"] == 1
+    assert count["bf16"] == count["fp32/b"] == 2  # the first to warm up
+    assert min(count["fp32/a"], count["ours"]) > 20 and count["quick"] > 500
+
+
+def test_a_budget_bounds_the_time_and_what_is_left_out_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(pretended_gpu.BENCHMARKS))
+    import bench_conv
+
+    monkeypatch.setattr(bench_conv.common, "RESULTS", tmp_path)
+    threads = torch.get_num_threads()
+    start = time.monotonic()
+    rows = bench_conv.main(["--device", "cpu", "--layers", "1x1:8@3", "3x3:8@3", "--batch", "1",
+                            "2", "--threads", "1", "--budget", "0", "--min-run-time", "5"])
+    assert time.monotonic() - start < 10
+    torch.set_num_threads(threads)
+    assert [(row.layer, row.batch) for row in rows] == [("1x1:8@3", 1)] and rows[0].match
+    assert "3 of 4 rows n/a: 0 s were over; --budget" in capsys.readouterr().out
+    rows = bench_conv.main(["--device", "cpu", "--layers", "1x1:8@3", "3x3:8@3", "--batch", "1",
+                            "2", "--threads", "1", "--budget", "4", "--min-run-time", "5"])
+    assert time.monotonic() - start < 20
+    torch.set_num_threads(threads)
+    assert [(row.layer, row.batch) for row in rows] == [
+        ("1x1:8@3", 1), ("1x1:8@3", 2), ("3x3:8@3", 1), ("3x3:8@3", 2)]
+    assert not any(tmp_path.iterdir())
