@@ -5,6 +5,7 @@ from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from bitkernels.nn.conversion import binarize, pack
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
+from bitkernels.nn.norm import SyncBatchNorm
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
 from bitkernels.nn.pool import MaxPool2d
 from bitkernels.nn.residual_block import BinaryResidualBlock
@@ -22,6 +23,7 @@ __all__ = [
     "PackedLinear",
     "RPReLU",
     "RSign",
+    "SyncBatchNorm",
     "binarize",
     "pack",
 ]

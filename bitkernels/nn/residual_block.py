@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv2d
+from bitkernels.nn.norm import SyncBatchNorm
 
 _train = torch.ops.bitkernels.binary_residual_block.default
 _pack = torch.ops.bitkernels.sign_pack.default
 _infer = torch.ops.bitkernels.packed_conv2d.default
 
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
 
@@ -22,7 +24,8 @@ class BinaryResidualBlock(nn.Module):
     """act(norm(conv(sign(x))) + shortcut(x)), the block of Bi-Real Net, ReActNet and QuickNet.
 
     conv: a `BinaryConv2d`, best without bias (the norm cancels it).
-    norm: `nn.BatchNorm2d`, or `nn.SyncBatchNorm`, which works on CPUs too where it runs fused.
+    norm: `nn.BatchNorm2d`, `bitkernels.nn.SyncBatchNorm`, or `nn.SyncBatchNorm`, which works on
+      CPUs too where it runs fused.
     sign: an `RSign`, for ReActNet; the convolution then takes input_quantizer=None.
     act: an `RPReLU` or `nn.PReLU`; None for no activation.
     shortcut: a module; None for x itself.
@@ -59,11 +62,12 @@ class BinaryResidualBlock(nn.Module):
                  relu: bool = False) -> None:
         super().__init__()
         parts: tuple[tuple[str, Any, tuple[type, ...]], ...] = (
-                ("conv", conv, (BinaryConv2d,)), ("norm", norm, (nn.BatchNorm2d, nn.SyncBatchNorm)),
+                ("conv", conv, (BinaryConv2d,)), ("norm", norm, _NORMS),
                 ("sign", sign, (RSign, type(None))), ("act", act, (RPReLU, nn.PReLU, type(None))))
         for name, module, classes in parts:
             if not isinstance(module, classes):
-                known = " or ".join(c.__name__ for c in classes if c is not type(None))
+                known = " or ".join(dict.fromkeys(
+                    c.__name__ for c in classes if c is not type(None)))
                 raise ValueError(
                     f"BinaryResidualBlock: {name} must be {known}, got {type(module).__name__}")
         if norm.num_features != conv.out_channels:
@@ -85,7 +89,7 @@ class BinaryResidualBlock(nn.Module):
                 return f"{name} has hooks"
         if type(conv) is not BinaryConv2d:
             return f"conv is {type(conv).__name__}"
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if type(norm) not in _NORMS:
             return f"norm is {type(norm).__name__}"
         if act is not None and type(act) not in (RPReLU, nn.PReLU):
             return f"act is {type(act).__name__}"
@@ -173,7 +177,7 @@ class BinaryResidualBlock(nn.Module):
 
     def _group(self) -> str | None:
         """Name of the process group over which batch statistics are taken, None for this one."""
-        if type(self.norm) is not nn.SyncBatchNorm or not self.norm.training:
+        if type(self.norm) is nn.BatchNorm2d or not self.norm.training:
             return None
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return None

@@ -1,13 +1,8 @@
-"""Files that are either the old one or the new one, and the state of the random generators.
-
-A file is written beside its place under another name, flushed to the disk and then renamed over the
-old one: a crash at any moment, or a full disk, leaves the old file as it was.
-"""
+"""Checkpoints and weights, each file the old one or the new one; the random generators' state."""
 
 from __future__ import annotations
 
 import io
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels._packages import needs
+from bitkernels import _files
 from bitkernels.train.errors import CheckpointError, TrainError, first_line
 
 __all__ = ["export", "import_weights", "load", "random_state", "replace_file", "save",
@@ -31,20 +27,9 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises CheckpointError where the disk is full or the folder cannot be written; what was at
     `path` before is then still there, and no other file is left.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _files.replace_file(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         kept = "; the file that was there before is intact" if path.exists() else ""
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from None
 
