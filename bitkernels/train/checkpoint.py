@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitkernels._packages import needs
 from bitkernels import _files
+from bitkernels._packages import needs
 from bitkernels.train.errors import CheckpointError, TrainError, first_line
 
 __all__ = ["export", "import_weights", "load", "random_state", "replace_file", "save",
