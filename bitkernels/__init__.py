@@ -1,5 +1,11 @@
 """bitkernels: binary neural networks in PyTorch on real 1-bit arithmetic."""
 
+import warnings
+
+with warnings.catch_warnings():  # torch says at import that NumPy is missing; nothing here needs it
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+    import torch
+
 from bitkernels import (
     _ops,
     autograd,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import _files
+from bitkernels._packages import needs
 from bitkernels.train.errors import CheckpointError, TrainError, first_line
 
 __all__ = ["export", "import_weights", "load", "random_state", "replace_file", "save",
@@ -129,8 +130,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise TrainError("weights are written by safetensors, which is not installed: "
-                         "pip install safetensors") from None
+        raise TrainError(needs("files of weights", "safetensors")) from None
     return safetensors.torch
 
 

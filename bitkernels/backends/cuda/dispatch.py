@@ -56,7 +56,7 @@ def why_unusable(device: torch.device) -> str | None:
         return f"sm_{major}{minor} has no 1-bit tensor core" + (
             " (it is emulated there)" if major > 9 else "")
     if importlib.util.find_spec("cupy_backends") is None:
-        return "CuPy is not installed (pip install 'bitkernels[cupy]')"
+        return "CuPy is not installed (pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14')"
     try:
         newest = compiler.version()
         known = compiler.architectures()
