@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
-from bitkernels import __main__, reference
+from bitkernels import reference
 from bitkernels.backends import gpu
 from bitkernels.backends.cuda import dispatch, kernels, launch, plan, selfcheck
 from bitkernels.backends.cuda.spec import conv_spec, linear_spec
+from bitkernels.cli import doctor
 from bitkernels_tests.cases import ConvCase, words_of
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_a_measured_kernel_runs_unasked(usable, monkeypatch):
     assert ran[0].name == "mma_64x64"
     assert dispatch.explain("packed_linear", *linear()) == (
         "cuda: mma_64x64, measured near this shape at 7 us, triton 9 us (a GPU, 2027-01-01)")
-    assert "sm_90a (a GPU, 2027-01-01)" in dict(__main__.report())["cuda kernels"]
+    assert "sm_90a (a GPU, 2027-01-01)" in dict(doctor.report())["cuda kernels"]
     monkeypatch.setenv("BITKERNELS_CUDA", "0")
     dispatch.clear()
     assert dispatch.attempt("packed_linear", linear(), {}) is None
@@ -234,7 +235,7 @@ def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):
 
 
 def test_the_report_says_why(monkeypatch):
-    rows = dict(__main__.report())
+    rows = dict(doctor.report())
     assert "cuda kernels" in rows
     assert "none proven" in rows["cuda kernels"]
 
