@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from bitkernels import __main__, reference
+from bitkernels import reference
 from bitkernels.backends import gpu
 from bitkernels.backends.cuda import dispatch, kernels, launch, plan, selfcheck
 from bitkernels.backends.cuda.spec import conv_spec, linear_spec
+from bitkernels.cli import doctor
 from bitkernels_tests.cases import ConvCase, words_of
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_a_measured_kernel_runs_unasked(usable, monkeypatch):
     assert ran[0].name == "mma_64x64"
     assert dispatch.explain("packed_linear", *linear()) == (
         "cuda: mma_64x64, measured near this shape at 7 us, triton 9 us (a GPU, 2027-01-01)")
-    assert "sm_90a (a GPU, 2027-01-01)" in dict(__main__.report())["cuda kernels"]
+    assert "sm_90a (a GPU, 2027-01-01)" in dict(doctor.report())["cuda kernels"]
     monkeypatch.setenv("BITKERNELS_CUDA", "0")
     dispatch.clear()
     assert dispatch.attempt("packed_linear", linear(), {}) is None
@@ -263,9 +264,9 @@ def test_free_image_sizes_do_not_compile_for_ever(usable, monkeypatch):
 
 
 def test_the_report_says_why(monkeypatch):
-    assert "sm_90a (NVIDIA H200, " in dict(__main__.report())["cuda kernels"]
+    assert "sm_90a (NVIDIA H200, " in dict(doctor.report())["cuda kernels"]
     monkeypatch.setattr(plan, "table", dict)
-    assert "none proven" in dict(__main__.report())["cuda kernels"]
+    assert "none proven" in dict(doctor.report())["cuda kernels"]
 
 
 def test_importing_loads_no_cuda():

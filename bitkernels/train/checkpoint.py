@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,12 +84,23 @@ def _same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
                           + "; ".join(differing))
 
 
+def numpy() -> Any:
+    """NumPy, or None where it is not installed and so nothing draws from it."""
+    try:
+        import numpy as np
+    except ImportError:
+        return None
+    return np
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of torch's, numpy's and Python's generators of this process."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    words = torch.from_numpy(np.asarray(keys, np.int64))
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(),
-             "numpy": (name, words, position, has_gauss, cached)}
+    """The state of this process's generators: torch's, Python's and, where installed, numpy's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(),
+                             "numpy": None}
+    if (np := numpy()) is not None:
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        words = torch.tensor(keys.tolist(), dtype=torch.int64)
+        state["numpy"] = name, words, position, has_gauss, cached
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -100,8 +110,9 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if state["numpy"] is not None and (np := numpy()) is not None:
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, np.array(keys.tolist(), np.uint32), position, has_gauss, cached))
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 

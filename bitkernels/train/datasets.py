@@ -31,7 +31,7 @@ def load(name: str, root: str | None = None, size: int | None = None, split: int
     """
     if name in ("digits", "generated"):
         if root is not None or size is not None:
-            raise DataError(f"{name} takes no root and no size")
+            raise DataError(f"{name} takes no root and no size (--root, --size)")
         return digits(split) if name == "digits" else generated(split)
     if name not in NAMES:
         raise DataError(f"no image set {name!r}; there are {', '.join(NAMES)}")

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -119,7 +118,8 @@ def _open(out: Path, identity: dict[str, Any], resume: bool,
     if resume:
         return checkpoint.load(path, identity)
     if path.exists():
-        raise CheckpointError(f"{path} is there already: resume it, or choose another folder")
+        raise CheckpointError(f"{path} is there already: resume it (--resume), or choose "
+                              "another folder (--out)")
     return None
 
 
@@ -158,4 +158,5 @@ def _stage(run: Run, index: int, initial: Weights | None,
 def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    if (np := checkpoint.numpy()) is not None:
+        np.random.seed(seed % 2**32)
