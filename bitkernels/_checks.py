@@ -236,10 +236,12 @@ def check_binary_conv2d(input, weight, bias, stride, padding, dilation, groups, 
     if input.dim() not in (3, 4):
         fail(op, "input", "(N, C, H, W) or (C, H, W)", describe(input))
     channels, (cout, per_group, *kernel) = input.shape[-3], weight.shape
-    check_groups(op, channels, cout, groups)
+    if groups < 1 or cout % groups:
+        fail(op, "groups", f"a divisor of {cout} output channels", groups)
     if per_group * groups != channels:
-        fail(op, "weight", f"of shape (Cout, {channels // groups}, kh, kw) for {channels} input "
-             f"channels in {groups} groups", describe(weight))
+        fail(op, "input", f"{per_group * groups} channels wide for a weight of shape "
+             f"{tuple(weight.shape)}" + (f" in {groups} groups" if groups > 1 else ""),
+             f"{channels} channels in {describe(input)}")
     if channels < 1:
         fail(op, "input", "at least 1 channel wide", describe(input))
     if pad_value not in (-1, 0, 1):
@@ -293,8 +295,36 @@ def check_rprelu(op: str, input: Tensor, **vectors: Tensor) -> None:
     if input.dim() < 2:
         fail(op, "input", "(N, C, ...)", describe(input))
     check_same_device(op, input, **vectors)
+    channels, sizes = input.shape[1], [t.shape for t in vectors.values()]
+    # Vectors that agree with each other are a layer's parameters: the input does not fit them.
+    agree = all(len(size) == 1 and size == sizes[0] for size in sizes)
     for arg, t in vectors.items():
-        check_channel_vector(op, arg, t, input.shape[1])
+        if not agree or t.shape[0] == channels:
+            check_channel_vector(op, arg, t, channels)
+        else:
+            check_real(op, arg, t)
+            fail(op, "input", f"{t.shape[0]} channels wide for a {arg} of shape {tuple(t.shape)}",
+                 f"{channels} channels in {describe(input)}")
+
+
+def check_shift(op: str, input: Tensor, shift: Tensor, dim: int) -> None:
+    """One shift a channel, (C,), or one a channel of each sample: the input's rank, N in dimension
+    0, C in `dim`, 1 elsewhere. Where the channels are dimension 0 there are no samples."""
+    check_same_device(op, input, shift=shift)
+    check_real(op, "shift", shift)
+    channels = input.shape[dim]
+    if shift.dim() == 1 and shift.shape[0] == channels:
+        return
+    each = tuple(input.shape[i] if i in (0, dim) else 1 for i in range(input.dim()))
+    if dim == 0 or shift.dim() == 1 or tuple(shift.shape) != each:
+        takes = f"of shape ({channels},)"
+        fail(op, "shift", takes if dim == 0 else f"{takes} or {each}", describe(shift))
+
+
+def check_rsign(input: Tensor, shift: Tensor) -> None:
+    vectors = {"shift": shift} if shift.dim() == 1 else {}
+    check_rprelu("rsign", input, **vectors)
+    check_shift("rsign", input, shift, 1)
 
 
 def check_sign_pack(op: str, input: Tensor, shift: Tensor | None, dim: int) -> int:
@@ -303,8 +333,7 @@ def check_sign_pack(op: str, input: Tensor, shift: Tensor | None, dim: int) -> i
     if input.shape[dim] < 1:
         fail(op, "input", "at least 1 channel wide", describe(input))
     if shift is not None:
-        check_same_device(op, input, shift=shift)
-        check_channel_vector(op, "shift", shift, input.shape[dim])
+        check_shift(op, input, shift, dim)
     return dim
 
 

@@ -7,6 +7,8 @@ Conventions (see docs/architecture.md for the numeric contract):
   words     32 signs in an int32, least significant bit first, along the channels, channels last.
             Bit 1 is +1, and x is +1 unless x < 0; bits past the last channel are 0.
   channels  the number of real channels behind the words, since words alone cannot tell.
+  shift     of rsign, sign_pack and sign_pack_mask: one a channel, (C,), or one a channel of each
+            sample: of the input's rank, N in dimension 0, C in the channels' and 1 elsewhere.
   filter    words of shape (Cout, kh, kw, ceil(Cin/groups/32)), or the same tiled by `tile_weight`.
 """
 
@@ -34,6 +36,7 @@ from bitkernels._checks import (
     check_grad_like,
     check_mask_grad,
     check_rprelu,
+    check_rsign,
     check_sign_pack,
     check_tile_weight,
     check_unpack,
@@ -44,6 +47,7 @@ from bitkernels._checks import (
     wants_channels_last,
     word_count,
 )
+from bitkernels._transposed import check_binary_conv_transpose2d
 
 LIB = torch.library.Library("bitkernels", "DEF")
 
@@ -99,6 +103,10 @@ SCHEMAS = (
     f"{_TRAIN}) -> Tensor",
     "binary_conv2d.padding(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
     "str padding='valid', int[2] dilation=1, int groups=1, *, int pad_value=0, "
+    f"{_TRAIN}) -> Tensor",
+    # The arguments in the order of torch.nn.functional.conv_transpose2d.
+    "binary_conv_transpose2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+    "int[2] padding=0, int[2] output_padding=0, int groups=1, int[2] dilation=1, *, "
     f"{_TRAIN}) -> Tensor",
     f"binary_linear(Tensor input, Tensor weight, Tensor? bias=None, *, {_TRAIN}) -> Tensor",
     # A residual block in training. It returns the activation, and the mean and unbiased variance
@@ -237,7 +245,7 @@ def _(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=Fals
 
 @_fake("rsign")
 def _(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
-    check_rprelu("rsign", input, shift=shift)
+    check_rsign(input, shift)
     check_estimator("rsign", "estimator", estimator)
     check_clip("rsign", "clip", clip)
     return empty_around(input, 1)
@@ -288,6 +296,19 @@ def _(input, weight, bias, scale, stride, padding, dilation, groups, pad_value, 
 @_fake("binary_conv2d.padding")
 def _(input, weight, bias=None, stride=(1,), padding="valid", *args, **kw):
     return _conv_train_fake(input, weight, bias, stride, padding, *args, **kw)
+
+
+@_fake("binary_conv_transpose2d")
+def _(input, weight, bias=None, stride=(1,), padding=(0,), output_padding=(0,), groups=1,
+      dilation=(1,), *, scale=None, input_estimator="ste_sign", input_clip=1.0,
+      weight_estimator="ste_sign", weight_clip=1.0, beta=5.0, scale_weight_grad=True, dtype=None):
+    shape, *_ = check_binary_conv_transpose2d(
+        input, weight, bias, stride, padding, output_padding, groups, dilation, scale=scale,
+        input_estimator=input_estimator, input_clip=input_clip, weight_estimator=weight_estimator,
+        weight_clip=weight_clip, dtype=dtype)
+    batched = shape if len(shape) == 4 else (1, *shape)
+    out = empty_real(input, batched, dtype or input.dtype, wants_channels_last(input, weight))
+    return out if len(shape) == 4 else out.squeeze(0)
 
 
 @_fake("binary_linear")

@@ -27,7 +27,7 @@ from bitkernels._checks import (
     check_binary_linear,
     check_clip,
     check_estimator,
-    check_rprelu,
+    check_rsign,
     is_channels_last,
     wants_channels_last,
 )
@@ -154,7 +154,13 @@ def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
     return by_input, by_weight
 
 
+def _as_matrix(t: Tensor) -> Tensor:
+    return torch.atleast_2d(t).flatten(0, -2)
+
+
 def _library_backward(grad, x, weight, conf, padding, mask):
+    if weight.shape[0] == 0:  # sums of nothing, which the library refuses
+        return torch.zeros_like(x), torch.zeros_like(weight)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, conf["stride"], padding, conf["dilation"], False, (0, 0),
         conf["groups"], (*mask, False))
@@ -285,12 +291,12 @@ class _BinaryLinear(torch.autograd.Function):
                                      conf["input_estimator"], conf["input_clip"], conf["beta"], -1)
         if wants_weight:
             x = ops.unpack.default(words, weight.shape[1], grad.dtype, -1)
-            grad_signs = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            grad_signs = _as_matrix(grad).T @ _as_matrix(x)
             grad_weight, grad_scale = finish_weight_grad(
                 grad_signs, weight, weight_words, scale, conf, ctx.needs_input_grad[1],
                 ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+            grad_bias = _as_matrix(grad).sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, grad_scale, None
 
 
@@ -336,20 +342,29 @@ class _RSign(torch.autograd.Function):
         if estimator == "none":
             return None, None, None, None, None
         if saved is not None and estimator != "ste_sign":
+            per_sample = shift.dim() > 1
+            if per_sample:  # as the N C channels of one sample, which sign_backward takes
+                grad, saved = (t.flatten(0, 1).unsqueeze(0) for t in (grad, saved))
             grad_input, grad_shift = ops.sign_backward.default(
-                grad, saved, shift, None, estimator=estimator, clip=clip, beta=beta)
-            return grad_input, grad_shift.to(shift.dtype), None, None, None
+                grad, saved, shift.flatten(), None, estimator=estimator, clip=clip, beta=beta)
+            if per_sample:
+                grad_input = grad_input.squeeze(0).unflatten(0, shift.shape[:2]).contiguous(
+                    memory_format=ctx.memory_format)
+            return grad_input, grad_shift.to(shift.dtype).view(shift.shape), None, None, None
         grad = grad.contiguous(memory_format=ctx.memory_format)
         grad_input = _Signs.grad(grad, saved, estimator, clip, beta, 1)
         grad_shift = None
         if ctx.needs_input_grad[1]:
-            reduce = [d for d in range(grad.dim()) if d != 1]
-            grad_shift = grad_input.sum(reduce, dtype=shift.dtype)
+            first = 0 if shift.dim() == 1 else 2  # per sample: over all but N and C
+            reduce = [d for d in range(first, grad.dim()) if d != 1]
+            grad_shift = grad_input.to(shift.dtype) if not reduce else grad_input.sum(
+                reduce, dtype=shift.dtype)
+            grad_shift = grad_shift.view(shift.shape)
         return grad_input, grad_shift, None, None, None
 
 
 def _rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
-    check_rprelu("rsign", input, shift=shift)
+    check_rsign(input, shift)
     check_estimator("rsign", "estimator", estimator)
     check_clip("rsign", "clip", clip)
     if _needs_grad(input, shift):

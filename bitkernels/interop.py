@@ -25,7 +25,8 @@ ops = torch.ops.bitkernels
 def pack(array: Any, shift: Any = None, *, axis: int = -1) -> Any:
     """Signs of array + shift along an axis, 32 to an int32 word; the axis becomes the last.
 
-    Bit 1 is +1, and x is +1 unless x < 0. `shift` is one number a channel.
+    Bit 1 is +1, and x is +1 unless x < 0. `shift` is one number a channel, (C,),
+    or one a channel of each sample: of the array's rank, 1 but in dimension 0 and in `axis`.
     """
     with torch.no_grad():
         return _like(array, ops.sign_pack(_tensor("array", array), _optional("shift", shift), axis))

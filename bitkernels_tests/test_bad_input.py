@@ -103,7 +103,15 @@ for op, more in ((ops.sign_pack.default, ()), (ops.sign_pack_mask.default, (1.0,
     row(op, "dim must be in [-2, 1], got 2", real(2, 3), *more, None, 2)
     row(op, "dim must be in [-2, 1], got -3", real(2, 3), *more, None, -3)
     row(op, "input must be at least 1 channel wide, got float32 of shape (2, 0)", real(2, 0), *more)
-    row(op, "shift must be of shape (3,), got float32 of shape (2,)", real(2, 3), *more, real(2))
+    for shape, dim, takes, wrong in (
+        ((2, 3), -1, "(3,) or (2, 3)", (2,)), ((2, 3), 1, "(3,) or (2, 3)", (1, 3)),
+        ((2, 3, 4, 5), 1, "(3,) or (2, 3, 1, 1)", (2, 3)),
+        ((2, 3, 4, 5), 1, "(3,) or (2, 3, 1, 1)", (1, 3, 1, 1)),
+        ((2, 3, 4, 5), 1, "(3,) or (2, 3, 1, 1)", (2, 3, 4, 5)),
+        ((2, 3, 4, 5), -1, "(5,) or (2, 1, 1, 5)", (2, 5, 1, 1)),
+        ((2, 3, 4), 0, "(2,)", (2, 1, 1)), ((5,), 0, "(5,)", ())):
+        row(op, f"shift must be of shape {takes}, got float32 of shape {wrong}", real(*shape),
+            *more, real(*wrong), dim)
     row(op, f"shift must be {FLOATS}, got int32 of shape (3,)", real(2, 3), *more, words(3))
     row(op, "shift must be on cpu as the first argument, got meta", real(2, 3), *more,
         real(3, device="meta"))
@@ -237,12 +245,15 @@ train("input must be (N, C, H, W) or (C, H, W), got float32 of shape (6, 5)", x=
 train("weight must be 4-dimensional, got float32 of shape (8, 6)", w=real(8, 6))
 train(f"weight must be {FLOATS}, got int8 of shape (8, 6, 3, 3)",
       w=real(8, 6, 3, 3, dtype=torch.int8))
-train("weight must be of shape (Cout, 6, kh, kw) for 6 input channels in 1 groups, got float32 of "
-      "shape (8, 5, 3, 3)", w=real(8, 5, 3, 3))
-train("weight must be of shape (Cout, 3, kh, kw) for 6 input channels in 2 groups, got float32 of "
-      "shape (8, 6, 3, 3)", None, (1,), (0,), (1,), 2)
+train("input must be 5 channels wide for a weight of shape (8, 5, 3, 3), got 6 channels in float32 "
+      "of shape (2, 6, 5, 5)", w=real(8, 5, 3, 3))
+train("input must be 6 channels wide for a weight of shape (8, 6, 3, 3), got 7 channels in float32 "
+      "of shape (7, 5, 5)", x=real(7, 5, 5))
+train("input must be 12 channels wide for a weight of shape (8, 6, 3, 3) in 2 groups, got 6 "
+      "channels in float32 of shape (2, 6, 5, 5)", None, (1,), (0,), (1,), 2)
 train("weight must be on cpu as the first argument, got meta", w=real(8, 6, 3, 3, device="meta"))
-train("groups must be a divisor of 6 input and 8 output channels, got 4", None, (1,), (0,), (1,), 4)
+train("groups must be a divisor of 8 output channels, got 3", None, (1,), (0,), (1,), 3)
+train("groups must be a divisor of 8 output channels, got 0", None, (1,), (0,), (1,), 0)
 train("bias must be of shape (8,), got float32 of shape (6,)", real(6))
 train("scale must be of shape (8,), got float32 of shape (8, 1, 1)", scale=real(8, 1, 1))
 train("stride must be at least 1, got [0, 0]", None, (0, 0))
@@ -260,6 +271,41 @@ row(ops.binary_conv2d.padding, "padding must be 'same', 'valid' or integers, got
 row(ops.binary_conv2d.padding, "stride must be 1 with padding='same', got [2, 2]",
     real(2, 6, 5, 5), real(8, 6, 3, 3), None, (2, 2), "same")
 
+TRANSPOSED = real(2, 6, 5, 5), real(6, 4, 3, 3)
+
+
+def transposed(text, *args, x=TRANSPOSED[0], w=TRANSPOSED[1], **kw):
+    row(ops.binary_conv_transpose2d.default, text, x, w, *args, **kw)
+
+
+transposed("input must be (N, C, H, W) or (C, H, W), got float32 of shape (6, 5)", x=real(6, 5))
+transposed(f"input must be {FLOATS}, got int64 of shape (2, 6, 5, 5)",
+           x=real(2, 6, 5, 5, dtype=torch.int64))
+transposed("input must be 6 channels wide for a weight of shape (6, 4, 3, 3), got 4 channels in "
+           "float32 of shape (2, 4, 5, 5)", x=real(2, 4, 5, 5))
+transposed("input must be at least 1 x 1 in size, got [0, 5]", x=real(2, 6, 0, 5))
+transposed("weight must be 4-dimensional, got float32 of shape (6, 4, 3)", w=real(6, 4, 3))
+transposed("weight must be of at least one channel and tap, got float32 of shape (6, 4, 0, 3)",
+           w=real(6, 4, 0, 3))
+transposed("weight must be on cpu as the first argument, got meta",
+           w=real(6, 4, 3, 3, device="meta"))
+transposed("groups must be a divisor of 6 input channels, got 4", None, (1,), (0,), (0,), 4)
+transposed("groups must be a divisor of 6 input channels, got 0", None, (1,), (0,), (0,), 0)
+transposed("bias must be of shape (8,), got float32 of shape (4,)", real(4), (1,), (0,), (0,), 2)
+transposed("scale must be of shape (4,), got float32 of shape (6,)", scale=real(6))
+transposed("stride must be at least 1, got [0, 0]", None, (0, 0))
+transposed("dilation must be at least 1, got [1, 0]", None, (1,), (0,), (0,), 1, (1, 0))
+transposed("padding must be at least 0, got [-1, 0]", None, (1,), (-1, 0))
+transposed("output_padding must be at least 0, got [0, -1]", None, (2,), (0,), (0, -1))
+transposed("output_padding must be smaller than stride or dilation, got [0, 2]", None, (2,), (0,),
+           (0, 2))
+transposed("padding must be small enough for an output of at least 1 x 1, got [4, 4] and an output "
+           "of -1 x -1", None, (1,), (4, 4))
+transposed(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
+transposed("weight_clip must be at least 0, got -1", weight_clip=-1.0)
+transposed(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
+transposed("scale must be on cpu as the first argument, got meta", scale=real(4, device="meta"))
+
 dense(f"input must be {FLOATS}, got int32 of shape (3, 6)", x=words(3, 6))
 dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape (3, 5)",
       x=real(3, 5))
@@ -274,8 +320,19 @@ dense(f"dtype must be {FLOATS}, got torch.int64", dtype=torch.int64)
 
 row(ops.rsign.default, f"input must be {FLOATS}, got int32 of shape (2, 3)", words(2, 3), real(3))
 row(ops.rsign.default, "input must be (N, C, ...), got float32 of shape (3,)", real(3), real(3))
-row(ops.rsign.default, "shift must be of shape (3,), got float32 of shape (4,)", real(2, 3, 4),
-    real(4))
+row(ops.rsign.default, "input must be 4 channels wide for a shift of shape (4,), got 3 channels "
+    "in float32 of shape (2, 3, 4)", real(2, 3, 4), real(4))
+for wrong in ((3, 1, 1), (2, 3), (1, 3, 1), (2, 3, 4), (3, 1), (2, 4, 1), ()):
+    row(ops.rsign.default, "shift must be of shape (3,) or (2, 3, 1), got float32 of shape "
+        f"{wrong}", grad(2, 3, 4), real(*wrong))
+row(ops.rsign.default, f"shift must be {FLOATS}, got int32 of shape (2, 3, 1)", real(2, 3, 4),
+    words(2, 3, 1))
+row(ops.rsign.default, "shift must be on cpu as the first argument, got meta", real(2, 3, 4),
+    real(2, 3, 1, device="meta"))
+row(ops.rprelu.default, "input must be 4 channels wide for a shift_in of shape (4,), got 3 "
+    "channels in float32 of shape (2, 3)", real(2, 3), real(4), real(4), real(4))
+row(ops.rprelu_backward.default, "input must be 1 channels wide for a shift_in of shape (1,), got "
+    "3 channels in float32 of shape (2, 3)", real(2, 3), real(2, 3), real(1), real(1))
 row(ops.rsign.default, f"estimator must be {ESTIMATORS}, got 'tanh'", real(2, 3), real(3),
     estimator="tanh")
 row(ops.rsign.default, "clip must be at least 0, got -0.5", grad(2, 3), real(3),
@@ -354,8 +411,8 @@ sign_grad("input must not require grad, this operator has no gradient; use binar
 
 block(f"input must be {FLOATS}, got int32 of shape (2, 6, 5, 5)", x=words(2, 6, 5, 5))
 block("input must be 4-dimensional, got float32 of shape (6, 5, 5)", x=real(6, 5, 5))
-block("weight must be of shape (Cout, 6, kh, kw) for 6 input channels in 1 groups, got float32 of "
-      "shape (6, 5, 3, 3)", w=real(6, 5, 3, 3))
+block("input must be 5 channels wide for a weight of shape (6, 5, 3, 3), got 6 channels in float32 "
+      "of shape (2, 6, 5, 5)", w=real(6, 5, 3, 3))
 block("residual must be float32 of shape (2, 6, 3, 3), got float32 of shape (2, 6, 5, 5)",
       padding=(0,))
 block("residual must be float32 of shape (2, 8, 5, 5), got float32 of shape (2, 6, 5, 5)",
@@ -378,7 +435,7 @@ block("slope must be given with shift_in or shift_out, got None", shift_in=real(
 block("scale must be of shape (6,), got float32 of shape (3,)", scale=real(3))
 block("eps must be at least 0, got -1", eps=-1.0)
 block("eps must be at least 0, got nan", eps=float("nan"))
-block("groups must be a divisor of 6 input and 6 output channels, got 4", groups=4)
+block("groups must be a divisor of 6 output channels, got 4", groups=4)
 block("stride must be at least 1, got [0, 0]", stride=(0, 0))
 block("pad_value must be -1, 0 or 1, got 3", pad_value=3)
 block(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")

@@ -16,6 +16,8 @@ from bitkernels.nn import (
     BinaryConv1d,
     BinaryConv2d,
     BinaryConv3d,
+    BinaryConvTranspose1d,
+    BinaryConvTranspose2d,
     BinaryLinear,
     PackedConv2d,
     PackedLinear,
@@ -30,7 +32,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {
     BinaryConv1d: (lambda **o: BinaryConv1d(33, 8, 3, **o), (2, 33, 6)),
     BinaryConv2d: (lambda **o: BinaryConv2d(33, 8, 3, **o), (2, 33, 5, 6)),
+    BinaryConvTranspose1d: (lambda **o: BinaryConvTranspose1d(33, 8, 3, **o), (2, 33, 6)),
+    BinaryConvTranspose2d: (lambda **o: BinaryConvTranspose2d(34, 8, 3, 2, groups=2, **o),
+                            (2, 34, 5, 6)),
     BinaryLinear: (lambda **o: BinaryLinear(33, 8, **o), (2, 33))}
+SIZES = {cls: (33, 8, 3) for cls in LAYERS} | {
+    BinaryLinear: (33, 8), BinaryConvTranspose2d: (34, 8, 3, 2, 0, 0, 2)}
 
 
 @pytest.fixture(params=LAYERS, ids=lambda c: c.__name__)
@@ -72,8 +79,7 @@ def test_a_subclass_that_computes_nothing_of_its_own_packs(base):
     class Below(Named):
         pass
 
-    sizes = (33, 8) if base is BinaryLinear else (33, 8, 3)
-    own = Below(*sizes, label="a")
+    own = Below(*SIZES[base], label="a")
     own.load_state_dict(plain.state_dict())
     assert torch.equal(pack(nn.Sequential(own))(x), plain(x))
 
@@ -277,8 +283,7 @@ def test_zeros_are_reported_once_at_the_first_forward_and_at_pack(layer_and_inpu
     elif how == "mask":
         layer.weight = nn.Parameter(layer.weight * (torch.rand_like(layer.weight) < 0.5))
     else:
-        layer = parametrized(type(layer)(*(33, 8) if isinstance(layer, BinaryLinear)
-                                         else (33, 8, 3)), nn.ReLU())
+        layer = parametrized(type(layer)(*SIZES[type(layer)]), nn.ReLU())
     with pytest.warns(UserWarning, match=r"% of the weights are 0 .*count as \+1"):
         layer(x)
     with warnings.catch_warnings():
@@ -320,6 +325,10 @@ def test_a_norm_is_not_folded_into_latent_weights(dims, bias):
     with pytest.raises(ValueError, match=f"{type(layer).__name__}: .*fuse_conv_bn_eval"):
         fuse(layer, norm)
     assert layer.weight is before
+    if dims in (1, 2):
+        other = (BinaryConvTranspose1d, BinaryConvTranspose2d)[dims - 1](9, 8, 1, bias=bias).eval()
+        with pytest.raises(ValueError, match="BinaryConvTranspose.*fuse_conv_bn_eval"):
+            fuse(other, norm, transpose=True)
     layer.weight = nn.Parameter(torch.randn_like(before))  # any other weight may be set
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     layer.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
@@ -348,8 +357,9 @@ def test_binary_weight(layer_and_input, options, scaled):
     with torch.no_grad():
         layer.weight.copy_(reals(*layer.weight.shape))
     found = layer.binary_weight(scaled)
-    alpha = torch.ones(8) if not scaled or layer.scale() is None else layer.scale().detach()
-    expected = signs(layer.weight) * alpha.view(-1, *[1] * (layer.weight.dim() - 1))
+    expected = signs(layer.weight)
+    if scaled and layer.scale() is not None:
+        expected = expected * layer._factor(layer.scale().detach())
     assert torch.equal(found, expected) and not found.requires_grad
     twin = layer.pack()
     assert torch.equal(twin.binary_weight(scaled), found)

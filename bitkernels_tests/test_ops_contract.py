@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from bitkernels.backends import cpu
 from bitkernels_tests.cases import ConvCase, dyadic, reals, words_of
 
 ops = torch.ops.bitkernels
@@ -38,9 +43,10 @@ def samples(device) -> dict[str, tuple]:
     vector, matrix = words_of(2, 3, 37, **kw), words_of(19, 37, **kw)
     linear = (vector, matrix, 37)
     mask = words_of(2, 5, 6, 37, **kw)
-    shift = dyadic(37, **kw)
+    shift, samples = dyadic(37, **kw), dyadic(2, 37, 1, 1, **kw)
     grouped = ConvCase(channels=6, out_channels=4, groups=2, pad_value=-1)
     gx, gw = (leaf(t) for t in grouped.reals(**kw))
+    transposed = (gx, leaf(reals(6, 4, 3, 2, **kw)))
     pair = (leaf(reals(2, 3, 37, **kw)), leaf(reals(19, 37, **kw)))
     train = (leaf(x), leaf(w), leaf(c19[5]))
     rprelu = tuple(leaf(t) for t in (x, shift, shift + 0.25, -shift))
@@ -52,8 +58,10 @@ def samples(device) -> dict[str, tuple]:
         "sign_pack": (ops.sign_pack.default, (x, None, 1), {}),
         "sign_pack_last": (ops.sign_pack.default, (x,), {}),
         "sign_pack_strided": (ops.sign_pack.default, (channels_last(x)[:, :, ::2], shift, 1), {}),
+        "sign_pack_samples": (ops.sign_pack.default, (x, dyadic(2, 1, 1, 6, **kw)), {}),
         "sign_pack_bfloat16": (ops.sign_pack.default, (x.bfloat16(), None, 0), {}),
         "sign_pack_mask": (ops.sign_pack_mask.default, (x, 1.0, shift, 1), {}),
+        "sign_pack_mask_samples": (ops.sign_pack_mask.default, (x, 1.0, samples, 1), {}),
         "sign_pack_mask_last": (ops.sign_pack_mask.default, (channels_last(x).half(), 1.25), {}),
         "mask_grad": (ops.mask_grad.default, (x, mask, 1), {}),
         "mask_grad_channels_last": (ops.mask_grad.default, (channels_last(x), mask, 1), {}),
@@ -84,6 +92,9 @@ def samples(device) -> dict[str, tuple]:
                       dict(estimator="ste_sign")),
         "rsign_matrix": (ops.rsign.default, (x[:, :, 0, 0], leaf(shift)),
                          dict(estimator="identity")),
+        "rsign_samples": (ops.rsign.default, (leaf(channels_last(x)), leaf(samples)), {}),
+        "rsign_samples_matrix": (ops.rsign.default, (leaf(x[:, :, 0, 0]), leaf(x[:, :, 1, 1])),
+                                 dict(estimator="identity")),
         "rprelu": (ops.rprelu.default, rprelu, {}),
         "rprelu_half": (ops.rprelu.default, (leaf(channels_last(x).half()), *rprelu[1:]), {}),
         "rprelu_backward": (ops.rprelu_backward.default, (x, channels_last(x), shift, shift), {}),
@@ -132,6 +143,13 @@ def samples(device) -> dict[str, tuple]:
             leaf(x.double()), leaf(w.double()), leaf(residual.double()), leaf(shift), None, None,
             None, None, None, *CONV.args), dict(relu=True, scale=leaf(c19[5].abs()))),
         "train_linear": (ops.binary_linear.default, (*pair, leaf(c19[0])), {}),
+        "train_transpose": (ops.binary_conv_transpose2d.default, (
+            *transposed, leaf(c19[5][:8]), (2,), (1,), (1,), 2), {}),
+        "train_transpose_scale": (ops.binary_conv_transpose2d.default, (
+            leaf(channels_last(gx).half()), transposed[1], None, (2, 3), (0, 1), (1, 0), 2, (1, 2)),
+            dict(scale=leaf(c19[0][:8]), input_estimator="approx_sign", input_clip=None)),
+        "train_transpose_unbatched": (ops.binary_conv_transpose2d.default, (
+            transposed[0][0], transposed[1].detach()), dict(dtype=torch.bfloat16)),
         "train_linear_scale": (ops.binary_linear.default, pair,
                                dict(scale=leaf(c19[0]), input_estimator="swish_sign")),
     }
@@ -290,6 +308,20 @@ def test_export_with_dynamic_batch(function, make, device):
                 assert torch.equal(a, b)
 
 
+def test_sizes_of_0_are_computed_or_refused_and_end_no_process():
+    """Every size of every operator: the kernel in use and the reference say the same."""
+    said = []
+    for kernel in {cpu.REFERENCE, cpu.active() or cpu.REFERENCE}:
+        done = subprocess.run([sys.executable, "-m", "bitkernels_tests.zero_sizes"], text=True,
+                              capture_output=True, env={**os.environ, "BITKERNELS_CPU": kernel})
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0, f"{kernel}: {lines[-1]} {done.returncode} {done.stderr}"
+        assert not [line for line in lines if "failed" in line]
+        said.append(lines)
+    assert len(said[0]) > 500 and sum(not line.endswith("refused") for line in said[0]) > 100
+    assert [pair for pair in zip(*said, strict=True) if len(set(pair)) > 1] == []
+
+
 def test_shapes_beyond_int32():
     """Shape rules on tensors of more than 2^31 elements, which only the meta device can hold."""
     x = torch.empty(70000, 256, 16, 16, device="meta")
@@ -310,7 +342,8 @@ def test_shapes_beyond_int32():
 RAW = tuple(name for name, (op, args, kw) in samples(torch.device("cpu")).items()
             if "binary_conv2d" not in str(op) or "forward" in str(op)
             if not str(op).startswith(tuple(f"bitkernels.{name}.default" for name in (
-                "binary_linear", "binary_residual_block", "rsign", "rprelu"))))
+                "binary_linear", "binary_conv_transpose2d", "binary_residual_block", "rsign",
+                "rprelu"))))
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -83,6 +83,63 @@ def test_gradient_dtypes(dtype, estimator, device):
                                atol=30 * tolerance)
 
 
+def per_sample(x, dtype=torch.float32):
+    return reals(*x.shape[:2], *[1] * (x.dim() - 2), device=x.device).round(decimals=1).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 70, 9), (2, 64, 5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shifts_of_each_sample(shape, dtype, device):
+    """(N, C, 1, ..., 1): the same as one call a sample with its own (C,)."""
+    x = reals(*shape, dtype=dtype, device=device)
+    for layout in LAYOUTS.values() if len(shape) == 4 else (lambda t: t,):
+        given = layout(x)
+        for shift in (per_sample(x), per_sample(x, torch.float64), per_sample(x).mT.mT * 2):
+            y = ops.rsign(given, shift)
+            each = [ops.rsign(given[n : n + 1], shift[n].flatten()) for n in range(len(x))]
+            assert torch.equal(y, torch.cat(each or [y]))
+            assert torch.equal(y, reference.rsign(given, shift))
+
+
+def test_shifts_of_each_sample_that_are_strided(device):
+    x, wide = reals(3, 6, 4, 5, device=device), reals(6, 3, 2, 1, device=device)
+    shift = wide.transpose(0, 1)[:, :, 1:]
+    assert not shift.is_contiguous()
+    assert torch.equal(ops.rsign(x, shift), ops.rsign(x, shift.contiguous()))
+
+
+@pytest.mark.parametrize("estimator,clip", [("ste_sign", 1.25), ("ste_sign", None),
+                                            ("approx_sign", None), ("swish_sign", None),
+                                            ("identity", None), ("none", None)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_each_sample(estimator, clip, shape, device):
+    """The shift's gradient has the shape of the shift."""
+    x = reals(*shape, device=device)
+    for format in FORMATS if len(shape) == 4 else (torch.contiguous_format,):
+        leaves = [t.clone(memory_format=format).requires_grad_() for t in (x, per_sample(x))]
+        grad = reals(*shape, device=device)
+        ops.rsign(*leaves, estimator=estimator, clip=clip, beta=3.0).backward(grad)
+        wide = (leaves[0] + leaves[1]).detach().double().requires_grad_()
+        oracles.sign(wide, estimator, clip, 3.0).backward(grad.double())
+        if estimator == "none":
+            assert all(t.grad is None for t in leaves)
+            continue
+        torch.testing.assert_close(leaves[0].grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+        assert leaves[0].grad.is_contiguous(memory_format=format)
+        torch.testing.assert_close(leaves[1].grad.double(),
+                                   wide.grad.sum_to_size(leaves[1].shape), rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_thresholds_train_their_network(device):
+    """Shifts computed from the input, as of input-dependent RSign: the gradient reaches both."""
+    x = reals(3, 4, 5, 6, device=device).requires_grad_()
+    dense = torch.nn.Linear(4, 4).to(device)
+    shift = dense(x.mean((2, 3)))[:, :, None, None]
+    ops.rsign(x, shift, estimator="identity").square().sum().backward()
+    ops.rsign(x, shift.detach(), estimator="identity").sum().backward()
+    assert dense.weight.grad.abs().sum() > 0 and x.grad.shape == x.shape
+
+
 def test_large_arguments_have_finite_gradients(device):
     x = torch.tensor([[-3e4, -300.0, 300.0, 3e4]], device=device).requires_grad_()
     ops.rsign(x, torch.zeros(4, device=device), estimator="swish_sign").sum().backward()

@@ -70,6 +70,34 @@ def test_shift_of_each_dim(layout, dim, device):
     assert_words(ops.sign_pack(x, shift, dim), oracles.sign_bits(moved, -1), device)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dim", [1, 2, -1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shifts_of_each_sample(layout, dim, dtype, device):
+    """Of the input's rank, N in dimension 0, C in dim, else 1; as one call a sample."""
+    x = LAYOUTS[layout](reals(3, 35, 4, 70, dtype=dtype, device=device))
+    shift = reals(*(s if i in (0, dim % 4) else 1 for i, s in enumerate(x.shape)), device=device)
+    wide = x.double() if dtype == torch.float64 else x.float()
+    bits = oracles.sign_bits(wide + shift, dim)
+    assert_words(ops.sign_pack(x, shift, dim), bits, device)
+    assert torch.equal(reference.sign_pack(x, shift, dim), ops.sign_pack(x, shift, dim))
+    words, mask = ops.sign_pack_mask(x, 0.75, shift, dim)
+    assert_words(words, bits, device)
+    inside = np.moveaxis((wide + shift).abs().cpu().numpy() <= 0.75, dim, -1)
+    assert_words(mask, inside, device)
+    each = [ops.sign_pack(x[n : n + 1], shift[n].flatten(), dim) for n in range(3)]
+    assert torch.equal(words, torch.cat(each))
+
+
+@pytest.mark.parametrize("shape,dim", [((300, 40), 1), ((1, 33, 2), 1), ((0, 5, 2), 1),
+                                       ((2, 3, 4, 2, 33), -1), ((70, 3, 200), 1)])
+def test_shifts_of_each_sample_of_other_ranks(shape, dim, device):
+    x = reals(*shape, device=device)
+    shift = reals(*(s if i in (0, dim % x.dim()) else 1 for i, s in enumerate(shape)),
+                  device=device)
+    assert_words(ops.sign_pack(x, shift, dim), oracles.sign_bits(x + shift, dim), device)
+
+
 @pytest.mark.parametrize("shape,dim", [((0, 33, 2, 2), 1), ((2, 33, 0, 2), 1), ((5,), 0),
                                        ((40,), -1), ((0, 7), 1), ((2, 3, 2, 2, 34), -1)])
 def test_empty_and_other_ranks(shape, dim, device):

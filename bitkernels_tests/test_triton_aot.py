@@ -38,6 +38,7 @@ POINTERS = {
     "shift_out": "*fp32", "sign_shift": "*fp32", "clip": "fp32", "clamp_min": "fp32",
     "clamp_max": "fp32", "dot": "*i16", "center": "*fp64", "p": "*fp64", "q": "*fp64",
     "r": "*fp64", "add": "*fp16", "beta": "fp32", "STEPS": 16, "RELU": True, "WIDE": False,
+    "each": None,
 }
 CHANNELS_LAST = {"so": 0, "oo": 0, "go": 0, "ao": 0, "si": "i32:16", "oi": "i32:16",
                  "gi": "i32:16", "ai": "i32:16", "sc": 1, "oc": 1, "gc": 1, "ac": 1}
@@ -80,11 +81,16 @@ SIMPLE = {
     "sign_pack_rows": ("sign_pack", {**CHANNELS_LAST, "words": "i32", "BLOCK_R": 16,
                                      "BLOCK_C": 256}),
     "sign_pack_planes": ("sign_pack", {**NCHW, "words": "i32", "BLOCK_R": 512}),
+    "sign_pack_rows, of samples": ("sign_pack", {**CHANNELS_LAST, "words": "i32", "each": "i32",
+                                                 "BLOCK_R": 16, "BLOCK_C": 256}),
+    "sign_pack_planes, of samples": ("sign_pack", {**NCHW, "words": "i32", "each": "i32",
+                                                   "BLOCK_R": 512}),
     "unpack": ("unpack", {"BLOCK_R": 16, "BLOCK_C": 256}),
     "mask_grad": ("mask_grad", {**CHANNELS_LAST, "words": "i32", "BLOCK_R": 8,
                                 "BLOCK_C": 256}),
     "packed_max_pool2d": ("packed_max_pool2d", {"out": "*i32", "KH": 3, "KW": 3, "BLOCK": 512}),
     "rsign": ("rsign", {**NCHW, "BLOCK_R": 256, "BLOCK_C": 8}),
+    "rsign, of samples": ("rsign", {**NCHW, "each": "i32", "BLOCK_R": 256, "BLOCK_C": 8}),
     "rprelu": ("rprelu", {**CHANNELS_LAST, "BLOCK_R": 8, "BLOCK_C": 256}),
     "rprelu_backward": ("rprelu", {**CHANNELS_LAST, "BLOCK_R": 8, "BLOCK_C": 256}),
     "rprelu_reduce": ("rprelu", {"grad_in": "*fp32", "grad_slope": "*fp32", "grad_out": "*fp32",
@@ -107,7 +113,7 @@ SIMPLE = {
 def test_simple_kernels_spill_nothing(name, gpu):
     module, overrides = SIMPLE[name]
     warps = 8 if module == "sign_pack" else 4
-    code = build(gpu, load(module, f"{name}_kernel"), overrides, num_warps=warps)
+    code = build(gpu, load(module, f"{name.split(',')[0]}_kernel"), overrides, num_warps=warps)
     assert code.spilled == 0
     if name in ("window", "filter") and gpu != "gfx942":
         assert code.count(r"\bPOPC\b") > 0

@@ -130,7 +130,8 @@ else:
         for dtype in FLOATS:
             x = LAYOUTS[layout](reals(2, channels, 3, 5, dtype=dtype))
             shift, slope, last = (reals(channels), reals(channels), reals(channels, dtype=dtype))
-            for given in (None, shift):
+            shifts = reals(2, channels, 1, 1)
+            for given in (None, shift, shifts):
                 same(as_promised("sign_pack", x, given, 1), reference.sign_pack(x, given, 1))
                 same(as_promised("sign_pack_mask", x, 0.7, given, 1),
                      reference.sign_pack_mask(x, 0.7, given, 1))
@@ -139,7 +140,8 @@ else:
             same(as_promised("unpack", words, channels, dtype, 1),
                  reference.unpack(words, channels, dtype, 1))
             same(as_promised("mask_grad", x, words, 1), reference.mask_grad(x, words, 1))
-            same(as_promised("rsign", x, shift), reference.rsign(x, shift))
+            for given in (shift, shifts):
+                same(as_promised("rsign", x, given), reference.rsign(x, given))
             expected = reference.rprelu(x, shift, slope, last)
             if elementwise.collapse(1, x, empty_around(x, 1)) is not None:  # else the reference ran
                 expected = as_interpreted(reference.rprelu(x.float(), shift, slope, last), dtype)

@@ -126,6 +126,26 @@ inline void check_channel_vector(const char* op, const char* arg, const std::opt
     fail(op, arg, text("of shape (", channels, ",)"), describe(*t));
 }
 
+// The number of samples that have shifts of their own: 1 for a shift (C,), input.size(0) for one of
+// the input's rank, 1 but in dimension 0 and `dim`.
+inline int64_t check_shift(const char* op, const Tensor& input, const std::optional<Tensor>& shift,
+                           int64_t dim) {
+  if (!shift) return 1;
+  check_cpu(op, "shift", *shift);
+  check_real(op, "shift", *shift);
+  const int64_t channels = input.size(dim), n = input.dim();
+  if (shift->dim() == 1 && shift->size(0) == channels) return 1;
+  std::vector<int64_t> each(n, 1);
+  each[0] = input.size(0);
+  each[dim] = channels;
+  bool fits = dim != 0 && shift->dim() == n;
+  for (int64_t i = 0; fits && i < n; ++i) fits = shift->size(i) == each[i];
+  const std::string takes = text("of shape (", channels, ",)");
+  if (!fits)
+    fail(op, "shift", dim == 0 ? takes : text(takes, " or ", tuple_text(each)), describe(*shift));
+  return input.size(0);
+}
+
 constexpr int64_t kIntMax = (int64_t{1} << 31) - 1;
 
 inline int64_t normalize_dim(const char* op, const Tensor& t, int64_t dim) {

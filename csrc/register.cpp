@@ -33,7 +33,7 @@ std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat
   dim = normalize_dim(op, input, dim);
   const int64_t channels = input.size(dim);
   if (channels < 1) fail(op, "input", "at least 1 channel wide", describe(input));
-  check_channel_vector(op, "shift", shift, channels);
+  const int64_t samples = check_shift(op, input, shift, dim);
   if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
   const Kernel& k = kernel();
   const Around x = around(input, dim);
@@ -43,7 +43,7 @@ std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat
   if (clip) mask = empty(packed_shape(input, dim), ScalarType::Int);
   if (input.numel() > 0)
     sign_pack(k, x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, channels,
-              x.inner, wide.get(), clip.value_or(0), mutable_words(signs),
+              x.inner, wide.get(), samples, clip.value_or(0), mutable_words(signs),
               mask ? mutable_words(*mask) : nullptr);
   return {signs, mask};
 }
@@ -390,7 +390,10 @@ std::tuple<Tensor, Tensor, Tensor> op_binary_conv2d_forward(Tensor input, Tensor
   if (input.dim() != 4) fail(op, "input", "4-dimensional", describe(input));
   if (weight.dim() != 4) fail(op, "weight", "4-dimensional", describe(weight));
   if (weight.size(1) * groups != input.size(1))
-    fail(op, "weight", text("for ", input.size(1), " input channels"), describe(weight));
+    fail(op, "input",
+         text(weight.size(1) * groups, " channels wide for a weight of shape ",
+              tuple_text(weight.sizes()), groups > 1 ? text(" in ", groups, " groups") : ""),
+         text(input.size(1), " channels in ", describe(input)));
   const auto [words, mask] = pack(op, input, clip, std::nullopt, 1);
   const Tensor weight_words = std::get<0>(pack(op, weight, std::nullopt, std::nullopt, 1));
   Parts parts;
@@ -443,15 +446,36 @@ Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes paddin
   return out;
 }
 
-void check_activation(const char* op, const Tensor& input) {
+// Of a layer's input and its parameters per channel: where these agree with each other, the input
+// is what does not fit.
+void check_activation(const char* op, const Tensor& input,
+                      const std::vector<std::pair<const char*, const Tensor*>>& vectors) {
   check_real(op, "input", input);
   if (input.dim() < 2) fail(op, "input", "(N, C, ...)", describe(input));
+  const int64_t channels = input.size(1);
+  bool agree = true;
+  for (const auto& [arg, t] : vectors) check_cpu(op, arg, *t);
+  for (const auto& [arg, t] : vectors)
+    agree = agree && t->dim() == 1 && t->numel() == vectors.front().second->numel();
+  for (const auto& [arg, t] : vectors) {
+    if (!agree || t->size(0) == channels) {
+      check_channel_vector(op, arg, *t, channels);
+      continue;
+    }
+    check_real(op, arg, *t);
+    fail(op, "input",
+         text(t->size(0), " channels wide for a ", arg, " of shape ", tuple_text(t->sizes())),
+         text(channels, " channels in ", describe(input)));
+  }
 }
 
 Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip, double) {
   const char* op = "rsign";
-  check_activation(op, input);
-  check_channel_vector(op, "shift", shift, input.size(1));
+  if (shift.dim() == 1)
+    check_activation(op, input, {{"shift", &shift}});
+  else
+    check_activation(op, input, {});
+  const int64_t samples = check_shift(op, input, shift, 1);
   bool known = false;
   for (const char* name : {"ste_sign", "approx_sign", "swish_sign", "identity", "none"})
     known |= estimator == name;
@@ -464,16 +488,14 @@ Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip
   Tensor out = dense_like(x.tensor);
   if (input.numel() > 0)
     rsign(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
-          x.inner, wide.get(), out.mutable_data_ptr());
+          x.inner, wide.get(), samples, out.mutable_data_ptr());
   return out;
 }
 
 Tensor op_rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) {
   const char* op = "rprelu";
-  check_activation(op, input);
-  check_channel_vector(op, "shift_in", shift_in, input.size(1));
-  check_channel_vector(op, "slope", slope, input.size(1));
-  check_channel_vector(op, "shift_out", shift_out, input.size(1));
+  check_activation(op, input,
+                   {{"shift_in", &shift_in}, {"slope", &slope}, {"shift_out", &shift_out}});
   const bool wide = input.scalar_type() == ScalarType::Double;
   const WideVector a(shift_in, wide), b(slope, wide), c(shift_out, wide);
   const Around x = around(input, 1);
@@ -487,9 +509,7 @@ Tensor op_rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) 
 std::tuple<Tensor, Tensor, Tensor, Tensor> op_rprelu_backward(Tensor grad, Tensor input,
                                                               Tensor shift_in, Tensor slope) {
   const char* op = "rprelu_backward";
-  check_activation(op, input);
-  check_channel_vector(op, "shift_in", shift_in, input.size(1));
-  check_channel_vector(op, "slope", slope, input.size(1));
+  check_activation(op, input, {{"shift_in", &shift_in}, {"slope", &slope}});
   check_cpu(op, "grad", grad);
   const auto sizes = input.sizes();
   const Sizes shape(sizes.begin(), sizes.end()),

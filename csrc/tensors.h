@@ -7,6 +7,10 @@
 
 #include "checks.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the name before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace bitkernels {
 
 using Sizes = std::vector<int64_t>;
@@ -45,10 +49,12 @@ inline uint32_t* mutable_words(const Tensor& t) {
   return static_cast<uint32_t*>(t.mutable_data_ptr());
 }
 
-// A per-channel vector in the type the kernels compute in, readable 32 past its end.
+// A vector over the channels, or one a sample, in the type the kernels compute in, readable 32 past
+// its end.
 template <class W>
-std::vector<W> widened(const Tensor& t) {
-  const int64_t n = t.size(0), step = t.stride(0);
+std::vector<W> widened(const Tensor& given) {
+  const Tensor t = given.dim() == 1 ? given : dense(given);
+  const int64_t n = t.numel(), step = t.dim() == 1 ? t.stride(0) : 1;
   std::vector<W> out(n + 32, W(0));
   const void* p = t.const_data_ptr();
   for (int64_t i = 0; i < n; ++i) switch (t.scalar_type()) {

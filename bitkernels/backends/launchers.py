@@ -53,7 +53,7 @@ def packed_max_pool2d(run: Run, words, kernel_size, stride=(), padding=(0,), dil
 
 
 def rsign(run: Run, input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
-    _checks.check_rprelu("rsign", input, shift=shift)
+    _checks.check_rsign(input, shift)
     _checks.check_estimator("rsign", "estimator", estimator)
     _checks.check_clip("rsign", "clip", clip)
     return run("rsign", input, shift)

@@ -2,10 +2,13 @@
 
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
+from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTranspose2d
 from bitkernels.nn.conversion import binarize, pack
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
+from bitkernels.nn.norm import SyncBatchNorm
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
+from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 from bitkernels.nn.pool import MaxPool2d
 from bitkernels.nn.residual_block import BinaryResidualBlock
 
@@ -13,15 +16,20 @@ __all__ = [
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryConv3d",
+    "BinaryConvTranspose1d",
+    "BinaryConvTranspose2d",
     "BinaryLayer",
     "BinaryLinear",
     "BinaryResidualBlock",
     "MaxPool2d",
     "PackedConv1d",
     "PackedConv2d",
+    "PackedConvTranspose1d",
+    "PackedConvTranspose2d",
     "PackedLinear",
     "RPReLU",
     "RSign",
+    "SyncBatchNorm",
     "binarize",
     "pack",
 ]

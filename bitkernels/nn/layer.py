@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels._fx import FxLeaf
 from bitkernels.nn import hooks, latent
 from bitkernels.quantizers import (
     ApproxSign,
@@ -58,7 +59,7 @@ class _ForwardScale(torch.autograd.Function):
         return grad, None
 
 
-class BinaryLayer(nn.Module):
+class BinaryLayer(FxLeaf):
     """Mixin of the binary layers; comes before the `torch.nn` layer it makes binary.
 
     The layer computes on bits if both quantizers return -1 and +1, else on real numbers: the plain
@@ -190,7 +191,15 @@ class BinaryLayer(nn.Module):
         if self._scale_rule == "xnor":
             w = quantizers.clamp(w, -1, 1)
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return w.abs().mean(tuple(range(1, w.dim())), dtype=dtype)
+        return self._by_output(w).abs().mean(tuple(range(1, w.dim())), dtype=dtype)
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """The weight, or a tensor of its shape, with the output channels in dimension 0."""
+        return weight
+
+    def _factor(self, scale: Tensor) -> Tensor:
+        """A scale of each output channel, shaped to multiply the weight."""
+        return scale.view(-1, *[1] * (self.weight.dim() - 1))
 
     def _bit_operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight for the operator, after the quantizers that it does not know."""
@@ -232,7 +241,7 @@ class BinaryLayer(nn.Module):
             signs = self._quantized_weight() if self._takes_values() else self.weight
             signs = torch.where(signs.detach() < 0, -1, 1).to(self.weight.dtype)
             scale = self.scale() if scaled else None
-            return signs if scale is None else signs * self._per_channel(scale).to(signs.dtype)
+            return signs if scale is None else signs * self._factor(scale).to(signs.dtype)
 
     def signs_of_weight(self) -> Tensor:
         """`binary_weight()`: -1 and +1."""
@@ -242,10 +251,6 @@ class BinaryLayer(nn.Module):
         """Whether the signs are those of the weight quantizer's values and not of the weight."""
         operand = _operand(self._unscaled_sign or self.weight_quantizer)
         return operand is not None and operand[3]
-
-    def _per_channel(self, scale: Tensor) -> Tensor:
-        """A factor per output channel, shaped to multiply the weight."""
-        return scale.view(-1, *[1] * (self.weight.dim() - 1))
 
     def _quantized_weight(self) -> Tensor:
         return _quantized(self._unscaled_sign or self.weight_quantizer, self.weight)
@@ -258,7 +263,7 @@ class BinaryLayer(nn.Module):
             self._look_at(self.weight)
         scale = self.scale()
         if scale is not None:
-            scale = self._per_channel(scale.to(weight.dtype))
+            scale = self._factor(scale.to(weight.dtype))
             weight = (_ForwardScale.apply(weight, scale) if self._scale_rule == "detached"
                       else weight * scale)
         return _quantized(self.input_quantizer, input), weight

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.derived import Derived
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default
@@ -37,7 +38,7 @@ def _tiles(words: Tensor, groups: int) -> Tensor:
     return _tile_weight(words, groups)
 
 
-class _Packed(nn.Module):
+class _Packed(FxLeaf):
     weight_words: Tensor
     scale: Tensor | None
     bias: Tensor | None
@@ -62,7 +63,7 @@ class _Packed(nn.Module):
     @torch.no_grad()
     def _fill(self, layer: Any) -> None:
         """Take over signs, scale and bias of a binary layer."""
-        weight = layer._weight_to_sign()
+        weight = layer._by_output(layer._weight_to_sign())
         self.weight_words = _sign_pack(weight, None, 1).view(self.weight_words.shape)
         scale, bias = layer.scale(), layer.bias
         self.scale = None if scale is None else scale.float()
@@ -93,15 +94,18 @@ class _Packed(nn.Module):
                 self._buffers[name] = vector.float()
 
     def binary_weight(self, scaled: bool = False) -> Tensor:
-        """The weights -1 and +1, times alpha if scaled: float32, as the real layer lays them out.
-
-        (Cout, Cin/groups, kh, kw), (Cout, Cin/groups, k) or (out, in).
+        """The weights -1 and +1, times alpha if scaled: float32, shaped as those of the layer that
+        was packed, (Cout, Cin/groups, kh, kw) for a two-dimensional convolution.
         """
         signs = _unpack(self.weight_words, self._channels // self.groups, torch.float32, 1)
         signs = signs.squeeze(2) if signs.dim() - 2 > self._dims else signs
         if scaled and self.scale is not None:
             signs = signs * self.scale.view(-1, *[1] * (signs.dim() - 1))
-        return signs.contiguous()
+        return self._from_output(signs).contiguous()
+
+    def _from_output(self, weight: Tensor) -> Tensor:
+        """A weight with the output channels first, in the order of the layer that was packed."""
+        return weight
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":  # parents that compute with it themselves
@@ -218,6 +222,7 @@ class PackedConv2d(_PackedConv):
 
     _real = nn.Conv2d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         if input.dim() == 4:
@@ -230,6 +235,7 @@ class PackedConv1d(_PackedConv):
 
     _real = nn.Conv1d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         batched = input if input.dim() == 3 else input.unsqueeze(0)
@@ -261,6 +267,7 @@ class PackedLinear(_Packed):
         twin._fill(layer)
         return twin
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         self._refuse_grad(input)
         if input.dim() < 1 or input.shape[-1] != self.in_features:

@@ -2,6 +2,8 @@
 // take one bit at a time. Buffers are exactly as long as the headers state, for the sanitizers.
 #include "kernel_test.h"
 
+#include <thread>
+
 #include "packed_max_pool2d.h"
 #include "parallel.h"
 #include "rprelu.h"
@@ -11,11 +13,19 @@ namespace bitkernels {
 
 int parallel_threads() { return threads; }
 
-// One thread does the ranges of several, the last first: no range may rely on an earlier one.
+// One thread does the ranges of several, the last first: no range may rely on an earlier one. Built
+// with -DREAL_THREADS, for the thread sanitizer, each range has a thread.
 void parallel_run(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   const int64_t size = std::max(grain, (n + threads - 1) / threads);
+#ifdef REAL_THREADS
+  std::vector<std::thread> running;
+  for (int64_t begin = 0; begin < n; begin += size)
+    running.emplace_back(body, begin, std::min(begin + size, n), context);
+  for (std::thread& thread : running) thread.join();
+#else
   for (int64_t begin = (n - 1) / size * size; begin >= 0; begin -= size)
     body(begin, std::min(begin + size, n), context);
+#endif
 }
 
 namespace {
@@ -23,17 +33,19 @@ namespace {
 void test_bits(const Kernel& k, DType type, int64_t outer, int64_t channels, int64_t inner,
                bool shifted, bool masked) {
   const double clip = pick({0.0, 1.25, kInf});
+  const int64_t samples = rng() & 1 ? std::max<int64_t>(outer, 1) : 1;
   parameters = text(k.name, "type", static_cast<int>(type), outer, channels, inner, "shift",
-                    shifted, "mask", masked, "clip", clip);
+                    shifted, "samples", samples, "mask", masked, "clip", clip);
   const int64_t rows = outer * inner, size = rows * channels, words = word_count(channels);
   const Real x = random_real(type, size, true);
-  const Real shift = random_real(wide_type(type), channels + 32, true);
+  const Real shift = random_real(wide_type(type), samples * channels + 32, true);
   Words signs(rows * words), mask(rows * words);
-  sign_pack(k, x.data(), type, outer, channels, inner, shifted ? shift.data() : nullptr, clip,
-            signs.data.get(), masked ? mask.data.get() : nullptr);
+  sign_pack(k, x.data(), type, outer, channels, inner, shifted ? shift.data() : nullptr, samples,
+            clip, signs.data.get(), masked ? mask.data.get() : nullptr);
   const auto value = [&](int64_t row, int64_t c) {
     const double real = x.get((row / inner * channels + c) * inner + row % inner);
-    return shifted ? wide(type, real + shift.get(c)) : real;
+    const int64_t sample = samples > 1 ? row / inner : 0;
+    return shifted ? wide(type, real + shift.get(sample * channels + c)) : real;
   };
   check_words("sign_pack", signs, channels,
               [&](int64_t row, int64_t c) { return !(value(row, c) < 0); });
@@ -68,9 +80,15 @@ void test_activations(const Kernel& k, DType type, int64_t outer, int64_t channe
   const auto channel = [&](int64_t i) { return i / inner % channels; };
   const auto shifted = [&](int64_t i) { return wide(w, x.get(i) + shift_in.get(channel(i))); };
 
-  rsign(k, x.data(), type, outer, channels, inner, shift_in.data(), out.data());
+  rsign(k, x.data(), type, outer, channels, inner, shift_in.data(), 1, out.data());
   for (int64_t i = 0; i < n; ++i) want.set(i, shifted(i) < 0 ? -1 : 1);
   check_real("rsign", out, want);
+  const Real shifts = random_real(w, outer * channels + 16, special);
+  rsign(k, x.data(), type, outer, channels, inner, shifts.data(), std::max<int64_t>(outer, 1),
+        out.data());
+  for (int64_t i = 0; i < n; ++i)
+    want.set(i, wide(w, x.get(i) + shifts.get(i / inner)) < 0 ? -1 : 1);
+  check_real("rsign of samples", out, want);
 
   rprelu(k, x.data(), type, outer, channels, inner, shift_in.data(), slope.data(), shift_out.data(),
          out.data());
@@ -264,14 +282,19 @@ void test_kernel(const Kernel& k) {
 }  // namespace
 }  // namespace bitkernels
 
-int main() {
+// The kernels named by the arguments, or all.
+int main(int count, char** names) {
   using namespace bitkernels;
+  const auto asked = [&](const Kernel& k) {
+    return count == 1 || std::find(names + 1, names + count, std::string(k.name)) != names + count;
+  };
   for (int i = 0; i < kKernelCount; ++i) {
+    if (!asked(*kKernels[i])) continue;
     const int64_t before = passed + failed;
     if (kKernels[i]->supported()) test_kernel(*kKernels[i]);
     std::cout << kKernels[i]->name << ": " << passed + failed - before << " checks"
               << (kKernels[i]->supported() ? "\n" : ", not supported by this machine\n");
   }
   std::cout << passed << " passed, " << failed << " failed\n";
-  return failed != 0;
+  return failed != 0 || passed == 0;
 }

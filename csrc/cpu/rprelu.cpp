@@ -9,7 +9,7 @@ template <class W>
 void backward_of(const Kernel& kernel, const void* grad, const void* x, DType type, int64_t outer,
                  int64_t channels, int64_t inner, const void* shift_in, const void* slope,
                  void* grad_x, float* sums) {
-  const Tasks tasks = {outer, channels, inner};
+  const Tasks tasks = {outer, channels, inner, true};
   const int64_t width = tasks.width();
   std::vector<double> partial(tasks.count() * 3 * width, 0.0);
   tasks.run([&](int64_t t, int64_t first, int64_t count, int64_t c) {
@@ -20,7 +20,7 @@ void backward_of(const Kernel& kernel, const void* grad, const void* x, DType ty
         kernel.rprelu_backward(at(grad, type, first + i), at(x, type, first + i), type, channels,
                                shift_in, slope, false, at(grad_x, type, first + i), acc.data(),
                                acc.data() + channels, acc.data() + 2 * channels);
-      for (int64_t i = 0; i < 3 * channels; ++i) to[i] = acc[i];
+      for (int64_t i = 0; i < 3 * channels; ++i) to[i] += acc[i];
       return;
     }
     Repeated a, b;
@@ -42,15 +42,21 @@ void backward_of(const Kernel& kernel, const void* grad, const void* x, DType ty
 }  // namespace
 
 void rsign(const Kernel& kernel, const void* x, DType type, int64_t outer, int64_t channels,
-           int64_t inner, const void* shift, void* out) {
+           int64_t inner, const void* shift, int64_t samples, void* out) {
+  const DType wide = type == DType::kF64 ? DType::kF64 : DType::kF32;
+  const int64_t each = outer * inner * channels / samples;  // elements
+  const auto shifts_of = [&](int64_t element) {             // the first of its sample
+    return samples > 1 ? element / each * channels : 0;
+  };
   Tasks{outer, channels, inner}.run([&](int64_t, int64_t first, int64_t count, int64_t c) {
     if (c >= 0) {
       Repeated a;
-      return kernel.rsign(at(x, type, first), type, count, a.of(shift, type, c), true,
-                          at(out, type, first));
+      return kernel.rsign(at(x, type, first), type, count, a.of(shift, type, shifts_of(first) + c),
+                          true, at(out, type, first));
     }
     for (int64_t i = 0; i < count; i += channels)
-      kernel.rsign(at(x, type, first + i), type, channels, shift, false, at(out, type, first + i));
+      kernel.rsign(at(x, type, first + i), type, channels, at(shift, wide, shifts_of(first + i)),
+                   false, at(out, type, first + i));
   });
 }
 

@@ -20,8 +20,8 @@ int64_t rows_per_task(int64_t channels) {
   return std::max<int64_t>(1, kElements / std::max<int64_t>(channels, 1));
 }
 
-// f(element offset of the first channel's first pixel, pixels, channels, word offset, first
-// channel)
+// f(element offset of the first channel's first pixel, pixels, channels, word offset, outer index,
+// first channel)
 template <class F>
 void for_planes(int64_t outer, int64_t channels, int64_t inner, const F& f) {
   const int64_t words = (channels + 31) / 32, blocks = (inner + kPixels - 1) / kPixels;
@@ -31,7 +31,7 @@ void for_planes(int64_t outer, int64_t channels, int64_t inner, const F& f) {
       const int64_t p = i % blocks * kPixels, j = i / blocks % words, n = i / blocks / words;
       const int64_t c = 32 * j;
       f((n * channels + c) * inner + p, std::min(kPixels, inner - p),
-        static_cast<int>(std::min<int64_t>(32, channels - c)), (n * inner + p) * words + j, c);
+        static_cast<int>(std::min<int64_t>(32, channels - c)), (n * inner + p) * words + j, n, c);
     }
   });
 }
@@ -39,21 +39,28 @@ void for_planes(int64_t outer, int64_t channels, int64_t inner, const F& f) {
 }  // namespace
 
 void sign_pack(const Kernel& kernel, const void* x, DType type, int64_t outer, int64_t channels,
-               int64_t inner, const void* shift, double clip, uint32_t* signs, uint32_t* mask) {
-  const int64_t words = (channels + 31) / 32;
+               int64_t inner, const void* shift, int64_t samples, double clip, uint32_t* signs,
+               uint32_t* mask) {
+  const int64_t words = (channels + 31) / 32, each = outer / samples;
+  const DType wide = type == DType::kF64 ? DType::kF64 : DType::kF32;
   if (inner == 1) {
     parallel_for(outer, rows_per_task(channels), [&](int64_t begin, int64_t end) {
-      kernel.pack_rows(advance(x, type, begin * channels), type, end - begin, channels, shift, clip,
-                       signs + begin * words, mask ? mask + begin * words : nullptr);
+      for (int64_t r = begin; r < end;) {
+        const int64_t n = r / each, stop = std::min(end, (n + 1) * each);
+        kernel.pack_rows(advance(x, type, r * channels), type, stop - r, channels,
+                         advance(shift, wide, n * channels), clip, signs + r * words,
+                         mask ? mask + r * words : nullptr);
+        r = stop;
+      }
     });
     return;
   }
-  const DType wide = type == DType::kF64 ? DType::kF64 : DType::kF32;
   for_planes(outer, channels, inner,
-             [&](int64_t at, int64_t pixels, int count, int64_t word, int64_t c) {
+             [&](int64_t at, int64_t pixels, int count, int64_t word, int64_t n, int64_t c) {
                kernel.pack_planes(advance(x, type, at), type, pixels, inner, count,
-                                  outer * channels * inner - at, advance(shift, wide, c), clip,
-                                  signs + word, mask ? mask + word : nullptr, words);
+                                  outer * channels * inner - at,
+                                  advance(shift, wide, n / each * channels + c), clip, signs + word,
+                                  mask ? mask + word : nullptr, words);
              });
 }
 
@@ -68,7 +75,7 @@ void mask_grad(const Kernel& kernel, const void* grad, DType type, int64_t outer
     return;
   }
   for_planes(outer, channels, inner,
-             [&](int64_t at, int64_t pixels, int count, int64_t word, int64_t) {
+             [&](int64_t at, int64_t pixels, int count, int64_t word, int64_t, int64_t) {
                kernel.mask_planes(advance(grad, type, at), type, pixels, inner, count, mask + word,
                                   words, advance(out, type, at));
              });

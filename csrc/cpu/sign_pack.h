@@ -5,9 +5,11 @@
 
 namespace bitkernels {
 
-// `shift` per channel in the wide type, or null; `mask` (bits |x + shift| <= clip) may be null.
+// `shift` (samples, channels) in the wide type, readable 32 past its end, or null: each sample's
+// outer / samples rows have one of their own. `mask` (bits |x + shift| <= clip) may be null.
 void sign_pack(const Kernel& kernel, const void* x, DType type, int64_t outer, int64_t channels,
-               int64_t inner, const void* shift, double clip, uint32_t* signs, uint32_t* mask);
+               int64_t inner, const void* shift, int64_t samples, double clip, uint32_t* signs,
+               uint32_t* mask);
 
 // out = grad where the mask bit is set, else 0; same layout as grad.
 void mask_grad(const Kernel& kernel, const void* grad, DType type, int64_t outer, int64_t channels,

@@ -26,6 +26,16 @@ def block_index(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def shift_tile(shift, r, c, ok, col_ok, channels, each):
+    """Shifts of rows by channels, float32: (channels,), or one such vector for `each` rows."""
+    if each is None:
+        return tl.load(shift + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    else:
+        at = ((r // each) * channels)[:, None] + c[None, :]
+        return tl.load(shift + at, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def popcount(x, PTX: tl.constexpr):
     """Number of set bits of every int32."""
     if PTX:

@@ -1,4 +1,4 @@
-"""rsign forward: sign(x + shift per channel) in x's own type and layout, one pass."""
+"""rsign forward: sign(x + shift) in x's own type and layout, one pass."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import triton.language as tl
 from bitkernels import reference
 from bitkernels._checks import empty_around
 from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
-from bitkernels.backends.triton.jit import block_index
+from bitkernels.backends.triton.jit import block_index, shift_tile
 
 
 @triton.jit
 def rsign_kernel(x, shift, out, rows, inner, channels, so, si, sc, oo, oi, oc,
-                 BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+                 each, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                 WIDE: tl.constexpr):
     r = block_index(BLOCK_R, WIDE)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     col_ok = c < channels
     ok = (r < rows)[:, None] & col_ok[None, :]
     outer, rest = r // inner, r % inner
     v = tl.load(x + (outer * so + rest * si)[:, None] + (c * sc)[None, :], mask=ok, other=0.0)
-    v = v.to(tl.float32) + tl.load(shift + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    v = v.to(tl.float32) + shift_tile(shift, r, c, ok, col_ok, channels, each)
     sign = tl.where(v < 0, -1.0, 1.0).to(out.dtype.element_ty)
     tl.store(out + (outer * oo + rest * oi)[:, None] + (c * oc)[None, :], sign, mask=ok)
 
@@ -34,8 +35,9 @@ def rsign(input, shift):
     channels = input.shape[1]
     if outer * inner and channels:
         block_r, block_c = tile_shape(strides[2], channels)
+        each = None if shift.dim() == 1 else outer * inner // input.shape[0]
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
         rsign_kernel[grid](input, shift.contiguous(), out, outer * inner, inner, channels, *strides,
-                           *out_strides, BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, out),
-                           num_warps=4, enable_fp_fusion=False)
+                           *out_strides, each, BLOCK_R=block_r, BLOCK_C=block_c,
+                           WIDE=wide(input, out), num_warps=4, enable_fp_fusion=False)
     return out

@@ -40,7 +40,8 @@ def cases(op: str) -> list[tuple[tuple, dict]]:
     nchw = v.real(2, 70, 5, 6)
     last = v.real(2, 70, 5, 6, dtype=torch.float16).to(memory_format=torch.channels_last)
     if op == "sign_pack":
-        return [((x, shift, 1), {}) for x in (nchw, last) for shift in (None, v.real(70))]
+        return [((x, shift, 1), {}) for x in (nchw, last)
+                for shift in (None, v.real(70), v.real(2, 70, 1, 1))]
     if op == "sign_pack_mask":
         return [((x, 1.5, v.real(70), 1), {}) for x in (nchw, last)]
     if op == "mask_grad":
@@ -50,9 +51,10 @@ def cases(op: str) -> list[tuple[tuple, dict]]:
                 for dtype in (torch.float32, torch.bfloat16)]
     if op == "packed_max_pool2d":
         return [((v.words(2, 7, 6, 70), (3, 3), (2, 2), (1, 1), (1, 1), False), {})]
-    if op in ("rsign", "rprelu"):
-        count = 1 if op == "rsign" else 3
-        return [((x, *(v.real(70) for _ in range(count))), {}) for x in (nchw, last)]
+    if op == "rsign":
+        return [((x, v.real(*shape)), {}) for x in (nchw, last) for shape in ((70,), (2, 70, 1, 1))]
+    if op == "rprelu":
+        return [((x, *(v.real(70) for _ in range(3))), {}) for x in (nchw, last)]
     if op == "rprelu_backward":
         return [((v.real(2, 70, 5, 6).to(x.dtype), x, v.real(70), v.real(70)), {})
                 for x in (nchw, last)]

@@ -14,12 +14,13 @@ from bitkernels import reference
 from bitkernels._checks import word_count
 from bitkernels._ops import empty_words
 from bitkernels.backends.triton.elementwise import collapse, takes, wide
-from bitkernels.backends.triton.jit import block_index, pack_signs
+from bitkernels.backends.triton.jit import block_index, pack_signs, shift_tile
 
 
 @triton.jit
 def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si,
-                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+                          each, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                          WIDE: tl.constexpr):
     r = block_index(BLOCK_R, WIDE)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ok, col_ok = r < rows, c < channels
@@ -27,7 +28,7 @@ def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, w
     row = (r // inner) * so + (r % inner) * si
     v = tl.load(x + row[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
     if shift is not None:
-        v = v + tl.load(shift + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+        v = v + shift_tile(shift, r, c, ok, col_ok, channels, each)
     w = tl.program_id(1) * (BLOCK_C // 32) + tl.arange(0, BLOCK_C // 32)
     at = r[:, None] * words + w[None, :]
     out_ok = row_ok[:, None] & (w < words)[None, :]
@@ -38,7 +39,7 @@ def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, w
 
 @triton.jit
 def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si, sc,
-                            BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
+                            each, BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
     r = block_index(BLOCK_R, WIDE)
     w = tl.program_id(1)
     row_ok = r < rows
@@ -50,7 +51,11 @@ def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels,
         ok = r < tl.where(c < channels, rows, 0)
         v = tl.load(source + c.to(r.dtype) * sc, mask=ok, other=0.0).to(tl.float32)
         if shift is not None:
-            v = v + tl.load(shift + c, mask=c < channels, other=0.0).to(tl.float32)
+            if each is None:
+                v = v + tl.load(shift + c, mask=c < channels, other=0.0).to(tl.float32)
+            else:
+                v = v + tl.load(shift + (r // each) * channels + c, mask=ok,
+                                other=0.0).to(tl.float32)
         sign_word |= (~(v < 0) & ok).to(tl.int32) << bit
         if masks is not None:
             mask_word |= ((tl.abs(v) <= clip) & ok).to(tl.int32) << bit
@@ -71,20 +76,23 @@ def _launch(input, shift, clip, dim, with_mask):
     masks = empty_words(input, rest, channels) if with_mask else None
     if rows == 0:
         return signs, masks
-    shift = None if shift is None else shift.contiguous()
+    each = None  # rows of a sample, where it has shifts of its own
+    if shift is not None:
+        each = None if shift.dim() == 1 else rows // input.shape[0]
+        shift = shift.contiguous()
     words = word_count(channels)
     if sc == 1:
         block_c = min(max(32, triton.next_power_of_2(channels)), 256)
         block_r = 4096 // block_c
         grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
         sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels, words,
-                                    so, si, BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input),
-                                    num_warps=8, enable_fp_fusion=False)
+                                    so, si, each, BLOCK_R=block_r, BLOCK_C=block_c,
+                                    WIDE=wide(input), num_warps=8, enable_fp_fusion=False)
     else:
         grid = (triton.cdiv(rows, 512), words)
         sign_pack_planes_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels,
-                                      words, so, si, sc, BLOCK_R=512, WIDE=wide(input),
-                                      num_warps=8, enable_fp_fusion=False)
+                                      words, so, si, sc, each, BLOCK_R=512,
+                                      WIDE=wide(input), num_warps=8, enable_fp_fusion=False)
     return signs, masks
 
 

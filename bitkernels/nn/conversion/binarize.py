@@ -10,6 +10,7 @@ from torch import nn
 
 from bitkernels import quantizers
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
+from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTranspose2d
 from bitkernels.nn.layer import QuantizerLike, WeightScale
 from bitkernels.nn.linear import BinaryLinear
 
@@ -17,10 +18,12 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: BinaryConv1d,
     nn.Conv2d: BinaryConv2d,
     nn.Conv3d: BinaryConv3d,
+    nn.ConvTranspose1d: BinaryConvTranspose1d,
+    nn.ConvTranspose2d: BinaryConvTranspose2d,
     nn.Linear: BinaryLinear,
 }
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_LAYERS: tuple[type[nn.Module], ...] = (*_TWINS, nn.ConvTranspose3d)
 
 
 def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = True,
@@ -30,10 +33,10 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
              pad_value: int = 0) -> nn.Module:
     """Make the convolutions and linear layers of a model binary, in place, and return the model.
 
-    Layers of exactly the classes nn.Conv1d, Conv2d, Conv3d and Linear are replaced; subclasses,
-    transposed convolutions and layers that are binary already stay. The new layers own the same
-    Parameter objects (an optimizer stays valid), hooks and training flag; a layer that is used in
-    several places stays one layer.
+    Layers of exactly the classes nn.Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d and
+    Linear are replaced; subclasses and layers that are binary already stay. The new layers own the
+    same Parameter objects (an optimizer stays valid), hooks and training flag; a layer that is used
+    in several places stays one layer.
 
     skip_first, skip_last: leave the first and last convolution or linear layer of the model real,
       in the order of registration, as all published binary networks but the first ones do. A model

@@ -18,9 +18,9 @@ def pack(model: nn.Module, *,
          filter: Callable[[str, BinaryLayer], bool] | None = None) -> nn.Module:
     """A copy of a model for inference, with its binary layers packed to 1-bit weights.
 
-    Every BinaryConv1d, BinaryConv2d and BinaryLinear becomes its inference twin (same outputs, no
-    latent weights); all other modules are copied. The copy is in eval mode and none of its
-    parameters requires grad. The model itself is not changed.
+    Every BinaryConv1d/2d, BinaryConvTranspose1d/2d and BinaryLinear becomes its inference twin
+    (same outputs, no latent weights); all other modules are copied. The copy is in eval mode and
+    none of its parameters requires grad. The model itself is not changed.
 
     The weights are those of now: pruned, normed or parametrized as the model's next evaluation
     would have them. Forward hooks and pre-hooks go with their layer. A module that was compiled in

@@ -1,0 +1,122 @@
+"""Inference twins of the binary transposed convolutions; see `bitkernels.nn.packed`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitkernels._checks import wants_channels_last, word_count
+from bitkernels._transposed import output_size as output_size_of
+from bitkernels.conv_transpose import conv_transpose2d_on_words, phase_filters, phases2d
+from bitkernels.nn.derived import Derived
+from bitkernels.nn.packed import _Packed, _tile_weight
+
+
+def _filters(words: Tensor, groups: int, kernel, stride, padding,
+             dilation) -> list[Tensor | None]:
+    """The filters of each phase, tiled where CPU kernels will read them."""
+    # Output padding adds outputs to phases, and changes no taps.
+    filters = phase_filters(words, phases2d(kernel, stride, padding, (0, 0), dilation))
+    if not words.is_cpu:
+        return filters
+    return [None if filter is None else _tile_weight(filter, groups) for filter in filters]
+
+
+class _PackedConvTranspose(_Packed):
+    _real: type[nn.Module]
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0,
+                 output_padding=0, groups: int = 1, bias: bool = True, dilation=1,
+                 padding_mode: str = "zeros", device=None, *, scale: bool = False,
+                 input_quantizer: nn.Module | None = None) -> None:
+        super().__init__()
+        # The real layer checks the arguments and brings them to its normal form.
+        real: Any = self._real(in_channels, out_channels, kernel_size, stride, padding,
+                               output_padding, groups, bias, dilation, padding_mode, device="meta")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self._channels, self._dims = in_channels, len(real.kernel_size)
+        self.kernel_size, self.stride, self.padding = real.kernel_size, real.stride, real.padding
+        self.output_padding, self.dilation = real.output_padding, real.dilation
+        self.groups, self.padding_mode = groups, padding_mode
+        one, none = ((1,), (0,)) if len(self.kernel_size) == 1 else ((), ())  # height 1 for 1d
+        kernel = (*one, *self.kernel_size)
+        self._geometry = (kernel, (*one, *self.stride), (*none, *self.padding),
+                          (*one, *self.dilation))
+        self._register((out_channels, *kernel, word_count(in_channels // groups)), scale, bias,
+                       device, input_quantizer)
+        self._tiles = Derived(_filters)
+
+    @classmethod
+    def from_layer(cls, layer: Any):
+        """The twin of a binary transposed convolution that computes on bits."""
+        twin = cls(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
+                   layer.padding, layer.output_padding, layer.groups, layer.bias is not None,
+                   layer.dilation, layer.padding_mode, layer.weight.device,
+                   scale=layer.scale() is not None,
+                   input_quantizer=layer.input_quantizer if layer._input_first else None)
+        twin._fill(layer)
+        return twin
+
+    def _from_output(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        self._refuse_grad(input)
+        axes = len(self.kernel_size)
+        if input.dim() not in (axes + 1, axes + 2) or input.shape[-axes - 1] != self.in_channels:
+            raise RuntimeError(
+                f"{type(self).__name__}: input must be (N, {self.in_channels}, ...) with "
+                f"{axes + 2} dimensions, or one less without N, got shape {tuple(input.shape)}")
+        transposed: Any = nn.modules.conv._ConvTransposeNd
+        output_padding = transposed._output_padding(
+            self, input, output_size, self.stride, self.padding, self.kernel_size, axes,
+            self.dilation)
+        batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
+        out = self._convolve(batched.unsqueeze(-2) if axes == 1 else batched, output_padding)
+        out = out.squeeze(-2) if axes == 1 else out
+        return out if input.dim() == axes + 2 else out.squeeze(0)
+
+    def _convolve(self, input: Tensor, output_padding) -> Tensor:
+        """Of (N, C, H, W)."""
+        kernel, stride, padding, dilation = self._geometry
+        if len(output_padding) == 1:
+            output_padding = (0, *output_padding)
+        geometry = (kernel, stride, padding, output_padding, dilation)
+        size = output_size_of(type(self).__name__, input.shape[2:], *geometry)
+        every = phases2d(*geometry)
+        words: Any = self._buffers["weight_words"]
+        filters = self._tiles(words, self.groups, *self._geometry)
+        if filters is None:
+            filters = phase_filters(words, every)
+        return conv_transpose2d_on_words(
+            self._words(input, 1), filters, every, self.in_channels, self.out_channels, size,
+            stride, self.groups, self.scale, self.bias, self._dtype(input),
+            wants_channels_last(input, input))
+
+    def extra_repr(self) -> str:
+        return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+                f"stride={self.stride}, padding={self.padding}, "
+                f"output_padding={self.output_padding}, groups={self.groups}, "
+                f"bias={self.bias is not None}, dilation={self.dilation}, "
+                f"scale={self.scale is not None}")
+
+
+class PackedConvTranspose2d(_PackedConvTranspose):
+    """A packed `BinaryConvTranspose2d`; made by its `pack()`, or empty to load a state_dict into.
+
+    Input (N, Cin, H, W) or (Cin, H, W), real: its signs are packed, then convolved. The arguments
+    are those of `nn.ConvTranspose2d`, also `forward(input, output_size=None)`; scale says whether
+    there is a factor per output channel, and input_quantizer is a custom quantizer to -1 and +1
+    that runs first. weight_words are (Cout, kh, kw, ceil(Cin / groups / 32)), by output channel as
+    in all packed layers; the filters of each phase of the output are derived from them.
+    """
+
+    _real = nn.ConvTranspose2d
+
+
+class PackedConvTranspose1d(_PackedConvTranspose):
+    """A packed `BinaryConvTranspose1d`, see `PackedConvTranspose2d`. Input (N, Cin, L) or (Cin, L),
+    real."""
+
+    _real = nn.ConvTranspose1d
