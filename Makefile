@@ -21,19 +21,21 @@ PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks exampl
 WARN := -Wall -Wextra -Wno-maybe-uninitialized
 KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+RACES := -O1 -g -fsanitize=thread -DREAL_THREADS
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
 OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* measure_plan models_* nn_residual_block_distributed \
   interop digits distillation experiments gpu_check import metrics optim thresholds traces,\
   $(wildcard bitkernels_tests/test_$(name).py))
 
-# $(call kernel_test,compiler,flags,folder,runner): the engine's own test, files compiled side by side.
+# $(call kernel_test,compiler,flags,folder,runner,kernels): the engine's own test, of all kernels where
+# none is named; files compiled side by side.
 define kernel_test
 	mkdir -p build/$(3)
 	printf '%s\n' $(TEST_SOURCES) | xargs -P $(JOBS) -I{} sh -c \
 	  '$(1) $(2) $(KERNEL_FLAGS) -c {} -o build/$(3)/$$(basename {} .cpp).o'
 	$(1) $(2) $(KERNEL_FLAGS) build/$(3)/*.o -o build/$(3)/kernel_test
-	$(4) build/$(3)/kernel_test
+	$(4) build/$(3)/kernel_test $(5)
 endef
 
 .PHONY: help test bench build test-all kernel-test kernel-test-neon gpu-check gpu-check-cuda abi-audit lint clean
@@ -43,7 +45,7 @@ help:
 	@echo "make bench             build and measure binary against real convolutions"
 	@echo "make build             set up $(VENV) and build into it"
 	@echo "make test-all          the tests once for each CPU kernel of this machine"
-	@echo "make kernel-test       the C++ kernels alone, plain and under sanitizers"
+	@echo "make kernel-test       the C++ kernels alone, plain, under sanitizers and with threads"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
 	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
 	@echo "make gpu-check-cuda    the kernels of csrc/cuda, which wait for their first GPU"
@@ -83,6 +85,7 @@ test-all: build
 kernel-test:
 	$(call kernel_test,$(CXX),-O3,plain,)
 	$(call kernel_test,$(CXX),$(SANITIZE),sanitized,)
+	$(call kernel_test,$(CXX),$(RACES),races,,scalar)
 
 kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))

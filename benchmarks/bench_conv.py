@@ -20,6 +20,9 @@ operands in L2 as far as they fit. `of floor` is the floor over the cold time: t
 weight and output divided by the bandwidth of a copy measured in the same run. `of peak` is the rate
 of operations over that of the 1-bit tensor core alone, also measured in the same run.
 
+A provider that is slower than the baseline is timed once where its calls are long, and so is any
+call longer than its share of --budget; the rest are medians of many calls.
+
 `match` says whether, in this run, every real output was equal to conv2d of the signs, integer by
 integer, and every packed output to the bits of its comparison with the thresholds. A complete run
 writes conv.csv, conv.json and conv.png to benchmarks/results/<device>, a partial one only to
@@ -30,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -171,12 +175,15 @@ class Case:
         return lambda: call(x, weight, 1.0, zero)
 
 
-def measure(case: Case, threads: int, seconds: float, bandwidth: float | None,
+def measure(case: Case, threads: int, seconds: float, limit: float, bandwidth: float | None,
             notes: dict[str, str], each) -> Row:
     device = case.device
+    start = time.monotonic()
     device.set_threads(threads)
     own, kernels = case.ours(notes)
-    calls = {**own, **case.rivals()}
+    rivals = case.rivals()
+    baseline = [name for name in rivals if name.partition("/")[0] == device.baseline]
+    calls = {**own, **rivals}
     try:
         calls["int8"] = case.int8()
     except RuntimeError as error:
@@ -184,7 +191,12 @@ def measure(case: Case, threads: int, seconds: float, bandwidth: float | None,
     match = case.match(own)
     times: dict[str, common.Times] = {}
     variants: dict[str, str] = {}
-    measured = common.measure_in_turns(device, calls, seconds, each)
+    limit -= time.monotonic() - start
+    if device.type == "cuda":  # the other half is for the CUDA graphs
+        limit /= 2
+    seconds = max(0.0, min(seconds, limit / len(calls)))
+    measured = common.measure_in_turns(device, calls, seconds, each, baseline=baseline,
+                                       rivals=calls.keys() - own.keys())
     for name, taken in measured.items():
         provider, _, variant = name.partition("/")
         if provider not in times or taken.p50 < times[provider].p50:
@@ -198,26 +210,40 @@ def measure(case: Case, threads: int, seconds: float, bandwidth: float | None,
 
 
 def run(layers: Sequence[Layer], batches: Sequence[int], threads: Sequence[int],
-        device: common.Device, seconds: float, notes: dict[str, str]):
-    """(rows, bit products per second that only counting bits reaches on one thread, or None;
+        device: common.Device, seconds: float, budget: float, notes: dict[str, str]):
+    """What fits into `budget` seconds, small batches first, in equal parts; at least one row.
+
+    Returns (rows, bit products per second that only counting bits reaches on one thread, or None;
     operations per second of a GPU's 1-bit tensor core, or None)."""
     rows: list[Row] = []
     rates: list[float] = []
+    end = time.monotonic() + budget
+    cases = [(batch, layer) for batch in batches for layer in layers]
+    total = len(cases) * len(threads)
     bandwidth = device.copy_bandwidth()
     peak = None if bandwidth is None else peak_rate(device, notes)
-    with torch.inference_mode(), tqdm(total=len(layers) * len(batches) * len(threads),
-                                      unit="row", disable=None) as progress:
-        for layer in layers:
-            for batch in batches:
-                case = Case(layer, batch, device)
-                rate = device.popcount_rate()
-                rates += [] if rate is None else [rate]
-                for count in threads:
-                    rows.append(measure(
-                        case, count, seconds, bandwidth, notes,
-                        lambda name, label=f"{layer.name} batch {batch}": progress.set_postfix_str(
-                            f"{label}, {name}")))
-                    progress.update()
+    with torch.inference_mode(), tqdm(total=total, unit="row", disable=None) as progress:
+        for batch, layer in cases:
+            if rows and time.monotonic() > end:
+                break
+            left = end - 0.1 * budget - time.monotonic()  # a tenth in hand, for the last row
+            due = time.monotonic() + left * len(threads) / (total - len(rows))
+            case = Case(layer, batch, device)
+            rate = device.popcount_rate()
+            rates += [] if rate is None else [rate]
+            for done, count in enumerate(threads):
+                limit = (due - time.monotonic()) / (len(threads) - done)
+                rows.append(measure(
+                    case, count, seconds, limit, bandwidth, notes,
+                    lambda name, label=f"{layer.name} batch {batch}": progress.set_postfix_str(
+                        f"{label}, {name}")))
+                progress.update()
+    if len(rows) < total:
+        notes[f"{total - len(rows)} of {total} rows"] = (
+            f"{budget:g} s were over; --budget SECONDS gives more")
+    order = [layer.name for layer in layers]
+    rows.sort(key=lambda row: (order.index(row.layer), batches.index(row.batch),
+                               threads.index(row.threads)))
     return rows, max(rates, default=None), peak
 
 
@@ -246,6 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--threads", nargs="+", type=int, help="default: one and all")
     parser.add_argument("--min-run-time", type=float, metavar="SECONDS",
                         help="timed per provider and row (0.4; 0.05 with --quick)")
+    parser.add_argument("--budget", type=float, default=150.0, metavar="SECONDS",
+                        help="for the whole table (150); what takes longer is timed less often")
     parser.add_argument("--output", type=Path, metavar="DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     args = parser.parse_args(arguments)
@@ -256,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     batches = args.batch or list(device.batches)
     seconds = args.min_run_time or (0.05 if args.quick else 0.4)
     notes: dict[str, str] = {}
-    rows, rate, peak = run(layers, batches, threads, device, seconds, notes)
+    rows, rate, peak = run(layers, batches, threads, device, seconds, args.budget, notes)
     means = geometric_means(rows, device.baseline)
     record = common.environment(device) | {"min_run_time": seconds, "popcount_rate": rate,
                                            "not_available": notes}
@@ -278,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if record["kernel"] == "reference":
         print("bitkernels ran its reference implementation here, which is written to be read: "
               "these speeds say nothing about a compiled backend")
-    complete = not args.quick and (layers, batches, threads) == (
+    everything = len(layers) * len(batches) * len(threads) == len(rows)
+    complete = everything and not args.quick and (layers, batches, threads) == (
         [Layer.parse(name) for name in LAYERS], list(device.batches), device.threads)
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
     if output is not None:

@@ -13,7 +13,8 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,11 @@ class CpuDevice:
     def set_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
+    def once(self, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
     def measure(self, call: Callable[[], object], seconds: float) -> list[float]:
         from torch.utils.benchmark import Timer
 
@@ -128,6 +134,9 @@ class GpuDevice:
 
     def set_threads(self, threads: int) -> None:
         """Host threads do not matter to a GPU's time."""
+
+    def once(self, call: Callable[[], object]) -> float:
+        return gpu_time.cold(call, 1)[0] / 1000
 
     def measure(self, call: Callable[[], object], seconds: float) -> list[float]:
         once = statistics.median(gpu_time.cold(call, 5)) / 1000
@@ -195,16 +204,32 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float) -> bool:
 
 
 def measure_in_turns(device: Device, calls: Mapping[str, Callable[[], object]], seconds: float,
-                     each: Callable[[str], object] = lambda name: None) -> dict[str, Times]:
-    """Times of every call, about `seconds` each; `each(name)` is told of every turn."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+                     each: Callable[[str], object] = lambda name: None,
+                     baseline: Collection[str] = (), rivals: Collection[str] = ()
+                     ) -> dict[str, Times]:
+    """Times of every call, about `seconds` each; `each(name)` is told of every turn.
+
+    A call that takes longer than `seconds` is timed once, without warming up. So is, warmed up, one
+    of `rivals` that is slower than the fastest of `baseline`, where a turn holds less than ten of
+    its calls.
+    """
+    once: dict[str, float] = {}
+    for name, call in calls.items():
+        once[name] = device.once(call)
+        if once[name] <= seconds:
+            once[name] = device.once(call)
+    slow = min((once[name] for name in baseline), default=float("inf"))
+    turn = seconds / ROUNDS
+    samples = {name: [taken] if taken > seconds or (name in rivals and slow < taken > turn / 10)
+               else [] for name, taken in once.items()}
+    turns = [name for name, taken in samples.items() if not taken]
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            samples[name] += device.measure(call, seconds / ROUNDS)
+        for name in turns:
+            short = 3 * once[name] < turn  # else the timer's own trials would take most of it
+            samples[name] += (device.measure(calls[name], turn) if short
+                              else [device.once(calls[name])])
             each(name)
-    return {name: Times.of(seconds) for name, seconds in samples.items()}
+    return {name: Times.of(taken) for name, taken in samples.items()}
 
 
 def measure_warm(device: Device, calls: Mapping[str, Callable[[], object]], seconds: float,

@@ -12,21 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bitkernels.nn as bnn
+from bitkernels.models import ReActNet18
 from bitkernels.quantizers import SteSign
 
 STAGES = (64, 128, 256, 512)
-
-
-def reactnet_block(cin: int, cout: int, stride: int) -> bnn.BinaryResidualBlock:
-    """RSign, 3x3, batch norm, RPReLU (Liu et al. 2020); down by a pooled 1x1 convolution."""
-    conv = bnn.BinaryConv2d(cin, cout, 3, stride, 1, bias=False, input_quantizer=None,
-                            weight_scale="detached")
-    shortcut = None
-    if stride > 1 or cin != cout:
-        shortcut = nn.Sequential(nn.AvgPool2d(2, stride), nn.Conv2d(cin, cout, 1, bias=False),
-                                 nn.BatchNorm2d(cout))
-    return bnn.BinaryResidualBlock(conv, nn.BatchNorm2d(cout), sign=bnn.RSign(cin),
-                                   act=bnn.RPReLU(cout), shortcut=shortcut)
 
 
 def quicknet_block(channels: int) -> bnn.BinaryResidualBlock:
@@ -66,15 +55,9 @@ class Network(nn.Module):
 
 def reactnet18(blocks: int) -> Network:
     """ResNet-18's shape, every 3x3 convolution of its stages a binary block."""
-    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64),
-                         bnn.MaxPool2d(3, 2, 1))
-    body: list[nn.Module] = []
-    channels = 64
-    for stage in STAGES:
-        for i in range(blocks):
-            body.append(reactnet_block(channels, stage, 2 if i == 0 and stage > 64 else 1))
-            channels = stage
-    return Network(stem, nn.Sequential(*body, *head(channels)))
+    model = ReActNet18(1000, channels=STAGES, blocks=(blocks,) * len(STAGES))
+    return Network(model.stem, nn.Sequential(*model.blocks, model.pool, nn.Flatten(),
+                                             model.classifier))
 
 
 def quicknet(blocks: int) -> Network:

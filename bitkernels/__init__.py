@@ -1,4 +1,22 @@
-"""bitkernels: binary neural networks in PyTorch on real 1-bit arithmetic."""
+"""bitkernels: binary neural networks in PyTorch on real 1-bit arithmetic.
+
+    nn          layers, residual blocks, `binarize` and `pack`
+    models      networks by name
+    quantizers  signs and their estimators
+    optim       Bop, and groups of binary parameters
+    metrics     flips, saturation, dead weights
+    train       recipes, image sets, `fit`          imported when first used
+    interop     CuPy, NumPy, JAX, any DLPack        imported when first used
+    ops         the operators, with their help      imported when first used
+"""
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+with warnings.catch_warnings():  # torch says at import that NumPy is missing; nothing here needs it
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+    import torch
 
 from bitkernels import (
     _ops,
@@ -15,18 +33,31 @@ from bitkernels import (
 )
 from bitkernels.thresholds import fold_threshold
 
+if TYPE_CHECKING:
+    from bitkernels import interop, ops, train
+
 __version__ = "0.1.0"
 
 __all__ = [
-    "autograd",
-    "backends",
-    "conv_transpose",
     "fold_threshold",
+    "interop",
     "metrics",
     "models",
     "nn",
+    "ops",
     "optim",
     "quantizers",
-    "reference",
-    "residual_block",
+    "train",
 ]
+
+_LAZY = ("interop", "ops", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"bitkernels.{name}")
+    raise AttributeError(f"module 'bitkernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -154,7 +154,13 @@ def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
     return by_input, by_weight
 
 
+def _as_matrix(t: Tensor) -> Tensor:
+    return torch.atleast_2d(t).flatten(0, -2)
+
+
 def _library_backward(grad, x, weight, conf, padding, mask):
+    if weight.shape[0] == 0:  # sums of nothing, which the library refuses
+        return torch.zeros_like(x), torch.zeros_like(weight)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, conf["stride"], padding, conf["dilation"], False, (0, 0),
         conf["groups"], (*mask, False))
@@ -285,12 +291,12 @@ class _BinaryLinear(torch.autograd.Function):
                                      conf["input_estimator"], conf["input_clip"], conf["beta"], -1)
         if wants_weight:
             x = ops.unpack.default(words, weight.shape[1], grad.dtype, -1)
-            grad_signs = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            grad_signs = _as_matrix(grad).T @ _as_matrix(x)
             grad_weight, grad_scale = finish_weight_grad(
                 grad_signs, weight, weight_words, scale, conf, ctx.needs_input_grad[1],
                 ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+            grad_bias = _as_matrix(grad).sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, grad_scale, None
 
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from bitkernels import reference
 from bitkernels._checks import is_channels_last
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.reference import estimator_grad
 
 __all__ = [
@@ -133,7 +134,7 @@ def clamp(x: Tensor, low: float, high: float) -> Tensor:
     return _Clamp.apply(x, low, high)
 
 
-class Quantizer(nn.Module):
+class Quantizer(FxLeaf):
     """Base of the quantizers here. Arguments are fixed: layers read them once.
 
     Raises AttributeError when an argument is assigned later; give the layer a new quantizer.
@@ -180,6 +181,7 @@ class SteSign(Quantizer):
     def __init__(self, clip_value: float | None = 1.0) -> None:
         super().__init__(clip_value=_checked_clip("SteSign", clip_value))
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         return _straight_through(x, "sign", self.clip_value)
 
@@ -197,6 +199,7 @@ class ApproxSign(Quantizer):
     def __init__(self) -> None:
         super().__init__()
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         return _EstimatedSign.apply(x, "approx_sign", 0.0)
 
@@ -216,6 +219,7 @@ class SwishSign(Quantizer):
     def __init__(self, beta: float = 5.0) -> None:
         super().__init__(beta=float(beta))
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         return _EstimatedSign.apply(x, "swish_sign", self.beta)
 
@@ -236,6 +240,7 @@ class MagnitudeAwareSign(Quantizer):
     def __init__(self, clip_value: float | None = 1.0) -> None:
         super().__init__(clip_value=_checked_clip("MagnitudeAwareSign", clip_value))
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         return _straight_through(x, "sign", self.clip_value) * mean_magnitude(x.detach())
 
@@ -253,6 +258,7 @@ class SteHeaviside(Quantizer):
     def __init__(self, clip_value: float | None = 1.0) -> None:
         super().__init__(clip_value=_checked_clip("SteHeaviside", clip_value))
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         return _straight_through(x, "heaviside", self.clip_value)
 
@@ -280,6 +286,7 @@ class SteTern(Quantizer):
                          ternary_weight_networks=bool(ternary_weight_networks),
                          clip_value=_checked_clip("SteTern", clip_value))
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         if self.ternary_weight_networks:
             threshold = 0.7 * x.detach().abs().mean()
@@ -314,6 +321,7 @@ class DoReFa(Quantizer):
     def precision(self) -> int:  # type: ignore[override]
         return self.k_bit
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         n = float(2**self.k_bit - 1)
@@ -345,6 +353,7 @@ class NoOp(Quantizer):
     def binary(self) -> bool:  # type: ignore[override]
         return self.precision == 1
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         return x
 

@@ -100,14 +100,16 @@ def _exact_dtype(t: Tensor, products: int) -> torch.dtype:
 
 def dot_conv2d(words, weight_words, channels, stride, padding, dilation, groups, pad_value):
     """Integer dot products (N, Cout, OH, OW) in int32."""
-    dtype = _exact_dtype(words, channels // groups * weight_words[0, :, :, 0].numel())
+    dtype = _exact_dtype(words, channels // groups * weight_words.shape[1:3].numel())
     a = unpack(words, channels, dtype, dim=1)
     w = unpack(weight_words, channels // groups, dtype, dim=1)
     top, bottom, left, right = padding4("packed_conv2d", padding)
     a = F.pad(a, (left, right, top, bottom), value=float(pad_value))
     # oneDNN's convolution is wrong for one channel in channels-last strides (torch 2.13, CPU).
     a, w = (t.contiguous().view(-1).view(t.shape) for t in (a, w))
-    return F.conv2d(a, w, None, stride, 0, dilation, groups).round().int()
+    filters = w if len(w) else w.new_zeros(groups, *w.shape[1:])  # the library refuses none
+    dot = F.conv2d(a, filters, None, stride, 0, dilation, groups)
+    return dot[:, : len(w)].round().int()
 
 
 def epilogue(dot: Tensor, channel_dim: int, *, clamp_min=None, clamp_max=None, scale=None,
@@ -183,8 +185,10 @@ def packed_linear(words, weight_words, channels, *, out_channels=None, dtype=Non
 
 def packed_max_pool2d(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
     """Maximum of signs = or of bits; padding never wins, as in `nn.MaxPool2d`."""
-    kernel, stride, padding, dilation, _ = pool_geometry(
+    kernel, stride, padding, dilation, size = pool_geometry(
         words, kernel_size, stride, padding, dilation, ceil_mode)
+    if words.shape[-1] == 0:  # which the library refuses
+        return words.new_empty(words.shape[0], *size, 0)
     bits = unpack_bits(words, words.shape[-1] * 32).movedim(-1, 1).float()
     most = F.max_pool2d(bits, kernel, stride, padding, dilation, ceil_mode)
     return pack_bits((most > 0).movedim(1, -1))  # -inf where a window holds padding alone
@@ -290,6 +294,8 @@ def sign_backward(grad, input, shift, add, estimator, clip, beta):
 
 def packed_conv2d_weight_grad(grad, words, channels, kernel_size, stride, pad, dilation, pad_value):
     """Gradient (Cout, channels, kh, kw) of the weight's signs, float32, channels-last."""
+    if grad.shape[1] == 0:  # which the library refuses
+        return grad.new_empty(0, channels, *kernel_size, dtype=torch.float32)
     top, bottom, left, right = pad
     grad = _wide(grad)
     x = F.pad(unpack(words, channels, grad.dtype, dim=1), (left, right, top, bottom),
@@ -302,6 +308,8 @@ def packed_conv2d_weight_grad(grad, words, channels, kernel_size, stride, pad, d
 
 def packed_conv2d_input_grad(grad, weight_words, channels, scale, input_size, pad, dilation):
     """Gradient (N, channels, *input_size) of the input of a convolution of stride 1."""
+    if grad.shape[1] == 0:  # a sum of nothing, which the library refuses
+        return _rows(grad.new_zeros(grad.shape[0], channels, *input_size))
     top, bottom, left, right = pad
     weight = unpack(weight_words, channels, grad.dtype, dim=1)
     if scale is not None:

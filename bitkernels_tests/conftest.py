@@ -23,6 +23,8 @@ def available_devices() -> list[str]:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs an NVIDIA or AMD GPU, skipped without one")
+    # The tests' values hold exact zeros on purpose; test_nn_pack.py asks for the warning itself.
+    config.addinivalue_line("filterwarnings", "ignore:.* of the weights are 0:UserWarning")
 
 
 def pytest_collection_modifyitems(items):

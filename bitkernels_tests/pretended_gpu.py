@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bitkernels.backends.cuda import dispatch, launch
+from bitkernels.backends.trust import Usable
 from bitkernels_tests import cuda_emulator
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -50,7 +51,8 @@ def install(monkeypatch, unusable: str | None = None) -> cuda_emulator.EmulatedD
             return 1
 
     driver = cuda_emulator.EmulatedDriver()
-    for module, name in ((dispatch, "_plans"), (dispatch, "_unusable"), (launch, "_loaded")):
+    monkeypatch.setattr(dispatch, "usable", Usable())
+    for module, name in ((dispatch, "_plans"), (launch, "_loaded")):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(common, "pick_device", lambda name: Pretended())
     monkeypatch.setattr(dispatch, "why_unusable", lambda device: unusable)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,3 +123,76 @@ def test_without_csrc_cuda_a_note_says_why(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "cuda fp16, 3x3/2:40@9 batch 1 n/a: the next backend: CuPy" in printed
     assert "n/a" in printed.partition("of peak")[2]
+
+
+class Clocked:
+    """A device whose calls take the seconds that they return, and that counts them."""
+
+    def __init__(self):
+        self.calls = {}
+
+    def once(self, call):
+        taken = call()
+        self.calls[taken] = self.calls.get(taken, 0) + 1
+        return taken
+
+    def measure(self, call, seconds):
+        return [self.once(call) for _ in range(int(seconds / call()))]
+
+
+def test_slow_calls_are_timed_once(monkeypatch):
+    """Of a rival, slower than the baseline; of anything, longer than its time."""
+    monkeypatch.syspath_prepend(str(pretended_gpu.BENCHMARKS))
+    import common
+
+    device = Clocked()
+    taken = {"fp32/a": 0.02, "fp32/b": 0.03, "bf16": 0.5, "ours": 0.021, "late": 2.0,
+             "quick": 0.001}
+    times = common.measure_in_turns(
+        device, {name: lambda t=t: t for name, t in taken.items()}, 1.0,
+        baseline=("fp32/a", "fp32/b"), rivals=("fp32/a", "fp32/b", "bf16", "quick"))
+    assert {name: t.p50 for name, t in times.items()} == taken
+    count = {name: device.calls[t] for name, t in taken.items()}
+    assert count["late"] == 1
+    assert count["bf16"] == count["fp32/b"] == 2  # the first to warm up
+    assert min(count["fp32/a"], count["ours"]) > 20 and count["quick"] > 500
+
+
+@pytest.mark.parametrize("slowness, measured", [(1, 6), (5, 4), (100, 1)])
+def test_what_a_budget_leaves_out_is_the_last_and_is_said(slowness, measured, monkeypatch):
+    monkeypatch.syspath_prepend(str(pretended_gpu.BENCHMARKS))
+    import bench_conv
+
+    clock = [50.0]
+
+    def measure(case, threads, seconds, limit, *rest):
+        clock[0] += max(slowness * limit, 4.0)
+        return SimpleNamespace(layer=case.layer.name, batch=case.batch, threads=threads)
+
+    monkeypatch.setattr(bench_conv, "measure", measure)
+    monkeypatch.setattr(bench_conv, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    layers = [bench_conv.Layer.parse(name) for name in ("3x3:8@3", "1x1:8@3", "1x1:8@2")]
+    notes = {}
+    rows, _, _ = bench_conv.run(layers, (1, 2), (1,), bench_conv.common.CpuDevice(), 0.4, 60, notes)
+    named = [(row.layer, row.batch) for row in rows]
+    assert named == [
+        (layer.name, batch) for layer in layers for batch in (1, 2)
+        if (batch - 1) * len(layers) + layers.index(layer) < measured]
+    if measured == 6:
+        assert clock[0] < 50 + 60 and not notes
+    else:
+        assert list(notes) == [f"{6 - measured} of 6 rows"]
+
+
+def test_a_table_without_time_has_one_row_and_is_not_recorded(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(pretended_gpu.BENCHMARKS))
+    import bench_conv
+
+    monkeypatch.setattr(bench_conv.common, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_conv, "LAYERS", ("1x1:8@3", "3x3:8@3"))
+    threads = torch.get_num_threads()
+    rows = bench_conv.main(["--device", "cpu", "--budget", "0"])
+    torch.set_num_threads(threads)
+    assert {(row.layer, row.batch) for row in rows} == {("1x1:8@3", 1)} and rows[0].match
+    assert "rows n/a: 0 s were over; --budget" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())

@@ -159,17 +159,6 @@ def test_shared_memory_fits():
     assert all(k.shared <= 227 * 1024 for k in (*kernels.WGMMA, *kernels.BULK))
 
 
-def test_the_cache_gives_back_what_was_compiled(tmp_path, monkeypatch):
-    monkeypatch.setenv("BITKERNELS_CACHE_DIR", str(tmp_path))
-    source, header = kernels.PREPARE.source, LINEAR.header()
-    first = compiler.compile(source, header, "sm_80")
-    (file,) = tmp_path.iterdir()
-    assert compiler.compile(source, header, "sm_80").code == first.code and not any(
-        path.suffix == ".part" for path in tmp_path.iterdir())
-    compiler.compile(source, LINEAR.with_parts(("channels", 9)).header(), "sm_80")
-    assert len(list(tmp_path.iterdir())) == 2 and file.exists()
-
-
 def test_a_source_that_does_not_compile_says_why():
     with pytest.raises(compiler.CompileError, match="nowhere"):
         compiler.compile('#include "types.cuh"\nint x = nowhere;', LINEAR.header(), "sm_80",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from bitkernels import __main__, reference
+from bitkernels import reference
 from bitkernels.backends import gpu
 from bitkernels.backends.cuda import dispatch, kernels, launch, plan, selfcheck
 from bitkernels.backends.cuda.spec import conv_spec, linear_spec
+from bitkernels.cli import doctor
 from bitkernels_tests.cases import ConvCase, words_of
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def linear(rows=40, cout=64, channels=256):
     return words_of(rows, channels), words_of(cout, channels), channels
 
 
-def test_nothing_is_proven_so_nothing_runs_unasked(usable):
+def test_a_call_unlike_any_measured_one_does_not_run_unasked(usable):
     assert dispatch.attempt("packed_linear", linear(), {}) is None
     assert "BITKERNELS_CUDA=1 opts in" in dispatch.explain("packed_linear", *linear())
 
@@ -60,7 +62,7 @@ def test_a_measured_kernel_runs_unasked(usable, monkeypatch):
     assert ran[0].name == "mma_64x64"
     assert dispatch.explain("packed_linear", *linear()) == (
         "cuda: mma_64x64, measured near this shape at 7 us, triton 9 us (a GPU, 2027-01-01)")
-    assert "sm_90a (a GPU, 2027-01-01)" in dict(__main__.report())["cuda kernels"]
+    assert "sm_90a (a GPU, 2027-01-01)" in dict(doctor.report())["cuda kernels"]
     monkeypatch.setenv("BITKERNELS_CUDA", "0")
     dispatch.clear()
     assert dispatch.attempt("packed_linear", linear(), {}) is None
@@ -183,7 +185,7 @@ def test_reasons_of_the_driver(driver, said, monkeypatch):
 def test_a_shape_that_is_new_inside_a_capture_is_an_error(usable, monkeypatch):
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
     monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
-    monkeypatch.setattr(launch, "_capturing", lambda device: True)
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="bitkernels::packed_linear: .* call it once before"):
         dispatch.attempt("packed_linear", linear(), {})
 
@@ -233,10 +235,38 @@ def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):
     assert gpu.run("packed_linear", *linear())[0] == "packed_linear"
 
 
+def test_on_hopper_the_layers_of_a_resnet_run_unasked(usable):
+    """By the table that the package carries; batch 256, and one image."""
+    for channels, size in ((64, 56), (128, 28), (256, 14)):
+        for batch, real in itertools.product((1, 256), (False, True)):
+            words = torch.zeros(batch, size, size, channels // 32, dtype=torch.int32)
+            args = words, words_of(channels, 3, 3, channels), channels, (1, 1), (1, 1)
+            found, why = dispatch._plan("packed_conv2d", args, dict(real=real, packed=not real),
+                                        CPU)
+            assert found[0].name.startswith("resident_"), (channels, batch, real, why)
+            assert "NVIDIA H200" in why
+
+
+def test_free_image_sizes_do_not_compile_for_ever(usable, monkeypatch):
+    monkeypatch.setattr(dispatch, "MOST_UNASKED", 2)
+    weight = words_of(256, 3, 3, 256)
+
+    def chosen(size):
+        args = torch.zeros(4, size, size, 8, dtype=torch.int32), weight, 256, (1, 1), (1, 1)
+        return dispatch._plan("packed_conv2d", args, dict(real=True, packed=False), CPU)
+
+    assert chosen(28)[0] and chosen(30)[0]
+    found, why = chosen(32)
+    assert not found and "kernels for 2 shapes have been compiled" in why
+    assert chosen(28)[0], "what is there goes on"
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    assert chosen(32)[0]
+
+
 def test_the_report_says_why(monkeypatch):
-    rows = dict(__main__.report())
-    assert "cuda kernels" in rows
-    assert "none proven" in rows["cuda kernels"]
+    assert "sm_90a (NVIDIA H200, " in dict(doctor.report())["cuda kernels"]
+    monkeypatch.setattr(plan, "table", dict)
+    assert "none proven" in dict(doctor.report())["cuda kernels"]
 
 
 def test_importing_loads_no_cuda():

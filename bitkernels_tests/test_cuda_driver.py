@@ -44,6 +44,22 @@ def test_a_launch_arrives_as_it_was_meant(driver):
                     words.data_ptr(), 128]
 
 
+def test_code_that_does_not_load_is_compiled_once_more(driver, monkeypatch):
+    asked = []
+
+    def compile(*source, renew):
+        asked.append(renew)
+        good = renew and len(asked) == 2
+        return compiler.Binary(b"\x7fELF" if good else b"of another driver", "log" if renew else "")
+
+    monkeypatch.setattr(compiler, "compile", compile)
+    arguments = kernels.BULK[0], linear_spec(4, 8, 128, 16), "sm_90a"
+    assert driver.build(*arguments) and asked == [False, True]
+    with pytest.raises(DriverError, match="cuModuleLoadData: invalid argument"):
+        driver.build(*arguments)
+    assert asked == [False, True] * 2
+
+
 def test_an_error_says_which_call_and_why(driver):
     with pytest.raises(DriverError, match=r"cuDeviceGet: invalid argument \(1\)"):
         driver.bind(3)

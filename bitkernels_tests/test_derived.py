@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bitkernels.nn import BinaryConv1d, BinaryConv2d, BinaryLinear, PackedConv2d, pack
+from bitkernels.nn import (
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryConvTranspose2d,
+    BinaryLinear,
+    PackedConv2d,
+    pack,
+)
 from bitkernels.nn.derived import Derived
 from bitkernels_tests.cases import reals
 
@@ -23,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {
     "conv2d": (lambda: BinaryConv2d(36, 20, 3, padding=1, weight_scale="detached"), (2, 36, 5, 6)),
     "grouped": (lambda: BinaryConv2d(36, 20, 3, groups=2), (2, 36, 5, 6)),
+    "transposed": (lambda: BinaryConvTranspose2d(36, 20, 3, 2, weight_scale="xnor"), (2, 36, 5, 6)),
     "conv1d": (lambda: BinaryConv1d(36, 20, 3), (2, 36, 9)),
     "linear": (lambda: BinaryLinear(67, 9, weight_scale="xnor"), (3, 67))}
 
@@ -225,7 +233,6 @@ def test_inference_tensors_are_read_anew(pair):
 def test_threads_on_one_layer(pair):
     a, b, x, expected = pair
     own, wrong = a(x).clone(), []
-    state = {name: tensor.clone() for name, tensor in b.state_dict().items()}
 
     def run(layer, right):
         for _ in range(50):

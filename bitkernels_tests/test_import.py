@@ -51,16 +51,49 @@ def test_import_survives_warnings_as_errors():
     assert result.returncode == 0, result.stderr
 
 
-def test_an_extension_that_does_not_fit_is_a_warning():
-    stale = run("import sys, types; sys.modules['bitkernels._C'] = types.ModuleType('_C');"
-                "import bitkernels")
-    assert stale.returncode == 0 and "build it again" in stale.stderr
-    assert "packed_conv2d, " in stale.stderr and "sign_pack, " in stale.stderr
-    broken = run("import sys\n"
-                 "class Finder:\n"
-                 "    def find_spec(self, name, path, target=None):\n"
-                 "        if name == 'bitkernels._C': raise ImportError('undefined symbol')\n"
-                 "sys.meta_path.insert(0, Finder())\n"
-                 "import bitkernels; print(bitkernels.backends.cpu.explain())")
-    assert broken.returncode == 0 and "undefined symbol" in broken.stderr
-    assert broken.stdout.startswith("reference (slow")
+STALE = "import sys, types; sys.modules['bitkernels._C'] = types.ModuleType('_C')"
+ABSENT = "import sys; sys.modules['bitkernels._C'] = None"
+BROKEN = """
+import sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == 'bitkernels._C': raise ImportError('undefined symbol')
+sys.meta_path.insert(0, Finder())
+"""
+CALLS = """
+import sys, torch, bitkernels
+import bitkernels.nn as bnn
+print("imported", file=sys.stderr)
+conv = bnn.BinaryConv2d(8, 8, 3)
+for _ in range(2):
+    conv(torch.randn(1, 8, 5, 5)).sum().backward()
+    bnn.pack(conv)(torch.randn(1, 8, 5, 5))
+print(bitkernels.backends.cpu.why_not)
+"""
+
+
+@pytest.mark.parametrize("how, reason", [
+    (STALE, "build it again"), (ABSENT, "is not built"), (BROKEN, "undefined symbol")])
+def test_slow_operators_are_one_warning_at_their_first_call(how, reason):
+    result = run(f"{how}\n{CALLS}")
+    assert result.returncode == 0, result.stderr
+    at_import, at_calls = result.stderr.split("imported\n")
+    assert not at_import
+    assert at_calls.count("UserWarning") == 1 and reason in at_calls, at_calls
+    if how is STALE:
+        assert "packed_conv2d, " in at_calls and "sign_pack, " in at_calls
+    else:
+        assert reason in result.stdout
+
+
+@pytest.mark.parametrize("asked", ["BITKERNELS_CPU=reference", "BITKERNELS_NO_EXT=1"])
+def test_slow_operators_that_were_asked_for_are_silent(asked):
+    name, value = asked.split("=")
+    result = run(f"{ABSENT}\n{CALLS}", **{name: value})
+    assert result.returncode == 0 and result.stderr == "imported\n", result.stderr
+
+
+def test_no_numpy_is_no_warning():
+    code = "import sys; sys.modules['numpy'] = None"
+    result = run(f"{code}\nimport bitkernels\n{CALLS}")
+    assert result.returncode == 0 and result.stderr == "imported\n", result.stderr

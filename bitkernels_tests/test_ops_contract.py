@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from bitkernels.backends import cpu
 from bitkernels_tests.cases import ConvCase, dyadic, reals, words_of
 
 ops = torch.ops.bitkernels
@@ -305,6 +310,20 @@ def test_export_with_dynamic_batch(function, make, device):
             other = make(n, device)[0].detach()
             for a, b in zip(program.module()(other), network(other), strict=True):
                 assert torch.equal(a, b)
+
+
+def test_sizes_of_0_are_computed_or_refused_and_end_no_process():
+    """Every size of every operator: the kernel in use and the reference say the same."""
+    said = []
+    for kernel in {cpu.REFERENCE, cpu.active() or cpu.REFERENCE}:
+        done = subprocess.run([sys.executable, "-m", "bitkernels_tests.zero_sizes"], text=True,
+                              capture_output=True, env={**os.environ, "BITKERNELS_CPU": kernel})
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0, f"{kernel}: {lines[-1]} {done.returncode} {done.stderr}"
+        assert not [line for line in lines if "failed" in line]
+        said.append(lines)
+    assert len(said[0]) > 500 and sum(not line.endswith("refused") for line in said[0]) > 100
+    assert [pair for pair in zip(*said, strict=True) if len(set(pair)) > 1] == []
 
 
 def test_shapes_beyond_int32():

@@ -100,3 +100,18 @@ def test_sign_backward_equals_the_reference(estimator, dtype, finite, device):
         else:
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(total, sums, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows, channels", [(8200, 513), (17, 20_000)])
+def test_sums_over_many_rows_or_channels_are_right_for_any_threads(rows, channels, keeps_threads):
+    """More rows than the tasks take at once, and rows that are longer than a task."""
+    x, grad = dyadic(rows, channels), dyadic(rows, channels)
+    shift, slope = dyadic(channels), dyadic(channels)
+    value = (x + shift).double()
+    expected = (grad.double() * (value.abs() <= 1)).sum(0), (grad * value * (value <= 0)).sum(0)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        total = ops.sign_backward(grad, x, shift, None, estimator="ste_sign")[1]
+        slopes = ops.rprelu_backward(grad, x, shift, slope)[2]
+        assert torch.equal(total, expected[0])
+        assert torch.equal(slopes, expected[1].float())

@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import resource
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from bitkernels import _files
 from bitkernels.train import (
     CheckpointError,
     DivergedError,
@@ -222,6 +224,29 @@ def test_a_checkpoint_of_another_run(data, uninterrupted, options, message):
     with pytest.raises(CheckpointError) as error:
         run(data, uninterrupted[0], resume=True, **options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_do_not_share_a_folder(resume, data, tmp_path):
+    out = tmp_path / "run"
+    with ExitStack() as first:
+        if resume:
+            run(data, out, RECIPE.scaled(epochs=1))
+        out.mkdir(exist_ok=True)
+        first.enter_context(_files.locked(out))
+        before = sorted(os.listdir(out))
+        with pytest.raises(CheckpointError, match=f"another run is writing to {out}: choose"):
+            run(data, out, RECIPE.scaled(epochs=1), resume=resume)
+        assert sorted(os.listdir(out)) == before
+    run(data, out, RECIPE.scaled(epochs=1), resume=resume)  # the folder is free again
+
+
+def test_a_file_system_without_locks_trains(data, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run(data, tmp_path, RECIPE.scaled(epochs=1))
 
 
 def test_an_existing_run_is_not_overwritten(data, uninterrupted):

@@ -1,6 +1,5 @@
 """Two processes compute what one does on the joined batch; batch norm over both is torch's."""
 
-import copy
 import os
 import socket
 import subprocess
@@ -15,52 +14,12 @@ from torch import nn
 
 from bitkernels import models
 from bitkernels.train import CheckpointError, checkpoint, datasets, fit, recipes
-from bitkernels.train.distributed import Group, SyncBatchNorm, synchronised
+from bitkernels.train.distributed import Group, synchronised
 from bitkernels_tests.train_models import double_reactnet
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A group of this process alone, so that collectives run."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("options", [
-    {}, dict(affine=False), dict(momentum=None), dict(track_running_stats=False), dict(eps=1e-2)])
-@pytest.mark.parametrize("kind, shape", [(nn.BatchNorm1d, (6, 3)), (nn.BatchNorm2d, (4, 3, 5, 2))])
-def test_sync_batch_norm_is_torchs(alone, kind, shape, options):
-    """Values, gradients and running statistics in float64, over two steps and in evaluation."""
-    ours = theirs = kind(3, dtype=torch.float64, **options)
-    if options.get("affine", True):
-        nn.init.uniform_(theirs.weight, 0.5, 2)
-        nn.init.normal_(theirs.bias)
-    ours = synchronised(nn.Sequential(copy.deepcopy(theirs)), Group(0, 2), torch.device("cpu"))[0]
-    assert type(ours) is SyncBatchNorm and type(theirs) is kind
-    for training in (True, True, False):
-        x = 3 * torch.randn(shape, dtype=torch.float64) + 1
-        grad = torch.randn_like(x)
-        results = []
-        for layer in (ours, theirs):
-            layer.train(training)
-            layer.zero_grad()
-            input = x.clone().requires_grad_()
-            output = layer(input)
-            output.backward(grad)
-            results.append([output, input.grad, *(p.grad for p in layer.parameters()),
-                            *layer.buffers()])
-        for a, b in zip(*results, strict=True):
-            assert a.dtype == b.dtype and torch.allclose(a.double(), b.double(), 1e-10, 1e-12)
-
-
-def test_sync_batch_norm_refuses_one_value(alone):
-    with pytest.raises(ValueError, match="more than one value per channel"):
-        SyncBatchNorm(3)(torch.randn(1, 3))
 
 
 def test_one_process_keeps_its_batch_norms():

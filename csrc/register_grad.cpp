@@ -60,8 +60,9 @@ Tensor op_weight_grad(Tensor grad, Tensor words, int64_t channels, Sizes kernel_
   const int64_t taps = conv.kh * conv.kw;
   Tensor out = empty_strided({conv.out_channels, channels, conv.kh, conv.kw},
                              {channels * taps, 1, conv.kw * channels, channels}, ScalarType::Float);
-  sign_weight_grad(kernel(), conv, g.const_data_ptr(), dtype_of(g.scalar_type()),
-                   static_cast<float*>(out.mutable_data_ptr()));
+  if (out.numel() > 0)
+    sign_weight_grad(kernel(), conv, g.const_data_ptr(), dtype_of(g.scalar_type()),
+                     static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -79,7 +80,7 @@ Tensor op_input_grad(Tensor grad, Tensor weight_words, int64_t channels, OptTens
   const WideVector factors(scale, false);
   Tensor out = empty_strided({conv.batch, channels, h, w},
                              {h * w * channels, 1, w * channels, channels}, g.scalar_type());
-  if (conv.batch > 0)
+  if (out.numel() > 0)
     sign_input_grad(kernel(), conv, words_of(weight), factors.floats(), g.const_data_ptr(),
                     dtype_of(g.scalar_type()), out.mutable_data_ptr());
   return out;

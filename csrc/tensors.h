@@ -7,6 +7,10 @@
 
 #include "checks.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the name before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace bitkernels {
 
 using Sizes = std::vector<int64_t>;

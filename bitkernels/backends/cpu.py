@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import sysconfig
 import time
 import warnings
 
@@ -15,6 +17,8 @@ import torch
 from bitkernels.backends.launchers import BLOCK, SINGLE
 
 REFERENCE = "reference"
+# setup.py builds no engine there.
+NO_ENGINE = os.name == "nt" or bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 OPERATORS = (*(launcher.__name__ for launcher in (*SINGLE, *BLOCK)), "tile_weight",
              "packed_conv2d", "packed_linear", "binary_conv2d_forward")
 
@@ -28,18 +32,32 @@ def _load() -> str | None:
     except ModuleNotFoundError:
         return "the extension bitkernels._C is not built"
     except ImportError as error:
-        reason = f"the extension bitkernels._C does not load: {error}"
-        warnings.warn(f"bitkernels runs slowly on CPUs: {reason}", stacklevel=2)
-        return reason
-    missing = [name for name in OPERATORS
-               if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{name}", "CPU")]
-    if missing:
-        warnings.warn("bitkernels._C is older than the Python files: build it again. Until then "
-                      f"these operators run slowly on CPUs: {', '.join(missing)}", stacklevel=2)
+        return f"the extension bitkernels._C does not load: {error}"
     return None
 
 
 why_not = _load()
+
+
+@functools.cache
+def warn_slow() -> None:
+    """Says once a process why an operator runs in plain PyTorch on a CPU.
+
+    Silent where that was asked for: BITKERNELS_CPU=reference, BITKERNELS_NO_EXT.
+    """
+    if os.environ.get("BITKERNELS_CPU") == REFERENCE or (
+            os.environ.get("BITKERNELS_NO_EXT", "0") != "0"):
+        return
+    missing = [name for name in OPERATORS
+               if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{name}", "CPU")]
+    if why_not:
+        remedy = ("It is not made for this platform" if NO_ENGINE
+                  else "Install bitkernels again with a C++ compiler")
+        warnings.warn(f"bitkernels runs slowly on CPUs: {why_not}. {remedy}. BITKERNELS_CPU="
+                      "reference asks for this and keeps it quiet.", stacklevel=2)
+    elif missing:
+        warnings.warn("bitkernels._C is older than the Python files: build it again. Until then "
+                      f"these operators run slowly on CPUs: {', '.join(missing)}", stacklevel=2)
 
 
 def kernels() -> list[tuple[str, bool]]:

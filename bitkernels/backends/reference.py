@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitkernels import _checks, reference
 from bitkernels._ops import LIB
+from bitkernels.backends import cpu
 from bitkernels.backends.launchers import register, register_block
 
 KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
@@ -14,6 +15,8 @@ KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
 
 def run(op: str, *args, **kw):
     """The result in the layout that the fake kernels promise."""
+    if args[0].device.type == "cpu":
+        cpu.warn_slow()
     out = getattr(reference, op)(*args, **kw)
     if op == "mask_grad":
         return _like(args[0], args[2], out)

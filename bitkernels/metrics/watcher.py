@@ -12,6 +12,7 @@ from bitkernels.metrics.base import NAN, packed_signs
 from bitkernels.metrics.signs import C2IRatio, DeadWeights, FlipRatio
 from bitkernels.metrics.values import Histogram, Saturation
 from bitkernels.nn import BinaryLayer, RSign
+from bitkernels.nn.latent import latent_parameters, local, weight_of_now
 from bitkernels.optim.grouping import binary_layers
 from bitkernels.quantizers import (
     ApproxSign,
@@ -37,7 +38,10 @@ class _Weight:
 
     @torch.no_grad()
     def update(self, grad: Tensor | None) -> None:
-        words, size = packed_signs(_signed(self.layer)), self.layer.weight.numel()
+        with weight_of_now(self.layer):
+            signed = local(_signed(self.layer))
+        words, size = packed_signs(signed), signed.numel()
+        grad = None if grad is None else local(grad)
         for metric in self.metrics.values():
             metric.size = size
             if isinstance(metric, DeadWeights):
@@ -92,8 +96,9 @@ class Watcher:
         self._weights: dict[str, _Weight] = {}
         seen: set[int] = set()
         for name, layer in binary_layers(model).items():
-            if id(layer.weight) not in seen:
-                seen.add(id(layer.weight))
+            parameters = {id(p) for p in latent_parameters(layer)}
+            if not parameters or not parameters <= seen:
+                seen |= parameters
                 self._weights[name or type(layer).__name__] = _Weight(layer, window, tolerance)
         if not self._weights:
             raise ValueError(f"watch: {type(model).__name__} has no layer with binary weights")
@@ -121,7 +126,8 @@ class Watcher:
     def update(self) -> None:
         """Take the weights as they are after an update; the hook of the optimizer calls this."""
         for weight in self._weights.values():
-            weight.update(weight.layer.weight.grad)
+            latent = latent_parameters(weight.layer)
+            weight.update(latent[0].grad if latent else None)
 
     def reset(self) -> None:
         """Start new means of flips, of saturation and histograms; C2I and windows go on."""
@@ -164,7 +170,8 @@ class Watcher:
         """Of the latent weights now ("weight/layer") and of the inputs ("activation/layer")."""
         found: dict[str, Histogram] = {}
         for name, weight in self._weights.items():
-            latent = weight.layer.weight
+            with weight_of_now(weight.layer):
+                latent = local(weight.layer.weight)
             limit = float(latent.abs().max()) if latent.numel() else 0.0
             limit = limit if 0 < limit < float("inf") else 1.0
             found[f"weight/{name}"] = Histogram(low=-limit, high=limit)
@@ -242,7 +249,8 @@ def watch(model: nn.Module, optimizer: Optimizer | None = None, *, activations: 
 
     The weights at the call are the start of C2I and the first update of the flip ratio. Watch a
     model before `torch.compile`; the hooks on inputs break its graph, those on weights do not.
-    On several processes the values are those of this process; the weights' are the same on all.
+    On several processes the values are those of this process; the weights' are the same on all,
+    but for shards (FSDP2), of which each process watches its own.
 
     Raises ValueError for a model without binary weights and an optimizer that holds none of them.
     """

@@ -1,7 +1,8 @@
 """Binary networks for small images, with the exact block structure of the published ones.
 
-`BinaryNet`, `ReActNet` and `QuickNet` take the sizes of the published networks as arguments; the
-defaults suit images of 8 to 64 pixels. `create` makes one by name.
+`BinaryNet`, `ReActNet` and `QuickNet` take the sizes of the published networks as arguments; their
+defaults suit images of 8 to 64 pixels. `ReActNet18` has the published size. `create` makes one by
+name.
 
 Each has the option binary_weights. False keeps the activations binary and the weights real, with
 the same state_dict keys: the first step of ReActNet's training, whose result the second step loads
@@ -11,6 +12,7 @@ strictly.
 from bitkernels.models.binarynet import BinaryNet
 from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
 from bitkernels.models.reactnet import ReActBlock, ReActNet
+from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block
 from bitkernels.models.registry import create, names
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "QuickNetTransition",
     "ReActBlock",
     "ReActNet",
+    "ReActNet18",
     "create",
     "names",
+    "reactnet18_block",
 ]

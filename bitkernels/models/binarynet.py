@@ -1,7 +1,5 @@
 """BinaryNet, the VGG of Courbariaux et al. (2016) as Bop's CIFAR-10 experiments have it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

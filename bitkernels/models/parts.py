@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.layer import WeightScale
 from bitkernels.quantizers import NoOp
 
@@ -36,7 +37,7 @@ def glorot_normal_(weight: Tensor) -> None:
     keras_normal_(weight, (2 / sum(nn.init._calculate_fan_in_and_fan_out(weight))) ** 0.5)
 
 
-class SamePad2d(nn.Module):
+class SamePad2d(FxLeaf):
     """Zeros around (N, C, H, W) so that a window then gives ceil(H / stride) by ceil(W / stride).
 
     TensorFlow's padding "same": where the total is odd the bottom and the right get the more. It
@@ -48,6 +49,7 @@ class SamePad2d(nn.Module):
         super().__init__()
         self.kernel_size, self.stride = kernel_size, stride
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         pads = []
         for size in (input.shape[-1], input.shape[-2]):
@@ -60,7 +62,7 @@ class SamePad2d(nn.Module):
         return f"kernel_size={self.kernel_size}, stride={self.stride}"
 
 
-class _Unscaled(nn.modules.batchnorm._BatchNorm):
+class _Unscaled(FxLeaf, nn.modules.batchnorm._BatchNorm):
     """Batch norm with a learned shift and no scale (Keras's scale=False): weight is None."""
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:

@@ -1,7 +1,5 @@
 """QuickNet (Larq Zoo, version 1.0): residual binary convolutions that are fast where they run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +55,7 @@ class QuickNetTransition(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.pad(self.pool(self.relu(input)))
-        x = nn.functional.conv2d(x, self.blur.to(x.dtype), stride=2, groups=x.shape[1])
+        x = nn.functional.conv2d(x, self.blur.to(x.dtype), stride=2, groups=len(self.blur))
         return self.norm(self.conv(x))
 
 

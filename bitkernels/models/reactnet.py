@@ -1,7 +1,5 @@
 """ReActNet (Liu et al. 2020): learned shifts around signs and activations, a shortcut per layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -10,11 +10,13 @@ from torch import nn
 from bitkernels.models.binarynet import BinaryNet
 from bitkernels.models.quicknet import QuickNet
 from bitkernels.models.reactnet import ReActNet
+from bitkernels.models.reactnet18 import ReActNet18
 
 _MODELS: dict[str, type[nn.Module]] = {
     "binarynet": BinaryNet,
     "quicknet": QuickNet,
     "reactnet": ReActNet,
+    "reactnet-18": ReActNet18,
 }
 
 

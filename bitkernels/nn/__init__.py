@@ -6,6 +6,7 @@ from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTransp
 from bitkernels.nn.conversion import binarize, pack
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
+from bitkernels.nn.norm import SyncBatchNorm
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 from bitkernels.nn.pool import MaxPool2d
@@ -28,6 +29,7 @@ __all__ = [
     "PackedLinear",
     "RPReLU",
     "RSign",
+    "SyncBatchNorm",
     "binarize",
     "pack",
 ]

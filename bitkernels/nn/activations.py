@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.layer import QuantizerLike
 from bitkernels.quantizers import ApproxSign, SteSign, SwishSign
 
@@ -13,7 +14,7 @@ _rsign = torch.ops.bitkernels.rsign.default
 _rprelu = torch.ops.bitkernels.rprelu.default
 
 
-class RSign(nn.Module):
+class RSign(FxLeaf):
     """sign(x + shift), with a learned shift per channel (ReActNet, eq. 1: shift = -alpha).
 
     Input (N, num_features, ...), of any floating dtype; output -1 and +1 in the same dtype, +1
@@ -45,6 +46,7 @@ class RSign(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.shift)
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         return _rsign(input, self.shift, **self._estimator)
 
@@ -52,7 +54,7 @@ class RSign(nn.Module):
         return f"{self.num_features}, quantizer={self._quantizer}"
 
 
-class RPReLU(nn.Module):
+class RPReLU(FxLeaf):
     """PReLU between two learned shifts per channel (ReActNet, eq. 2).
 
     With y = x + shift_in: y + shift_out where y > 0, else slope y + shift_out. (In the paper's
@@ -80,6 +82,7 @@ class RPReLU(nn.Module):
         nn.init.constant_(self.slope, self.init)
         nn.init.zeros_(self.shift_out)
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         return _rprelu(input, self.shift_in, self.slope, self.shift_out)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitkernels._fx import traced_whole
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d
 
@@ -59,6 +60,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self._set_padding(pad_value)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:
             raise RuntimeError(f"BinaryConv1d: input must be (N, {self.in_channels}, L) or "
@@ -115,6 +117,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self._set_padding(pad_value)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if not self.on_bits:
             return self._real_forward(input, F.conv2d)
@@ -151,5 +154,6 @@ class BinaryConv3d(_BinaryConv, nn.Conv3d):
         self._set_padding(pad_value)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         return self._real_forward(input, F.conv3d)

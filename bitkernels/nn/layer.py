@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels._fx import FxLeaf
+from bitkernels.nn import hooks, latent
 from bitkernels.quantizers import (
     ApproxSign,
     MagnitudeAwareSign,
@@ -25,6 +28,9 @@ WEIGHT_SCALES = (None, "detached", "magnitude_aware", "xnor")
 _OPERATOR_DEFAULTS = dict(input_estimator="ste_sign", input_clip=1.0, weight_estimator="ste_sign",
                           weight_clip=1.0, beta=5.0, scale_weight_grad=True)
 _OPTIONS = ("input_quantizer", "weight_quantizer", "weight_scale")
+# What an inference twin does in place of the layer, and hence no subclass or instance may replace.
+_COMPUTES = ("forward", "_conv_forward", "__call__", "_call_impl", "_bit_operands", "_real_forward",
+             "_real_operands")
 
 
 def _operand(quantizer: Quantize | None) -> tuple[str, float | None, float | None, bool] | None:
@@ -53,7 +59,7 @@ class _ForwardScale(torch.autograd.Function):
         return grad, None
 
 
-class BinaryLayer(nn.Module):
+class BinaryLayer(FxLeaf):
     """Mixin of the binary layers; comes before the `torch.nn` layer it makes binary.
 
     The layer computes on bits if both quantizers return -1 and +1, else on real numbers: the plain
@@ -77,6 +83,15 @@ class BinaryLayer(nn.Module):
         "xnor"             alpha G m + d alpha/dw sum(G s): XNOR-Net (Rastegari et al. 2016) as
                            trained in Larq Zoo, alpha = mean |clip(w, -1, 1)| differentiated too
 
+    A batch norm behind the layer cannot be folded into the latent weight, whose size the signs
+    drop: `torch.nn.utils.fuse_conv_bn_eval` and `fuse_linear_bn_eval` raise here, since assigning
+    (in evaluation) a weight that is the old one times a factor for each channel does. Code that
+    writes such factors in place is not noticed, and wrong. Keep the norm: a `BinaryResidualBlock`
+    evaluates it in the convolution's epilogue.
+
+    A weight that is 0, by `torch.nn.utils.prune` or otherwise, counts as +1: a bit cannot be 0. The
+    first forward with many such weights warns.
+
     Raises ValueError for an unknown quantizer or scale, and for a scale of weights that are not
     binary.
     """
@@ -95,10 +110,13 @@ class BinaryLayer(nn.Module):
         self.input_quantizer = quantizers.get(input_quantizer)
         self.weight_quantizer = quantizers.get(weight_quantizer)
         self.weight_scale = weight_scale
+        self.__dict__["_unseen_weight"] = True
         self._bind()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OPTIONS:
+            if name == "weight":
+                self._check_weight(value)
             super().__setattr__(name, value)
             return
         if name != "weight_scale":
@@ -111,6 +129,21 @@ class BinaryLayer(nn.Module):
             except ValueError:
                 self._store(name, had[name])
                 raise
+
+    def _check_weight(self, value: Any) -> None:
+        """Refuse a batch norm that is folded into the latent weight; look at new weights' zeros."""
+        old = self._parameters.get("weight")
+        if (old is not None and isinstance(value, nn.Parameter) and not self.training
+                and latent.folded_factor(old, value)):
+            raise ValueError(
+                f"{type(self).__name__}: the new weight is the old one times a factor for each "
+                "channel, as fuse_conv_bn_eval makes it. Signs drop the factors, so a batch norm "
+                "cannot be folded into a latent weight; keep the norm as it is (pack() does), or "
+                "write the weight in place if only its size is to change")
+        mask = self._buffers.get("weight_mask")
+        seen = None if mask is None else id(mask)  # pruning hooks set the weight at every call
+        if isinstance(value, nn.Parameter) or seen != self.__dict__.get("_seen_mask"):
+            self.__dict__.update(_seen_mask=seen, _unseen_weight=True)
 
     def _store(self, name: str, value: Any) -> None:
         for place in (self.__dict__, self._modules):
@@ -172,11 +205,52 @@ class BinaryLayer(nn.Module):
         """Input and weight for the operator, after the quantizers that it does not know."""
         if self._input_first:
             input = _quantized(self.input_quantizer, input)
-        return input, self.signs_of_weight()
+        return input, self._weight_to_sign()
+
+    def _weight_to_sign(self) -> Tensor:
+        """A tensor shaped as the weight whose signs the layer computes with, on bits."""
+        if self._weight_first:
+            return self._quantized_weight()
+        weight = self.weight
+        # In this order: the compiler must not make a graph for each state of the flag.
+        if not torch.compiler.is_compiling() and "_unseen_weight" in self.__dict__:
+            self._look_at(weight)
+        return weight
+
+    def _look_at(self, weight: Tensor) -> None:
+        """Once for each new weight: a warning if many are 0, which bits cannot say."""
+        if (type(weight) not in (Tensor, nn.Parameter) or weight.is_meta
+                or torch._C._len_torch_dispatch_stack()
+                or torch._C._functorch.peek_interpreter_stack() is not None
+                or (weight.is_cuda and torch.cuda.is_current_stream_capturing())):
+            return
+        del self.__dict__["_unseen_weight"]
+        latent.warn_of_zeros(self, weight)
+
+    def binary_weight(self, scaled: bool = False) -> Tensor:
+        """The weights that the layer computes with: -1 and +1, times alpha if scaled.
+
+        Shape and dtype of `weight`, detached; of the weight as it is now, pruned or parametrized.
+        Raises ValueError where the weight quantizer does not return -1 and +1.
+        """
+        quantizer = self.weight_quantizer
+        if not (_operand(quantizer) or isinstance(quantizer, MagnitudeAwareSign)):
+            raise ValueError(f"{self!r} has no binary weight: weight_quantizer="
+                             f"{describe(quantizer)} does not return -1 and +1")
+        with torch.no_grad(), latent.weight_of_now(self):
+            signs = self._quantized_weight() if self._takes_values() else self.weight
+            signs = torch.where(signs.detach() < 0, -1, 1).to(self.weight.dtype)
+            scale = self.scale() if scaled else None
+            return signs if scale is None else signs * self._factor(scale).to(signs.dtype)
 
     def signs_of_weight(self) -> Tensor:
-        """A tensor shaped as the weight whose signs the layer computes with, on bits."""
-        return self._quantized_weight() if self._weight_first else self.weight
+        """`binary_weight()`: -1 and +1."""
+        return self.binary_weight()
+
+    def _takes_values(self) -> bool:
+        """Whether the signs are those of the weight quantizer's values and not of the weight."""
+        operand = _operand(self._unscaled_sign or self.weight_quantizer)
+        return operand is not None and operand[3]
 
     def _quantized_weight(self) -> Tensor:
         return _quantized(self._unscaled_sign or self.weight_quantizer, self.weight)
@@ -184,6 +258,9 @@ class BinaryLayer(nn.Module):
     def _real_operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized input, quantized and scaled weight."""
         weight = self._quantized_weight()
+        if (not torch.compiler.is_compiling() and "_unseen_weight" in self.__dict__
+                and _operand(self._unscaled_sign or self.weight_quantizer)):
+            self._look_at(self.weight)
         scale = self.scale()
         if scale is not None:
             scale = self._factor(scale.to(weight.dtype))
@@ -198,17 +275,46 @@ class BinaryLayer(nn.Module):
         if not self.on_bits:
             return (f"input_quantizer={describe(self.input_quantizer)}, weight_quantizer="
                     f"{describe(self.weight_quantizer)} do not both return -1 and +1")
+        own: Any = next(c for c in type(self).__mro__ if "_twin" in vars(c))
+        for name in _COMPUTES:
+            if getattr(type(self), name, None) is not getattr(own, name, None):
+                return f"its class {type(self).__name__} has a {name} of its own"
+            # What accelerate leaves when it takes its hook off is the class's own method.
+            if name in self.__dict__ and self.__dict__[name] != getattr(type(self), name).__get__(
+                    self):
+                return (f"its {name} is replaced on the instance (accelerate's "
+                        "remove_hook_from_module takes such a one off)")
+        if any(latent.is_sharded(t) for t in self._parameters.values()):
+            return ("its weight is sharded (a DTensor); pack an unsharded model that has loaded "
+                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))")
         return None
 
     def pack(self) -> nn.Module:
         """The inference twin with packed weights and equal outputs (`bitkernels.nn.packed`).
+
+        The weight is that of now: pruned, normed or parametrized as the next call of the layer in
+        evaluation would have it. Forward hooks go with the layer.
 
         Raises ValueError, with the reason, for a layer that has none (see `pack_obstacle`).
         """
         obstacle = self.pack_obstacle()
         if obstacle is not None:
             raise ValueError(f"{self!r} cannot be packed: {obstacle}")
-        return self._twin.from_layer(self)
+        twin = self._packed(type(self).__name__)
+        hooks.carry_forward_hooks(self, twin, {id(self): twin})
+        return twin
+
+    def _packed(self, name: str) -> nn.Module:
+        """The twin without hooks, with warnings of what it cannot take over from layer `name`."""
+        with torch.inference_mode(False), latent.weight_of_now(self):
+            twin = self._twin.from_layer(self)
+            doubts = [] if self._weight_first else [latent.zeros_warning(self.weight, name)]
+        if left := hooks.left_hooks(self):
+            doubts.append(f"{name}: pack() leaves out its {' and '.join(left)}, which have no "
+                          "meaning on packed weights without a gradient")
+        for doubt in filter(None, doubts):
+            warnings.warn(doubt, stacklevel=3)
+        return twin
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitkernels._fx import traced_whole
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.packed import PackedLinear
 
@@ -36,6 +37,7 @@ class BinaryLinear(BinaryLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if not self.on_bits:
             x, weight = self._real_operands(input)

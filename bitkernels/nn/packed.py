@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.derived import Derived
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default
 _tile_weight = torch.ops.bitkernels.tile_weight.default
 _packed_conv2d = torch.ops.bitkernels.packed_conv2d.default
 _packed_linear = torch.ops.bitkernels.packed_linear.default
+_unpack = torch.ops.bitkernels.unpack.default
 
 _OWN = ("weight_words", "scale", "bias")
 
@@ -36,11 +38,13 @@ def _tiles(words: Tensor, groups: int) -> Tensor:
     return _tile_weight(words, groups)
 
 
-class _Packed(nn.Module):
+class _Packed(FxLeaf):
     weight_words: Tensor
     scale: Tensor | None
     bias: Tensor | None
     groups = 1
+    _channels: int  # real input channels
+    _dims = 0  # of the image
 
     def _register(self, words_shape: tuple[int, ...], scale: bool, bias: bool, device,
                   input_quantizer) -> None:
@@ -59,7 +63,7 @@ class _Packed(nn.Module):
     @torch.no_grad()
     def _fill(self, layer: Any) -> None:
         """Take over signs, scale and bias of a binary layer."""
-        weight = layer._by_output(layer.signs_of_weight())
+        weight = layer._by_output(layer._weight_to_sign())
         self.weight_words = _sign_pack(weight, None, 1).view(self.weight_words.shape)
         scale, bias = layer.scale(), layer.bias
         self.scale = None if scale is None else scale.float()
@@ -88,6 +92,34 @@ class _Packed(nn.Module):
             vector = self._buffers[name]
             if vector is not None and vector.dtype != torch.float32:  # by assign=True
                 self._buffers[name] = vector.float()
+
+    def binary_weight(self, scaled: bool = False) -> Tensor:
+        """The weights -1 and +1, times alpha if scaled: float32, shaped as those of the layer that
+        was packed, (Cout, Cin/groups, kh, kw) for a two-dimensional convolution.
+        """
+        signs = _unpack(self.weight_words, self._channels // self.groups, torch.float32, 1)
+        signs = signs.squeeze(2) if signs.dim() - 2 > self._dims else signs
+        if scaled and self.scale is not None:
+            signs = signs * self.scale.view(-1, *[1] * (signs.dim() - 1))
+        return self._from_output(signs).contiguous()
+
+    def _from_output(self, weight: Tensor) -> Tensor:
+        """A weight with the output channels first, in the order of the layer that was packed."""
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # parents that compute with it themselves
+            raise AttributeError(
+                f"{type(self).__name__} has no real weight: call the layer, or read its "
+                "binary_weight() (-1 and +1) or weight_words (packed)")
+        return super().__getattr__(name)
+
+    def _refuse_grad(self, input: Tensor) -> None:
+        if input.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}: the input must not require grad, for a packed layer has "
+                "no gradient: give it input.detach() or call it under torch.no_grad(); the model "
+                "before pack() has gradients")
 
     def _dtype(self, input: Tensor) -> torch.dtype:
         """The output's: the input's, or autocast's, as of the layer this was packed from."""
@@ -126,6 +158,7 @@ class _PackedConv(_Packed):
             raise ValueError(
                 f"{type(self).__name__}: pad_value must be -1, 0 or 1, got {pad_value!r}")
         self.in_channels, self.out_channels = in_channels, out_channels
+        self._channels, self._dims = in_channels, len(real.kernel_size)
         self.kernel_size, self.stride, self.padding = real.kernel_size, real.stride, real.padding
         self.dilation, self.groups, self.pad_value = real.dilation, groups, pad_value
         self.padding_mode = padding_mode
@@ -159,6 +192,7 @@ class _PackedConv(_Packed):
             channels_last=wants_channels_last(input, input))
 
     def _checked(self, input: Tensor) -> Tensor:
+        self._refuse_grad(input)
         dims = len(self.kernel_size) + 2
         if input.dim() not in (dims - 1, dims) or input.shape[1 - dims] != self.in_channels:
             raise RuntimeError(
@@ -188,6 +222,7 @@ class PackedConv2d(_PackedConv):
 
     _real = nn.Conv2d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         if input.dim() == 4:
@@ -200,6 +235,7 @@ class PackedConv1d(_PackedConv):
 
     _real = nn.Conv1d
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         input = self._checked(input)
         batched = input if input.dim() == 3 else input.unsqueeze(0)
@@ -218,6 +254,7 @@ class PackedLinear(_Packed):
                  scale: bool = False, input_quantizer: nn.Module | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._channels = in_features
         self._register((out_features, word_count(in_features)), scale, bias, device,
                        input_quantizer)
 
@@ -230,7 +267,9 @@ class PackedLinear(_Packed):
         twin._fill(layer)
         return twin
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
+        self._refuse_grad(input)
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
                                f"{tuple(input.shape)}")

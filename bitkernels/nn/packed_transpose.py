@@ -38,6 +38,7 @@ class _PackedConvTranspose(_Packed):
         real: Any = self._real(in_channels, out_channels, kernel_size, stride, padding,
                                output_padding, groups, bias, dilation, padding_mode, device="meta")
         self.in_channels, self.out_channels = in_channels, out_channels
+        self._channels, self._dims = in_channels, len(real.kernel_size)
         self.kernel_size, self.stride, self.padding = real.kernel_size, real.stride, real.padding
         self.output_padding, self.dilation = real.output_padding, real.dilation
         self.groups, self.padding_mode = groups, padding_mode
@@ -60,7 +61,11 @@ class _PackedConvTranspose(_Packed):
         twin._fill(layer)
         return twin
 
+    def _from_output(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        self._refuse_grad(input)
         axes = len(self.kernel_size)
         if input.dim() not in (axes + 1, axes + 2) or input.shape[-axes - 1] != self.in_channels:
             raise RuntimeError(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from bitkernels._fx import FxLeaf, traced_whole
+
 # The number of an index that is outside its window: in channels-last images on GPUs PyTorch's index
 # is 0 where all of a window is -inf.
 NOWHERE = 255
@@ -93,7 +95,7 @@ class _MaxPool2d(torch.autograd.Function):
             grad, input, *ctx.geometry.arguments(), ctx.geometry.to_indices(numbers)), None
 
 
-class MaxPool2d(nn.MaxPool2d):
+class MaxPool2d(FxLeaf, nn.MaxPool2d):
     """`torch.nn.MaxPool2d` whose backward keeps one byte an output element.
 
     PyTorch keeps the whole input and an int64 index an output. Here the position of the maximum in
@@ -101,14 +103,15 @@ class MaxPool2d(nn.MaxPool2d):
     PyTorch's, whose kernels run. Input (N, C, H, W) or (C, H, W), any real dtype.
 
     PyTorch's own function runs where nothing is kept (no gradient is asked), with return_indices,
-    for windows of more than 255 positions or wider than the image, in `torch.jit.trace` and
-    `torch.fx`, and under `torch.compile`: Inductor itself keeps a byte, and beyond 25 positions the
-    int64 index, without the input. Forward-mode derivatives and `torch.func` are not supported.
+    for windows of more than 255 positions or wider than the image, in `torch.jit.trace`, and under
+    `torch.compile`: Inductor itself keeps a byte, and beyond 25 positions the int64 index, without
+    the input. Forward-mode derivatives and `torch.func` are not supported.
     """
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if (self.return_indices or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or not isinstance(input, Tensor) or input.dim() not in (3, 4)
+                or input.dim() not in (3, 4)
                 or not (torch.is_grad_enabled() and input.requires_grad)):
             return super().forward(input)
         geometry = _Geometry(self, input.shape[-1])

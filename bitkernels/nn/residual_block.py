@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv2d
+from bitkernels.nn.norm import SyncBatchNorm
 
 _train = torch.ops.bitkernels.binary_residual_block.default
 _pack = torch.ops.bitkernels.sign_pack.default
 _infer = torch.ops.bitkernels.packed_conv2d.default
 
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
 
 
-class BinaryResidualBlock(nn.Module):
+class BinaryResidualBlock(FxLeaf):
     """act(norm(conv(sign(x))) + shortcut(x)), the block of Bi-Real Net, ReActNet and QuickNet.
 
     conv: a `BinaryConv2d`, best without bias (the norm cancels it).
-    norm: `nn.BatchNorm2d`, or `nn.SyncBatchNorm`, which works on CPUs too where it runs fused.
+    norm: `nn.BatchNorm2d`, `bitkernels.nn.SyncBatchNorm`, or `nn.SyncBatchNorm`, which works on
+      CPUs too where it runs fused.
     sign: an `RSign`, for ReActNet; the convolution then takes input_quantizer=None.
     act: an `RPReLU` or `nn.PReLU`; None for no activation.
     shortcut: a module; None for x itself.
@@ -59,11 +63,12 @@ class BinaryResidualBlock(nn.Module):
                  relu: bool = False) -> None:
         super().__init__()
         parts: tuple[tuple[str, Any, tuple[type, ...]], ...] = (
-                ("conv", conv, (BinaryConv2d,)), ("norm", norm, (nn.BatchNorm2d, nn.SyncBatchNorm)),
+                ("conv", conv, (BinaryConv2d,)), ("norm", norm, _NORMS),
                 ("sign", sign, (RSign, type(None))), ("act", act, (RPReLU, nn.PReLU, type(None))))
         for name, module, classes in parts:
             if not isinstance(module, classes):
-                known = " or ".join(c.__name__ for c in classes if c is not type(None))
+                known = " or ".join(dict.fromkeys(
+                    c.__name__ for c in classes if c is not type(None)))
                 raise ValueError(
                     f"BinaryResidualBlock: {name} must be {known}, got {type(module).__name__}")
         if norm.num_features != conv.out_channels:
@@ -85,7 +90,7 @@ class BinaryResidualBlock(nn.Module):
                 return f"{name} has hooks"
         if type(conv) is not BinaryConv2d:
             return f"conv is {type(conv).__name__}"
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if type(norm) not in _NORMS:
             return f"norm is {type(norm).__name__}"
         if act is not None and type(act) not in (RPReLU, nn.PReLU):
             return f"act is {type(act).__name__}"
@@ -108,6 +113,7 @@ class BinaryResidualBlock(nn.Module):
             return "less than two values per channel"
         return None
 
+    @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 4 and input.shape[1] != self.conv.in_channels:
             raise RuntimeError(f"BinaryResidualBlock: input must be (N, {self.conv.in_channels}, "
@@ -135,7 +141,7 @@ class BinaryResidualBlock(nn.Module):
                 options["beta"] = estimator["beta"]
         shift_in, slope, shift_out = self._activation()
         out, mean, variance = _train(
-            input, conv.weight, residual, None if self.sign is None else self.sign.shift,
+            input, conv._weight_to_sign(), residual, None if self.sign is None else self.sign.shift,
             norm.weight, norm.bias, shift_in, slope, shift_out, conv.stride, self._padding(),
             conv.dilation, conv.groups, pad_value=conv.pad_value, relu=self.relu, eps=norm.eps,
             group=self._group(), scale=conv.scale(), **options)
@@ -156,7 +162,7 @@ class BinaryResidualBlock(nn.Module):
         shift_in, slope, shift_out = self._activation()
         return _infer(
             _pack(input, None if self.sign is None else self.sign.shift, 1),
-            _pack(conv.weight, None, 1), conv.in_channels, conv.stride, self._padding(),
+            _pack(conv._weight_to_sign(), None, 1), conv.in_channels, conv.stride, self._padding(),
             conv.dilation, conv.groups, pad_value=conv.pad_value,
             clamp_min=0.0 if self.relu else None, scale=factor if scale is None else factor * scale,
             bias=bias, residual=residual, shift_in=shift_in, slope=slope, shift_out=shift_out,
@@ -176,7 +182,7 @@ class BinaryResidualBlock(nn.Module):
 
     def _group(self) -> str | None:
         """Name of the process group over which batch statistics are taken, None for this one."""
-        if type(self.norm) is not nn.SyncBatchNorm or not self.norm.training:
+        if type(self.norm) is nn.BatchNorm2d or not self.norm.training:
             return None
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return None

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from bitkernels.nn.latent import local
+
 __all__ = ["Bop", "Bop2ndOrder"]
 
 EPSILON = 1e-10  # of Bop2ndOrder's published code
@@ -85,6 +87,9 @@ class _FlipOptimizer(Optimizer):
             if not params:
                 continue
             grads, moments = self._gradients_and_moments(params)
+            # Elementwise: each process updates its shards, which are all of an undistributed one.
+            params, grads = [local(p) for p in params], [local(g) for g in grads]
+            moments = [[local(m) for m in kind] for kind in moments]
             foreach = group["foreach"]
             if foreach is None:
                 foreach = all(p.is_cuda for p in params)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from bitkernels.nn import BinaryLayer
+from bitkernels.nn.latent import latent_parameters, local
 from bitkernels.quantizers import MagnitudeAwareSign, is_binary
 
 __all__ = ["CaseOptimizer", "binary_weights", "clip_latent_weights", "is_binary_weight"]
@@ -33,16 +34,25 @@ def binary_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Binary are the weights of layers of `bitkernels.nn` whose weight quantizer returns -1 and +1, or
     these times a scale; what the inputs are does not matter. A weight that several layers share
-    appears once.
+    appears once. Of a pruned, normed or parametrized weight it is the parameter that carries the
+    signs: `weight_orig`, `weight_v`, `parametrizations.weight.original`.
+
+    Raises ValueError for a layer whose weight is computed from parameters of other shapes.
     """
-    ids = {id(layer.weight) for layer in binary_layers(model).values()}
+    ids = set()
+    for name, layer in binary_layers(model).items():
+        latent = latent_parameters(layer)
+        if not latent:
+            raise ValueError(f"{name or type(layer).__name__}: no parameter has the shape of its "
+                             "weight, which is computed from others; choose the parameters by name")
+        ids |= {id(p) for p in latent}
     return {name: p for name, p in model.named_parameters() if id(p) in ids}
 
 
 def is_binary_weight(model: nn.Module) -> Predicate:
     """The predicate that is true for the `binary_weights` of a model, for `CaseOptimizer`.
 
-    Raises ValueError if the model has none.
+    Raises ValueError if the model has none, and as `binary_weights` does.
     """
     weights = binary_weights(model)
     if not weights:
@@ -209,7 +219,8 @@ def clip_latent_weights(optimizer: Optimizer, model: nn.Module,
 
     @torch.no_grad()
     def clamp(*_: Any) -> None:
-        torch._foreach_clamp_max_(weights, clip)
-        torch._foreach_clamp_min_(weights, -clip)
+        shards = [local(weight) for weight in weights]
+        torch._foreach_clamp_max_(shards, clip)
+        torch._foreach_clamp_min_(shards, -clip)
 
     return optimizer.register_step_post_hook(clamp)

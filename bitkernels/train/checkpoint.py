@@ -1,21 +1,17 @@
-"""Files that are either the old one or the new one, and the state of the random generators.
-
-A file is written beside its place under another name, flushed to the disk and then renamed over the
-old one: a crash at any moment, or a full disk, leaves the old file as it was.
-"""
+"""Checkpoints and weights, each file the old one or the new one; the random generators' state."""
 
 from __future__ import annotations
 
 import io
-import os
 import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitkernels import _files
+from bitkernels._packages import needs
 from bitkernels.train.errors import CheckpointError, TrainError, first_line
 
 __all__ = ["export", "import_weights", "load", "random_state", "replace_file", "save",
@@ -30,20 +26,9 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises CheckpointError where the disk is full or the folder cannot be written; what was at
     `path` before is then still there, and no other file is left.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _files.replace_file(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         kept = "; the file that was there before is intact" if path.exists() else ""
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from None
 
@@ -99,12 +84,23 @@ def _same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
                           + "; ".join(differing))
 
 
+def numpy() -> Any:
+    """NumPy, or None where it is not installed and so nothing draws from it."""
+    try:
+        import numpy as np
+    except ImportError:
+        return None
+    return np
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of torch's, numpy's and Python's generators of this process."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    words = torch.from_numpy(np.asarray(keys, np.int64))
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(),
-             "numpy": (name, words, position, has_gauss, cached)}
+    """The state of this process's generators: torch's, Python's and, where installed, numpy's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(),
+                             "numpy": None}
+    if (np := numpy()) is not None:
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        words = torch.tensor(keys.tolist(), dtype=torch.int64)
+        state["numpy"] = name, words, position, has_gauss, cached
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -114,8 +110,9 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if state["numpy"] is not None and (np := numpy()) is not None:
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, np.array(keys.tolist(), np.uint32), position, has_gauss, cached))
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 
@@ -144,8 +141,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise TrainError("weights are written by safetensors, which is not installed: "
-                         "pip install safetensors") from None
+        raise TrainError(needs("files of weights", "safetensors")) from None
     return safetensors.torch
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from torch import nn
 from bitkernels.train import checkpoint, datasets, recipes
 from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group
-from bitkernels.train.errors import CheckpointError, DivergedError, TrainError
+from bitkernels.train.errors import CheckpointError, DivergedError, TrainError, first_line
 from bitkernels.train.loop import fit
 from bitkernels.train.recipes import AUGMENTATIONS, Recipe
 from bitkernels.train.run import Options
@@ -26,21 +28,34 @@ from bitkernels.train.run import Options
 DESCRIPTION = """\
 Train a binary network by a recipe.
 
+  python -m bitkernels train --recipe quicknet-digits --data digits --out run
+  python -m bitkernels train --recipe quicknet-digits --show
   python -m bitkernels train --model reactnet --data digits --recipe adambnn-digits --out run
-  torchrun --nproc-per-node 8 -m bitkernels train --model reactnet --data imagenet \\
-      --root /imagenet --recipe adambnn \\
+  python -m bitkernels train --recipe bop-cifar10 --data cifar10 --root ~/cifar --out run
+  torchrun --nproc-per-node 8 -m bitkernels train --recipe reactnet-18 --data imagenet \\
+      --root /imagenet --bf16 --channels-last --workers 8 --out run \\
       --teacher torchvision.models:resnet34 --teacher-weights resnet34.safetensors
 
 --out has the checkpoint, metrics.csv, and the weights after each stage as safetensors. A run that
 was interrupted goes on with the same command and --resume.
+
+Besides torch this needs safetensors; tqdm, unless --quiet; scikit-learn for the digits; torchvision
+for pictures and CIFAR; tensorboard for --tensorboard.
 """
+
+# Import name: what to install, and for which part of a run.
+PACKAGES = {"safetensors": ("safetensors", "writes the weights"),
+            "tqdm": ("tqdm", "draws progress bars; --quiet does without"),
+            "tensorboard": ("tensorboard", "draws the plots of --tensorboard"),
+            "sklearn": ("scikit-learn", "has the digits")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what to train")
-    what.add_argument("--model", help="a name of bitkernels.models, or module:function")
+    what.add_argument("--model", help="a name of bitkernels.models, or module:function; default: "
+                                      "the one that the recipe is for")
     what.add_argument("--model-option", action="append", default=[], metavar="NAME=VALUE",
                       help="an argument of the model; may be given several times")
     what.add_argument("--data", choices=datasets.NAMES, help="the image set")
@@ -65,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--out", help="folder of the results")
     how.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument("--device", help="cpu, cuda or cuda:INDEX; default: a GPU if there is one")
     how.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     how.add_argument("--workers", type=int, default=0, help="processes that load images")
     how.add_argument("--bf16", action="store_true", help="mixed precision")
@@ -82,14 +97,21 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; the exit status. Errors that the user can mend are one line on stderr."""
     group = Group()
     try:
+        _check_numbers(args)
         recipe = _recipe(args)
         if args.show:
             print(recipe)
             return 0
+        if args.model is None and recipe.model:
+            args.model = recipe.model
+            args.model_option = [*recipe.model_options, *args.model_option]
         for name in ("model", "data", "out"):
             if getattr(args, name) is None:
                 raise ValueError(f"--{name} is needed")
-        if args.threads:
+        _check_files(args, recipe)
+        args.device = _device(args.device)
+        _check_packages(args)
+        if args.threads is not None:
             torch.set_num_threads(args.threads)
         group = Group.join(args.device)
         _run(args, recipe, group)
@@ -98,6 +120,9 @@ def main(args: argparse.Namespace) -> int:
         return _failed(error, group.first)
     except (TrainError, ValueError, OSError) as error:  # OSError: the writer of TensorBoard
         return _failed(error)
+    except torch.OutOfMemoryError as error:
+        return _failed(ValueError(f"--batch-size is too large for the memory of {args.device}: "
+                                  f"{first_line(error)}"))
     except KeyboardInterrupt:
         if group.first:
             kept = args.out and (Path(args.out) / "checkpoint.pt").exists()
@@ -106,6 +131,75 @@ def main(args: argparse.Namespace) -> int:
         return 130
     finally:
         group.close()
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (("epochs", 1), ("batch_size", 1), ("threads", 1), ("size", 1),
+                        ("checkpoint_every", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name in ("lr", "gamma"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be above 0 and finite, got {value}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+
+
+def _check_files(args: argparse.Namespace, recipe: Recipe) -> None:
+    """What is missing, before anything is read or made."""
+    out = Path(args.out)
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out must be a folder, and {path} is a file")
+    if args.resume and not (out / "checkpoint.pt").exists():
+        raise ValueError(f"--resume: there is no checkpoint {out / 'checkpoint.pt'} to resume")
+    if args.root is not None and args.data not in ("digits", "generated") \
+            and not Path(args.root).is_dir():
+        raise ValueError(f"--root must be the folder of the files of {args.data}, and there is no "
+                         f"folder {args.root}")
+    if (args.teacher is None) != (args.teacher_weights is None):
+        given, other = (("--teacher", "--teacher-weights") if args.teacher
+                        else ("--teacher-weights", "--teacher"))
+        raise ValueError(f"{given} needs {other}")
+    taught = [stage.name for stage in recipe.stages if stage.teacher == "given"]
+    if taught and args.teacher is None:
+        raise ValueError(f"--teacher and --teacher-weights are needed: recipe {recipe.name} learns "
+                         f"from a trained network in {' and '.join(taught)}")
+    if args.teacher is not None and not taught:
+        raise ValueError(f"--teacher: recipe {recipe.name} learns from no network that is given")
+
+
+def _check_packages(args: argparse.Namespace) -> None:
+    wanted = {"safetensors": True, "tqdm": not args.quiet, "tensorboard": args.tensorboard,
+              "sklearn": args.data == "digits"}
+    missing = [PACKAGES[module] for module, needed in wanted.items()
+               if needed and importlib.util.find_spec(module) is None]
+    if missing:
+        reasons = ", ".join(f"{name} ({why})" for name, why in missing)
+        raise TrainError(f"this run needs what is not installed: {reasons}: pip install "
+                         f"{' '.join(name for name, _ in missing)}")
+
+
+def _device(name: str | None) -> str:
+    """The device of this run, which is there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:INDEX, got {name!r}") from None
+    if device.type == "cpu":
+        return name
+    here = torch.accelerator.current_accelerator()
+    there_are = torch.accelerator.device_count()
+    if here is None or here.type != device.type:
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no such device here, "
+                         f"only {f'cpu and {here.type}' if here else 'cpu'}")
+    if device.index is not None and device.index >= there_are:
+        raise ValueError(f"--device {name}: there are {there_are} of them, counted from 0")
+    return name
 
 
 def _failed(error: Exception, show: bool = True) -> int:
@@ -117,6 +211,7 @@ def _failed(error: Exception, show: bool = True) -> int:
 def _run(args: argparse.Namespace, recipe: Recipe, group: Group) -> None:
     data = datasets.load(args.data, args.root, args.size)
     build = builder(args.model, data, args.model_option)
+    _try(build, data, args)
     result = fit(
         build, recipe, data, args.out, seed=args.seed, resume=args.resume, group=group,
         name=" ".join([args.model, *args.model_option]), teacher=_teacher(args, data),
@@ -128,6 +223,34 @@ def _run(args: argparse.Namespace, recipe: Recipe, group: Group) -> None:
     if group.first:
         print(f"{result.accuracy:.2%} of {len(data.held_out)} held-out images; weights in "
               f"{Path(args.out) / recipe.stages[-1].name}.safetensors")
+
+
+def _try(build: Callable[[], nn.Module], data: Data, args: argparse.Namespace) -> None:
+    """Make the network once and show it an image, so that what does not fit is found at the start.
+
+    Raises ValueError that names --model.
+    """
+    what = " ".join([f"--model {args.model}",
+                     *(f"--model-option {option!r}" for option in args.model_option)])
+    model = _made(build, what).eval()
+    images = torch.zeros(1, data.channels, data.size, data.size)
+    shape = f"{data.channels}x{data.size}x{data.size}"
+    try:
+        with torch.no_grad():
+            outputs = model(images)
+    except Exception as error:
+        raise ValueError(f"{what}: does not take images of {shape}: {first_line(error)}") from None
+    if not isinstance(outputs, torch.Tensor) or outputs.shape != (1, data.classes):
+        got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise ValueError(f"{what}: must give (N, {data.classes}) for N images of {shape}, got "
+                         f"{got} for one")
+
+
+def _made(build: Callable[[], nn.Module], what: str) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # the model may be any function
+        raise ValueError(f"{what}: cannot be made: {first_line(error)}") from None
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -152,19 +275,19 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def _teacher(args: argparse.Namespace, data: Data) -> nn.Module | None:
     if args.teacher is None:
         return None
-    if args.teacher_weights is None:
-        raise ValueError("--teacher needs --teacher-weights")
-    model = builder(args.teacher, data, [])()
+    model = _made(builder(args.teacher, data, [], "--teacher"), f"--teacher {args.teacher}")
     checkpoint.transfer(checkpoint.import_weights(Path(args.teacher_weights)), model,
                         args.teacher_weights)
     return model
 
 
-def builder(name: str, data: Data, options: list[str]) -> Callable[[], nn.Module]:
+def builder(name: str, data: Data, options: list[str],
+            flag: str = "--model") -> Callable[[], nn.Module]:
     """What makes the model for these images.
 
     name: of `bitkernels.models`, or module:function, which is called with num_classes.
-    options: NAME=VALUE, the value a Python literal or else a string. Raises ValueError.
+    options: NAME=VALUE, the value a Python literal or else a string; the last of a name counts.
+    flag: the option that the name was given by. Raises ValueError.
     """
     given: dict[str, Any] = {}
     for option in options:
@@ -185,5 +308,5 @@ def builder(name: str, data: Data, options: list[str]) -> Callable[[], nn.Module
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--model {name}: {error}") from None
+        raise ValueError(f"{flag} {name}: {error}") from None
     return lambda: make(num_classes=data.classes, **given)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitkernels._packages import needs
 from bitkernels.train.data import Data, Shift, Tensors
 from bitkernels.train.errors import DataError, TrainError, first_line
 
@@ -30,7 +31,7 @@ def load(name: str, root: str | None = None, size: int | None = None, split: int
     """
     if name in ("digits", "generated"):
         if root is not None or size is not None:
-            raise DataError(f"{name} takes no root and no size")
+            raise DataError(f"{name} takes no root and no size (--root, --size)")
         return digits(split) if name == "digits" else generated(split)
     if name not in NAMES:
         raise DataError(f"no image set {name!r}; there are {', '.join(NAMES)}")
@@ -58,8 +59,7 @@ def digits(split: int = 0) -> Data:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
-        raise TrainError("digits come with scikit-learn, which is not installed: "
-                         "pip install scikit-learn") from None
+        raise TrainError(needs("the digits", "scikit-learn")) from None
     images, labels = load_digits(return_X_y=True)
     _, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels,
                                random_state=split)

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from bitkernels._packages import needs
 from bitkernels.metrics import Histogram, Watcher
 from bitkernels.train.checkpoint import replace_file
 from bitkernels.train.errors import CheckpointError, TrainError
@@ -55,8 +56,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise TrainError("plots need tensorboard, which cannot be imported "
-                             f"({error}): pip install tensorboard") from None
+            raise TrainError(needs("plots", "tensorboard", error)) from None
         self.writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, row: Row, watcher: Watcher | None) -> None:
@@ -99,8 +99,7 @@ class Bar:
         try:
             from tqdm import tqdm
         except ImportError:
-            raise TrainError("progress bars need tqdm, which is not installed: "
-                             "pip install tqdm") from None
+            raise TrainError(needs("progress bars", "tqdm")) from None
         self.bar = tqdm(total=total, initial=done, desc=stage, unit="step", disable=None)
 
     def step(self, loss: float, accuracy: float, flips: float | None, steps: int) -> None:

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from bitkernels._files import locked
 from bitkernels.train import checkpoint
 from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group, synchronised
@@ -46,7 +46,7 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
     group: the processes to train in, `Group.join()` under torchrun.
 
     Raises ValueError for arguments that do not fit, and the errors of `bitkernels.train.errors`:
-    the last checkpoint then is as it was.
+    the last checkpoint then is as it was. A folder that another run is writing to is refused.
     """
     options, group = options or Options(), group or Group()
     if resume and out is None:
@@ -65,7 +65,12 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
                    "channels_last": options.channels_last, "compile": options.compile,
                    "watch": options.watch, "tensorboard": options.tensorboard,
                    "initial weights": initial is not None}, teacher)
-    saved = _opened(run, resume)
+    with ExitStack() as held:
+        return _fit(run, initial, _opened(run, resume, held))
+
+
+def _fit(run: Run, initial: Weights | None, saved: dict[str, Any] | None) -> Result:
+    recipe, group = run.recipe, run.group
     model: nn.Module | None = None
     for index, stage in enumerate(recipe.stages):
         if saved is not None and index < saved["stage"] and index < len(recipe.stages) - 1:
@@ -78,7 +83,7 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
     return Result(model.eval(), run.rows)
 
 
-def _opened(run: Run, resume: bool) -> dict[str, Any] | None:
+def _opened(run: Run, resume: bool, held: ExitStack) -> dict[str, Any] | None:
     """The folder made ready by the first rank; the checkpoint to resume, on all of them.
 
     Raises the first rank's CheckpointError on all of them.
@@ -86,7 +91,7 @@ def _opened(run: Run, resume: bool) -> dict[str, Any] | None:
     found: dict[str, Any] | CheckpointError | None = None
     if run.out is not None:
         try:
-            found = _open(run.out, run.identity, resume)
+            found = _open(run.out, run.identity, resume, held)
             run.csv = CsvLog(run.out / "metrics.csv", found["rows"] if found else [])
         except CheckpointError as error:
             found = error
@@ -97,16 +102,24 @@ def _opened(run: Run, resume: bool) -> dict[str, Any] | None:
     return saved
 
 
-def _open(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+def _open(out: Path, identity: dict[str, Any], resume: bool,
+          held: ExitStack) -> dict[str, Any] | None:
     path = out / "checkpoint.pt"
+    try:
+        if not resume:
+            out.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            held.enter_context(locked(out))
+    except BlockingIOError:
+        raise CheckpointError(f"another run is writing to {out}: choose another folder") from None
+    except OSError as error:
+        verb = "write to" if out.is_dir() else "make"
+        raise CheckpointError(f"cannot {verb} {out}: {error.strerror}") from None
     if resume:
         return checkpoint.load(path, identity)
     if path.exists():
-        raise CheckpointError(f"{path} is there already: resume it, or choose another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make {out}: {error.strerror}") from None
+        raise CheckpointError(f"{path} is there already: resume it (--resume), or choose "
+                              "another folder (--out)")
     return None
 
 
@@ -145,4 +158,5 @@ def _stage(run: Run, index: int, initial: Weights | None,
 def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    if (np := checkpoint.numpy()) is not None:
+        np.random.seed(seed % 2**32)

@@ -29,25 +29,29 @@ Step 2 starts from the last weights of step 1, not from those that were best on 
   that choice would be made on the test images."""
 
 
-def _two_step(name: str, source: str, lr: float, epochs: int, batch_size: int,
-              decay: float) -> Recipe:
+_REACTNET_A = ("reactnet", ("channels=(32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, "
+                            "1024, 1024)", "stem_stride=2"))
+
+
+def _two_step(name: str, source: str, lr: float, epochs: int, batch_size: int, decay: float,
+              model: str, model_options: tuple[str, ...] = ()) -> Recipe:
     step1 = Stage(
         "step1", epochs, batch_size, weights="real", teacher="given",
         method=Method("adam", lr, _EPOCH_LINEAR, weight_decay=decay),
         loss=Loss(labels=0, distribution=1), augmentation="resized-crop")
     step2 = replace(step1, name="step2", weights="binary", start="step1",
                     method=replace(step1.method, weight_decay=0.0))
-    return Recipe(name, (step1, step2), source, _TWO_STEP_NOTES)
+    return Recipe(name, (step1, step2), source, _TWO_STEP_NOTES, model, model_options)
 
 
 ADAMBNN = _two_step("adambnn", "AdamBNN, ImageNet: ReActNet-A 70.5 %; teacher ResNet-34",
-                    1.25e-3, 256, 256, 5e-6)
+                    1.25e-3, 256, 256, 5e-6, *_REACTNET_A)
 REACTNET_A = _two_step("reactnet-a", "ReActNet-A, ImageNet: 69.4 %; teacher ResNet-34",
-                       1.25e-3, 128, 256, 1e-5)
+                       1.25e-3, 128, 256, 1e-5, *_REACTNET_A)
 REACTNET_A = replace(REACTNET_A, notes=REACTNET_A.notes + """
 The paper says lr 5e-4 and 600,000 updates at batch 256, which is 120 epochs; this is run.sh.""")
 REACTNET_18 = _two_step("reactnet-18", "ReActNet-18, ImageNet: 65.9 %; teacher ResNet-34",
-                        2.5e-3, 128, 512, 1e-5)
+                        2.5e-3, 128, 512, 1e-5, "reactnet-18")
 
 _DROPS = Schedule("steps", milestones=(100, 200, 300, 400), factor=0.1)
 BOP_CIFAR10 = Recipe("bop-cifar10", (Stage(
@@ -56,7 +60,7 @@ BOP_CIFAR10 = Recipe("bop-cifar10", (Stage(
     "Bop, section 5.2, BinaryNet on CIFAR-10: 91.3 %", """\
 The binary weights start as signs, as in the paper; its code starts from real ones, whose signs
   the first step takes.
-Only the rate of Bop falls; Adam's stays, as in the code.""")
+Only the rate of Bop falls; Adam's stays, as in the code.""", model="binarynet")
 
 BOP_IMAGENET = Recipe("bop-imagenet", (Stage(
     "bop", epochs=300, batch_size=1024, signs_at_start=True, augmentation="resized-crop",
@@ -74,7 +78,9 @@ QUICKNET = Recipe("quicknet", (Stage(
     method=Method("adam", 1e-2, _WARM_COSINE),
     rest=Method("sgd", 0.1, _WARM_COSINE, momentum=0.9), augmentation="resized-crop-bicubic"),),
     "Larq Zoo, ImageNet: QuickNet 63.3 %, Small 59.4 %, Large 66.9 %", """\
-Random parts of an image are torchvision's RandomResizedCrop, where the zoo uses TensorFlow's.""")
+Random parts of an image are torchvision's RandomResizedCrop, where the zoo uses TensorFlow's.""",
+    model="quicknet", model_options=("blocks=(4, 4, 4, 4)", "filters=(64, 128, 256, 512)",
+                                     "stem_strides=(2, 2)"))
 
 
 def _r2b(name: str, lr: float, **fields) -> Stage:
@@ -109,7 +115,8 @@ ADAMBNN_DIGITS = Recipe("adambnn-digits", (
           augmentation="shift", teacher="teacher", loss=Loss(labels=0, distribution=1))),
     "AdamBNN's two steps, sized for small images", """\
 As adambnn, but: the teacher is the same network with real weights and tanh, trained first, instead
-  of a ResNet-34; fewer epochs, batch 64, lr 3e-3; images shifted, not cropped or mirrored.""")
+  of a ResNet-34; fewer epochs, batch 64, lr 3e-3; images shifted, not cropped or mirrored.""",
+    model="reactnet")
 
 BOP_DIGITS = Recipe("bop-digits", (Stage(
     "bop", epochs=40, batch_size=64, signs_at_start=True, augmentation="shift",
@@ -119,8 +126,18 @@ BOP_DIGITS = Recipe("bop-digits", (Stage(
     "Bop, sized for small images", """\
 As bop-cifar10, but: gamma = 1e-2 falling linearly to 1e-4, since 900 updates are too few for a mean
   over 10,000; tau and Adam's 1e-2 are of the paper's section 5.1; both rates fall, the labels are
-  smoothed, images shifted and not mirrored.""")
+  smoothed, images shifted and not mirrored.""", model="binarynet")
+
+QUICKNET_DIGITS = Recipe("quicknet-digits", (Stage(
+    "quicknet", epochs=20, batch_size=64, latent_clip=1.25, augmentation="shift",
+    method=Method("adam", 1e-2, Schedule("cosine", warmup=2)),
+    rest=Method("sgd", 0.1, Schedule("cosine", warmup=2), momentum=0.9),
+    loss=Loss(label_smoothing=0.1)),),
+    "QuickNet, sized for small images", """\
+As quicknet, but: a small network, 20 epochs with 2 of warm-up, batch 64, the labels smoothed,
+  images shifted and not cropped or mirrored.""",
+    model="quicknet", model_options=("blocks=(1, 1, 1)", "filters=(32, 64, 128)"))
 
 RECIPES = {recipe.name: recipe for recipe in (
     ADAMBNN, REACTNET_A, REACTNET_18, BOP_CIFAR10, BOP_IMAGENET, QUICKNET, REAL_TO_BINARY,
-    ADAMBNN_DIGITS, BOP_DIGITS)}
+    ADAMBNN_DIGITS, BOP_DIGITS, QUICKNET_DIGITS)}

@@ -163,6 +163,9 @@ class Stage:
 class Recipe:
     """Stages, where they come from, and what was chosen where sources differ.
 
+    model: the name of `bitkernels.models` that it is made for, "" for any; model_options: its
+      arguments, NAME=VALUE.
+
     Raises ValueError for stages that name no earlier stage, share a name, or want a teacher that
     they do not name.
     """
@@ -171,6 +174,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     source: str = field(default="", compare=False)
     notes: str = field(default="", compare=False)
+    model: str = field(default="", compare=False)
+    model_options: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         known: list[str] = []
@@ -233,6 +238,8 @@ class Recipe:
     def __str__(self) -> str:
         """One block a stage, with what differs from the defaults."""
         lines = [f"{self.name}: {self.source}".rstrip(": ")]
+        if self.model:
+            lines.append(f"  model {' '.join([self.model, *self.model_options])}")
         for stage in self.stages:
             lines.append(f"  {stage.name}")
             lines += [f"    {f.name} = {_short(getattr(stage, f.name))}"

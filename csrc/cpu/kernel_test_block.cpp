@@ -166,7 +166,7 @@ void test_sign_backward(const Kernel& k, DType type, int64_t outer, int64_t chan
     if (estimator == Estimator::kApprox)
       g = size <= 1 ? wide(w, g * wide(w, 2 - wide(w, 2 * size))) : 0;
     if (estimator == Estimator::kSwish) {
-      exact = false;  // the library's tanh and cosh
+      exact = false;  // exponentials are approximate
       const double by = 3 * y;
       g *= std::fabs(by) < 80 ? 3 * (2 - by * std::tanh(by / 2)) / (1 + std::cosh(by)) : 0;
     }

@@ -1,6 +1,7 @@
 // AVX2: popcount of nibbles by table look-up (pshufb), accumulated in bytes and widened to the
 // 32-bit lanes of 8 output channels before a byte can overflow.
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cmath>
@@ -16,9 +17,14 @@ namespace bitkernels::avx2 {
 constexpr const char* kName = "avx2";
 constexpr int kLanes = 8;
 
+// GCC 10 and clang 14 do not know "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && has_f16c();
 }
 
 template <class Lanes>

@@ -17,8 +17,7 @@ BlockRows part(BlockRows b, int64_t first, int64_t count) {
 }
 
 template <class F>
-void for_parts(const BlockRows& rows, const F& f) {
-  const Tasks tasks = {rows.rows, rows.channels, 1};
+void for_parts(const BlockRows& rows, const Tasks& tasks, const F& f) {
   tasks.run([&](int64_t t, int64_t first, int64_t count, int64_t) {
     f(t, part(rows, first / rows.channels, count / rows.channels));
   });
@@ -26,14 +25,14 @@ void for_parts(const BlockRows& rows, const F& f) {
 
 template <class W>
 void backward_of(const Kernel& kernel, const BlockRows& rows, double* sums) {
-  const Tasks tasks = {rows.rows, rows.channels, 1};
+  const Tasks tasks = {rows.rows, rows.channels, 1, true};
   const int64_t width = 4 * rows.channels;
-  std::vector<double> partial(tasks.count() * width);
-  for_parts(rows, [&](int64_t t, BlockRows b) {
+  std::vector<double> partial(tasks.count() * width, 0.0);
+  for_parts(rows, tasks, [&](int64_t t, BlockRows b) {
     std::vector<W> acc(width, W(0));
     b.sums = acc.data();
     kernel.block_backward(b);
-    std::copy(acc.begin(), acc.end(), partial.begin() + t * width);
+    for (int64_t i = 0; i < width; ++i) partial[t * width + i] += acc[i];
   });
   tasks.add_up(partial, 4, sums);
 }
@@ -65,7 +64,7 @@ void sign_backward_of(const Kernel& kernel, const SignBackward& all, const Tasks
         lane = 0;
       }
     }
-    if (rows) std::copy(acc.begin(), acc.end(), partial.begin() + t * width);
+    for (int64_t i = 0; rows && i < width; ++i) partial[t * width + i] += acc[i];
   });
   tasks.add_up(partial, 1, sum);
 }
@@ -73,7 +72,8 @@ void sign_backward_of(const Kernel& kernel, const SignBackward& all, const Tasks
 }  // namespace
 
 void block_forward(const Kernel& kernel, const BlockRows& rows) {
-  for_parts(rows, [&](int64_t, const BlockRows& b) { kernel.block_forward(b); });
+  for_parts(rows, {rows.rows, rows.channels, 1},
+            [&](int64_t, const BlockRows& b) { kernel.block_forward(b); });
 }
 
 void block_backward(const Kernel& kernel, const BlockRows& rows, double* sums) {
@@ -82,13 +82,14 @@ void block_backward(const Kernel& kernel, const BlockRows& rows, double* sums) {
 }
 
 void norm_backward(const Kernel& kernel, const BlockRows& rows) {
-  for_parts(rows, [&](int64_t, const BlockRows& b) { kernel.norm_backward(b); });
+  for_parts(rows, {rows.rows, rows.channels, 1},
+            [&](int64_t, const BlockRows& b) { kernel.norm_backward(b); });
 }
 
 void sign_backward(const Kernel& kernel, const SignBackward& rows, int64_t outer, int64_t channels,
                    int64_t inner, double* sum) {
   const auto run = rows.type == DType::kF64 ? sign_backward_of<double> : sign_backward_of<float>;
-  run(kernel, rows, {outer, channels, inner}, sum);
+  run(kernel, rows, {outer, channels, inner, true}, sum);
 }
 
 }  // namespace bitkernels

@@ -9,7 +9,7 @@ template <class W>
 void backward_of(const Kernel& kernel, const void* grad, const void* x, DType type, int64_t outer,
                  int64_t channels, int64_t inner, const void* shift_in, const void* slope,
                  void* grad_x, float* sums) {
-  const Tasks tasks = {outer, channels, inner};
+  const Tasks tasks = {outer, channels, inner, true};
   const int64_t width = tasks.width();
   std::vector<double> partial(tasks.count() * 3 * width, 0.0);
   tasks.run([&](int64_t t, int64_t first, int64_t count, int64_t c) {
@@ -20,7 +20,7 @@ void backward_of(const Kernel& kernel, const void* grad, const void* x, DType ty
         kernel.rprelu_backward(at(grad, type, first + i), at(x, type, first + i), type, channels,
                                shift_in, slope, false, at(grad_x, type, first + i), acc.data(),
                                acc.data() + channels, acc.data() + 2 * channels);
-      for (int64_t i = 0; i < 3 * channels; ++i) to[i] = acc[i];
+      for (int64_t i = 0; i < 3 * channels; ++i) to[i] += acc[i];
       return;
     }
     Repeated a, b;

@@ -103,7 +103,8 @@ void sign_input_grad(const Kernel& kernel, const Conv& conv, const uint32_t* wei
   const int64_t words = ceil_div(conv.channels, 32);
   const std::vector<uint32_t> bits = by_output(kernel, conv, weight, words);
   const Layout layout(conv);
-  const int64_t row_bytes = conv.out_channels * layout.pitch * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes =
+      std::max<int64_t>(1, conv.out_channels) * layout.pitch * static_cast<int64_t>(sizeof(float));
   const int64_t wanted = std::max<int64_t>(1, kPlaneBytes / row_bytes - layout.reach);
   const int64_t blocks = std::min(conv.height, ceil_div(conv.height, wanted));
   parallel_for(conv.batch * blocks, 1, [&](int64_t begin, int64_t end) {

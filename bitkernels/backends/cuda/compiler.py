@@ -1,7 +1,8 @@
 """NVRTC through CuPy: sources to machine code, kept on disk under the hash of all that made it.
 
-Needs no GPU, no nvcc and no CUDA headers. A cached file is written under another name first and
-then renamed, so that processes which compile at the same time do not see half a file.
+Needs no GPU, no nvcc and no CUDA headers. A cached file ends with the hash of what it holds; one
+that was cut or changed counts as absent and is written anew. Processes which compile at the same
+time do not see half a file.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import contextlib
 import functools
 import hashlib
 import os
+import stat
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+
+from bitkernels._files import replace_file
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--diag-suppress=128")
 
@@ -63,28 +68,71 @@ def architectures() -> frozenset[int]:
     return frozenset(nvrtc().getSupportedArchs())
 
 
-def cache_folder() -> Path:
+def cache_folder() -> Path | None:
+    """Where machine code is kept, or None where no folder is this user's alone."""
     chosen = os.environ.get("BITKERNELS_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "bitkernels" / "cuda"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "bitkernels" / "cuda"
+    try:
+        return Path.home() / ".cache" / "bitkernels" / "cuda"
+    except RuntimeError:  # a user without an entry in passwd, as containers have
+        return _temporary_folder()
 
 
-def compile(source: str, header: str, arch: str, *, cached: bool = True) -> Binary:
-    """Machine code of `source` with `header` as spec.cuh, for 'sm_80', 'sm_90a', ..."""
+def _temporary_folder() -> Path | None:
+    """One that nobody else could have made or may write to, since its code is run."""
+    if not hasattr(os, "getuid"):
+        return None
+    folder = Path(tempfile.gettempdir()) / f"bitkernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return folder if own and not found.st_mode & 0o077 else None
+
+
+def compile(source: str, header: str, arch: str, *, cached: bool = True,
+            renew: bool = False) -> Binary:
+    """Machine code of `source` with `header` as spec.cuh, for 'sm_80', 'sm_90a', ...
+
+    cached: whether the cache takes part; renew: compile, and replace what it has.
+    """
     parts = (source, header, arch, *OPTIONS, str(version()), *(f"{k}\0{v}" for k, v in
                                                               sources().items()))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    path = cache_folder() / f"{key}.cubin"
-    if cached:
-        with contextlib.suppress(OSError):
-            return Binary(path.read_bytes(), "")
+    folder = cache_folder() if cached else None
+    path = None if folder is None else folder / f"{key}.cubin"
+    if path is not None and not renew:
+        code = _read(path)
+        if code is not None:
+            return Binary(code, "")
     binary = _compile(source, header, arch)
-    if cached:
+    if path is not None:
         with contextlib.suppress(OSError):  # a full or read-only disk costs time only
-            _write(path, binary.code)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mark = f".{os.getpid()}.{threading.get_ident()}"
+            replace_file(path, binary.code + _digest(binary.code), mark)
     return binary
+
+
+def _digest(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest()
+
+
+def _read(path: Path) -> bytes | None:
+    """What was written there, or None: nothing, or not all of it."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    size = len(data) - hashlib.sha256().digest_size
+    code = data[:max(size, 0)]
+    return code if code and data[size:] == _digest(code) else None
 
 
 def _compile(source: str, header: str, arch: str) -> Binary:
@@ -100,10 +148,3 @@ def _compile(source: str, header: str, arch: str) -> Binary:
         raise CompileError(f"{error} for {arch}:\n{binding.getProgramLog(program)}") from None
     finally:
         binding.destroyProgram(program)
-
-
-def _write(path: Path, code: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(code)
-    os.replace(file.name, path)

@@ -6,27 +6,26 @@ Environment, read at call time:
   BITKERNELS_CUDA_KERNEL  the name of one kernel to run wherever it fits (for measuring)
 
 The first use of a kernel on a device runs small cases and compares them bit for bit with the
-reference. A kernel that differs, or does not compile or load, is named in one warning and not used
-again in this process.
+reference (`backends/trust.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-import threading
-import warnings
 
 import torch
 
 from bitkernels.backends.cuda import kernels, plan
+from bitkernels.backends.cuda.spec import Spec
+from bitkernels.backends.trust import Capturing, Trust, Usable, index
 
 MOST_PLANS = 4096
+# Shapes that kernels are compiled for unasked. Each takes seconds once and stays loaded, which a
+# network with free image sizes must not do for ever.
+MOST_UNASKED = 128
 OPS = ("packed_conv2d", "packed_linear")
-_lock = threading.RLock()
-_trust: dict[tuple[str, str, int], str | None] = {}
-_unusable: dict[int, str | None] = {}
+_unasked: set[Spec] = set()
 _plans: dict[tuple, tuple[tuple[kernels.Kernel, ...], str]] = {}
 
 
@@ -34,11 +33,11 @@ def clear() -> None:
     """Forgets what has been checked; the next calls check again."""
     from bitkernels.backends.cuda import launch
 
-    with _lock:
-        _trust.clear()
-        _unusable.clear()
-        _plans.clear()
-        launch.clear()
+    trust.clear()
+    usable.clear()
+    _unasked.clear()
+    _plans.clear()
+    launch.clear()
 
 
 def mode() -> str:
@@ -57,7 +56,7 @@ def why_unusable(device: torch.device) -> str | None:
         return f"sm_{major}{minor} has no 1-bit tensor core" + (
             " (it is emulated there)" if major > 9 else "")
     if importlib.util.find_spec("cupy_backends") is None:
-        return "CuPy is not installed (pip install 'bitkernels[cupy]')"
+        return "CuPy is not installed (pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14')"
     try:
         newest = compiler.version()
         known = compiler.architectures()
@@ -87,14 +86,11 @@ def attempt(op: str, args, kw):
         if not _trusted(op, kernel, device):
             continue
         try:
-            with _on(device):
-                return getattr(launch, op)(kernel, *args, **kw)
-        except torch.OutOfMemoryError:
-            raise
-        except launch.Capturing as error:
+            result = trust.run((op, kernel.name), device, getattr(launch, op), kernel, *args, **kw)
+        except Capturing as error:
             raise RuntimeError(f"bitkernels::{op}: {error}") from None
-        except Exception as error:
-            _distrust(op, kernel, device, f"failed: {type(error).__name__}: {error}")
+        if result is not None:
+            return result
     return None
 
 
@@ -107,33 +103,20 @@ def explain(op: str, *args, **kw) -> str:
     for kernel in found:
         if _trusted(op, kernel, device):
             return f"cuda: {kernel.name}, {reason}"
-        reason = f"{kernel.name} {_trust[op, kernel.name, _index(device)]}"
+        reason = f"{kernel.name} {trust.verdict((op, kernel.name), device)}"
     return f"the next backend: {reason}"
 
 
-def _on(device: torch.device):
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
-def _index(device: torch.device) -> int:
-    return -1 if device.index is None else device.index
-
-
 def _reason(device: torch.device) -> str | None:
-    with _lock:
-        if _index(device) not in _unusable:
-            reason = _unusable[_index(device)] = why_unusable(device)
-            if reason is not None and mode() == "1":
-                warnings.warn(f"bitkernels: {reason}; BITKERNELS_CUDA=1 has no effect on {device}",
-                              stacklevel=2)
-        return _unusable[_index(device)]
+    asked = mode() == "1"
+    return usable.obstacle(
+        device, why_unusable,
+        lambda why: f"{why}; BITKERNELS_CUDA=1 has no effect on {device}" if asked else None)
 
 
 def _plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
     """Kernels to try, and why they (or none) are chosen. Made once for calls that look alike."""
-    key = (op, _index(device), mode(), os.environ.get("BITKERNELS_CUDA_KERNEL"),
+    key = (op, index(device), mode(), os.environ.get("BITKERNELS_CUDA_KERNEL"),
            *map(_look, args), *((name, _look(value)) for name, value in kw.items()))
     found = _plans.get(key)
     if found is None:
@@ -173,6 +156,10 @@ def _new_plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], st
         found = measured.faster(found)
         if not found:
             return (), f"{plan.NEXT} was measured to be faster near this shape"
+        if problem.spec not in _unasked and len(_unasked) >= MOST_UNASKED:
+            return (), (f"kernels for {MOST_UNASKED} shapes have been compiled in this process; "
+                        "BITKERNELS_CUDA=1 lifts the limit")
+        _unasked.add(problem.spec)
     forced = os.environ.get("BITKERNELS_CUDA_KERNEL")
     if forced:
         if forced not in kernels.ALL or forced == kernels.PREPARE.name:
@@ -188,27 +175,16 @@ def _new_plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], st
 
 
 def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:
-    key = op, kernel.name, _index(device)
-    with _lock:
-        if key not in _trust:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"bitkernels::{op}: the first call on {device} checks the "
-                                   "kernel and cannot be captured; call it once before the capture")
-            from bitkernels.backends.cuda import selfcheck
+    def failure() -> str | None:
+        from bitkernels.backends.cuda import selfcheck
 
-            _trust[key] = None
-            try:
-                with _on(device):
-                    failure = selfcheck.failure(op, kernel, device)
-            except Exception as error:
-                failure = f"failed: {type(error).__name__}: {error}"
-            if failure is not None:
-                _distrust(op, kernel, device, failure)
-        return _trust[key] is None
+        return selfcheck.failure(op, kernel, device)
+
+    return trust.has((op, kernel.name), device, failure)
 
 
-def _distrust(op: str, kernel: kernels.Kernel, device: torch.device, what: str) -> None:
-    with _lock:
-        _trust[op, kernel.name, _index(device)] = what
-    warnings.warn(f"bitkernels: the CUDA kernel {kernel.name} of {op} on {device} {what}; the next "
-                  "kernel runs instead", stacklevel=2)
+def _warning(key: tuple[str, str], device: torch.device, what: str) -> str:
+    return f"the CUDA kernel {key[1]} of {key[0]} on {device} {what}; the next kernel runs instead"
+
+
+trust, usable = Trust(_warning), Usable()

@@ -60,9 +60,14 @@ class Driver:
 
     def build(self, kernel: Kernel, spec: Spec, arch: str) -> int:
         """A handle of the kernel compiled for a shape and loaded in the current context."""
-        code = compiler.compile(kernel.source, spec.header(), arch).code
+        source = kernel.source, spec.header(), arch
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check(self.lib.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
+        for renew in (False, True):  # the cache may have what this driver does not load
+            binary = compiler.compile(*source, renew=renew)
+            status = self.lib.cuModuleLoadData(ctypes.byref(module), binary.code)
+            if not status or binary.log:
+                break
+        self._check(status, "cuModuleLoadData")
         self._check(self.lib.cuModuleGetFunction(ctypes.byref(function), module, ENTRY),
                     "cuModuleGetFunction")
         shared = kernel.shared_bytes(spec)

@@ -26,6 +26,7 @@ from bitkernels.backends.cuda.spec import (
     conv_spec,
     linear_spec,
 )
+from bitkernels.backends.trust import Capturing, capturing
 
 _lock = threading.Lock()
 _driver: Driver | None = None
@@ -50,10 +51,6 @@ def clear() -> None:
         _loaded.clear()
 
 
-class Capturing(RuntimeError):
-    """A kernel is not loaded yet and the stream is being captured."""
-
-
 def _index(device: torch.device) -> int:
     if device.type != "cuda":
         return -1
@@ -72,15 +69,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _function(kernel: kernels.Kernel, spec: Spec, device: torch.device) -> int:
     key = kernel.name, spec, _index(device)
     found = _loaded.get(key)
     if found is None:
-        if _capturing(device):
+        if capturing(device):
             raise Capturing(f"{kernel.name} is not compiled for this shape yet and cannot be while "
                             "a CUDA graph is captured; call it once before the capture")
         arch = architecture(device)

@@ -1,9 +1,9 @@
 """Runs an operator in its Triton kernel, once that has proved itself on this device, or in PyTorch.
 
 The first call of an operator on a device (and of each inner product) runs small cases and compares
-them bit for bit with the reference. A kernel which differs, or does not compile, is named in one
-warning and never used again in this process; what runs instead is the next inner product, in the
-end the reference. Capture of a CUDA graph needs one call before it: checking synchronizes.
+them bit for bit with the reference (`backends/trust.py`). What runs instead of a kernel that fails
+is the next inner product, in the end the reference. Capture of a CUDA graph needs one call before
+it: checking synchronizes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import threading
-import warnings
 
 import torch
 
 from bitkernels.backends import reference
 from bitkernels.backends.triton import configs
+from bitkernels.backends.trust import Trust, Usable
 
 OLDEST = (3, 4)
 MODULES = {  # where not its own name
@@ -29,16 +28,11 @@ MODULES = {  # where not its own name
 }
 PRODUCTS = ("packed_conv2d", "packed_conv2d_moments", "packed_linear")
 
-_lock = threading.RLock()
-_trust: dict[tuple[str, str | None, int], bool] = {}
-_unusable: dict[int, str | None] = {}
-
 
 def clear() -> None:
     """Forgets what has been checked; the next calls check again."""
-    with _lock:
-        _trust.clear()
-        _unusable.clear()
+    trust.clear()
+    usable.clear()
 
 
 def why_unusable(device: torch.device) -> str | None:
@@ -77,60 +71,37 @@ def run(op: str, *args, **kw):
         for inner in inner_products(op, args, kw):
             if not _trusted(op, inner, device):
                 continue
-            try:
-                with _on(device):
-                    return kernel(op)(*args, **kw, **({"inner": inner} if inner else {}))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # Triton raises many types for one that does not compile
-                _distrust(op, inner, device, f"failed: {type(error).__name__}: {error}")
+            found = trust.run((op, inner), device, _launch, op, *args, **kw,
+                              **({"inner": inner} if inner else {}))
+            if found is not None:
+                return found
     return reference.run(op, *args, **kw)
 
 
-def _on(device: torch.device):
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
-def _index(device: torch.device) -> int:
-    return -1 if device.index is None else device.index
+def _launch(op: str, *args, **kw):
+    return kernel(op)(*args, **kw)
 
 
 def _usable(device: torch.device) -> bool:
-    with _lock:
-        if _index(device) not in _unusable:
-            reason = _unusable[_index(device)] = why_unusable(device)
-            if reason is not None:
-                warnings.warn(f"bitkernels: {reason}; on {device} the operators run in plain "
-                              "PyTorch, slowly", stacklevel=2)
-        return _unusable[_index(device)] is None
+    return usable.obstacle(
+        device, why_unusable,
+        lambda why: f"{why}; on {device} the operators run in plain PyTorch, slowly") is None
 
 
 def _trusted(op: str, inner: str | None, device: torch.device) -> bool:
-    key = (op, inner, _index(device))
-    with _lock:
-        if key not in _trust:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"bitkernels::{op}: the first call on {device} checks the "
-                                   "kernel and cannot be captured; call it once before the capture")
-            from bitkernels.backends.triton import selfcheck
+    def failure() -> str | None:
+        from bitkernels.backends.triton import selfcheck
 
-            _trust[key] = True
-            try:
-                with _on(device):
-                    failure = selfcheck.failure(op, inner, device)
-            except Exception as error:
-                failure = f"failed: {type(error).__name__}: {error}"
-            if failure is not None:
-                _distrust(op, inner, device, failure)
-        return _trust[key]
+        return selfcheck.failure(op, inner, device)
+
+    return trust.has((op, inner), device, failure)
 
 
-def _distrust(op: str, inner: str | None, device: torch.device, what: str) -> None:
-    with _lock:
-        _trust[op, inner, _index(device)] = False
+def _warning(key: tuple[str, str | None], device: torch.device, what: str) -> str:
+    op, inner = key
     name = op if inner is None else f"{op} ({inner})"
     instead = "the reference" if inner in (None, "popc") else "the next inner product"
-    warnings.warn(f"bitkernels: the Triton kernel of {name} on {device} {what}; {instead} runs "
-                  "instead", stacklevel=2)
+    return f"the Triton kernel of {name} on {device} {what}; {instead} runs instead"
+
+
+trust, usable = Trust(_warning), Usable()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from bitkernels.nn.hooks import carry_forward_hooks
+from bitkernels.nn.latent import is_sharded
 from bitkernels.nn.layer import BinaryLayer
 
 
@@ -15,23 +18,71 @@ def pack(model: nn.Module, *,
          filter: Callable[[str, BinaryLayer], bool] | None = None) -> nn.Module:
     """A copy of a model for inference, with its binary layers packed to 1-bit weights.
 
-    Every BinaryConv1d, BinaryConv2d and BinaryLinear becomes its inference twin (same outputs, no
-    latent weights); all other modules are copied. The copy is in eval mode and none of its
-    parameters requires grad. The model itself is not changed.
+    Every BinaryConv1d/2d, BinaryConvTranspose1d/2d and BinaryLinear becomes its inference twin
+    (same outputs, no latent weights); all other modules are copied. The copy is in eval mode and
+    none of its parameters requires grad. The model itself is not changed.
+
+    The weights are those of now: pruned, normed or parametrized as the model's next evaluation
+    would have them. Forward hooks and pre-hooks go with their layer. A module that was compiled in
+    place is not compiled in the copy, as in any deep copy: compile what pack returns.
 
     filter: called with (name, layer) for each binary layer; one with a false answer is copied as it
       is. `lambda name, layer: layer.pack_obstacle() is None` packs what can be packed.
 
-    Raises ValueError that names each binary layer which has no packed twin (three-dimensional, or
-    with a quantizer that is not binary), with the reason.
+    Warns of hooks that have no meaning on a packed layer (backward, state_dict) and of weights that
+    are 0, which count as +1.
+
+    Raises ValueError that names each binary layer which has no packed twin (three-dimensional, with
+    a quantizer that is not binary, with a forward of its own class or instance, sharded), or whose
+    weight its parent reads, with the reason.
     """
     binary = [(name, m) for name, m in model.named_modules() if isinstance(m, BinaryLayer)
               and (filter is None or filter(name, m))]
-    obstacles = [f"{name or type(m).__name__}: {m.pack_obstacle()}" for name, m in binary
-                 if m.pack_obstacle() is not None]
+    reasons = [(name or type(m).__name__, m.pack_obstacle()) for name, m in binary]
+    reasons += _readers(model, {id(m) for _, m in binary})
+    obstacles = _sharded(model) + [f"{name}: {why}" for name, why in reasons if why is not None]
     if obstacles:
         raise ValueError("cannot pack " + "; ".join(obstacles))
     # The twins enter the copy in place of their layers, so latent weights are never copied.
-    memo: dict[int, Any] = {id(layer): layer.pack() for _, layer in binary}
+    twins = [(layer, layer._packed(name or type(layer).__name__)) for name, layer in binary]
+    memo: dict[int, Any] = {id(layer): twin for layer, twin in twins}
     packed: nn.Module = copy.deepcopy(model, memo)
+    for layer, twin in twins:
+        carry_forward_hooks(layer, twin, memo)
+    _keep_off_fused_paths(packed, {id(twin) for _, twin in twins})
     return packed.eval().requires_grad_(False)
+
+
+def _readers(model: nn.Module, binary: set[int]) -> list[tuple[str, str]]:
+    """Attention layers that multiply by the weight of their projection and never call it."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in binary:
+            prefix = f"{name}." if name else ""
+            found.append((f"{prefix}out_proj", "its parent, nn.MultiheadAttention, reads its "
+                          "weight and does not call it, so it never was binary"))
+    return found
+
+
+def _sharded(model: nn.Module) -> list[str]:
+    """The first module of the model that PyTorch has sharded, if there is one, in words."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for name, module in model.named_modules():
+        if (fsdp is not None
+                and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+                or any(is_sharded(p) for p in module._parameters.values())):
+            return [f"{name or type(module).__name__}: its parameters are sharded; load "
+                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) "
+                    "into an unsharded model and pack that"]
+    return []
+
+
+def _keep_off_fused_paths(packed: nn.Module, twins: set[int]) -> None:
+    """PyTorch's fused inference of transformer layers reads linear1.weight and never calls it."""
+    for module in packed.modules():
+        if not any(id(m) in twins for m in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # what PyTorch itself sets to turn the path off
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

@@ -1,0 +1,61 @@
+"""Files that are either the old one or the new one.
+
+A file is written beside its place under another name, flushed to the disk and then renamed over the
+old one: a crash at any moment, or a full disk, leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def replace_file(path: Path, data: bytes, mark: str = "") -> None:
+    """Put `data` at `path`, all of it or none.
+
+    mark: told apart by it, several writers may replace one file at the same time. Without it a
+    later writer takes over the temporary file of one that was killed.
+
+    Raises OSError where the disk is full or the folder cannot be written; what was at `path` before
+    is then still there, and no other file is left.
+    """
+    temporary = path.with_name(f".{path.name}{mark}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes, and other calls in this one, out of a folder that is there.
+
+    The system lets go of it when the process ends, however it ends. Raises BlockingIOError where
+    another holds it, OSError where the folder cannot be written. Systems and file systems without
+    flock lock nothing.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # no locks here
+            pass
+        yield

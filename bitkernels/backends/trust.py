@@ -1,0 +1,151 @@
+"""Whether a compiled kernel may run on a device: it proves itself once, by small cases.
+
+A kernel that differs from the reference, or does not compile, is named in one warning and not used
+again in this process. What is not the kernel's fault leaves it its trust: lack of memory, a capture
+that cannot go on, a device that an earlier error has broken. Those errors reach the caller. Any
+other error of a launch is tried once more before the kernel is blamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+class Capturing(RuntimeError):
+    """A kernel is not loaded yet and the stream is being captured."""
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a GPU the current one, where it is not yet."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def index(device: torch.device) -> int:
+    return -1 if device.index is None else device.index
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(op: str, device: torch.device) -> None:
+    if capturing(device):
+        raise RuntimeError(f"bitkernels::{op}: the first call on {device} checks the kernel and "
+                           "cannot be captured; call it once before the capture")
+
+
+def not_the_kernels(error: Exception, device: torch.device) -> Exception | None:
+    """What to raise for an error that says nothing of the kernel that met it, else None."""
+    if isinstance(error, (torch.OutOfMemoryError, Capturing)):
+        return error
+    # Triton and the driver have no type of their own for it.
+    if "out of memory" in str(error).lower().replace("_", " "):
+        return torch.OutOfMemoryError(str(error))
+    if device.type != "cuda":
+        return None
+    try:
+        if capturing(device):
+            return error
+        torch.cuda.synchronize(device)
+    except RuntimeError:  # an error of another kernel, which every later call meets
+        return error
+    return None
+
+
+class Trust:
+    """What is known of the kernels of one backend. A key names a kernel: (operator, which one).
+
+    warning: of a key, the device and what went wrong: the words of the warning.
+    """
+
+    def __init__(self, warning: Callable[[Any, torch.device, str], str]) -> None:
+        self._warning = warning
+        self._lock = threading.RLock()
+        self._verdicts: dict[tuple[Hashable, int], str | None] = {}
+
+    def clear(self) -> None:
+        """Forgets what has been checked; the next calls check again."""
+        with self._lock:
+            self._verdicts.clear()
+
+    def verdict(self, key: Hashable, device: torch.device) -> str | None:
+        """What is wrong with a kernel that has been checked, or None."""
+        return self._verdicts[key, index(device)]
+
+    def has(self, key: Any, device: torch.device, failure: Callable[[], str | None]) -> bool:
+        """Whether the kernel may run. The first question asks `failure`, on the device.
+
+        Raises RuntimeError for a first call in a capture, and what is not the kernel's fault.
+        """
+        place = key, index(device)
+        if place not in self._verdicts:
+            with self._lock:
+                if place not in self._verdicts:
+                    refuse_capture(key[0], device)
+                    self._check(key, device, failure)
+        return self._verdicts[place] is None
+
+    def _check(self, key, device, failure) -> None:
+        self._verdicts[key, index(device)] = None  # the check itself runs the kernel
+        try:
+            with on(device):
+                found = failure()
+        except Exception as error:
+            instead = not_the_kernels(error, device)
+            if instead is not None:
+                del self._verdicts[key, index(device)]
+                raise instead from error
+            found = f"failed: {type(error).__name__}: {error}"
+        if found is not None:
+            self.withdraw(key, device, found)
+
+    def withdraw(self, key: Hashable, device: torch.device, what: str) -> None:
+        """The kernel runs no more; one warning says so."""
+        with self._lock:
+            self._verdicts[key, index(device)] = what
+        warnings.warn("bitkernels: " + self._warning(key, device, what), stacklevel=2)
+
+    def run(self, key: Hashable, device: torch.device, call: Callable, /, *args, **kw) -> Any:
+        """What the kernel returns, or None if it fails twice and is trusted no more."""
+        for attempt in (1, 2):
+            try:
+                with on(device):
+                    return call(*args, **kw)
+            except Exception as error:
+                instead = not_the_kernels(error, device)
+                if instead is not None:
+                    raise instead from (None if instead is error else error)
+                if attempt == 2:
+                    self.withdraw(key, device, f"failed: {type(error).__name__}: {error}")
+        return None
+
+
+class Usable:
+    """Why a backend does not run on a device, asked once for each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._reasons: dict[int, str | None] = {}
+
+    def clear(self) -> None:
+        with self._lock:
+            self._reasons.clear()
+
+    def obstacle(self, device: torch.device, why_unusable: Callable[[torch.device], str | None],
+                 warning: Callable[[str], str | None]) -> str | None:
+        """The reason, None where it runs. `warning` makes its words, said the first time."""
+        with self._lock:
+            if index(device) not in self._reasons:
+                reason = self._reasons[index(device)] = why_unusable(device)
+                said = None if reason is None else warning(reason)
+                if said is not None:
+                    warnings.warn(f"bitkernels: {said}", stacklevel=3)
+            return self._reasons[index(device)]

@@ -1,0 +1,76 @@
+"""`python -m bitkernels COMMAND`, one module a command with `add_arguments` and `main`.
+
+A module is imported when its command is called. Its main returns the exit status; errors that the
+user can mend are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import Any, NoReturn
+
+__all__ = ["COMMANDS", "main"]
+
+PROGRAM = "python -m bitkernels"
+
+# command: its module, and what it does.
+COMMANDS = {
+    "doctor": ("bitkernels.cli.doctor",
+               "what is installed here, which kernels would run and why, and what to do about it"),
+    "models": ("bitkernels.cli.models",
+               "the bundled networks: parameters, bytes in float32 and packed, recipes"),
+    "bench": ("bitkernels.cli.bench",
+              "binary against float convolutions on this machine, in less than a minute"),
+    "train": ("bitkernels.train.command", "train a network by a recipe"),
+}
+
+DESCRIPTION = """\
+Binary neural networks in PyTorch on real 1-bit arithmetic. Without a command: doctor.
+
+  python -m bitkernels                  what is installed here, and which kernels run
+  python -m bitkernels bench            how fast it is here
+  python -m bitkernels models           which networks there are
+  python -m bitkernels train --recipe quicknet-digits --data digits --out run
+  python -m bitkernels COMMAND --help   examples and options
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Help as it is written; of an error one line, without the usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help)\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit with its status: 0, or 1 or 2 for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # The options before a command take no values, so this is its name.
+    chosen = next((word for word in arguments if not word.startswith("-")), "doctor")
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION)
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.add_argument("--cpu-kernels", action="store_true",
+                        help="print only the names of the CPU kernels that this machine runs")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    module: Any = None
+    for name, (place, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about)
+        if name == chosen:
+            module = importlib.import_module(place)
+            module.add_arguments(command)
+    options = parser.parse_args(arguments)
+    if options.version:
+        import bitkernels
+
+        print(bitkernels.__version__)
+    elif options.cpu_kernels:
+        from bitkernels.backends import cpu
+
+        print("\n".join(name for name, supported in cpu.kernels() if supported))
+    else:
+        sys.exit(module.main(options))

@@ -1,0 +1,58 @@
+"""Writes docs/operators.md from the schemas and the texts in `bitkernels/ops`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bitkernels import ops
+
+PAGE = Path(__file__).with_name("operators.md")
+HEAD = """\
+# Operators
+
+Written by `python docs/make_operators.py` from the schemas and `bitkernels/ops`; do not edit.
+
+Every operator is `torch.ops.bitkernels.NAME`, and the same object is `bitkernels.ops.NAME`, whose
+`help` shows what is here. The numeric contract is in [architecture.md](architecture.md). A failed
+check is a RuntimeError that names the operator, the argument, what it takes and what it got.
+
+In the examples:
+
+```python
+import torch
+import torch.nn.functional as F
+from bitkernels import ops
+```
+"""
+
+
+def page() -> str:
+    lines = [HEAD]
+    for group, texts in ops.GROUPS.items():
+        lines.append(f"- {group}: " + ", ".join(f"[{name}](#{name})" for name in texts))
+    for group, texts in ops.GROUPS.items():
+        lines.append(f"\n## {group}")
+        for name in texts:
+            lines += ["", section(name)]
+    return "\n".join(lines) + "\n"
+
+
+def section(name: str) -> str:
+    parts = ops.parts(name)
+    rows = [f"| `{argument}` | {text.replace('|', chr(92) + '|')} |"
+            for argument, text in ops.arguments(name).items()]
+    return "\n".join([
+        f"### {name}", "", parts[""], "", "```", *ops.schemas(name), "```", "",
+        "| argument | |", "|---|---|", *rows, "",
+        f"**Returns** {_joined(parts['Returns'])}", "", f"**Errors** {_joined(parts['Errors'])}",
+        "", "```pycon", parts["Example"], "```"])
+
+
+def _joined(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}", file=sys.stderr)
