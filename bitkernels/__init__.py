@@ -1,6 +1,7 @@
 """bitkernels: binary neural networks in PyTorch on real 1-bit arithmetic."""
 
 from bitkernels import (
+    _batching,
     _ops,
     autograd,
     backends,

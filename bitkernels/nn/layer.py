@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels._dispatch import apply
 from bitkernels._fx import FxLeaf
 from bitkernels.quantizers import (
     ApproxSign,
@@ -45,9 +46,16 @@ def _operand(quantizer: Quantize | None) -> tuple[str, float | None, float | Non
 class _ForwardScale(torch.autograd.Function):
     """signs * scale, with the gradient of `signs` alone."""
 
+    operator = "weight_scale='detached'"
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, signs, scale):
+    def forward(signs, scale):
         return signs * scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):
@@ -180,7 +188,7 @@ class BinaryLayer(FxLeaf):
         scale = self.scale()
         if scale is not None:
             scale = scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
-            weight = (_ForwardScale.apply(weight, scale) if self._scale_rule == "detached"
+            weight = (apply(_ForwardScale, weight, scale) if self._scale_rule == "detached"
                       else weight * scale)
         return _quantized(self.input_quantizer, input), weight
 
