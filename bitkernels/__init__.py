@@ -19,6 +19,7 @@ with warnings.catch_warnings():  # torch says at import that NumPy is missing; n
     import torch
 
 from bitkernels import (
+    _batching,
     _ops,
     autograd,
     backends,

@@ -14,9 +14,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bitkernels._checks import wants_channels_last
+from bitkernels._dispatch import (
+    FirstOrder,
+    autocast,
+    below_autograd,
+    in_memory_format,
+    is_recorded,
+    record,
+)
 from bitkernels._ops import LIB, empty_real
 from bitkernels._transposed import (
     Phase,
@@ -24,14 +31,7 @@ from bitkernels._transposed import (
     check_packed_conv_transpose2d,
     phases,
 )
-from bitkernels.autograd import (
-    _below_autograd,
-    _needs_grad,
-    _Signs,
-    _wanted,
-    autocast,
-    memory_format,
-)
+from bitkernels.autograd import _Signs, _wanted, memory_format
 
 ops = torch.ops.bitkernels
 
@@ -128,32 +128,30 @@ def _span(phase: Phase, size: int) -> tuple[slice, int, int] | None:
             max(phase.end, 0))
 
 
-class _BinaryConvTranspose2d(torch.autograd.Function):
-    @staticmethod
-    def forward(input, weight, bias, scale, conf):
-        clip = conf["input_clip"] if conf["input_estimator"] == "ste_sign" else None
-        with _below_autograd():
-            if clip is None:
-                words, mask = ops.sign_pack.default(input, None, 1), None
-            else:
-                words, mask = ops.sign_pack_mask.default(input, clip, None, 1)
-            out = _on_words(words, input, weight, bias, scale, conf)
-        return out, words, mask
+class _BinaryConvTranspose2d(FirstOrder):
+    operator = "binary_conv_transpose2d"
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, scale, conf = inputs
-        _, words, saved = output
-        ctx.mark_non_differentiable(*(t for t in (words, saved) if t is not None))
-        if conf["input_estimator"] in ("approx_sign", "swish_sign"):
-            saved = input
+    def call(input, weight, bias, scale, conf):
+        options = dict(conf)
+        geometry = [options.pop(name) for name in (
+            "stride", "padding", "output_padding", "groups", "dilation")]
+        return ops.binary_conv_transpose2d.default(input, weight, bias, *geometry, scale=scale,
+                                                   **options)
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, scale, conf):
+        estimator = conf["input_estimator"] if ctx.needs_input_grad[0] else "none"
+        with below_autograd():
+            words, saved = _Signs.pack(input, estimator, conf["input_clip"], 1)
+            out = _on_words(words, input, weight, bias, scale, conf)
         ctx.save_for_backward(words, saved, weight, scale)
         ctx.conf, ctx.memory_format = conf, memory_format(input)
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+        return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         words, saved, weight, scale = ctx.saved_tensors
         conf = ctx.conf
         groups = conf["groups"]
@@ -169,12 +167,11 @@ class _BinaryConvTranspose2d(torch.autograd.Function):
                 scaled = signs * spread(scale, weight, groups).to(grad.dtype)
             x = ops.unpack.default(words, weight.shape[0], grad.dtype, 1)
             grad_input, grad_signs, _ = torch.ops.aten.convolution_backward(
-                grad.contiguous(memory_format=torch.channels_last), x, scaled, None,
+                in_memory_format(grad, torch.channels_last), x, scaled, None,
                 conf["stride"], conf["padding"], conf["dilation"], True, conf["output_padding"],
                 groups, (wants_input, wants_weight, False))
             if wants_input:
-                grad_input = grad_input.to(ctx.input_dtype).contiguous(
-                    memory_format=ctx.memory_format)
+                grad_input = in_memory_format(grad_input.to(ctx.input_dtype), ctx.memory_format)
                 grad_input = _Signs.grad(grad_input, saved, conf["input_estimator"],
                                          conf["input_clip"], conf["beta"], 1)
             if wants_weight:
@@ -224,10 +221,10 @@ def _binary_conv_transpose2d(
                 weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
                 scale_weight_grad=scale_weight_grad, dtype=dtype)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    if _needs_grad(input, weight, bias, scale):
-        out = _BinaryConvTranspose2d.apply(batched, weight, bias, scale, conf)[0]
+    if is_recorded("binary_conv_transpose2d", input, weight, bias, scale):
+        out = record(_BinaryConvTranspose2d, (batched, weight, bias, scale), conf)
     else:
-        with _below_autograd():
+        with below_autograd():
             words = ops.sign_pack.default(batched, None, 1)
             out = _on_words(words, batched, weight, bias, scale, conf)
     return out if input.dim() == 4 else out.squeeze(0)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
+from bitkernels._fx import traced_whole
 from bitkernels._transposed import geometry
-from bitkernels.conv_transpose import by_phases, phase_filters, phases2d
+from bitkernels.conv_transpose import by_output, by_phases, phase_filters, phases2d
 from bitkernels.nn.derived import Derived
 from bitkernels.nn.packed import _Packed, _tile_weight
 
@@ -62,8 +63,9 @@ class _PackedConvTranspose(_Packed):
         return twin
 
     def _from_output(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return by_output(weight, self.groups)
 
+    @traced_whole
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         self._refuse_grad(input)
         axes = len(self.kernel_size)
