@@ -4,7 +4,7 @@ Along one axis, output y of a transposed convolution with stride s, padding p an
 sum of x[i] w[k] over all taps k and inputs i with i s - p + k d = y. Outputs y = s m + r of one
 phase r in [0, s) see the taps with k d = r + p (mod s). With g = gcd(s, d) there are none unless g
 divides r + p; then they are k0, k0 + s / g, k0 + 2 s / g, ..., T of them below the kernel's size,
-with k0 the least solution. Tap k0 + t s / g reads the input at
+with k0 the least solution (`phases` goes through k0). Tap k0 + t s / g reads the input at
 
     i = (s m + r + p - (k0 + t s / g) d) / s = m + o - t d / g,    o = (r + p - k0 d) / s,
 
@@ -38,30 +38,25 @@ class Phase(NamedTuple):
     """Outputs first, first + stride, ... along one axis, for inputs of every size."""
 
     first: int
-    taps: slice | None  # of the filter, to be reversed; None without taps
+    taps: slice  # of the filter, to be reversed
     dilation: int  # between taps, in the input
-    more: int  # outputs beyond one an input, may be negative
     start: int  # the input under the first tap for the first output, may be negative
     end: int  # past the input under the last tap for the last output, counted from the input's end
 
 
 def phases(kernel: int, stride: int, padding: int, output_padding: int,
            dilation: int) -> list[Phase]:
-    """The phases along one axis, in order."""
+    """The phases along one axis that have taps: at most one for each tap."""
     beyond = _beyond(kernel, stride, padding, output_padding, dilation)
     g = math.gcd(stride, dilation)
     step, spacing = stride // g, dilation // g
     found = []
-    for r in range(stride):
-        more = -((r - beyond) // stride)  # of the outputs s m + r below s * size + beyond
-        k0 = next((k for k in range(min(kernel, step))
-                   if (k * dilation - r - padding) % stride == 0), None)
-        if k0 is None:
-            found.append(Phase(r, None, 1, more, 0, 0))
-            continue
+    for k0 in range(min(kernel, step)):
+        r = (k0 * dilation - padding) % stride
         origin = (r + padding - k0 * dilation) // stride
         reach = (len(range(k0, kernel, step)) - 1) * spacing
-        found.append(Phase(r, slice(k0, None, step), spacing, more, origin - reach, more + origin))
+        more = (beyond - r + stride - 1) // stride  # of the outputs s m + r, beyond one an input
+        found.append(Phase(r, slice(k0, None, step), spacing, origin - reach, more + origin))
     return found
 
 

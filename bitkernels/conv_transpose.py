@@ -61,10 +61,9 @@ def phases2d(kernel, stride, padding, output_padding, dilation) -> list[tuple[Ph
     return [(v, h) for v in rows for h in columns]
 
 
-def phase_filters(weight_words: Tensor, every: list[tuple[Phase, Phase]]) -> list[Tensor | None]:
-    """Each phase's own filters, as `packed_conv2d` takes them; None without taps."""
-    return [None if v.taps is None or h.taps is None
-            else weight_words[:, v.taps, h.taps].flip(1, 2) for v, h in every]
+def phase_filters(weight_words: Tensor, every: list[tuple[Phase, Phase]]) -> list[Tensor]:
+    """Each phase's own filters, as `packed_conv2d` takes them."""
+    return [weight_words[:, v.taps, h.taps].flip(1, 2) for v, h in every]
 
 
 def by_phases(words: Tensor, filters, every, channels: int, shape, stride, groups: int, scale,
@@ -72,21 +71,23 @@ def by_phases(words: Tensor, filters, every, channels: int, shape, stride, group
     """(N, *shape) of words (N, H, W, words); filters are `phase_filters`, or tiled ones."""
     out_channels, *size = shape
 
-    def part(phase: tuple[Phase, Phase], filter: Tensor | None) -> Tensor | None:
+    def part(phase: tuple[Phase, Phase], filter: Tensor) -> Tensor | None:
         v, h = phase
         rows, columns = _span(v, words.shape[1]), _span(h, words.shape[2])
-        if filter is None or rows is None or columns is None:
+        if rows is None or columns is None:
             return None
         return ops.packed_conv2d.default(
             words[:, rows[0], columns[0]], filter, channels, (1, 1), (*rows[1:], *columns[1:]),
             (v.dilation, h.dilation), groups, out_channels=out_channels, scale=scale, bias=bias,
             dtype=dtype, channels_last=channels_last)
 
-    if len(every) == 1:
+    if tuple(stride) == (1, 1):
         whole = part(every[0], filters[0])
         if whole is not None:
             return whole
     out = empty_real(words, (words.shape[0], out_channels, *size), dtype, channels_last)
+    if len(every) < stride[0] * stride[1]:
+        out.copy_(_of_no_taps(out, scale, bias))
     for phase, filter in zip(every, filters, strict=True):
         first = phase[0].first, phase[1].first
         if first[0] < size[0] and first[1] < size[1]:

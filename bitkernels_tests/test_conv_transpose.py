@@ -108,14 +108,22 @@ def test_values_of_random_geometries(data):
 @pytest.mark.parametrize("kernel,stride,padding,output_padding,dilation", [
     (3, 2, 1, 1, 1), (5, 3, 2, 0, 2), (4, 6, 1, 3, 4), (1, 3, 0, 2, 1), (2, 4, 3, 0, 2)])
 def test_phases_partition_the_taps(kernel, stride, padding, output_padding, dilation):
-    """Each tap belongs to one phase, and each output to one."""
+    """Each tap belongs to one phase, and is where the definition says: y = i s - p + k d."""
     found = phases(kernel, stride, padding, output_padding, dilation)
-    taps = [k for phase in found if phase.taps is not None for k in range(kernel)[phase.taps]]
+    taps = [k for phase in found for k in range(kernel)[phase.taps]]
     assert sorted(taps) == list(range(kernel))
-    for size in (3, 7):
-        outputs = [phase.first + stride * m for phase in found for m in range(size + phase.more)]
-        total = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
-        assert sorted(outputs) == list(range(total))
+    for phase in found:
+        for i, k in enumerate(reversed(range(kernel)[phase.taps])):
+            read = phase.start + i * phase.dilation  # by this tap, for the phase's first output
+            assert read * stride - padding + k * dilation == phase.first
+
+
+def test_strides_far_beyond_the_kernel(device):
+    """There is no work for phases that have no taps."""
+    x, w = reals(1, 3, 1, 2, device=device), reals(3, 2, 2, 1, device=device)
+    geometry = (2**31 - 1, 100), (0, 3), (7, 99), 1, (1, 1)
+    y = ops.binary_conv_transpose2d(x, w, None, *geometry)
+    assert torch.equal(y, F.conv_transpose2d(signed(x), signed(w), None, *geometry))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

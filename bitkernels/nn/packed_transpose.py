@@ -18,13 +18,13 @@ _packed_conv_transpose2d = torch.ops.bitkernels.packed_conv_transpose2d.default
 
 
 def _filters(words: Tensor, groups: int, kernel, stride, padding,
-             dilation) -> list[Tensor | None]:
+             dilation) -> list[Tensor]:
     """The filters of each phase, tiled where CPU kernels will read them."""
     # Output padding adds outputs to phases, and changes no taps.
     filters = phase_filters(words, phases2d(kernel, stride, padding, (0, 0), dilation))
     if not words.is_cpu:
         return filters
-    return [None if filter is None else _tile_weight(filter, groups) for filter in filters]
+    return [_tile_weight(filter, groups) for filter in filters]
 
 
 class _PackedConvTranspose(_Packed):
