@@ -102,7 +102,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 def zeros_warning(weight: Tensor, name: str) -> str | None:
     """A sentence on exact zeros among the weights, None where there are next to none."""
-    if not weight.numel():
+    if not weight.numel() or weight.is_meta:
         return None
     share = float((weight == 0).sum()) / weight.numel()
     if share <= ZEROS:

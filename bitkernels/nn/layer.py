@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, Literal
 
@@ -300,14 +301,19 @@ class BinaryLayer(FxLeaf):
         obstacle = self.pack_obstacle()
         if obstacle is not None:
             raise ValueError(f"{self!r} cannot be packed: {obstacle}")
-        twin = self._packed(type(self).__name__)
-        hooks.carry_forward_hooks(self, twin, {id(self): twin})
+        memo: dict[int, Any] = {}
+        twin = self._packed(type(self).__name__, memo)
+        hooks.carry_forward_hooks(self, twin, memo)
         return twin
 
-    def _packed(self, name: str) -> nn.Module:
-        """The twin without hooks, with warnings of what it cannot take over from layer `name`."""
+    def _packed(self, name: str, memo: dict[int, Any]) -> nn.Module:
+        """The twin without hooks, with warnings of what it cannot take over from layer `name`.
+
+        In a deep copy with this memo it takes the layer's place.
+        """
         with torch.inference_mode(False), latent.weight_of_now(self):
-            twin = self._twin.from_layer(self)
+            twin = memo[id(self)] = self._twin.from_layer(self)
+            twin.input_quantizer = copy.deepcopy(twin.input_quantizer, memo)
             doubts = [] if self._weight_first else [latent.zeros_warning(self.weight, name)]
         if left := hooks.left_hooks(self):
             doubts.append(f"{name}: pack() leaves out its {' and '.join(left)}, which have no "
