@@ -196,10 +196,11 @@ class _PackedConv(_Packed):
     def _convolve(self, input: Tensor) -> Tensor:
         """Of (N, C, H, W)."""
         stride, pads, dilation = self._geometry
+        own: Any = self._buffers  # an attribute of a module costs half a microsecond
         return _packed_conv2d(
             self._words(input, 1), self._filter(input), self.in_channels, stride, pads, dilation,
             self.groups, pad_value=self.pad_value, out_channels=self.out_channels,
-            scale=self.scale, bias=self.bias, dtype=self._dtype(input),
+            scale=own["scale"], bias=own["bias"], dtype=self._dtype(input),
             channels_last=wants_channels_last(input, input))
 
     def _checked(self, input: Tensor) -> Tensor:
@@ -286,9 +287,10 @@ class PackedLinear(_Packed):
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
                                f"{tuple(input.shape)}")
+        own: Any = self._buffers
         return _packed_linear(
             self._words(input, -1), self._filter(input), self.in_features,
-            out_channels=self.out_features, scale=self.scale, bias=self.bias,
+            out_channels=self.out_features, scale=own["scale"], bias=own["bias"],
             dtype=self._dtype(input))
 
     def extra_repr(self) -> str:
