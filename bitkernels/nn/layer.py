@@ -60,6 +60,16 @@ class _ForwardScale(torch.autograd.Function):
         return grad, None
 
 
+def channel_scale(weight: Tensor, rule: WeightScale) -> Tensor | None:
+    """The factor of each output channel, which is the weight's dimension 0, by `BinaryLayer`'s
+    rule for weight_scale; it has a gradient with "xnor" only."""
+    if rule is None:
+        return None
+    weight = quantizers.clamp(weight, -1, 1) if rule == "xnor" else weight.detach()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.abs().mean(tuple(range(1, weight.dim())), dtype=dtype)
+
+
 class BinaryLayer(FxLeaf):
     """Mixin of the binary layers; comes before the `torch.nn` layer it makes binary.
 
@@ -188,11 +198,7 @@ class BinaryLayer(FxLeaf):
         """alpha of each output channel (Cout,), in float32 (float64 for float64); None without."""
         if self._scale_rule is None:
             return None
-        w = self.weight if self._scale_rule == "xnor" else self.weight.detach()
-        if self._scale_rule == "xnor":
-            w = quantizers.clamp(w, -1, 1)
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return self._by_output(w).abs().mean(tuple(range(1, w.dim())), dtype=dtype)
+        return channel_scale(self._by_output(self.weight), self._scale_rule)
 
     def _by_output(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, with the output channels in dimension 0."""
