@@ -118,6 +118,12 @@ def _output_size(op: str, padded: int, kernel: int, stride: int, dilation: int) 
     return (padded - reach) // stride + 1
 
 
+def check_padded(op: str, pad, oh: int, ow: int) -> None:
+    """Padding alone must not ask for more memory than there can be."""
+    if max(pad) > 2**20 and oh * ow > 2**40:
+        fail(op, "padding", "such that the output has at most 2^40 pixels", f"{oh} x {ow}")
+
+
 def check_groups(op: str, channels: int, out_channels: int, groups: int) -> None:
     if groups < 1 or channels % groups or out_channels % groups:
         fail(op, "groups", f"a divisor of {channels} input and {out_channels} output channels",
@@ -192,6 +198,7 @@ def conv_geometry(op: str, words, weight_words, channels, stride, padding, dilat
     if shape[1] < 1 or shape[2] < 1:
         fail(op, "weight_words", "a filter of at least 1x1", describe(weight_words))
     oh, ow = conv_output_size(op, words.shape[1:3], shape[1:3], stride, pad, dilation)
+    check_padded(op, pad, oh, ow)
     return (words.shape[0], shape[0], oh, ow), stride, pad, dilation
 
 
@@ -252,6 +259,7 @@ def check_binary_conv2d(input, weight, bias, stride, padding, dilation, groups, 
     else:
         pad = padding4(op, padding)
     oh, ow = conv_output_size(op, input.shape[-2:], kernel, stride, pad, dilation)
+    check_padded(op, pad, oh, ow)
     return (*input.shape[:-3], cout, oh, ow), stride, pad, dilation
 
 

@@ -182,6 +182,8 @@ conv("padding must be one, two (height, width) or four (top, bottom, left, right
 conv("dilation must be at least 1, got [1, 0]", (1,), (0,), (1, 0))
 conv("kernel must be at most the padded input size 5, got a reach of 7", (1,), (0,), (3,))
 conv("kernel must be at most the padded input size 6, got a reach of 9", (1,), (0,), (1, 4))
+conv("padding must be such that the output has at most 2^40 pixels, got 4294967297 x 4294967298",
+     (1,), (2**31 - 1,))
 conv("pad_value must be -1, 0 or 1, got 2", pad_value=2)
 conv("scale must be of shape (8,), got float32 of shape (7,)", scale=real(7))
 conv("bias must be of shape (8,), got float32 of shape (8, 1)", bias=real(8, 1))

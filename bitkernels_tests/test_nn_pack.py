@@ -390,6 +390,16 @@ class Centred(nn.Module):
         return signs(x - x.mean())
 
 
+def test_a_quantizer_is_copied_with_its_layer():
+    quantizer = Centred()
+    model = nn.ModuleDict(dict(a=BinaryLinear(4, 4, input_quantizer=quantizer), q=quantizer,
+                               b=BinaryConv1d(4, 4, 1, input_quantizer=quantizer))).train()
+    packed = pack(model)
+    assert quantizer.training and packed["q"] is not quantizer
+    assert packed["a"].input_quantizer is packed["b"].input_quantizer is packed["q"]
+    assert model["a"].pack().input_quantizer is not quantizer
+
+
 # Inputs with a gradient, parents
 
 

@@ -187,6 +187,12 @@ inline int64_t conv_output_size(const char* op, int64_t size, int64_t before, in
   return (padded - reach) / stride + 1;
 }
 
+inline void check_padded(const char* op, const Padding& pad, int64_t oh, int64_t ow) {
+  const int64_t most = std::max({pad.top, pad.bottom, pad.left, pad.right});
+  if (most > int64_t{1} << 20 && static_cast<double>(oh) * ow > 0x1p40)
+    fail(op, "padding", "such that the output has at most 2^40 pixels", text(oh, " x ", ow));
+}
+
 // Output channels and rank of canonical or tiled filter words.
 struct Filter {
   bool tiled;

@@ -277,6 +277,7 @@ CheckedConv checked_conv(const Tensor& words, const Tensor& weight_words, int64_
   const int64_t n = words.size(0), h = words.size(1), w = words.size(2);
   const int64_t oh = conv_output_size(op, h, pad.top, pad.bottom, kh, sh, dh);
   const int64_t ow = conv_output_size(op, w, pad.left, pad.right, kw, sw, dw);
+  check_padded(op, pad, oh, ow);
   const Tensor in = dense(words);
   const Tensor tiles = f.tiled ? dense(weight_words) : tiled(weight_words, cout, groups);
   const Conv conv = {n,

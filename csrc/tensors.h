@@ -7,10 +7,6 @@
 
 #include "checks.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the name before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace bitkernels {
 
 using Sizes = std::vector<int64_t>;
@@ -21,10 +17,12 @@ using OptType = std::optional<ScalarType>;
 
 inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(
+          static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+          torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+          aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error(
+        text("bitkernels: no memory for ", name_of(type), " of shape ", tuple_text(sizes)));
   return Tensor(handle);
 }
 

@@ -3,7 +3,7 @@
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTranspose2d
-from bitkernels.nn.conversion import binarize, pack
+from bitkernels.nn.conversion import binarize, load_packed, pack, save_packed
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 from bitkernels.nn.norm import SyncBatchNorm
@@ -31,5 +31,7 @@ __all__ = [
     "RSign",
     "SyncBatchNorm",
     "binarize",
+    "load_packed",
     "pack",
+    "save_packed",
 ]

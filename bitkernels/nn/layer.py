@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, Literal
 
@@ -65,6 +66,16 @@ class _ForwardScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+def channel_scale(weight: Tensor, rule: WeightScale) -> Tensor | None:
+    """The factor of each output channel, which is the weight's dimension 0, by `BinaryLayer`'s
+    rule for weight_scale; it has a gradient with "xnor" only."""
+    if rule is None:
+        return None
+    weight = quantizers.clamp(weight, -1, 1) if rule == "xnor" else weight.detach()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.abs().mean(tuple(range(1, weight.dim())), dtype=dtype)
 
 
 class BinaryLayer(FxLeaf):
@@ -195,11 +206,7 @@ class BinaryLayer(FxLeaf):
         """alpha of each output channel (Cout,), in float32 (float64 for float64); None without."""
         if self._scale_rule is None:
             return None
-        w = self.weight if self._scale_rule == "xnor" else self.weight.detach()
-        if self._scale_rule == "xnor":
-            w = quantizers.clamp(w, -1, 1)
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return self._by_output(w).abs().mean(tuple(range(1, w.dim())), dtype=dtype)
+        return channel_scale(self._by_output(self.weight), self._scale_rule)
 
     def _by_output(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, with the output channels in dimension 0."""
@@ -308,14 +315,19 @@ class BinaryLayer(FxLeaf):
         obstacle = self.pack_obstacle()
         if obstacle is not None:
             raise ValueError(f"{self!r} cannot be packed: {obstacle}")
-        twin = self._packed(type(self).__name__)
-        hooks.carry_forward_hooks(self, twin, {id(self): twin})
+        memo: dict[int, Any] = {}
+        twin = self._packed(type(self).__name__, memo)
+        hooks.carry_forward_hooks(self, twin, memo)
         return twin
 
-    def _packed(self, name: str) -> nn.Module:
-        """The twin without hooks, with warnings of what it cannot take over from layer `name`."""
+    def _packed(self, name: str, memo: dict[int, Any]) -> nn.Module:
+        """The twin without hooks, with warnings of what it cannot take over from layer `name`.
+
+        In a deep copy with this memo it takes the layer's place.
+        """
         with torch.inference_mode(False), latent.weight_of_now(self):
-            twin = self._twin.from_layer(self)
+            twin = memo[id(self)] = self._twin.from_layer(self)
+            twin.input_quantizer = copy.deepcopy(twin.input_quantizer, memo)
             doubts = [] if self._weight_first else [latent.zeros_warning(self.weight, name)]
         if left := hooks.left_hooks(self):
             doubts.append(f"{name}: pack() leaves out its {' and '.join(left)}, which have no "

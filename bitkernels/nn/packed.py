@@ -45,6 +45,7 @@ class _Packed(FxLeaf):
     groups = 1
     _channels: int  # real input channels
     _dims = 0  # of the image
+    _arguments: tuple[str, ...]  # of the constructor, that are attributes
 
     def _register(self, words_shape: tuple[int, ...], scale: bool, bias: bool, device,
                   input_quantizer) -> None:
@@ -107,6 +108,14 @@ class _Packed(FxLeaf):
         """A weight with the output channels first, in the order of the layer that was packed."""
         return weight
 
+    def arguments(self) -> dict[str, Any]:
+        """The class and the constructor's arguments, of plain types, for a file's metadata."""
+        quantizer = self.input_quantizer
+        own = {name: getattr(self, name) for name in self._arguments}
+        return dict(**{"class": type(self).__name__}, **own, bias=self.bias is not None,
+                    scale=self.scale is not None,
+                    input_quantizer=None if quantizer is None else type(quantizer).__qualname__)
+
     def __getattr__(self, name: str) -> Any:
         if name == "weight":  # parents that compute with it themselves
             raise AttributeError(
@@ -145,6 +154,8 @@ class _Packed(FxLeaf):
 
 class _PackedConv(_Packed):
     _real: type[nn.Module]
+    _arguments = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+                  "groups", "padding_mode", "pad_value")
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0,
                  dilation=1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros",
@@ -185,10 +196,11 @@ class _PackedConv(_Packed):
     def _convolve(self, input: Tensor) -> Tensor:
         """Of (N, C, H, W)."""
         stride, pads, dilation = self._geometry
+        own: Any = self._buffers  # an attribute of a module costs half a microsecond
         return _packed_conv2d(
             self._words(input, 1), self._filter(input), self.in_channels, stride, pads, dilation,
             self.groups, pad_value=self.pad_value, out_channels=self.out_channels,
-            scale=self.scale, bias=self.bias, dtype=self._dtype(input),
+            scale=own["scale"], bias=own["bias"], dtype=self._dtype(input),
             channels_last=wants_channels_last(input, input))
 
     def _checked(self, input: Tensor) -> Tensor:
@@ -250,6 +262,8 @@ class PackedLinear(_Packed):
     per output, input_quantizer is a custom quantizer to -1 and +1 that runs first.
     """
 
+    _arguments = ("in_features", "out_features")
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, *,
                  scale: bool = False, input_quantizer: nn.Module | None = None) -> None:
         super().__init__()
@@ -273,9 +287,10 @@ class PackedLinear(_Packed):
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
                                f"{tuple(input.shape)}")
+        own: Any = self._buffers
         return _packed_linear(
             self._words(input, -1), self._filter(input), self.in_features,
-            out_channels=self.out_features, scale=self.scale, bias=self.bias,
+            out_channels=self.out_features, scale=own["scale"], bias=own["bias"],
             dtype=self._dtype(input))
 
     def extra_repr(self) -> str:

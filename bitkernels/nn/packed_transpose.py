@@ -29,6 +29,8 @@ def _filters(words: Tensor, groups: int, kernel, stride, padding,
 
 class _PackedConvTranspose(_Packed):
     _real: type[nn.Module]
+    _arguments = ("in_channels", "out_channels", "kernel_size", "stride", "padding",
+                  "output_padding", "groups", "dilation", "padding_mode")
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0,
                  output_padding=0, groups: int = 1, bias: bool = True, dilation=1,

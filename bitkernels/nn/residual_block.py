@@ -12,6 +12,7 @@ from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv2d
 from bitkernels.nn.norm import SyncBatchNorm
+from bitkernels.nn.packed import PackedConv2d
 
 _train = torch.ops.bitkernels.binary_residual_block.default
 _pack = torch.ops.bitkernels.sign_pack.default
@@ -40,11 +41,12 @@ class BinaryResidualBlock(FxLeaf):
     may be changed at any time.
 
     The fused operator (`torch.ops.bitkernels.binary_residual_block`) runs in training with batch
-    statistics, and one fused convolution without gradients in evaluation. The layers one after the
-    other run wherever `unfused(x)` gives a reason: options or shapes that the operator does not
-    cover, and hooks, which would not be called. Both compute the same values; the operator's rounds
-    less often, and under autocast only the gradient of the convolution is in the autocast dtype.
-    Set `fused = False` to always run the layers.
+    statistics, and one fused convolution without gradients in evaluation, also after `pack`, which
+    leaves a block with a `PackedConv2d`. The layers one after the other run wherever `unfused(x)`
+    gives a reason: options or shapes that the operator does not cover, and hooks, which would not
+    be called. Both compute the same values; the operator's rounds less often, and under autocast
+    only the gradient of the convolution is in the autocast dtype. Set `fused = False` to always run
+    the layers.
 
     Memory kept for the backward, per element: one bit of the sign; the residual (which is the
     previous block's output) where there is an activation or a sign's estimator that needs |x|; else
@@ -89,19 +91,18 @@ class BinaryResidualBlock(FxLeaf):
         for name, module in (("conv", conv), ("norm", norm), ("act", act), ("sign", sign)):
             if module is not None and any(getattr(module, hooks) for hooks in _HOOKS):
                 return f"{name} has hooks"
-        if type(conv) is not BinaryConv2d:
+        packed = type(conv) is PackedConv2d
+        if not packed and type(conv) is not BinaryConv2d:
             return f"conv is {type(conv).__name__}"
         if type(norm) not in _NORMS:
             return f"norm is {type(norm).__name__}"
         if act is not None and type(act) not in (RPReLU, nn.PReLU):
             return f"act is {type(act).__name__}"
-        if not conv.on_bits or conv._input_first or conv._weight_first:
-            return "conv has quantizers that are not estimators of the operator"
-        if sign is not None and (type(sign) is not RSign
-                                 or conv._train_args.get("input_estimator") != "identity"):
-            return "sign is an RSign before a convolution with input_quantizer=None only"
-        if sign is not None and self._beta_conflict():
-            return "sign and the weight quantizer have different betas"
+        if sign is not None and type(sign) is not RSign:
+            return f"sign is {type(sign).__name__}"
+        reason = self._not_for_inference() if packed else self._quantizers()
+        if reason is not None:
+            return reason
         if conv.bias is not None or conv.padding_mode != "zeros":
             return "conv has a bias or a padding mode"
         if input.dim() != 4:
@@ -113,6 +114,23 @@ class BinaryResidualBlock(FxLeaf):
         if self._group() is None and self._values_per_channel(input) < 2:
             return "less than two values per channel"
         return None
+
+    def _quantizers(self) -> str | None:
+        """What the operator does not know of the quantizers."""
+        conv, sign = self.conv, self.sign
+        if not conv.on_bits or conv._input_first or conv._weight_first:
+            return "conv has quantizers that are not estimators of the operator"
+        if sign is not None and conv._train_args.get("input_estimator") != "identity":
+            return "sign is an RSign before a convolution with input_quantizer=None only"
+        if sign is not None and self._beta_conflict():
+            return "sign and the weight quantizer have different betas"
+        return None
+
+    def _not_for_inference(self) -> str | None:
+        """Why a block with a packed convolution is not one call."""
+        if self.norm.training or self.norm.running_mean is None:
+            return "conv is packed and norm takes batch statistics"
+        return None if self.conv.input_quantizer is None else "conv has an input quantizer"
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
@@ -159,15 +177,20 @@ class BinaryResidualBlock(FxLeaf):
         bias = -norm.running_mean * factor
         if norm.bias is not None:
             bias = bias + norm.bias
-        scale = conv.scale()
+        if isinstance(conv, PackedConv2d):
+            words, scale = conv._filter(input), conv.scale
+        else:
+            # In every call: PyTorch does not count what a fused Adam, an average of weights written
+            # through .data or a broadcast does to a latent weight, so nothing of it can be kept.
+            words, scale = _pack(conv._weight_to_sign(), None, 1), conv.scale()
         shift_in, slope, shift_out = self._activation()
         return _infer(
             _pack(input, None if self.sign is None else self.sign.shift, 1),
-            _pack(conv._weight_to_sign(), None, 1), conv.in_channels, conv.stride, self._padding(),
-            conv.dilation, conv.groups, pad_value=conv.pad_value,
-            clamp_min=0.0 if self.relu else None, scale=factor if scale is None else factor * scale,
-            bias=bias, residual=residual, shift_in=shift_in, slope=slope, shift_out=shift_out,
-            dtype=input.dtype)
+            words, conv.in_channels, conv.stride, self._padding(), conv.dilation, conv.groups,
+            pad_value=conv.pad_value, out_channels=conv.out_channels,
+            clamp_min=0.0 if self.relu else None,
+            scale=factor if scale is None else factor * scale, bias=bias, residual=residual,
+            shift_in=shift_in, slope=slope, shift_out=shift_out, dtype=input.dtype)
 
     def _activation(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         act = self.act
@@ -178,7 +201,9 @@ class BinaryResidualBlock(FxLeaf):
         return None, act.weight.expand(self.conv.out_channels), None
 
     def _padding(self) -> tuple[int, int, int, int]:
-        left, right, top, bottom = self.conv._reversed_padding_repeated_twice
+        conv: Any = self.conv
+        packed = isinstance(conv, PackedConv2d)
+        left, right, top, bottom = conv._pads if packed else conv._reversed_padding_repeated_twice
         return top, bottom, left, right
 
     def _group(self) -> str | None:

@@ -2,5 +2,6 @@
 
 from bitkernels.nn.conversion.binarize import binarize
 from bitkernels.nn.conversion.pack import pack
+from bitkernels.nn.conversion.packed_file import load_packed, save_packed
 
-__all__ = ["binarize", "pack"]
+__all__ = ["binarize", "load_packed", "pack", "save_packed"]
