@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 functorch_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -122,6 +124,12 @@ class _Recomputed:
         pass
 
 
+def is_traced() -> bool:
+    """Whether a kernel of the Autograd key has to leave its operator whole: a dispatch mode, of
+    export for one, sees what the kernel calls."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not _is_excluded(_AUTOGRAD)
+
+
 class _OneLevel(Function):
     """An operator on one level of `torch.func`; keeps its inputs, and its Function's forward runs
     in the backward. Of several outputs the first is differentiable."""
@@ -161,14 +169,22 @@ def record(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any) -> Any
         return function.call(*tensors, *rest)
 
 
+def with_gradient_of(value: Tensor, linear: Tensor) -> Tensor:
+    """The value, to the bit, with the gradient of `linear`, which is finite."""
+    return value.detach() + (linear - linear.detach())
+
+
 def apply(function: Any, *args: Any) -> Any:
     """`function.apply`, of the form with `setup_context` and with a name, `operator`.
+
+    `torch.export` keeps what a forward calls and no backward, so there it is `function.exported`:
+    the same values and gradients by PyTorch's own functions (`with_gradient_of`).
 
     Binding the arguments takes `Function.apply` 15 us, which only `torch.func` and Dynamo need.
     Raises where an input has a tangent: Dynamo takes no Function with a `jvp`, to say it there.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*args)
+        return (function.exported if torch.compiler.is_exporting() else function.apply)(*args)
     if forward_ad._current_level >= 0:
         _refuse_tangents(function.operator, args)
     if functorch_active():

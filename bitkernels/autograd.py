@@ -37,6 +37,7 @@ from bitkernels._dispatch import (
     below_autograd,
     in_memory_format,
     is_recorded,
+    is_traced,
     record,
     refuse_grad,
 )
@@ -268,8 +269,10 @@ def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation
     if is_recorded("binary_conv2d", input, weight, bias, scale):
         out = record(_BinaryConv2d, (batched, weight, bias, scale), conf)
     else:
+        traced = is_traced()
         with below_autograd():
-            out = _conv2d_forward(batched, weight, bias, scale, conf, None)[0]
+            out = (_BinaryConv2d.call(batched, weight, bias, scale, conf) if traced
+                   else _conv2d_forward(batched, weight, bias, scale, conf, None)[0])
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -334,7 +337,10 @@ def _binary_linear(input, weight, bias=None, *, scale=None, input_estimator="ste
                 scale_weight_grad=scale_weight_grad, dtype=dtype)
     if is_recorded("binary_linear", input, weight, bias, scale):
         return record(_BinaryLinear, (input, weight, bias, scale), conf)
+    traced = is_traced()
     with below_autograd():
+        if traced:
+            return _BinaryLinear.call(input, weight, bias, scale, conf)
         words = ops.sign_pack.default(input)
         return _linear_on_words(words, input, weight, bias, scale, conf)
 
@@ -391,7 +397,10 @@ def _rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     check_clip("rsign", "clip", clip)
     if is_recorded("rsign", input, shift):
         return record(_RSign, (input, shift), estimator, clip, beta)
+    traced = is_traced()
     with below_autograd():
+        if traced:  # what the estimator is, a trace must not forget
+            return _RSign.call(input, shift, estimator, clip, beta)
         return ops.rsign.default(input, shift)
 
 

@@ -20,9 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitkernels import reference
-from bitkernels._checks import is_channels_last
-from bitkernels._dispatch import FirstOrder, apply, is_recorded
+from bitkernels._dispatch import apply
+from bitkernels._estimators import EstimatedSign, Round, clamp, straight_through
 from bitkernels._fx import FxLeaf, traced_whole
 
 __all__ = [
@@ -39,137 +38,6 @@ __all__ = [
 ]
 
 Quantize = Callable[[Tensor], Tensor]
-
-_sign_pack_mask = torch.ops.bitkernels.sign_pack_mask.default
-_mask_grad = torch.ops.bitkernels.mask_grad.default
-_sign_backward = torch.ops.bitkernels.sign_backward.default
-
-
-def _value(x: Tensor, kind: str, threshold: Tensor | None) -> Tensor:
-    if kind == "sign":
-        return reference.sign(x)
-    if kind == "heaviside":
-        return (x > 0).to(x.dtype)
-    # sign(sign(x + t) + sign(x - t)) with sign(0) = 0, decided without rounding x + t and x - t.
-    return (x >= threshold).to(x.dtype) - (x <= -threshold).to(x.dtype)  # type: ignore[operator]
-
-
-def _innermost(x: Tensor) -> int:
-    """The dimension along which mask bits are in the order of memory."""
-    return 1 if is_channels_last(x) else -1
-
-
-class _StraightThrough(FirstOrder):
-    """Gradient 1 where |x| <= clip (None: everywhere), saved as one bit an element.
-
-    Returns the mask, too, packed; None without a clip.
-    """
-
-    operator = "a straight-through quantizer"
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, kind, clip, threshold):
-        value = _value(x, kind, threshold)
-        if clip is None or x.numel() == 0:
-            return value, None
-        return value, _sign_pack_mask(x.movedim(_innermost(x), -1).reshape(-1), clip)[1]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        mask = output[1]
-        ctx.innermost = _innermost(inputs[0])
-        ctx.save_for_backward(mask)
-        if mask is not None:
-            ctx.mark_non_differentiable(mask)
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        (mask,) = ctx.saved_tensors
-        if mask is not None:
-            grad = grad.movedim(ctx.innermost, -1)
-            grad = _mask_grad(grad.reshape(-1), mask).view(grad.shape).movedim(-1, ctx.innermost)
-        return grad, None, None, None
-
-
-def _straight_through(x: Tensor, kind: str, clip: float | None, threshold: Tensor | None = None):
-    if is_recorded("a straight-through quantizer", x):
-        return apply(_StraightThrough, x, kind, clip, threshold)[0]
-    return _value(x, kind, threshold)
-
-
-class _EstimatedSign(FirstOrder):
-    """Sign whose gradient needs x itself (approx_sign, swish_sign): a reference to x is saved."""
-
-    operator = "the sign of approx_sign and swish_sign"
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, estimator, beta):
-        return reference.sign(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.estimator, ctx.beta = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        shape = x.shape
-        if x.dim() < 2:  # the operator has channels
-            x, grad = x.reshape(1, -1), grad.reshape(1, -1)
-        grad, _ = _sign_backward(grad, x, None, None, estimator=ctx.estimator, beta=ctx.beta)
-        return grad.view(shape), None, None
-
-
-class _Round(torch.autograd.Function):
-    """round(n x) / n, half to even, with the gradient of the identity."""
-
-    operator = "the rounding of DoReFa"
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, n):
-        return torch.round(x * n) / n
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-class _Clamp(torch.autograd.Function):
-    """x clamped to [low, high]."""
-
-    operator = "quantizers.clamp"
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, low, high):
-        return x.clamp(low, high)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.low, ctx.high = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * ((x >= ctx.low) & (x <= ctx.high)), None, None
-
-
-def clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """x clamped to [low, high], the gradient 1 at both bounds, as TensorFlow has it.
-
-    torch's own clamp has 1 there up to release 2.14 and 0 from 2.15 on.
-    """
-    return apply(_Clamp, x, low, high)
-
 
 class Quantizer(FxLeaf):
     """Base of the quantizers here. Arguments are fixed: layers read them once.
@@ -220,7 +88,7 @@ class SteSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _straight_through(x, "sign", self.clip_value)
+        return straight_through(x, "sign", self.clip_value)
 
 
 class ApproxSign(Quantizer):
@@ -238,7 +106,7 @@ class ApproxSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return apply(_EstimatedSign, x, "approx_sign", 0.0)
+        return apply(EstimatedSign, x, "approx_sign", 0.0)
 
 
 class SwishSign(Quantizer):
@@ -258,7 +126,7 @@ class SwishSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return apply(_EstimatedSign, x, "swish_sign", self.beta)
+        return apply(EstimatedSign, x, "swish_sign", self.beta)
 
 
 class MagnitudeAwareSign(Quantizer):
@@ -279,7 +147,7 @@ class MagnitudeAwareSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _straight_through(x, "sign", self.clip_value) * mean_magnitude(x.detach())
+        return straight_through(x, "sign", self.clip_value) * mean_magnitude(x.detach())
 
 
 class SteHeaviside(Quantizer):
@@ -297,7 +165,7 @@ class SteHeaviside(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _straight_through(x, "heaviside", self.clip_value)
+        return straight_through(x, "heaviside", self.clip_value)
 
 
 class SteTern(Quantizer):
@@ -329,7 +197,7 @@ class SteTern(Quantizer):
             threshold = 0.7 * x.detach().abs().mean()
         else:
             threshold = torch.full((), self.threshold_value, dtype=x.dtype, device=x.device)
-        return _straight_through(x, "ternary", self.clip_value, threshold)
+        return straight_through(x, "ternary", self.clip_value, threshold)
 
 
 class DoReFa(Quantizer):
@@ -363,13 +231,13 @@ class DoReFa(Quantizer):
         wide = x if x.dtype == torch.float64 else x.float()
         n = float(2**self.k_bit - 1)
         if self.mode == "activations":
-            return apply(_Round, clamp(wide, 0, 1), n).to(x.dtype)
+            return apply(Round, clamp(wide, 0, 1), n).to(x.dtype)
         if x.numel() == 0:
             return torch.empty_like(x)
         tanh = torch.tanh(wide)
         limit = tanh.detach().abs().max()
         limit = torch.where(limit == 0, torch.ones_like(limit), limit)
-        return (2 * apply(_Round, tanh / (2 * limit) + 0.5, n) - 1).to(x.dtype)
+        return (2 * apply(Round, tanh / (2 * limit) + 0.5, n) - 1).to(x.dtype)
 
 
 class NoOp(Quantizer):

@@ -23,6 +23,7 @@ from bitkernels._dispatch import (
     below_autograd,
     in_memory_format,
     is_recorded,
+    is_traced,
     record,
 )
 from bitkernels._ops import LIB
@@ -210,7 +211,10 @@ def _binary_residual_block(
                shift_out, scale)
     if is_recorded("binary_residual_block", *tensors):
         return record(_ResidualBlock, tensors, conf)
+    traced = is_traced()
     with below_autograd():
+        if traced:
+            return _ResidualBlock.call(*tensors, conf)
         out, *_, norm = _forward(*tensors, conf, None)
     if input.dtype == torch.float64:
         return out, norm.mean, norm.variance
