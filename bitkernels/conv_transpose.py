@@ -22,6 +22,7 @@ from bitkernels._dispatch import (
     below_autograd,
     in_memory_format,
     is_recorded,
+    is_traced,
     record,
 )
 from bitkernels._ops import LIB, empty_real
@@ -225,9 +226,13 @@ def _binary_conv_transpose2d(
     if is_recorded("binary_conv_transpose2d", input, weight, bias, scale):
         out = record(_BinaryConvTranspose2d, (batched, weight, bias, scale), conf)
     else:
+        traced = is_traced()
         with below_autograd():
-            words = ops.sign_pack.default(batched, None, 1)
-            out = _on_words(words, batched, weight, bias, scale, conf)
+            if traced:
+                out = _BinaryConvTranspose2d.call(batched, weight, bias, scale, conf)
+            else:
+                words = ops.sign_pack.default(batched, None, 1)
+                out = _on_words(words, batched, weight, bias, scale, conf)
     return out if input.dim() == 4 else out.squeeze(0)
 
 

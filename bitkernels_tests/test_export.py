@@ -12,14 +12,16 @@ from bitkernels_tests.test_func import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPERATORS = {"binary_conv2d", "binary_linear", "rsign", "rprelu", "binary_residual_block"}
+OPERATORS = {"binary_conv2d", "binary_conv_transpose2d", "binary_linear", "rsign", "rprelu",
+             "binary_residual_block"}
 ALIKE = ("conv2d padded with -1", "conv2d circular", "conv2d swish", "rsign swish", "swish_sign",
          "conv2d of reals", "block")  # as others of them, for torch.export
 # Decomposed graphs forget `detach`, torch's own too, so scales that are constants and exported
 # quantizers have other gradients there.
 SAME_GRADIENTS = ("conv2d", "conv2d same", "conv2d strided groups", "conv2d padded with +1",
                   "conv2d approx", "conv2d swish", "conv2d of signs", "conv1d", "linear",
-                  "linear of three dimensions", "rsign", "rsign ste", "rsign swish", "rprelu")
+                  "linear of three dimensions", "rsign", "rsign ste", "rsign swish", "rprelu",
+                  "conv transpose2d")
 
 
 def exported(module, x, **options):
@@ -76,7 +78,8 @@ def test_models(name):
 
 @pytest.mark.parametrize("name", ["packed conv2d same", "packed conv2d reflect",
                                   "packed conv2d strided groups", "packed conv1d",
-                                  "packed linear of three dimensions"])
+                                  "packed linear of three dimensions",
+                                  "packed conv transpose2d groups", "packed conv transpose1d"])
 def test_packed_layers(name):
     module, x = cases.PACKED[name]()
     bigger = torch.cat([x, -x])

@@ -136,6 +136,19 @@ def test_packed_equals_its_layer(dims, options, scale, device):
 
 
 @pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_binary_weight_has_the_layout_of_the_weight(dims, scale, groups):
+    layer = layer_of(dims, kernel_size=3, stride=2, groups=groups, weight_scale=scale)
+    twin, signs = layer.pack(), signed(layer.weight.detach())
+    for module in (layer, twin):
+        assert torch.equal(module.binary_weight(), signs)
+    scaled = signs if scale is None else signs * spread(layer, layer.scale().detach())
+    for module in (layer, twin):
+        torch.testing.assert_close(module.binary_weight(scaled=True), scaled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
 def test_output_size(dims):
     """As torch's: the sizes that a strided convolution would have come from."""
     real = LAYERS[dims][1](36, 12, 3, stride=3, padding=1)
