@@ -227,7 +227,7 @@ class BinaryLayer(FxLeaf):
     def _look_at_weight(self, weight: Tensor) -> None:
         """Once for each new weight: a warning if many are 0, which bits cannot say."""
         if (type(weight) not in (Tensor, nn.Parameter) or weight.is_meta
-                or torch._C._len_torch_dispatch_stack()
+                or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
                 or torch._C._functorch.peek_interpreter_stack() is not None
                 or (weight.is_cuda and torch.cuda.is_current_stream_capturing())):
             return
