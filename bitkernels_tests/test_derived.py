@@ -65,6 +65,14 @@ def test_a_value_is_made_once_for_each_key():
     assert len(calls) == 5
     source.data = torch.ones(4, dtype=torch.int64)  # another memory, the same version
     assert torch.equal(derived(source), torch.full((4,), 2))
+    for value in range(20):  # freed and taken again, often at the same address
+        source.data = torch.empty(0, dtype=torch.int64)
+        source.data = torch.full((4,), value)
+        assert torch.equal(derived(source), torch.full((4,), 2 * value))
+    both = torch.arange(8)
+    for half in both.chunk(2):  # one storage, two addresses
+        source.data = half
+        assert torch.equal(derived(source), 2 * half)
 
 
 def test_the_source_is_not_kept_alive():

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.fx.experimental.optimization
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -333,6 +334,13 @@ def test_a_norm_is_not_folded_into_latent_weights(dims, bias):
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     layer.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
     layer.train().weight = nn.Parameter(2 * layer.weight.detach())
+
+
+def test_tools_that_fuse_by_class_leave_binary_layers():
+    model, x = nn.Sequential(BinaryConv2d(9, 8, 3), nn.BatchNorm2d(8)), reals(6, 9, 5, 5)
+    model(x)
+    fused = torch.fx.experimental.optimization.fuse(model.eval())
+    assert torch.equal(fused(x), model(x))
 
 
 @pytest.mark.parametrize("make", [lambda: BinaryConv2d(4, 4, 3), lambda: BinaryConv1d(4, 4, 3),

@@ -20,10 +20,11 @@ class Derived:
         tiles = Derived(make)          # make(source, *key) -> a tensor, or several
         found = tiles(source, *key)    # None: nothing may be kept here, use the source itself
 
-    The kept value is used only for the same tensor object, with the same memory and the same
-    version counter, which every in-place operation raises (also one on a view or on a tensor of
-    `state_dict()`); else it is made anew. The source is referred to weakly: with it goes what was
-    made of it. A copy or a pickle starts empty. Threads may share an object; at worst both derive.
+    The kept value is used only for the same tensor object, in the same memory (storage and address,
+    for an address alone may be that of memory which was freed), of the same version, which every
+    in-place operation raises (also one on a view or on a tensor of `state_dict()`); else it is made
+    anew. The source is referred to weakly: with it goes what was made of it. A copy or a pickle
+    starts empty. Threads may share an object; at worst both derive.
 
     None is the answer where a value could outlive its truth or get into a graph as a constant: in
     torch.compile, torch.export, torch.jit.trace, under a dispatch mode (fake tensors, make_fx), and
@@ -32,7 +33,9 @@ class Derived:
 
     Writes that PyTorch itself does not count are not seen: `tensor.data.copy_()`, collectives of
     torch.distributed, NumPy and DLPack views. `torch.autograd.graph.increment_version(tensor)`
-    after such a write makes it known.
+    after such a write makes it known. Fused optimizers do not count theirs either (torch 2.13), and
+    averages of weights are swapped in through .data: a latent weight is no source for this, packed
+    words are.
 
     make: a function of a module, so that layers which hold a `Derived` can be pickled.
     """
@@ -41,23 +44,24 @@ class Derived:
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make = make
-        self._kept: dict[tuple[Hashable, ...], tuple[weakref.ref[Tensor], int, int, Any]] = {}
+        self._kept: dict[tuple[Hashable, ...], tuple[Any, ...]] = {}
 
     def __call__(self, source: Tensor, *key: Hashable) -> Any:
         if torch.compiler.is_compiling() or _dispatch_modes() or _jit_trace() is not None:
             return None
         kept = self._kept.get(key)
         if (kept is not None and kept[0]() is source and kept[1] == source._version
-                and kept[2] == source.data_ptr()):
-            return kept[3]
+                and kept[2] == source.data_ptr() and kept[3]() is source.untyped_storage()):
+            return kept[4]
         if (type(source) not in (Tensor, nn.Parameter) or source.is_inference() or _wrapped(source)
                 or (source.is_cpu and source.is_shared())):
             return None
         # The state of before: a write while the value is made leaves an entry that never matches.
         version, address = source._version, source.data_ptr()
+        storage = weakref.ref(source.untyped_storage())
         with torch.inference_mode(False), torch.no_grad():
             value = self._make(source, *key)
-        self._kept[key] = weakref.ref(source, _Forget(self)), version, address, value
+        self._kept[key] = weakref.ref(source, _Forget(self)), version, address, storage, value
         return value
 
     def clear(self) -> None:

@@ -233,17 +233,18 @@ class BinaryLayer(FxLeaf):
         weight = self.weight
         # In this order: the compiler must not make a graph for each state of the flag.
         if not torch.compiler.is_compiling() and "_unseen_weight" in self.__dict__:
-            self._look_at(weight)
+            self._look_at_weight(weight)
         return weight
 
-    def _look_at(self, weight: Tensor) -> None:
+    def _look_at_weight(self, weight: Tensor) -> None:
         """Once for each new weight: a warning if many are 0, which bits cannot say."""
         if (type(weight) not in (Tensor, nn.Parameter) or weight.is_meta
-                or torch._C._len_torch_dispatch_stack()
+                or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
                 or torch._C._functorch.peek_interpreter_stack() is not None
                 or (weight.is_cuda and torch.cuda.is_current_stream_capturing())):
             return
-        del self.__dict__["_unseen_weight"]
+        if self.__dict__.pop("_unseen_weight", None) is None or "_is_replica" in self.__dict__:
+            return
         latent.warn_of_zeros(self, weight)
 
     def binary_weight(self, scaled: bool = False) -> Tensor:
@@ -279,7 +280,7 @@ class BinaryLayer(FxLeaf):
         weight = self._quantized_weight()
         if (not torch.compiler.is_compiling() and "_unseen_weight" in self.__dict__
                 and _operand(self._unscaled_sign or self.weight_quantizer)):
-            self._look_at(self.weight)
+            self._look_at_weight(self.weight)
         scale = self.scale()
         if scale is not None:
             scale = self._factor(scale.to(weight.dtype))
