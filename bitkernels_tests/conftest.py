@@ -23,6 +23,9 @@ def available_devices() -> list[str]:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs an NVIDIA or AMD GPU, skipped without one")
+    # Real gradients and their oracles are library calls: with all 24 bits of float32 on a GPU too.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items):
