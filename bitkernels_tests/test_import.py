@@ -64,3 +64,58 @@ def test_an_extension_that_does_not_fit_is_a_warning():
                  "import bitkernels; print(bitkernels.backends.cpu.explain())")
     assert broken.returncode == 0 and "undefined symbol" in broken.stderr
     assert broken.stdout.startswith("reference (slow")
+
+
+def test_lazy_modules_are_loaded_when_they_are_used():
+    result = run("""
+import sys, bitkernels
+lazy = ("train", "interop", "ops", "cli")
+assert not [name for name in lazy if f"bitkernels.{name}" in sys.modules]
+assert set(lazy[:3]) <= set(dir(bitkernels)) and set(bitkernels.__all__) <= set(dir(bitkernels))
+assert bitkernels.ops.sign_pack is not None and bitkernels.interop.pack is not None
+assert bitkernels.train.recipes.names()
+heavy = ("triton", "cupy", "sklearn", "safetensors", "torchvision", "tensorboard")
+assert not [m for m in heavy if m in sys.modules]
+for name in ("autograd", "backends", "reference", "residual_block"):
+    assert hasattr(bitkernels, name)
+try:
+    bitkernels.trian
+except AttributeError as error:
+    assert "no attribute 'trian'" in str(error)
+else:
+    raise AssertionError
+reference = None
+from bitkernels import *
+assert callable(fold_threshold) and train.fit and nn and reference is None
+""")
+    assert result.returncode == 0, result.stderr
+
+
+# As if torch alone were installed.
+BARE = """
+import importlib.metadata, sys
+from importlib.machinery import PathFinder
+HIDDEN = {"numpy", "safetensors", "tqdm", "sklearn", "tensorboard", "torchvision", "triton", "cupy",
+          "cupy_backends", "onnx", "matplotlib", "scipy"}
+find, distribution = PathFinder.find_spec, importlib.metadata.distribution
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
+def hidden(name):
+    if name.partition("-")[0] in HIDDEN:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return distribution(name)
+PathFinder.find_spec, importlib.metadata.distribution = find_spec, hidden
+"""
+
+
+def test_training_from_python_needs_torch_alone():
+    """Without numpy too: its random numbers are then nobody's."""
+    result = run(BARE + """
+from bitkernels import models
+from bitkernels.train import datasets, fit, recipes
+data = datasets.generated(train=40, held_out=20)
+recipe = recipes.get("quicknet-digits").scaled(1, 20)
+result = fit(lambda: models.create("quicknet", filters=(8, 16), blocks=(1, 1)), recipe, data)
+assert len(result.rows) == 1
+""")
+    assert result.returncode == 0, result.stderr

@@ -22,8 +22,9 @@ and packed_conv2d alone (words in, words out, as between two binary layers).
   python -m bitkernels bench --threads 4 --batch 8
   python -m bitkernels bench --layers 3x3:256@14 1x1:512@14 3x3:32@112
 
-A time is the shortest of several. A layer is kernel:channels@size. "exact" says that every timed result equals the float convolution
-of the signs. The complete benchmark, with training, is in benchmarks/ of the source.
+A layer is kernel:channels@size. A time is the shortest of several. "exact" says that every timed
+result equals the float convolution of the signs. The complete benchmark, with training, is in
+benchmarks/ of the source.
 """
 LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7", "1x1:512@14", "3x3:32@112",
           "3x3:16@32")
@@ -111,8 +112,8 @@ def main(options: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name() if device == "cuda" else \
         torch.cpu.get_capabilities().get("cpu_name", "CPU")
     kernel = "GPU kernels" if device == "cuda" else f"kernels {cpu.explain()}"
-    print(f"{name}, {threads} thread{'s' * (threads > 1)}, batch {options.batch}; bitkernels {bitkernels.__version__}, "
-          f"torch {torch.__version__}; {kernel}\n")
+    print(f"{name}, {threads} thread{'s' * (threads > 1)}, batch {options.batch}; bitkernels "
+          f"{bitkernels.__version__}, torch {torch.__version__}; {kernel}\n")
     print(f"{'layer':<12}{'fp32 ms':>9}{'bf16 ms':>9}{'real ms':>9}{'packed ms':>11}"
           f"{'real, packed over fp32':>25}  exact")
     right = True

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bitkernels.train import checkpoint
-from bitkernels.train.data import Data
+from bitkernels.train.data import Batches, Data
 from bitkernels.train.distributed import Group, synchronised
 from bitkernels.train.errors import CheckpointError
 from bitkernels.train.logs import CsvLog
@@ -52,6 +52,9 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
         raise ValueError("resume needs the folder of the run, out")
     if any(stage.teacher == "given" for stage in recipe.stages) and teacher is None:
         raise ValueError(f"recipe {recipe.name} learns from a teacher that is given, and none is")
+    for stage in recipe.stages:  # refused before anything is written or trained
+        Batches(len(data.train), stage.batch_size, seed, group.rank, group.size)
+        data.augmentation(stage.augmentation)
     device = torch.device(options.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", group.local_rank)
@@ -101,8 +104,8 @@ def _open(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] |
     if resume:
         return checkpoint.load(path, identity)
     if path.exists():
-        raise CheckpointError(f"{path} is there already: resume it (--resume), or choose "
-                              "another folder (--out)")
+        raise CheckpointError(f"{path} is there already: resume it, or choose another folder "
+                              "(--resume, --out)")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
