@@ -46,7 +46,7 @@ help:
 	@echo "make kernel-test       the C++ kernels alone, plain and under sanitizers"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
 	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
-	@echo "make gpu-check-cuda    the kernels of csrc/cuda, which wait for their first GPU"
+	@echo "make gpu-check-cuda    on a GPU machine: the kernels of csrc/cuda checked and measured"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
 	@echo "make lint              ruff, mypy, clang-format"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' EXTRAS=$(EXTRAS)"
