@@ -24,7 +24,7 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
 OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* measure_plan models_* nn_residual_block_distributed \
-  interop digits distillation experiments gpu_check import metrics optim thresholds traces,\
+  interop cli digits distillation docs experiments gpu_check import metrics operators_docs optim thresholds traces,\
   $(wildcard bitkernels_tests/test_$(name).py))
 
 # $(call kernel_test,compiler,flags,folder,runner): the engine's own test, files compiled side by side.

@@ -1,7 +1,6 @@
 """Recipes hold the published numbers, print and change; schedules give the published rates."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -119,20 +118,6 @@ def test_every_recipe_runs(name):
     if name.startswith("bop"):
         assert all(w.abs().unique().tolist() == [1.0] for w in weights)
     assert weights
-
-
-def test_the_example_of_the_documentation(capsys):
-    page = Path(__file__).parents[1] / "docs" / "training.md"
-    if not page.exists():
-        pytest.skip("installed without docs")
-    pytest.importorskip("sklearn")
-    code = page.read_text().split("```python")[1].split("```")[0]
-    small = code.replace("epochs=5", "epochs=1").replace("(32, 64, 128)", "(4, 8)")
-    assert small != code
-    space: dict = {}
-    exec(small, space)
-    assert space["recipe"].settings()["step1.method.weight_decay"] == 1e-4
-    assert "%" in capsys.readouterr().out
 
 
 ADAM = Method("adam", 1e-3)
