@@ -17,9 +17,24 @@ from bitkernels import models
 from bitkernels.backends import cpu
 from bitkernels.cli import COMMANDS, doctor, main
 from bitkernels.cli import bench as bench_command
-from bitkernels_tests.test_import import BARE
 
 ROOT = str(Path(bitkernels.__file__).parents[1])
+
+# As if torch alone were installed.
+BARE = """
+import importlib.metadata, sys
+from importlib.machinery import PathFinder
+HIDDEN = {"numpy", "safetensors", "tqdm", "sklearn", "tensorboard", "torchvision", "triton", "cupy",
+          "cupy_backends", "onnx", "matplotlib", "scipy"}
+find, distribution = PathFinder.find_spec, importlib.metadata.distribution
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
+def hidden(name):
+    if name.partition("-")[0] in HIDDEN:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return distribution(name)
+PathFinder.find_spec, importlib.metadata.distribution = find_spec, hidden
+"""
 
 
 def call(capsys, *arguments):
@@ -50,6 +65,13 @@ for arguments in json.loads(sys.argv[1]):
         except SystemExit as stop:
             status = stop.code or 0
     found[" ".join(arguments)] = [status, out.getvalue(), err.getvalue()]
+# Training from Python, without a folder for results.
+from bitkernels import models
+from bitkernels.train import datasets, fit, recipes
+recipe, data = recipes.get("quicknet-digits").scaled(1, 20), datasets.generated(0, 40, 20)
+result = fit(lambda: models.create("quicknet", filters=(8, 16), blocks=(1, 1)), recipe, data)
+assert not HIDDEN & {name.partition(".")[0] for name in sys.modules}
+found["fit"] = len(result.rows)
 print(json.dumps(found))
 """)
     out = str(script.parent / "out")
@@ -84,6 +106,11 @@ def test_models_and_recipes_need_torch_alone(bare):
     assert status == 0 and "1,548,288" in out
     status, out, _ = bare["train --recipe quicknet-digits --data digits --out OUT --show"]
     assert status == 0 and "model quicknet" in out
+
+
+def test_training_from_python_needs_torch_alone(bare):
+    """Without numpy too, whose random numbers are then nobody's."""
+    assert bare["fit"] == 1
 
 
 def test_a_run_names_all_that_is_missing_at_its_start(bare):

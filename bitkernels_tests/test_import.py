@@ -89,33 +89,3 @@ from bitkernels import *
 assert callable(fold_threshold) and train.fit and nn and reference is None
 """)
     assert result.returncode == 0, result.stderr
-
-
-# As if torch alone were installed.
-BARE = """
-import importlib.metadata, sys
-from importlib.machinery import PathFinder
-HIDDEN = {"numpy", "safetensors", "tqdm", "sklearn", "tensorboard", "torchvision", "triton", "cupy",
-          "cupy_backends", "onnx", "matplotlib", "scipy"}
-find, distribution = PathFinder.find_spec, importlib.metadata.distribution
-def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
-def hidden(name):
-    if name.partition("-")[0] in HIDDEN:
-        raise importlib.metadata.PackageNotFoundError(name)
-    return distribution(name)
-PathFinder.find_spec, importlib.metadata.distribution = find_spec, hidden
-"""
-
-
-def test_training_from_python_needs_torch_alone():
-    """Without numpy too: its random numbers are then nobody's."""
-    result = run(BARE + """
-from bitkernels import models
-from bitkernels.train import datasets, fit, recipes
-data = datasets.generated(train=40, held_out=20)
-recipe = recipes.get("quicknet-digits").scaled(1, 20)
-result = fit(lambda: models.create("quicknet", filters=(8, 16), blocks=(1, 1)), recipe, data)
-assert len(result.rows) == 1
-""")
-    assert result.returncode == 0, result.stderr

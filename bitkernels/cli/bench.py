@@ -32,7 +32,8 @@ LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7", "1x1:512@14", "3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="KxK:C@S")
+    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="KxK:C@S",
+                        help="default: those of a ResNet-18, and small ones")
     parser.add_argument("--batch", type=int, default=1, help="default: 1")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; default: 1")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
@@ -126,5 +127,5 @@ def main(options: argparse.Namespace) -> int:
             print(f"{layer:<12}{fp32:>9.3f}{bf16:>9.3f}{real:>9.3f}{packed:>11.3f}{over:>25}  "
                   f"{'yes' if exact else 'NO'}", flush=True)
     if cpu.why_not and device == "cpu":
-        print("\nThe CPU engine is missing, this was plain PyTorch: python -m bitkernels doctor")
+        print("\nThis was plain PyTorch, without the CPU engine: python -m bitkernels doctor")
     return 0 if right else 1

@@ -124,7 +124,7 @@ def remedies() -> list[str]:
                      "pip install cupy-cuda13x nvidia-cuda-nvrtc")
     missing = [name for module, name in TRAINING if importlib.util.find_spec(module) is None]
     if missing:
-        found.append(f"to train by recipes, with its data and plots: pip install "
+        found.append(f"only to train by recipes, and for its data and plots: pip install "
                      f"{' '.join(missing)}")
     return found
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitkernels import models
 from bitkernels.train import checkpoint, datasets, recipes
 from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to run")
     how.add_argument("--out", help="folder of the results")
     how.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     how.add_argument("--device", help="cpu, cuda or cuda:INDEX; default: a GPU if there is one")
     how.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     how.add_argument("--workers", type=int, default=0, help="processes that load images")
@@ -105,9 +106,10 @@ def main(args: argparse.Namespace) -> int:
         if args.model is None and recipe.model:
             args.model = recipe.model
             args.model_option = [*recipe.model_options, *args.model_option]
-        for name in ("model", "data", "out"):
+        for name, known in (("model", models.names()), ("data", datasets.NAMES), ("out", ())):
             if getattr(args, name) is None:
-                raise ValueError(f"--{name} is needed")
+                raise ValueError(f"--{name} is needed" + (
+                    f"; there are {', '.join(known)}" if known else ""))
         _check_files(args, recipe)
         args.device = _device(args.device)
         _check_packages(args)
@@ -300,8 +302,6 @@ def builder(name: str, data: Data, options: list[str],
             given[key] = value
     module, colon, function = name.partition(":")
     if not colon:
-        from bitkernels import models
-
         return lambda: models.create(name, num_classes=data.classes, in_channels=data.channels,
                                      image_size=data.size, **given)
     sys.path.insert(0, os.getcwd())  # as python -m does; torchrun does not

@@ -52,6 +52,8 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
         raise ValueError("resume needs the folder of the run, out")
     if any(stage.teacher == "given" for stage in recipe.stages) and teacher is None:
         raise ValueError(f"recipe {recipe.name} learns from a teacher that is given, and none is")
+    if out is not None:
+        checkpoint.safetensors()
     for stage in recipe.stages:  # refused before anything is written or trained
         Batches(len(data.train), stage.batch_size, seed, group.rank, group.size)
         data.augmentation(stage.augmentation)
