@@ -1,5 +1,6 @@
 """Recipes hold the published numbers, print and change; schedules give the published rates."""
 
+import ast
 import dataclasses
 
 import pytest
@@ -118,6 +119,17 @@ def test_every_recipe_runs(name):
     if name.startswith("bop"):
         assert all(w.abs().unique().tolist() == [1.0] for w in weights)
     assert weights
+
+
+def test_quicknet_digits_learns(one_thread):
+    """A fifth of its epochs; all 20 give 99 %."""
+    pytest.importorskip("sklearn")
+    recipe = recipes.get("quicknet-digits")
+    options = dict(option.split("=") for option in recipe.model_options)
+    result = fit(lambda: models.create(recipe.model, in_channels=1, image_size=8, **{
+        name: ast.literal_eval(value) for name, value in options.items()}),
+        recipe.scaled(epochs=4), datasets.digits())
+    assert result.accuracy > 0.9
 
 
 ADAM = Method("adam", 1e-3)
