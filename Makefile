@@ -26,7 +26,7 @@ RACES := -O1 -g -fsanitize=thread -DREAL_THREADS
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
 OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* measure_plan models_* nn_residual_block_distributed \
-  interop digits distillation experiments gpu_check import metrics optim thresholds traces,\
+  interop cli digits distillation docs experiments gpu_check import metrics operators_docs optim thresholds traces,\
   $(wildcard bitkernels_tests/test_$(name).py))
 
 # $(call kernel_test,compiler,flags,folder,runner,kernels): the engine's own test, of all kernels where
@@ -50,7 +50,7 @@ help:
 	@echo "make kernel-test-compilers  the same, quickly, by each of COMPILERS"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
 	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
-	@echo "make gpu-check-cuda    the kernels of csrc/cuda, which wait for their first GPU"
+	@echo "make gpu-check-cuda    on a GPU machine: the kernels of csrc/cuda checked and measured"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
 	@echo "make lint              ruff, mypy, clang-format"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' EXTRAS=$(EXTRAS)"

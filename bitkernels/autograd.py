@@ -76,7 +76,7 @@ class _Signs:
 
 def memory_format(t: Tensor) -> torch.memory_format:
     """Channels-last if `t` is, else contiguous; its gradient gets the same."""
-    # PyTorch's batch norm takes ten times as long for mixed formats (docs/performance.md).
+    # PyTorch's batch norm takes ten times as long for mixed formats (docs/notebook/performance.md).
     return torch.channels_last if is_channels_last(t) else torch.contiguous_format
 
 
