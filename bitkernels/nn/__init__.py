@@ -2,7 +2,7 @@
 
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
-from bitkernels.nn.conversion import binarize, pack
+from bitkernels.nn.conversion import BinarizeReport, NormSign, binarize, pack
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
@@ -16,7 +16,9 @@ __all__ = [
     "BinaryLayer",
     "BinaryLinear",
     "BinaryResidualBlock",
+    "BinarizeReport",
     "MaxPool2d",
+    "NormSign",
     "PackedConv1d",
     "PackedConv2d",
     "PackedLinear",

@@ -1,6 +1,8 @@
 """Whole models: real layers to binary ones for training, binary ones to packed for inference."""
 
 from bitkernels.nn.conversion.binarize import binarize
+from bitkernels.nn.conversion.norm_sign import NormSign
 from bitkernels.nn.conversion.pack import pack
+from bitkernels.nn.conversion.report import BinarizeReport
 
-__all__ = ["binarize", "pack"]
+__all__ = ["BinarizeReport", "NormSign", "binarize", "pack"]
