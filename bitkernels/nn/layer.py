@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels.nn._input_signs import can_look_at, single_sign
 from bitkernels.quantizers import (
     ApproxSign,
     MagnitudeAwareSign,
@@ -77,6 +79,9 @@ class BinaryLayer(nn.Module):
         "xnor"             alpha G m + d alpha/dw sum(G s): XNOR-Net (Rastegari et al. 2016) as
                            trained in Larq Zoo, alpha = mean |clip(w, -1, 1)| differentiated too
 
+    A UserWarning says so where all signs of a layer's first training input are the same, as behind
+    a ReLU: its output then does not depend on the input.
+
     Raises ValueError for an unknown quantizer or scale, and for a scale of weights that are not
     binary.
     """
@@ -87,6 +92,7 @@ class BinaryLayer(nn.Module):
     weight_scale: WeightScale
     on_bits: bool
     _unscaled_sign: SteSign | None
+    _input_seen = False  # whether a training input was looked at
     _twin: Any = None  # class of the inference twin; without one a layer computes on reals
 
     def _configure(self, input_quantizer: QuantizerLike, weight_quantizer: QuantizerLike,
@@ -164,7 +170,22 @@ class BinaryLayer(nn.Module):
         """Input and weight for the operator, after the quantizers that it does not know."""
         if self._input_first:
             input = _quantized(self.input_quantizer, input)
+        if not self._input_seen and self.training:
+            self._look_at(input)
         return input, self.signs_of_weight()
+
+    def _look_at(self, input: Tensor) -> None:
+        """Warn, once for a layer, where all signs of its input are the same."""
+        if not can_look_at(input) or self.__dict__.get("_is_replica"):
+            return
+        self.__dict__["_input_seen"] = True
+        sign = single_sign(input)
+        if sign is not None:
+            warnings.warn(
+                f"{type(self).__name__}({super().extra_repr()}): every sign of its first "
+                f"training input is {sign}, so its output does not depend on the input. A ReLU "
+                "before it gives no negative value: use bitkernels.nn.RPReLU, nn.PReLU or "
+                "nn.Hardtanh in its place, or put a batch norm between them", stacklevel=6)
 
     def signs_of_weight(self) -> Tensor:
         """A tensor shaped as the weight whose signs the layer computes with, on bits."""
@@ -181,7 +202,10 @@ class BinaryLayer(nn.Module):
             scale = scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
             weight = (_ForwardScale.apply(weight, scale) if self._scale_rule == "detached"
                       else weight * scale)
-        return _quantized(self.input_quantizer, input), weight
+        input = _quantized(self.input_quantizer, input)
+        if not self._input_seen and self.training and is_binary(self.input_quantizer):
+            self._look_at(input)
+        return input, weight
 
     def pack_obstacle(self) -> str | None:
         """Why this layer has no packed twin, or None if it has one."""
