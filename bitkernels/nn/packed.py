@@ -13,6 +13,7 @@ an error of the operators.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ _sign_pack = torch.ops.bitkernels.sign_pack.default
 _tile_weight = torch.ops.bitkernels.tile_weight.default
 _packed_conv2d = torch.ops.bitkernels.packed_conv2d.default
 _packed_linear = torch.ops.bitkernels.packed_linear.default
+
+
+def _copied_quantizer(layer: Any) -> Any:
+    """The quantizer that runs before the sign, a copy: one with parameters stays the layer's."""
+    return copy.deepcopy(layer.input_quantizer) if layer._input_first else None
 
 
 def _retile(module: nn.Module, _incompatible_keys: Any) -> None:
@@ -119,7 +125,7 @@ class _PackedConv(_Packed):
                    layer.padding, layer.dilation, layer.groups, layer.bias is not None,
                    layer.padding_mode, layer.weight.device, pad_value=layer.pad_value,
                    scale=layer.scale() is not None,
-                   input_quantizer=layer.input_quantizer if layer._input_first else None)
+                   input_quantizer=_copied_quantizer(layer))
         twin._fill(layer)
         return twin
 
@@ -200,7 +206,7 @@ class PackedLinear(_Packed):
         """The twin of a binary linear layer that computes on bits."""
         twin = cls(layer.in_features, layer.out_features, layer.bias is not None,
                    layer.weight.device, scale=layer.scale() is not None,
-                   input_quantizer=layer.input_quantizer if layer._input_first else None)
+                   input_quantizer=_copied_quantizer(layer))
         twin._fill(layer)
         return twin
 

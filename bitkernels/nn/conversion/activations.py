@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from bitkernels.nn.activations import RPReLU
+from bitkernels.nn.conversion.graph import is_patched
 
 Activation = Literal["prelu", "rprelu", "hardtanh", "keep"]
 
@@ -15,10 +16,9 @@ _REPLACEABLE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.Sigmoid, nn.Har
                 nn.Softplus)
 
 
-def is_replaceable(module: nn.Module | None) -> bool:
+def is_replaceable(module: Any) -> bool:
     """Whether all that a module is, is one of PyTorch's activations."""
-    return (type(module) in _REPLACEABLE and "forward" not in vars(module)
-            and vars(module).get("_compiled_call_impl") is None)
+    return type(module) in _REPLACEABLE and not is_patched(module)
 
 
 def replacement(activation: Activation, channels: set[int | None], device, dtype) -> nn.Module:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
 from bitkernels.nn.conversion.graph import LAYERS, Part, parts
+from bitkernels.nn.conversion.source import read_by_source
 from bitkernels.nn.conversion.values import (
     is_gate,
+    is_max,
     is_norm,
     is_pool,
     kind,
@@ -26,11 +25,15 @@ _SAME_CHANNELS = ("relu", "relu6", "dropout", "add", "iadd", "mul", "imul", "con
 
 @dataclass(frozen=True)
 class Source:
-    """An operation whose values cannot be negative: a module, or a function (module None)."""
+    """An operation whose values cannot be negative: a module, or a function (module None).
+
+    pooled: only the largest of several go on, few of which are negative even if others are.
+    """
 
     name: str
     module: nn.Module | None = None
     gate: bool = False
+    pooled: bool = False
 
 
 UNKNOWN = Source("not analysed")
@@ -39,9 +42,11 @@ UNKNOWN = Source("not analysed")
 @dataclass
 class Analysis:
     """`sources` of a layer are those on the way to its sign, for some channels of it at least;
-    UNKNOWN is among them where the way begins outside what could be traced."""
+    UNKNOWN is among them where the way begins outside what could be traced. `raw` are the layers
+    whose values reach it with no norm in between."""
 
     sources: dict[nn.Module, frozenset[Source]] = field(default_factory=dict)
+    raw: dict[nn.Module, set[nn.Module]] = field(default_factory=lambda: defaultdict(set))
     channels: dict[nn.Module, set[int | None]] = field(default_factory=lambda: defaultdict(set))
     shortcuts: set[nn.Module] = field(default_factory=set)
     gates: set[nn.Module] = field(default_factory=set)
@@ -54,15 +59,12 @@ def analyse(model: nn.Module, example_inputs: Any = None) -> Analysis:
     """Of a model, which is not changed. Raises what the model raises for `example_inputs`."""
     result = Analysis()
     layers = [m for m in model.modules() if isinstance(m, LAYERS)]
-    found = parts(model, example_inputs)
-    for part in found:
+    for part in parts(model, example_inputs):
         _Flow(part, result).run()
-    traced = {id(part.root) for part in found}
-    for part in found:
-        traced |= {id(m) for m in _called_through(part)}
     for module in model.modules():
-        if id(module) not in traced and not isinstance(module, LAYERS):
-            result.read |= _read_by_source(module)
+        # nn.TransformerEncoder* reads weights on its fused path only, which `binarize` turns off.
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder, *LAYERS)):
+            result.read |= read_by_source(module)
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             _look_into_transformer(name, module, result)
@@ -71,46 +73,6 @@ def analyse(model: nn.Module, example_inputs: Any = None) -> Analysis:
     if not result.last:
         result.last |= set(layers[-1:])
     return result
-
-
-def _called_through(part: Part) -> list[nn.Module]:
-    """The modules whose own code the graph shows: the parents of what it calls."""
-    through = []
-    for node in part.graph.nodes:
-        if node.op == "call_module":
-            names = str(node.target).split(".")
-            through += [part.root.get_submodule(".".join(names[:i])) for i in range(len(names))]
-    return through
-
-
-def _read_by_source(module: nn.Module) -> set[nn.Module]:
-    """Layers whose weight a method of the module reads, by the text of its code.
-
-    nn.Transformer*Layer reads weights on its fused path only, which `binarize` turns off.
-    """
-    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-        return set()
-    found: set[nn.Module] = set()
-    for cls in type(module).__mro__:
-        if cls in (nn.Module, object) or not any(True for _ in module.children()):
-            break
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        harmless = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-                    and node.attr in ("dtype", "device", "shape", "requires_grad")}
-        for node in ast.walk(tree):
-            if (isinstance(node, ast.Attribute) and node.attr == "weight"
-                    and isinstance(node.ctx, ast.Load) and id(node) not in harmless):
-                path = ast.unparse(node.value)
-                try:
-                    layer = module.get_submodule(path.removeprefix("self."))
-                except AttributeError:
-                    continue
-                if path.startswith("self.") and isinstance(layer, LAYERS):
-                    found.add(layer)
-    return found
 
 
 def _look_into_transformer(name: str, module: Any, result: Analysis) -> None:
@@ -123,6 +85,7 @@ def _look_into_transformer(name: str, module: Any, result: Analysis) -> None:
         sources = frozenset([Source(path, activation)])
     result.sources.setdefault(module.linear1, frozenset())
     result.sources.setdefault(module.linear2, sources)
+    result.raw[module.linear2].add(module.linear1)
 
 
 class _Flow:
@@ -131,6 +94,7 @@ class _Flow:
     def __init__(self, part: Part, result: Analysis) -> None:
         self.part, self.result = part, result
         self.sources: dict[fx.Node, frozenset[Source]] = {}
+        self.raw: dict[fx.Node, frozenset[nn.Module]] = {}
         self.channels: dict[fx.Node, int | None] = {}
         self.before: dict[fx.Node, int] = {}  # all nodes that a node depends on, as bits
         self.modules: dict[fx.Node, nn.Module | None] = {}
@@ -146,6 +110,8 @@ class _Flow:
             for origin in node.all_input_nodes:
                 self.before[node] |= self.before[origin]
             self.sources[node] = self._sources(node, module)
+            self.raw[node] = frozenset() if is_norm(node, module) else frozenset().union(
+                *(self.raw[n] for n in node.all_input_nodes))
             self.channels[node] = self._channels(node, module)
             if module is not None:
                 self._called(node, module)
@@ -160,13 +126,17 @@ class _Flow:
             self._find_ends(nodes[-1])
 
     def _called(self, node: fx.Node, module: nn.Module) -> None:
-        if any(isinstance(m, LAYERS) for m in module.modules()):
-            self.layers.append(node)
-        if isinstance(module, LAYERS) and module not in self.analysed and node.all_input_nodes:
-            known = self.result.sources.get(module, frozenset())
-            self.result.sources[module] = known | self.sources[node.all_input_nodes[0]]
         if kind(node, module) == "source":
             self.result.channels[module].add(self.channels[node])
+        if any(isinstance(m, LAYERS) for m in module.modules()):
+            self.layers.append(node)
+        if not isinstance(module, LAYERS) or not node.all_input_nodes:
+            return
+        self.result.raw[module] |= self.raw[node]
+        self.raw[node] = frozenset([module])
+        if module not in self.analysed:
+            known = self.result.sources.get(module, frozenset())
+            self.result.sources[module] = known | self.sources[node.all_input_nodes[0]]
 
     def _sources(self, node: fx.Node, module: nn.Module | None) -> frozenset[Source]:
         """Not of a layer's input but of the node's own values."""
@@ -184,6 +154,8 @@ class _Flow:
             opaque = module is not None and not type(module).__module__.startswith("torch.nn")
             inside = module is not None and any(True for _ in module.children())
             return frozenset([UNKNOWN] if opaque and inside else [])
+        if what == "keeps" and is_max(node, module):
+            return frozenset(s if s == UNKNOWN else replace(s, pooled=True) for s in inputs[0])
         if what == "keeps":
             return inputs[0]
         joined = frozenset().union(*inputs)
@@ -235,7 +207,7 @@ class _Flow:
         """Back over what only moves or scales values, to what made them."""
         while node.all_input_nodes and (
                 kind(node, self.modules[node]) == "keeps"
-                or norms and is_norm(self.modules[node])):
+                or norms and is_norm(node, self.modules[node])):
             node = node.all_input_nodes[0]
         return node
 

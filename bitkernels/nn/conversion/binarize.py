@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from bitkernels.nn.conversion.analysis import UNKNOWN, Analysis, Source, analyse
 from bitkernels.nn.conversion.candidates import refusal, twin_class, why_real
 from bitkernels.nn.conversion.graph import LAYERS
 from bitkernels.nn.conversion.norm_sign import NormSign
-from bitkernels.nn.conversion.report import BinarizeReport
+from bitkernels.nn.conversion.report import BinarizeReport, by_value
 from bitkernels.nn.conversion.values import module_kind
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 
@@ -86,7 +85,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     found = analyse(model, example_inputs)
     said = BinarizeReport()
     unexpected: dict[str, str] = {}
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     twins: dict[nn.Module, Any] = {}
     for module, name in layers.items():
         if isinstance(module, BinaryLayer):
@@ -97,7 +96,8 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
         if reason is None and filter is not None and not filter(name, module):
             reason = "filter"
         if reason is None:
-            refused += [f"{name}: {refusal(module)}"] if refusal(module) else []
+            obstacle = refusal(module)
+            refused |= {name: obstacle} if obstacle else {}
             reason = why_real(module)
             if reason is None and module in found.read:
                 reason = "code of a parent reads its weight itself, and would get the real one"
@@ -107,7 +107,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
         elif not refused:
             twins[module] = _binary_twin(module, options, pad_value, name)
     if refused:
-        raise ValueError("cannot binarize " + "; ".join(refused))
+        raise ValueError(f"cannot binarize {_grouped(refused)}")
     changed = dict(twins)
     if quantizers.is_binary(options["input_quantizer"]):
         changed |= _prepare_inputs(model, twins, found, activation, said)
@@ -161,12 +161,11 @@ def _option(module: Any, found: Analysis, options: dict[str, bool]) -> str | Non
 
 def _warn(text: str, entries: dict[str, str]) -> None:
     if entries:
-        by_reason = defaultdict(list)
-        for name, reason in entries.items():
-            by_reason[reason].append(name)
-        warnings.warn(f"binarize: {text}: " + "; ".join(
-            f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()),
-            stacklevel=3)
+        warnings.warn(f"binarize: {text}: {_grouped(entries)}", stacklevel=3)
+
+
+def _grouped(entries: dict[str, str]) -> str:
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_value(entries))
 
 
 def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analysis,
@@ -179,26 +178,31 @@ def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analys
         if UNKNOWN in sources:
             said.not_analysed.append(names[module])
             sources = sources - {UNKNOWN} | _registered_before(model, module)
-        if not sources:
+        if activation == "keep":
+            if sources:
+                said.single_signed[names[module]] = ", ".join(sorted(s.name for s in sources))
             continue
         own = next(twin.parameters())
         place: dict[str, Any] = dict(device=own.device, dtype=own.dtype)
-        if activation == "keep":
-            said.single_signed[names[module]] = ", ".join(sorted(s.name for s in sources))
-        elif all(is_replaceable(s.module) for s in sources):
+        fixed = sorted({s.name for s in sources if not is_replaceable(s.module)})
+        reason = f"behind {', '.join(fixed)}" if fixed else None
+        if not fixed:
             for old in (s.module for s in sources):
                 if old is not None and old not in replaced:
                     new = replacement(activation, found.channels.get(old, {None}), **place)
                     replaced[old] = new
                     said.activations[names[old]] = f"{type(old).__name__} -> {new!r}"
-        else:
+            if any(s.pooled for s in sources):
+                reason = "behind max pooling, which leaves few negative values"
+            elif twin.weight_scale is None and any(m in twins for m in found.raw[module]):
+                reason = "behind a binary layer with no norm, whose integers no gradient passes"
+        if reason is not None:
+            said.normalized[names[module]] = reason
             linear = isinstance(module, nn.Linear)
             twin.input_quantizer = NormSign(
                 twin.in_features if linear else twin.in_channels,
                 0 if linear else len(twin.kernel_size), copy.deepcopy(twin.input_quantizer),
                 **place).train(module.training)
-            said.normalized[names[module]] = "behind " + ", ".join(
-                sorted({s.name for s in sources if not is_replaceable(s.module)}))
     return replaced
 
 
@@ -222,7 +226,8 @@ def _binary_twin(module: nn.Module, options: dict[str, Any], pad_value: int,
     cls: Any = twin_class(module)
     twin = cls.__new__(cls)
     for key, value in module.__dict__.items():
-        twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
+        if key != "forward":  # that of its class (`refusal`)
+            twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
     try:
         if not isinstance(module, nn.Linear):
             twin._set_padding(pad_value)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
+from bitkernels.nn.conversion.graph import is_patched
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 
@@ -49,10 +50,9 @@ def refusal(module: nn.Module) -> str | None:
     cls = type(module)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return f"{cls.__name__} is not initialized; run one batch through the model first"
-    if "forward" in vars(module):
-        return ("its forward was replaced on the instance, and would go on computing the real "
-                "layer; take that back (accelerate.hooks.remove_hook_from_module), binarize, and "
-                "set it again")
+    if not is_patched(module):
+        return None
     if vars(module).get("_compiled_call_impl") is not None:
         return "it is compiled by .compile(); binarize first, then compile"
-    return None
+    return ("its forward was replaced on the instance and would go on computing the real layer; "
+            "binarize first, or take it back, as by accelerate.hooks.remove_hook_from_module")

@@ -42,6 +42,13 @@ def parts(model: nn.Module, example_inputs: Any = None) -> list[Part]:
     once, and an error of that run is raised. The model is afterwards as it was: attributes,
     buffers, training flags, random numbers.
     """
+    while True:  # what is around the model does nothing to its values
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
     with _undisturbed(model):
         if example_inputs is not None:
             return [_recorded(model, example_inputs)]
@@ -77,7 +84,14 @@ def _is_leaf(module: nn.Module) -> bool:
     home = type(module).__module__
     return isinstance(module, LAYERS) or (
         home.startswith(("torch.nn", "torch.ao.nn", "bitkernels."))
-        and not isinstance(module, nn.Sequential))
+        and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)))
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a call of the module runs something else than its class's forward."""
+    forward = vars(module).get("forward")
+    own = forward is None or getattr(forward, "__func__", None) is type(module).forward
+    return not own or vars(module).get("_compiled_call_impl") is not None
 
 
 class _ReadParameter(fx.proxy.ParameterProxy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from bitkernels import quantizers
@@ -31,6 +33,10 @@ class NormSign(nn.Module):
         super().__init__()
         self.dims = dims
         self.norm = _NORMS[dims](num_features, device=device, dtype=dtype)
+        if self.norm.running_mean is not None and self.norm.running_var is not None:
+            # Those of the ReLU of a standard normal, so that an untrained network is not constant.
+            nn.init.constant_(self.norm.running_mean, 1 / math.sqrt(2 * math.pi))
+            nn.init.constant_(self.norm.running_var, 0.5 - 1 / (2 * math.pi))
         sign = quantizers.get(quantizer)
         if not is_binary(sign):
             raise ValueError(f"NormSign: quantizer must return -1 and +1, got {quantizer!r}")

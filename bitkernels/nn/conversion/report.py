@@ -51,9 +51,14 @@ class BinarizeReport:
                 ("input is never negative", self.single_signed),
                 ("order of registration taken for the order of calls",
                  dict.fromkeys(self.not_analysed, "could not be traced"))):
-            by_reason = defaultdict(list)
-            for name, reason in entries.items():
-                by_reason[reason].append(name or "(the model)")
             lines += [f"{title}: {reason}: {', '.join(names)}"
-                      for reason, names in by_reason.items()]
+                      for reason, names in by_value(entries)]
         return "\n".join(lines)
+
+
+def by_value(entries: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """(value, keys that have it), in the order of the first keys."""
+    keys = defaultdict(list)
+    for key, value in entries.items():
+        keys[value].append(key)
+    return list(keys.items())

@@ -120,5 +120,15 @@ def is_pool(node: fx.Node, module: nn.Module | None) -> bool:
         name_of(node) in ("mean", "amax") or "pool" in name_of(node))
 
 
-def is_norm(module: nn.Module | None) -> bool:
-    return isinstance(module, _NORMS)
+def is_max(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether it lets only the largest of several values through."""
+    if module is not None:
+        return "MaxPool" in type(module).__name__
+    return name_of(node) in ("max", "amax", "topk") or "max_pool" in name_of(node)
+
+
+def is_norm(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether its values have a scale of their own."""
+    if module is not None:
+        return isinstance(module, _NORMS) or type(module).__name__ in ("LayerNorm2d", "RMSNorm")
+    return node.op == "call_function" and name_of(node).endswith(("_norm", "softmax"))
