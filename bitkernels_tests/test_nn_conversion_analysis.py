@@ -145,6 +145,7 @@ KEEPING = {
     "Hardtanh": lambda: nn.Sequential(nn.Hardtanh(0.0, 1.0), conv()),
     "Sigmoid": lambda: nn.Sequential(nn.Sigmoid(), conv()),
     "Softplus": lambda: nn.Sequential(nn.Softplus(), conv()),
+    "norm after": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(C), conv()),
     "gate": lambda: Gated(nn.Sigmoid()),
     "hard gate": lambda: Gated(nn.Hardsigmoid()),
 }
@@ -199,7 +200,7 @@ def test_layers_behind_functions_get_a_norm(name, recorded):
 
 
 SIGNED = {
-    "norm between": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(C), conv()),
+    "norm between": lambda: nn.Sequential(nn.ReLU(), nn.GroupNorm(2, C), conv()),
     "SiLU": lambda: nn.Sequential(nn.SiLU(), conv()),
     "GELU": lambda: Code(lambda s, x: s.conv(F.gelu(x)), conv=conv()),
     "LeakyReLU": lambda: nn.Sequential(nn.LeakyReLU(), conv()),

@@ -39,6 +39,7 @@ def patch(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("spoil, said", [
     (patch, "its forward was replaced on the instance"),
+    (lambda layer: setattr(layer, "forward", lambda x: 0 * x), "its forward was replaced"),
     (lambda layer: layer.compile(backend="eager"), r"compiled by \.compile\(\)"),
 ])
 def test_refused_by_name_and_unchanged(spoil, said):
@@ -197,6 +198,21 @@ def test_what_stays_real_is_named_once(layer):
     assert len(said) == 1 and model[1] is layer and not isinstance(layer, BinaryLayer)
     with pytest.warns(UserWarning, match="stays real"):
         assert binarize(layer) is layer
+
+
+def test_quantized_layers_are_named():
+    model = stack(torch.ao.nn.quantized.dynamic.Linear(C, C))
+    model.append(nn.Linear(C, C))
+    with pytest.warns(UserWarning, match=r"1 \(it is quantized already\)"):
+        binarize(model)
+
+
+def test_patched_convolution():
+    """`_conv_forward` is what some libraries replace; a binary layer on bits never calls it."""
+    model = nn.Sequential(*(nn.Conv2d(C, C, 1) for _ in range(3)))
+    model[1]._conv_forward = lambda x, weight, bias: x
+    with pytest.raises(ValueError, match=r"cannot binarize 1 \(its forward was replaced"):
+        binarize(model)
 
 
 class Reads(nn.Module):

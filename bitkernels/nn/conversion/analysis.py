@@ -28,12 +28,14 @@ class Source:
     """An operation whose values cannot be negative: a module, or a function (module None).
 
     pooled: only the largest of several go on, few of which are negative even if others are.
+    normed: a batch norm comes after it, whose running statistics center the values once trained.
     """
 
     name: str
     module: nn.Module | None = None
     gate: bool = False
     pooled: bool = False
+    normed: bool = False
 
 
 UNKNOWN = Source("not analysed")
@@ -145,15 +147,20 @@ class _Flow:
             return frozenset([UNKNOWN] if self.part.name else [])
         if node.op == "call_module" and module is not None and not inputs:
             return frozenset([UNKNOWN])
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            return frozenset(replace(s, normed=True) for s in inputs[0] if s != UNKNOWN)
         what = kind(node, module)
         if what == "source":
             gate = is_gate(node, module)
             name = self.part.path(node) if module is not None else name_of(node)
-            return frozenset([Source(name, module, gate)])
+            # An untrained norm leaves values as they are: what is below 0 here comes from before.
+            through = (s for origin in inputs[:1] for s in origin if s.normed)
+            return frozenset([Source(name, module, gate), *through])
         if not inputs or what == "any":
-            opaque = module is not None and not type(module).__module__.startswith("torch.nn")
-            inside = module is not None and any(True for _ in module.children())
-            return frozenset([UNKNOWN] if opaque and inside else [])
+            home = "" if module is None else type(module).__module__
+            untraced = module is not None and any(True for _ in module.children()) and (
+                not home.startswith(("torch.nn", "torch.ao.nn", "bitkernels.nn")))
+            return frozenset([UNKNOWN] if untraced else [])
         if what == "keeps" and is_max(node, module):
             return frozenset(s if s == UNKNOWN else replace(s, pooled=True) for s in inputs[0])
         if what == "keeps":

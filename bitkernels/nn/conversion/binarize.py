@@ -17,7 +17,12 @@ from bitkernels.nn.conversion.activations import (
     replacement,
 )
 from bitkernels.nn.conversion.analysis import UNKNOWN, Analysis, Source, analyse
-from bitkernels.nn.conversion.candidates import refusal, twin_class, why_real
+from bitkernels.nn.conversion.candidates import (
+    is_quantized,
+    refusal,
+    twin_class,
+    why_real,
+)
 from bitkernels.nn.conversion.graph import LAYERS
 from bitkernels.nn.conversion.norm_sign import NormSign
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
@@ -106,6 +111,9 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
             said.kept[name] = reason
         elif not refused:
             twins[module] = _binary_twin(module, options, pad_value, name)
+    unexpected |= {name: "it is quantized already" for name, m in model.named_modules()
+                   if is_quantized(m)}
+    said.kept |= unexpected
     if refused:
         raise ValueError(f"cannot binarize {_grouped(refused)}")
     changed = dict(twins)
@@ -178,6 +186,8 @@ def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analys
         if UNKNOWN in sources:
             said.not_analysed.append(names[module])
             sources = sources - {UNKNOWN} | _registered_before(model, module)
+        normed = {s for s in sources if s.normed}
+        sources = sources - normed
         if activation == "keep":
             if sources:
                 said.single_signed[names[module]] = ", ".join(sorted(s.name for s in sources))
@@ -187,8 +197,8 @@ def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analys
         fixed = sorted({s.name for s in sources if not is_replaceable(s.module)})
         reason = f"behind {', '.join(fixed)}" if fixed else None
         if not fixed:
-            for old in (s.module for s in sources):
-                if old is not None and old not in replaced:
+            for old in (s.module for s in sources | normed):
+                if old is not None and old not in replaced and is_replaceable(old):
                     new = replacement(activation, found.channels.get(old, {None}), **place)
                     replaced[old] = new
                     said.activations[names[old]] = f"{type(old).__name__} -> {new!r}"
@@ -226,7 +236,7 @@ def _binary_twin(module: nn.Module, options: dict[str, Any], pad_value: int,
     cls: Any = twin_class(module)
     twin = cls.__new__(cls)
     for key, value in module.__dict__.items():
-        if key != "forward":  # that of its class (`refusal`)
+        if key not in ("forward", "_conv_forward"):  # those of its class (`refusal`)
             twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
     try:
         if not isinstance(module, nn.Linear):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
-from bitkernels.nn.conversion.graph import is_patched
+from bitkernels.nn.conversion.graph import LAYERS, is_patched
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 
@@ -43,6 +43,13 @@ def why_real(module: nn.Module) -> str | None:
         return (f"{cls.__name__} is a subclass of nn.{kinds[0].__name__}, whose own code a binary "
                 "layer would lose")
     return f"there is no binary {cls.__name__}"
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether PyTorch made an integer layer of it, which shares no class with the real one."""
+    cls = type(module)
+    return cls.__module__.startswith("torch.ao.nn") and not isinstance(module, LAYERS) and (
+        cls.__name__.startswith(("Conv", "Linear")) and not cls.__name__.endswith("Params"))
 
 
 def refusal(module: nn.Module) -> str | None:

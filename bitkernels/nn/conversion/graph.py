@@ -83,15 +83,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _is_leaf(module: nn.Module) -> bool:
     home = type(module).__module__
     return isinstance(module, LAYERS) or (
-        home.startswith(("torch.nn", "torch.ao.nn", "bitkernels."))
+        home.startswith(("torch.nn", "torch.ao.nn", "bitkernels.nn", "bitkernels.quantizers"))
         and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)))
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a call of the module runs something else than its class's forward."""
-    forward = vars(module).get("forward")
-    own = forward is None or getattr(forward, "__func__", None) is type(module).forward
-    return not own or vars(module).get("_compiled_call_impl") is not None
+    """Whether a call of the module runs something else than the code of its class."""
+    for name in ("forward", "_conv_forward"):
+        own = vars(module).get(name)
+        if own is not None and getattr(own, "__func__", None) is not getattr(type(module), name):
+            return True
+    return vars(module).get("_compiled_call_impl") is not None
 
 
 class _ReadParameter(fx.proxy.ParameterProxy):
