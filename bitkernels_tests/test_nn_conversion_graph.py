@@ -87,6 +87,23 @@ def test_parts_of_what_cannot_be_traced():
     assert reports[0].kept == {"0": "first layer (skip_first)", "3": "last layer (skip_last)"}
 
 
+def test_one_activation_for_many_untraced_layers():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.act = nn.ModuleList(nn.Linear(C, C) for _ in range(4)), nn.ReLU()
+
+        def forward(self, x):
+            for i in range(int(x.shape[0] + float(x.sum()) * 0) and 4):
+                x = self.act(self.layers[i](x))
+            return x
+
+    model = nn.Sequential(nn.Linear(C, C), Loop(), nn.Linear(C, C))
+    with pytest.warns(UserWarning, match="cannot trace"):
+        bnn.binarize(model)
+    assert isinstance(model[1].act, nn.PReLU)
+
+
 def test_example_inputs_show_what_cannot_be_traced(recwarn):
     model = nn.Sequential(nn.Linear(C, C), nn.ReLU(), Untraceable(), nn.Linear(C, C))
     reports: list[bnn.BinarizeReport] = []

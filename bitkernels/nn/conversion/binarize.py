@@ -185,7 +185,7 @@ def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analys
         sources = found.sources.get(module, frozenset([UNKNOWN]))
         if UNKNOWN in sources:
             said.not_analysed.append(names[module])
-            sources = sources - {UNKNOWN} | _registered_before(model, module)
+            sources = sources - {UNKNOWN} | _registered_near(model, module)
         normed = {s for s in sources if s.normed}
         sources = sources - normed
         if activation == "keep":
@@ -216,8 +216,9 @@ def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analys
     return replaced
 
 
-def _registered_before(model: nn.Module, layer: nn.Module) -> frozenset[Source]:
-    """The source by the order of registration, where the order of the calls is not known."""
+def _registered_near(model: nn.Module, layer: nn.Module) -> frozenset[Source]:
+    """The source by the order of registration, where the order of the calls is not known; where
+    that has none, the activations of the nearest module around the layer that has some."""
     leaves = [(name, m) for name, m in model.named_modules()
               if isinstance(m, LAYERS) or not any(True for _ in m.children())]
     place = next(i for i, (_, m) in enumerate(leaves) if m is layer)
@@ -227,6 +228,13 @@ def _registered_before(model: nn.Module, layer: nn.Module) -> frozenset[Source]:
             return frozenset([Source(name, module)])
         if kind != "keeps":
             break
+    path = leaves[place][0]
+    while path:
+        path = path.rpartition(".")[0]
+        near = frozenset(Source(f"{path}.{name}".lstrip("."), m) for name, m in
+                         model.get_submodule(path).named_children() if module_kind(m) == "source")
+        if near:
+            return near
     return frozenset()
 
 
