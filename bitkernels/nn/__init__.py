@@ -3,7 +3,14 @@
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTranspose2d
-from bitkernels.nn.conversion import binarize, load_packed, pack, save_packed
+from bitkernels.nn.conversion import (
+    BinarizeReport,
+    NormSign,
+    binarize,
+    load_packed,
+    pack,
+    save_packed,
+)
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 from bitkernels.nn.norm import SyncBatchNorm
@@ -21,7 +28,9 @@ __all__ = [
     "BinaryLayer",
     "BinaryLinear",
     "BinaryResidualBlock",
+    "BinarizeReport",
     "MaxPool2d",
+    "NormSign",
     "PackedConv1d",
     "PackedConv2d",
     "PackedConvTranspose1d",

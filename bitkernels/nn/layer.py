@@ -13,6 +13,7 @@ from bitkernels import quantizers
 from bitkernels._dispatch import apply, with_gradient_of
 from bitkernels._fx import FxLeaf
 from bitkernels.nn import hooks, latent
+from bitkernels.nn._input_signs import can_look_at, single_sign
 from bitkernels.quantizers import (
     ApproxSign,
     MagnitudeAwareSign,
@@ -115,6 +116,9 @@ class BinaryLayer(FxLeaf):
     A weight that is 0, by `torch.nn.utils.prune` or otherwise, counts as +1: a bit cannot be 0. The
     first forward with many such weights warns.
 
+    A UserWarning says so where all signs of a layer's first training input are the same, as behind
+    a ReLU: its output then does not depend on the input.
+
     Raises ValueError for an unknown quantizer or scale, and for a scale of weights that are not
     binary.
     """
@@ -125,6 +129,7 @@ class BinaryLayer(FxLeaf):
     weight_scale: WeightScale
     on_bits: bool
     _unscaled_sign: SteSign | None
+    _input_seen = False  # whether a training input was looked at
     _twin: Any = None  # class of the inference twin; without one a layer computes on reals
 
     def _configure(self, input_quantizer: QuantizerLike, weight_quantizer: QuantizerLike,
@@ -224,6 +229,8 @@ class BinaryLayer(FxLeaf):
         """Input and weight for the operator, after the quantizers that it does not know."""
         if self._input_first:
             input = _quantized(self.input_quantizer, input)
+        if not self._input_seen and self.training:
+            self._look_at(input)
         return input, self._weight_to_sign()
 
     def _weight_to_sign(self) -> Tensor:
@@ -263,6 +270,19 @@ class BinaryLayer(FxLeaf):
             scale = self.scale() if scaled else None
             return signs if scale is None else signs * self._factor(scale).to(signs.dtype)
 
+    def _look_at(self, input: Tensor) -> None:
+        """Warn, once for a layer, where all signs of its input are the same."""
+        if not can_look_at(input) or self.__dict__.get("_is_replica"):
+            return
+        self.__dict__["_input_seen"] = True
+        sign = single_sign(input)
+        if sign is not None:
+            warnings.warn(
+                f"{type(self).__name__}({super().extra_repr()}): every sign of its first "
+                f"training input is {sign}, so its output does not depend on the input. A ReLU "
+                "before it gives no negative value: use bitkernels.nn.RPReLU, nn.PReLU or "
+                "nn.Hardtanh in its place, or put a batch norm between them", stacklevel=6)
+
     def signs_of_weight(self) -> Tensor:
         """`binary_weight()`: -1 and +1."""
         return self.binary_weight()
@@ -286,7 +306,10 @@ class BinaryLayer(FxLeaf):
             scale = self._factor(scale.to(weight.dtype))
             weight = (apply(_ForwardScale, weight, scale) if self._scale_rule == "detached"
                       else weight * scale)
-        return _quantized(self.input_quantizer, input), weight
+        input = _quantized(self.input_quantizer, input)
+        if not self._input_seen and self.training and is_binary(self.input_quantizer):
+            self._look_at(input)
+        return input, weight
 
     def pack_obstacle(self) -> str | None:
         """Why this layer has no packed twin, or None if it has one."""

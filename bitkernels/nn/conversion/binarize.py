@@ -3,76 +3,250 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from bitkernels import quantizers
-from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
-from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTranspose2d
-from bitkernels.nn.layer import QuantizerLike, WeightScale
-from bitkernels.nn.linear import BinaryLinear
-
-_TWINS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: BinaryConv1d,
-    nn.Conv2d: BinaryConv2d,
-    nn.Conv3d: BinaryConv3d,
-    nn.ConvTranspose1d: BinaryConvTranspose1d,
-    nn.ConvTranspose2d: BinaryConvTranspose2d,
-    nn.Linear: BinaryLinear,
-}
-
-_LAYERS: tuple[type[nn.Module], ...] = (*_TWINS, nn.ConvTranspose3d)
+from bitkernels.nn.conversion.activations import (
+    ACTIVATIONS,
+    Activation,
+    is_replaceable,
+    replacement,
+)
+from bitkernels.nn.conversion.analysis import UNKNOWN, Analysis, Source, analyse
+from bitkernels.nn.conversion.candidates import (
+    is_quantized,
+    refusal,
+    twin_class,
+    why_real,
+)
+from bitkernels.nn.conversion.graph import LAYERS
+from bitkernels.nn.conversion.norm_sign import NormSign
+from bitkernels.nn.conversion.report import BinarizeReport, by_value
+from bitkernels.nn.conversion.values import module_kind
+from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 
 
 def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = True,
              filter: Callable[[str, nn.Module], bool] | None = None,
+             activation: Activation = "prelu", keep_downsample: bool = True,
+             keep_depthwise: bool = True, keep_gates: bool = True, example_inputs: Any = None,
              input_quantizer: QuantizerLike = "ste_sign",
              weight_quantizer: QuantizerLike = "ste_sign", weight_scale: WeightScale = None,
-             pad_value: int = 0) -> nn.Module:
+             pad_value: int = 0, verbose: bool = False,
+             report: Callable[[BinarizeReport], Any] | None = None) -> nn.Module:
     """Make the convolutions and linear layers of a model binary, in place, and return the model.
 
-    Layers of exactly the classes nn.Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d and
-    Linear are replaced; subclasses and layers that are binary already stay. The new layers own the
-    same Parameter objects (an optimizer stays valid), hooks and training flag; a layer that is used
-    in several places stays one layer.
+    Layers of the classes nn.Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d and Linear
+    become binary, with their parametrizations, hooks, Parameter objects (an optimizer stays valid
+    for them) and training flag; they stay the same objects. Layers that are binary already stay as
+    they are.
 
-    skip_first, skip_last: leave the first and last convolution or linear layer of the model real,
-      in the order of registration, as all published binary networks but the first ones do. A model
-      that is itself one such layer is always replaced: take the returned module.
+    The sign of what a ReLU gives is +1 everywhere, and a network of such signs does not see its
+    input. So `binarize` follows the values of the model's graph (`torch.fx`) from activations that
+    are never negative through pooling, dropout, reshaping, concatenation, addition and gates to
+    the layers that become binary. The activations on the way are replaced; a layer behind one that
+    is not a module (`F.relu`) gets a batch norm before its sign (`NormSign`). Their parameters are
+    new: make the optimizer after `binarize`.
+
+    skip_first, skip_last: leave the first and last convolution or linear layer real, as all
+      published binary networks but the first ones do: those that depend on no other, and those on
+      which no other depends (several, where a model has several inputs or heads). A model that is
+      itself one such layer is always replaced: take the returned module.
     filter: called with (name, module) for each layer left; a false answer keeps it real.
+    activation: what replaces activations that are never negative: "prelu" and "rprelu" (with a
+      first slope of 0.25, per channel where the channels are known and the same in all calls, else
+      nn.PReLU()), "hardtanh", or "keep" to change no activation and add no batch norm.
+    keep_downsample: leave 1x1 convolutions on the shortcut of a residual block real.
+    keep_depthwise: leave depthwise convolutions (groups = in_channels) real.
+    keep_gates: leave the layers of gates (squeeze-and-excitation) real.
+    example_inputs: a tensor, a tuple of arguments or a dict of named ones. The model is run on them
+      once to see the order of its calls, for models whose code torch.fx cannot trace.
+    verbose, report: print what was done and why; call `report` with it, a `BinarizeReport`
+      (`reports = []; binarize(model, report=reports.append)`).
     The other options are those of the layers (`BinaryLayer`, `BinaryConv2d`); each layer gets its
-    own copy of a quantizer module. pad_value goes to the convolutions.
+    own copy of a quantizer module. pad_value goes to the convolutions. With an input_quantizer that
+    is not binary (DoReFa, NoOp(precision=32)) no activation is changed.
 
-    Raises ValueError for options that do not fit a layer, before anything is replaced.
+    One UserWarning names the layers that stay real though no option says so: subclasses, layers
+    whose weight is read by the code of a parent, which would compute with the real weight, and
+    kinds that have no binary layer. Another one names those that could not be analysed.
+
+    Raises ValueError for options that do not fit a layer, and for layers whose `forward` was
+    replaced on the instance, that were compiled or are not initialized, before anything is changed.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     options: dict[str, Any] = dict(input_quantizer=quantizers.get(input_quantizer),
                                    weight_quantizer=quantizers.get(weight_quantizer),
                                    weight_scale=weight_scale)
-    if type(model) in _TWINS:
-        keep = filter is not None and not filter("", model)
-        return model if keep else _binary_twin(model, options, pad_value)
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _LAYERS)]
-    skipped = {id(m) for _, m in layers[:1] if skip_first}
-    skipped |= {id(m) for _, m in layers[-1:] if skip_last}
-    twins: dict[nn.Module, nn.Module] = {}
-    for name, module in layers:
-        if type(module) not in _TWINS or id(module) in skipped:
+    layers: dict[nn.Module, str] = {
+        m: name for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    if isinstance(model, LAYERS):
+        return _lone(model, filter, options, pad_value)
+
+    found = analyse(model, example_inputs)
+    said = BinarizeReport()
+    unexpected: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    twins: dict[nn.Module, Any] = {}
+    for module, name in layers.items():
+        if isinstance(module, BinaryLayer):
             continue
-        if filter is None or filter(name, module):
+        reason = _option(module, found, dict(
+            skip_first=skip_first, skip_last=skip_last, keep_downsample=keep_downsample,
+            keep_depthwise=keep_depthwise, keep_gates=keep_gates))
+        if reason is None and filter is not None and not filter(name, module):
+            reason = "filter"
+        if reason is None:
+            obstacle = refusal(module)
+            refused |= {name: obstacle} if obstacle else {}
+            reason = why_real(module)
+            if reason is None and module in found.read:
+                reason = "code of a parent reads its weight itself, and would get the real one"
+            unexpected |= {name: reason} if reason else {}
+        if reason is not None:
+            said.kept[name] = reason
+        elif not refused:
             twins[module] = _binary_twin(module, options, pad_value, name)
-    _replace(model, twins)
+    unexpected |= {name: "it is quantized already" for name, m in model.named_modules()
+                   if is_quantized(m)}
+    said.kept |= unexpected
+    if refused:
+        raise ValueError(f"cannot binarize {_grouped(refused)}")
+    changed = dict(twins)
+    if quantizers.is_binary(options["input_quantizer"]):
+        changed |= _prepare_inputs(model, twins, found, activation, said)
+
+    for module, new in changed.items():
+        _become(module, new)
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer) and any(
+                m in twins for m in parent.modules()):
+            # Its fused inference path reads linear1.weight and never calls linear1; 0 is what
+            # PyTorch itself sets to turn that path off.
+            parent.activation_relu_or_gelu = 0
+    said.binary |= {layers[m]: type(m).__name__ for m in twins}
+    said.count(model)
+    _warn("these layers stay real", unexpected)
+    _warn("torch.fx cannot trace the calls of these layers; give example_inputs, or check that no "
+          "ReLU is before their sign", dict.fromkeys(said.not_analysed, "order of registration"))
+    if verbose:
+        print(said)
+    if report is not None:
+        report(said)
     return model
+
+
+def _lone(model: Any, filter, options: dict[str, Any], pad_value: int) -> nn.Module:
+    if isinstance(model, BinaryLayer) or (filter is not None and not filter("", model)):
+        return model
+    if refusal(model):
+        raise ValueError(f"cannot binarize this layer: {refusal(model)}")
+    reason = why_real(model)
+    if reason:
+        _warn("this layer stays real", {type(model).__name__: reason})
+        return model
+    return _binary_twin(model, options, pad_value)
+
+
+def _option(module: Any, found: Analysis, options: dict[str, bool]) -> str | None:
+    """The option by which a layer stays real, if there is one."""
+    for name, text, applies in (
+            ("skip_first", "first layer", module in found.first),
+            ("skip_last", "last layer", module in found.last),
+            ("keep_downsample", "1x1 convolution on a shortcut", module in found.shortcuts),
+            ("keep_depthwise", "depthwise convolution",
+             1 < getattr(module, "groups", 1) == module.in_channels
+             if not isinstance(module, nn.Linear) else False),
+            ("keep_gates", "layer of a gate", module in found.gates)):
+        if options[name] and applies:
+            return f"{text} ({name})"
+    return None
+
+
+def _warn(text: str, entries: dict[str, str]) -> None:
+    if entries:
+        warnings.warn(f"binarize: {text}: {_grouped(entries)}", stacklevel=3)
+
+
+def _grouped(entries: dict[str, str]) -> str:
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_value(entries))
+
+
+def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analysis,
+                    activation: Activation, said: BinarizeReport) -> dict[nn.Module, nn.Module]:
+    """What replaces activations; gives twins a batch norm where there is none to replace."""
+    names = {m: name for name, m in model.named_modules()}
+    replaced: dict[nn.Module, nn.Module] = {}
+    for module, twin in twins.items():
+        sources = found.sources.get(module, frozenset([UNKNOWN]))
+        if UNKNOWN in sources:
+            said.not_analysed.append(names[module])
+            sources = sources - {UNKNOWN} | _registered_near(model, module)
+        normed = {s for s in sources if s.normed}
+        sources = sources - normed
+        if activation == "keep":
+            if sources:
+                said.single_signed[names[module]] = ", ".join(sorted(s.name for s in sources))
+            continue
+        own = next(twin.parameters())
+        place: dict[str, Any] = dict(device=own.device, dtype=own.dtype)
+        fixed = sorted({s.name for s in sources if not is_replaceable(s.module)})
+        reason = f"behind {', '.join(fixed)}" if fixed else None
+        if not fixed:
+            for old in (s.module for s in sources | normed):
+                if old is not None and old not in replaced and is_replaceable(old):
+                    new = replacement(activation, found.channels.get(old, {None}), **place)
+                    replaced[old] = new
+                    said.activations[names[old]] = f"{type(old).__name__} -> {new!r}"
+            if any(s.pooled for s in sources):
+                reason = "behind max pooling, which leaves few negative values"
+            elif twin.weight_scale is None and any(m in twins for m in found.raw[module]):
+                reason = "behind a binary layer with no norm, whose integers no gradient passes"
+        if reason is not None:
+            said.normalized[names[module]] = reason
+            linear = isinstance(module, nn.Linear)
+            twin.input_quantizer = NormSign(
+                twin.in_features if linear else twin.in_channels,
+                0 if linear else len(twin.kernel_size), copy.deepcopy(twin.input_quantizer),
+                **place).train(module.training)
+    return replaced
+
+
+def _registered_near(model: nn.Module, layer: nn.Module) -> frozenset[Source]:
+    """The source by the order of registration, where the order of the calls is not known; where
+    that has none, the activations of the nearest module around the layer that has some."""
+    leaves = [(name, m) for name, m in model.named_modules()
+              if isinstance(m, LAYERS) or not any(True for _ in m.children())]
+    place = next(i for i, (_, m) in enumerate(leaves) if m is layer)
+    for name, module in reversed(leaves[:place]):
+        kind = module_kind(module)
+        if kind == "source":
+            return frozenset([Source(name, module)])
+        if kind != "keeps":
+            break
+    path = leaves[place][0]
+    while path:
+        path = path.rpartition(".")[0]
+        near = frozenset(Source(f"{path}.{name}".lstrip("."), m) for name, m in
+                         model.get_submodule(path).named_children() if module_kind(m) == "source")
+        if near:
+            return near
+    return frozenset()
 
 
 def _binary_twin(module: nn.Module, options: dict[str, Any], pad_value: int,
                  name: str = "") -> nn.Module:
-    """A binary layer with all the state of a real one, which it replaces."""
-    cls: Any = _TWINS[type(module)]
+    """A binary layer with all the state of a real one."""
+    cls: Any = twin_class(module)
     twin = cls.__new__(cls)
     for key, value in module.__dict__.items():
-        twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
+        if key not in ("forward", "_conv_forward"):  # those of its class (`refusal`)
+            twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
     try:
         if not isinstance(module, nn.Linear):
             twin._set_padding(pad_value)
@@ -82,14 +256,11 @@ def _binary_twin(module: nn.Module, options: dict[str, Any], pad_value: int,
     return twin.train(module.training)
 
 
-def _replace(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        replaced = False
-        for name, child in list(parent._modules.items()):
-            if child in twins:
-                setattr(parent, name, twins[child])
-                replaced = True
-        if replaced and isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fused inference path reads linear1.weight and never calls linear1; 0 is what
-            # PyTorch itself sets to turn that path off.
-            parent.activation_relu_or_gelu = 0
+def _become(module: nn.Module, new: nn.Module) -> None:
+    """Turn a module into another one. It stays the same object: a parent that keeps it in a list of
+    its own calls the new one, and handles of hooks stay valid."""
+    kept = {key: value for key, value in module.__dict__.items()
+            if "hook" in key or key == "training"}
+    module.__class__ = type(new)
+    module.__dict__.clear()
+    module.__dict__.update(new.__dict__ | kept)

@@ -1,0 +1,26 @@
+"""Whether the signs of a tensor say anything, where its values may be looked at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FEW = 16  # values that may have one sign by chance
+
+
+def can_look_at(x: Tensor) -> bool:
+    """Not while a compiler, tracer, transform or CUDA graph runs the code, or without values."""
+    return (type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+            and not x.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
+            and not (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def single_sign(x: Tensor) -> str | None:
+    """"+1" or "-1" if all values have that sign and are not few, else None."""
+    if x.numel() < _FEW:
+        return None
+    negative = x.detach() < 0
+    if not negative.any():
+        return "+1"
+    return "-1" if negative.all() else None
