@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
+import threading
 
 import pytest
 import torch
@@ -12,36 +11,94 @@ from bitkernels.backends.cuda import compiler, kernels
 from bitkernels.backends.cuda.driver import Driver, DriverError
 from bitkernels.backends.cuda.spec import Params, linear_spec
 from bitkernels_tests import cuda_emulator
+from bitkernels_tests.driver_stub import StubDriver
 
 if not cuda_emulator.available():
     pytest.skip(f"no C compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
+KERNEL, SPEC = kernels.BULK[0], linear_spec(4, 8, 128, 16)
+
 
 @pytest.fixture
-def driver(tmp_path, monkeypatch):
-    library = tmp_path / "libcuda_stub.so"
-    subprocess.run([cuda_emulator.COMPILER, "-x", "c", "-shared", "-fPIC", "-w", "-o", library,
-                    cuda_emulator.FOLDER / "driver_stub.c"], check=True)
+def driver(monkeypatch) -> StubDriver:
     monkeypatch.setattr(compiler, "compile",
                         lambda *a, **k: compiler.Binary(b"\x7fELF and so on", ""))
-    found = Driver(str(library))
-    found.lib.stub_seen.restype = ctypes.c_uint64
-    return found
+    return StubDriver()
+
+
+def in_a_thread(call):
+    """What a call returns, or raises, in a thread that nothing ran in before."""
+    found: list = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def launch(driver, function, words=None, shared=KERNEL.shared) -> None:
+    params = Params(rows=300) if words is None else Params(words=words.data_ptr(), rows=300)
+    driver.launch(function, 77, KERNEL.threads, shared, 0x7FFF12345678, params)
 
 
 def test_a_launch_arrives_as_it_was_meant(driver):
-    kernel = kernels.BULK[0]
     assert driver.version() == (13, 1)
     driver.bind(0)
-    function = driver.build(kernel, linear_spec(4, 8, 128, 16), "sm_90a")
+    function = driver.build(KERNEL, SPEC, "sm_90a")
     words = torch.zeros(300, 4, dtype=torch.int32)
     map = driver.tensor_map(words, 300, 16, 128)
     assert list(map.opaque[:5]) == [words.data_ptr(), 16, 300, 16, 128]
-    params = Params(words=words.data_ptr(), rows=300)
-    driver.launch(function, 77, kernel.threads, kernel.shared, 0x7FFF12345678, params, map, map)
-    seen = [driver.lib.stub_seen(i) for i in range(7)]
-    assert seen == [kernel.shared, 77, kernel.threads, kernel.shared, 0x7FFF12345678,
-                    words.data_ptr(), 128]
+    with driver.watching(words):
+        launch(driver, function, words)
+    assert driver.seen() == [KERNEL.shared, 77, KERNEL.threads, KERNEL.shared, 0x7FFF12345678,
+                             words.data_ptr()]
+
+
+def test_a_thread_without_a_context_gets_the_devices(driver):
+    driver.bind(0)
+    function = driver.build(KERNEL, SPEC, "sm_90a")
+    for call in (lambda: launch(driver, function), lambda: driver.build(KERNEL, SPEC, "sm_90a")):
+        with pytest.raises(DriverError, match="invalid device context"):
+            in_a_thread(call)
+
+    def bound() -> None:
+        driver.bind(0)
+        launch(driver, function)
+
+    in_a_thread(bound)
+    assert driver.launches == 1
+
+
+def test_the_context_that_a_thread_has_stays(driver):
+    driver.bind(1)
+    driver.bind(0)
+    function = driver.build(KERNEL, SPEC, "sm_90a")
+
+    def other() -> None:
+        driver.bind(0)
+        launch(driver, function)
+
+    with pytest.raises(DriverError, match="invalid resource handle"):
+        in_a_thread(other)
+    launch(driver, function)
+
+
+def test_what_a_driver_would_not_forgive(driver):
+    driver.bind(0)
+    function = driver.build(KERNEL, SPEC, "sm_90a")
+    words = torch.zeros(300, 4, dtype=torch.int32)
+    with pytest.raises(DriverError, match="an illegal memory access"):
+        launch(driver, function, words)
+    with driver.watching(words), pytest.raises(DriverError, match="invalid argument"):
+        launch(driver, function, words, shared=KERNEL.shared + 16)
 
 
 def test_code_that_does_not_load_is_compiled_once_more(driver, monkeypatch):
@@ -53,7 +110,8 @@ def test_code_that_does_not_load_is_compiled_once_more(driver, monkeypatch):
         return compiler.Binary(b"\x7fELF" if good else b"of another driver", "log" if renew else "")
 
     monkeypatch.setattr(compiler, "compile", compile)
-    arguments = kernels.BULK[0], linear_spec(4, 8, 128, 16), "sm_90a"
+    arguments = KERNEL, SPEC, "sm_90a"
+    driver.bind(0)
     assert driver.build(*arguments) and asked == [False, True]
     with pytest.raises(DriverError, match="cuModuleLoadData: invalid argument"):
         driver.build(*arguments)

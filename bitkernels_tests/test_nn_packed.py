@@ -16,12 +16,13 @@ from bitkernels.nn import (
     BinaryConv1d,
     BinaryConv2d,
     BinaryConv3d,
+    BinaryConvTranspose2d,
     BinaryLinear,
     PackedConv1d,
     PackedConv2d,
     PackedLinear,
 )
-from bitkernels_tests import oracles
+from bitkernels_tests import module_cases, oracles
 from bitkernels_tests.cases import reals
 from bitkernels_tests.test_nn_conv import GEOMETRIES, SCALES, SIZE, Centred, layer_of
 
@@ -191,9 +192,26 @@ def test_compiles_once_and_exports():
     assert torch.equal(program.module()(x), layer(x))
 
 
-def test_autocast_dtype_is_the_layers():
-    layer = BinaryConv2d(8, 8, 3)
-    x = torch.randn(1, 8, 5, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        real, packed = layer(x), layer.pack()(x)
-    assert real.dtype == packed.dtype == torch.bfloat16 and torch.equal(real, packed)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("name", module_cases.PACKABLE)
+def test_autocast_is_the_layers(name, dtype):
+    """float64 stays float64; all else becomes the type of autocast."""
+    layer, x = module_cases.PACKABLE[name]()
+    twin, x = layer.pack(), x.to(dtype)
+    for enabled in (torch.bfloat16, torch.float16, None):
+        with torch.autocast("cpu", enabled, enabled=enabled is not None), torch.no_grad():
+            real, packed = layer(x), twin(x)
+        assert packed.dtype == real.dtype
+        assert packed.dtype == (dtype if dtype == torch.float64 else enabled or dtype)
+        if packed.dtype != torch.float64:  # where the layer's scale and bias are wider
+            assert torch.equal(real, packed)
+
+
+def test_autocast_is_that_of_a_transposed_layer():
+    layer = BinaryConvTranspose2d(8, 4, 3, stride=2)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(2, 8, 5, 4, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            real, packed = layer(x), layer.pack()(x)
+        assert packed.dtype == real.dtype == (
+            torch.float64 if dtype == torch.float64 else torch.bfloat16)

@@ -266,27 +266,6 @@ def test_different_betas_run_the_layers():
     assert block.unfused(batch()) is None
 
 
-def test_hooks_are_called():
-    block, calls = reactnet(), []
-    handles = [module.register_forward_hook(lambda m, *_: calls.append(type(m).__name__))
-               for module in (block.sign, block.conv, block.norm, block.act, block)]
-    block(batch())
-    assert calls == ["RSign", "BinaryConv2d", "BatchNorm2d", "RPReLU", "BinaryResidualBlock"]
-    for handle in handles[:-1]:
-        handle.remove()
-    block(batch())
-    assert calls[5:] == ["BinaryResidualBlock"]
-    handles[-1].remove()
-    everywhere = nn.modules.module.register_module_forward_hook(
-        lambda m, *_: calls.append(type(m).__name__))
-    try:
-        assert block.unfused(batch()) == "all modules have hooks"
-        block(batch())
-    finally:
-        everywhere.remove()
-    assert calls[6:] == calls[:5] and block.unfused(batch()) is None
-
-
 @pytest.mark.parametrize("shape", [(1, CHANNELS, 1, 1), (0, CHANNELS, 4, 4), (CHANNELS, 4, 4)])
 def test_batches_without_statistics_are_torchs(shape):
     """One value per channel, no value, no batch: the layers' result, or their error."""

@@ -119,6 +119,19 @@ def test_simple_kernels_spill_nothing(name, gpu):
         assert code.count(r"\bPOPC\b") > 0
 
 
+WIDE = [name for name in SIMPLE
+        if "," not in name and name not in ("reduce", "rprelu_reduce", "filter")]
+
+
+@pytest.mark.parametrize("name", [*WIDE, "popc"])
+def test_64_bit_offsets(name):
+    """They compile, also where a loop carries them, and reach the pointers."""
+    tile = configs.table("popc", "sm90")[0]
+    module, overrides = SIMPLE.get(name, ("contraction", {**CONV, **tile.tile}))
+    code = build("sm90", load(module, f"{name}_kernel"), {**overrides, "WIDE": True})
+    assert code.offsets_of(64) > 0
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("what", ("full", "grouped"))
 def test_popc(what, gpu):

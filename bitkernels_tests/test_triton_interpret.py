@@ -1,7 +1,8 @@
 """Numerics of every Triton kernel in Triton's interpreter, which runs without a GPU.
 
 The interpreter must be chosen before Triton is imported, so the tests of this file run in a process
-of their own, started by the one test that other processes see. It truncates on the way to bfloat16
+of their own, started by the one test that other processes see, as do those of
+test_triton_interpret_offsets.py. It truncates on the way to bfloat16
 where a GPU rounds, hence `as_interpreted`.
 """
 
@@ -22,9 +23,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not INTERPRETED:
 
     @pytest.mark.long
-    def test_kernels_in_the_interpreter():
+    @pytest.mark.parametrize("file", ("", "_offsets"))
+    def test_kernels_in_the_interpreter(file):
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+             __file__.replace(".py", f"{file}.py")],
             env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -33,6 +33,7 @@ class Machine:
     registers: int
     spilled: int  # bytes of thread-local memory
     shared: int
+    ir: str  # Triton's own, before any target
 
     @functools.cached_property
     def text(self) -> str:
@@ -41,6 +42,10 @@ class Machine:
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.text))
+
+    def offsets_of(self, bits: int) -> int:
+        """How many pointers of tiles are reached by offsets of so many bits."""
+        return len(re.findall(rf"tt\.addptr .*: tensor<.*, tensor<[^>]*xi{bits}>", self.ir))
 
 
 def target(name: str) -> GPUTarget:
@@ -73,9 +78,10 @@ def compile_for(name: str, kernel, types: dict[str, str], **options) -> Machine:
             return max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text)), default=0)
 
         return Machine(text, number("vgpr_count"), number("vgpr_spill_count"),
-                       compiled.metadata.shared)
+                       compiled.metadata.shared, compiled.asm["ttir"])
     cubin = compiled.asm["cubin"]
     usage = tool("cuobjdump", "-res-usage", cubin=cubin)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1])
                                for key in ("REG", "STACK", "LOCAL"))
-    return Machine(cubin, registers, max(stack, local), compiled.metadata.shared)
+    return Machine(cubin, registers, max(stack, local), compiled.metadata.shared,
+                   compiled.asm["ttir"])

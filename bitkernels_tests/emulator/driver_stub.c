@@ -1,19 +1,42 @@
 // The functions of the CUDA driver that the launcher calls, with the prototypes of cuda.h. Each
-// checks what it is given and fails with 1 where that is not what a driver would take.
+// checks what it is given and fails as a driver would: without a context that is current in the
+// calling thread, with a function of another context, or with memory that is not there.
 #include <stdint.h>
 #include <string.h>
 
+enum { INVALID = 1, NO_CONTEXT = 201, INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700 };
+enum { DEVICES = 2, DEVICE = 5, FUNCTIONS = 1024, RANGES = 1024, POINTERS = 13 };
+
 typedef int CUresult;
-static int bound;
+static char contexts[DEVICES], modules[DEVICES];  // their addresses are the handles
+static struct {
+  const void* context;
+  int shared;
+} functions[FUNCTIONS];
+static int loaded;
+static struct {
+  uint64_t begin, end;
+} live[RANGES];
+static int ranges;
 static uint64_t seen[16];
-static const void* const CONTEXT = (void*)0x7fff00000010;
-static void* const MODULE = (void*)0x7fff00000020;
-static void* const FUNCTION = (void*)0x7fff00000030;
+static _Thread_local const char* current;
 
 uint64_t stub_seen(int i) { return seen[i]; }
+uint64_t stub_context(void) { return (uint64_t)current; }
+void stub_forget_memory(void) { ranges = 0; }
+int stub_memory(uint64_t begin, uint64_t size) {
+  if (ranges == RANGES) return INVALID;
+  live[ranges].begin = begin;
+  live[ranges++].end = begin + size;
+  return 0;
+}
 
 CUresult cuGetErrorString(CUresult error, const char** text) {
-  *text = error == 1 ? "invalid argument" : "something else";
+  *text = error == INVALID           ? "invalid argument"
+          : error == NO_CONTEXT      ? "invalid device context"
+          : error == INVALID_HANDLE  ? "invalid resource handle"
+          : error == ILLEGAL_ADDRESS ? "an illegal memory access was encountered"
+                                     : "something else";
   return 0;
 }
 
@@ -23,27 +46,29 @@ CUresult cuDriverGetVersion(int* version) {
 }
 
 CUresult cuCtxGetCurrent(void** context) {
-  *context = bound ? (void*)CONTEXT : 0;
+  *context = (void*)current;
   return 0;
 }
 
 CUresult cuDeviceGet(int* device, int ordinal) {
-  *device = ordinal + 5;
-  return ordinal != 0;
+  *device = ordinal + DEVICE;
+  return ordinal < 0 || ordinal >= DEVICES;
 }
 
 CUresult cuDevicePrimaryCtxRetain(void** context, int device) {
-  *context = (void*)CONTEXT;
-  return device != 5;
+  if (device < DEVICE || device >= DEVICE + DEVICES) return INVALID;
+  *context = contexts + device - DEVICE;
+  return 0;
 }
 
 CUresult cuCtxSetCurrent(void* context) {
-  bound = context == CONTEXT;
-  return !bound;
+  current = context;
+  return current && (current < contexts || current >= contexts + DEVICES);
 }
 
 CUresult cuModuleLoadData(void** module, const void* image) {
-  *module = MODULE;
+  if (!current) return NO_CONTEXT;
+  *module = modules + (current - contexts);
   return memcmp(image,
                 "\x7f"
                 "ELF",
@@ -51,35 +76,70 @@ CUresult cuModuleLoadData(void** module, const void* image) {
 }
 
 CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
-  *function = FUNCTION;
-  return module != MODULE || strcmp(name, "bitkernels_kernel");
+  if (!current) return NO_CONTEXT;
+  if (module != modules + (current - contexts)) return INVALID_HANDLE;
+  if (loaded == FUNCTIONS || strcmp(name, "bitkernels_kernel")) return INVALID;
+  functions[loaded].context = current;
+  functions[loaded].shared = 48 * 1024;  // what a function gets without asking
+  *function = functions + loaded++;
+  return 0;
+}
+
+static int index_of(const void* function) {
+  for (int i = 0; i < loaded; ++i)
+    if (function == functions + i && functions[i].context == current) return i;
+  return -1;
 }
 
 CUresult cuFuncSetAttribute(void* function, int attribute, int value) {
-  seen[0] = value;
-  return function != FUNCTION || attribute != 8 || value > 227 * 1024;
+  if (!current) return NO_CONTEXT;
+  const int i = index_of(function);
+  if (i < 0) return INVALID_HANDLE;
+  if (attribute != 8 || value > 227 * 1024) return INVALID;
+  seen[0] = functions[i].shared = value;
+  return 0;
 }
 
 CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address,
                                 const uint64_t* size, const uint64_t* stride, const uint32_t* box,
                                 const uint32_t* step, int interleave, int swizzle, int promotion,
                                 int fill) {
-  if ((uint64_t)map % 64 || type != 0 || rank != 2 || (uint64_t)address % 16) return 1;
-  if (stride[0] % 16 || box[0] != 128 || box[1] > 256 || step[0] != 1 || step[1] != 1) return 1;
-  if (interleave || swizzle != 3 || promotion > 3 || fill) return 1;
+  if ((uint64_t)map % 64 || type != 0 || rank != 2 || (uint64_t)address % 16) return INVALID;
+  if (stride[0] % 16 || box[0] != 128 || box[1] > 256 || step[0] != 1 || step[1] != 1)
+    return INVALID;
+  if (interleave || swizzle != 3 || promotion > 3 || fill) return INVALID;
   const uint64_t encoded[] = {(uint64_t)address, size[0], size[1], stride[0], box[1]};
   memcpy(map, encoded, sizeof(encoded));
+  return 0;
+}
+
+static int is_live(uint64_t address) {
+  for (int i = 0; i < ranges; ++i)
+    if (live[i].begin <= address && address < live[i].end) return 1;
   return 0;
 }
 
 CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
                         unsigned by, unsigned bz, unsigned shared, void* stream, void** params,
                         void** extra) {
+  if (!current) return NO_CONTEXT;
+  const int i = index_of(function);
+  if (i < 0) return INVALID_HANDLE;
+  if (!gx || gy != 1 || gz != 1 || !bx || bx > 1024 || by != 1 || bz != 1 || extra != 0)
+    return INVALID;
+  if (shared > (unsigned)functions[i].shared) return INVALID;
+  uint64_t pointers[POINTERS];  // which Params begins with
+  memcpy(pointers, params[0], sizeof(pointers));
+  for (int p = 0; p < POINTERS; ++p)
+    if (pointers[p] && !is_live(pointers[p])) return ILLEGAL_ADDRESS;
   seen[1] = gx;
   seen[2] = bx;
   seen[3] = shared;
   seen[4] = (uint64_t)stream;
-  memcpy(&seen[5], params[0], 8);                 // the first pointer of Params
-  memcpy(&seen[6], (uint64_t*)params[1] + 4, 8);  // the box height of the first map
-  return function != FUNCTION || gy != 1 || gz != 1 || by != 1 || bz != 1 || extra != 0 || !bound;
+  seen[5] = pointers[0];
+  ++seen[7];
+  return 0;
 }
+
+// The box height of a map, which the driver does not look at.
+uint64_t stub_box(const void* map) { return ((const uint64_t*)map)[4]; }

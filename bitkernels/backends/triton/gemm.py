@@ -75,7 +75,7 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
     if inner == "popc":
         common |= dict(CHANNELS=channels // groups, OUT_CHANNELS=cout // groups, PIXEL=pixel,
                        PAD_VALUE=pad_value, PTX=ptx,
-                       WIDE=elementwise.wide(words, filters, out, residual))
+                       WIDE=elementwise.wide(words, filters, out, packed, residual))
     else:
         tables = prepare(words, filters, channels, groups, geometry, pad, pad_value, rows, ptx)
         common |= dict(**tables, BORDERS=tables["corr"].shape[0], PADDED=any(pad))

@@ -87,12 +87,12 @@ def _launch(input, shift, clip, dim, with_mask):
         grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
         sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels, words,
                                     so, si, each, BLOCK_R=block_r, BLOCK_C=block_c,
-                                    WIDE=wide(input), num_warps=8, enable_fp_fusion=False)
+                                    WIDE=wide(input, signs), num_warps=8, enable_fp_fusion=False)
     else:
         grid = (triton.cdiv(rows, 512), words)
         sign_pack_planes_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels,
                                       words, so, si, sc, each, BLOCK_R=512,
-                                      WIDE=wide(input), num_warps=8, enable_fp_fusion=False)
+                                      WIDE=wide(input, signs), num_warps=8, enable_fp_fusion=False)
     return signs, masks
 
 
