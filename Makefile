@@ -8,6 +8,7 @@ EXTRAS ?= test,bench,dev,triton,cupy,train
 CXX ?= g++
 CXX_NEON ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
+COMPILERS ?= $(CXX)
 JOBS ?= 2
 
 PY := $(VENV)/bin/python
@@ -18,14 +19,14 @@ TEST_SOURCES := $(wildcard csrc/cpu/*.cpp)
 CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
 # GCC 12 takes its own AVX-512 headers for uninitialized reads.
-WARN := -Wall -Wextra -Wno-maybe-uninitialized
+WARN := -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option
 KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 RACES := -O1 -g -fsanitize=thread -DREAL_THREADS
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
 OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* measure_plan models_* nn_residual_block_distributed \
-  interop digits distillation experiments gpu_check import metrics optim thresholds traces,\
+  interop cli digits distillation docs experiments gpu_check import metrics operators_docs optim thresholds traces,\
   $(wildcard bitkernels_tests/test_$(name).py))
 
 # $(call kernel_test,compiler,flags,folder,runner,kernels): the engine's own test, of all kernels where
@@ -38,7 +39,7 @@ define kernel_test
 	$(4) build/$(3)/kernel_test $(5)
 endef
 
-.PHONY: help test bench build test-all kernel-test kernel-test-neon gpu-check gpu-check-cuda abi-audit lint clean
+.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon gpu-check gpu-check-cuda abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -46,15 +47,17 @@ help:
 	@echo "make build             set up $(VENV) and build into it"
 	@echo "make test-all          the tests once for each CPU kernel of this machine"
 	@echo "make kernel-test       the C++ kernels alone, plain, under sanitizers and with threads"
+	@echo "make kernel-test-compilers  the same, quickly, by each of COMPILERS"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
 	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
-	@echo "make gpu-check-cuda    the kernels of csrc/cuda, which wait for their first GPU"
+	@echo "make gpu-check-cuda    on a GPU machine: the kernels of csrc/cuda checked and measured"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
 	@echo "make lint              ruff, mypy, clang-format"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' EXTRAS=$(EXTRAS)"
 
+# One thread a process; the tests that are about threads set their number.
 test: build
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 bench: build
 	$(PY) benchmarks/bench_conv.py
@@ -69,11 +72,9 @@ $(ENV_STAMP):
 
 $(BUILD_STAMP): $(ENV_STAMP) setup.py pyproject.toml $(ENGINE)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
-	@test -e bitkernels/_C.abi3.so || echo "bitkernels: built without the C++ CPU engine;" \
-	  "$(PY) -m pip install -v --no-build-isolation --no-deps . says why"
 	touch $@
 
-# Single-threaded runs side by side; `make test` is the one with threads.
+# Single-threaded runs side by side.
 test-all: build
 	mkdir -p build
 	@kernels=$$($(PY) -m bitkernels --cpu-kernels) && printf '%s\n' $$kernels reference | \
@@ -86,6 +87,12 @@ kernel-test:
 	$(call kernel_test,$(CXX),-O3,plain,)
 	$(call kernel_test,$(CXX),$(SANITIZE),sanitized,)
 	$(call kernel_test,$(CXX),$(RACES),races,,scalar)
+
+# Whether other compilers take the engine, at what costs least time.
+kernel-test-compilers: $(addprefix kernel-test-by-,$(COMPILERS))
+
+kernel-test-by-%:
+	$(call kernel_test,$*,-O1,$*,)
 
 kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))

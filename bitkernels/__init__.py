@@ -19,6 +19,7 @@ with warnings.catch_warnings():  # torch says at import that NumPy is missing; n
     import torch
 
 from bitkernels import (
+    _batching,
     _ops,
     autograd,
     backends,
@@ -60,4 +61,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY} - {"Any", "TYPE_CHECKING", "importlib"})

@@ -47,7 +47,10 @@ from bitkernels._checks import (
     wants_channels_last,
     word_count,
 )
-from bitkernels._transposed import check_binary_conv_transpose2d
+from bitkernels._transposed import (
+    check_binary_conv_transpose2d,
+    check_packed_conv_transpose2d,
+)
 
 LIB = torch.library.Library("bitkernels", "DEF")
 
@@ -87,6 +90,10 @@ SCHEMAS = (
     f"packed_linear({_LINEAR}, {_REAL_OUT}) -> Tensor",
     f"packed_linear.packed({_LINEAR}, {_PACKED_OUT}, Tensor? threshold=None) -> Tensor",
     f"packed_linear.both({_LINEAR}, {_REAL_OUT}, {_PACKED_OUT}) -> (Tensor, Tensor)",
+    # Filters by output channel, as of packed_conv2d; never tiled.
+    "packed_conv_transpose2d(Tensor words, Tensor weight_words, SymInt channels, int[2] stride=1, "
+    "int[2] padding=0, int[2] output_padding=0, int groups=1, int[2] dilation=1, *, "
+    f"Tensor? scale=None, Tensor? bias=None, {_REAL_OUT}, bool channels_last=True) -> Tensor",
     # What binary_conv2d runs: the output, and the packed signs and mask that its backward keeps.
     "binary_conv2d_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, int[] stride, "
     "int[] padding, int[] dilation, int groups, int pad_value, float? clip, ScalarType dtype, "
@@ -235,6 +242,15 @@ def _(words, *args, **kw):
 def _(words, *args, dtype=None, **kw):
     *rest, cout = shape = check_linear(words, *args, dtype=dtype, **kw)
     return empty_real(words, shape, dtype, False), empty_words(words, rest, cout)
+
+
+@_fake("packed_conv_transpose2d")
+def _(words, weight_words, channels, stride=(1,), padding=(0,), output_padding=(0,), groups=1,
+      dilation=(1,), *, scale=None, bias=None, dtype=None, channels_last=True):
+    shape, *_ = check_packed_conv_transpose2d(
+        words, weight_words, channels, stride, padding, output_padding, groups, dilation,
+        scale=scale, bias=bias, dtype=dtype)
+    return empty_real(words, shape, dtype, channels_last)
 
 
 @_fake("packed_max_pool2d")

@@ -3,7 +3,8 @@
 `binary_conv2d`, `binary_linear` and `rsign` run the packed operators forward. For the backward they
 keep packed bits (the signs of the input and the mask |x| <= clip: 2 bits an element), never a real
 copy; only estimators that need |x| itself (approx_sign, swish_sign) keep a reference to the input.
-The real part of the backward is `aten.convolution_backward` on operands expanded from those bits.
+The real part of the backward reads those bits by tables on CPUs where that is faster, else it is
+`aten.convolution_backward` on operands expanded from them.
 
 Estimators of d sign(x) / dx (Larq's names, plus the two trivial ones):
   ste_sign     1 where |x| <= clip (clip None: everywhere)
@@ -20,7 +21,6 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bitkernels._checks import (
     check_binary_conv2d,
@@ -31,12 +31,24 @@ from bitkernels._checks import (
     is_channels_last,
     wants_channels_last,
 )
+from bitkernels._dispatch import (
+    FirstOrder,
+    autocast,
+    below_autograd,
+    in_memory_format,
+    is_recorded,
+    is_traced,
+    record,
+    refuse_grad,
+)
 from bitkernels._ops import LIB
-from bitkernels.reference import estimator_grad
 
 ops = torch.ops.bitkernels
 _forward = ops.binary_conv2d_forward.default
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _estimator_backward(grad: Tensor, x: Tensor, name: str, clip, beta: float) -> Tensor:
+    return ops.sign_backward.default(grad, x, None, None, estimator=name, clip=clip, beta=beta)[0]
 
 
 class _Signs:
@@ -56,20 +68,15 @@ class _Signs:
             return grad
         if name == "ste_sign":
             return ops.mask_grad.default(grad, saved, dim)
-        return estimator_grad(grad, saved, name, clip, beta)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
+        if dim == -1:  # sign_backward has the channels second
+            rows = (grad.reshape(-1, grad.shape[-1]), saved.reshape(-1, grad.shape[-1]))
+            return _estimator_backward(*rows, name, clip, beta).view(grad.shape)
+        return _estimator_backward(grad, saved, name, clip, beta)
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
     """Channels-last if `t` is, else contiguous; its gradient gets the same."""
-    # PyTorch's batch norm takes ten times as long for mixed formats (docs/performance.md).
+    # PyTorch's batch norm takes ten times as long for mixed formats (docs/notebook/performance.md).
     return torch.channels_last if is_channels_last(t) else torch.contiguous_format
 
 
@@ -116,7 +123,7 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input:
     The unscaled output gradient meets scaled weights: its product with the input is then the
     gradient of the unscaled signs, from which every rule for the weight follows.
     """
-    grad = grad.contiguous(memory_format=torch.channels_last)  # as the words; once for both
+    grad = in_memory_format(grad, torch.channels_last)  # as the words; once for both
     by_input, by_weight = _by_tables(grad, weight, conf)
     channels = weight.shape[1] * conf["groups"]
     grad_input = grad_signs = None
@@ -193,12 +200,20 @@ def _weight_grad(grad, words, weight, conf) -> Tensor:
                              (0, 0) if explicit else (top, left), (False, True))[1]
 
 
-class _BinaryConv2d(torch.autograd.Function):
+class _BinaryConv2d(FirstOrder):
+    operator = "binary_conv2d"
+
+    @staticmethod
+    def call(input, weight, bias, scale, conf):
+        options = dict(conf)
+        geometry = [options.pop(name) for name in ("stride", "pad", "dilation", "groups")]
+        return ops.binary_conv2d.default(input, weight, bias, *geometry, scale=scale, **options)
+
     @staticmethod
     def forward(ctx, input, weight, bias, scale, conf):
         estimator = conf["input_estimator"] if ctx.needs_input_grad[0] else "none"
         clip = conf["input_clip"] if estimator == "ste_sign" else None
-        with _below_autograd():
+        with below_autograd():
             out, words, mask = _conv2d_forward(input, weight, bias, scale, conf, clip)
         saved = None if clip is None else mask
         if estimator == "approx_sign" or estimator == "swish_sign":
@@ -209,7 +224,6 @@ class _BinaryConv2d(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         words, saved, weight, scale = ctx.saved_tensors
         conf = ctx.conf
@@ -220,8 +234,7 @@ class _BinaryConv2d(torch.autograd.Function):
             grad_input, grad_signs = conv2d_backward(grad, words, weight, weight_words, scale, conf,
                                                      wants_input, wants_weight)
             if wants_input:
-                grad_input = grad_input.to(ctx.input_dtype).contiguous(
-                    memory_format=ctx.memory_format)
+                grad_input = in_memory_format(grad_input.to(ctx.input_dtype), ctx.memory_format)
                 grad_input = _Signs.grad(grad_input, saved, conf["input_estimator"],
                                          conf["input_clip"], conf["beta"], 1)
             if wants_weight:
@@ -253,11 +266,13 @@ def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation
                 weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
                 scale_weight_grad=scale_weight_grad, dtype=dtype)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    if _needs_grad(input, weight, bias, scale):
-        out = _BinaryConv2d.apply(batched, weight, bias, scale, conf)
+    if is_recorded("binary_conv2d", input, weight, bias, scale):
+        out = record(_BinaryConv2d, (batched, weight, bias, scale), conf)
     else:
-        with _below_autograd():
-            out = _conv2d_forward(batched, weight, bias, scale, conf, None)[0]
+        traced = is_traced()
+        with below_autograd():
+            out = (_BinaryConv2d.call(batched, weight, bias, scale, conf) if traced
+                   else _conv2d_forward(batched, weight, bias, scale, conf, None)[0])
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -265,10 +280,16 @@ def _binary_conv2d_padding(input, weight, bias=None, stride=(1,), padding="valid
     return _binary_conv2d(input, weight, bias, stride, padding, *args, **kw)
 
 
-class _BinaryLinear(torch.autograd.Function):
+class _BinaryLinear(FirstOrder):
+    operator = "binary_linear"
+
+    @staticmethod
+    def call(input, weight, bias, scale, conf):
+        return ops.binary_linear.default(input, weight, bias, scale=scale, **conf)
+
     @staticmethod
     def forward(ctx, input, weight, bias, scale, conf):
-        with _below_autograd():
+        with below_autograd():
             estimator = conf["input_estimator"] if ctx.needs_input_grad[0] else "none"
             words, saved = _Signs.pack(input, estimator, conf["input_clip"], -1)
             out = _linear_on_words(words, input, weight, bias, scale, conf)
@@ -278,7 +299,6 @@ class _BinaryLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         words, saved, weight, scale = ctx.saved_tensors
         conf = ctx.conf
@@ -315,18 +335,27 @@ def _binary_linear(input, weight, bias=None, *, scale=None, input_estimator="ste
     conf = dict(input_estimator=input_estimator, input_clip=input_clip,
                 weight_estimator=weight_estimator, weight_clip=weight_clip, beta=beta,
                 scale_weight_grad=scale_weight_grad, dtype=dtype)
-    if _needs_grad(input, weight, bias, scale):
-        return _BinaryLinear.apply(input, weight, bias, scale, conf)
-    with _below_autograd():
+    if is_recorded("binary_linear", input, weight, bias, scale):
+        return record(_BinaryLinear, (input, weight, bias, scale), conf)
+    traced = is_traced()
+    with below_autograd():
+        if traced:
+            return _BinaryLinear.call(input, weight, bias, scale, conf)
         words = ops.sign_pack.default(input)
         return _linear_on_words(words, input, weight, bias, scale, conf)
 
 
-class _RSign(torch.autograd.Function):
+class _RSign(FirstOrder):
+    operator = "rsign"
+
+    @staticmethod
+    def call(input, shift, estimator, clip, beta):
+        return ops.rsign.default(input, shift, estimator=estimator, clip=clip, beta=beta)
+
     @staticmethod
     def forward(ctx, input, shift, estimator, clip, beta):
         saved = input if estimator in ("approx_sign", "swish_sign") else None
-        with _below_autograd():
+        with below_autograd():
             if estimator == "ste_sign" and clip is not None:
                 saved = ops.sign_pack_mask.default(input, clip, shift, 1)[1]
             out = ops.rsign.default(input, shift)
@@ -335,7 +364,6 @@ class _RSign(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         saved, shift = ctx.saved_tensors
         estimator, clip, beta = ctx.conf
@@ -348,10 +376,10 @@ class _RSign(torch.autograd.Function):
             grad_input, grad_shift = ops.sign_backward.default(
                 grad, saved, shift.flatten(), None, estimator=estimator, clip=clip, beta=beta)
             if per_sample:
-                grad_input = grad_input.squeeze(0).unflatten(0, shift.shape[:2]).contiguous(
-                    memory_format=ctx.memory_format)
+                grad_input = in_memory_format(
+                    grad_input.squeeze(0).unflatten(0, shift.shape[:2]), ctx.memory_format)
             return grad_input, grad_shift.to(shift.dtype).view(shift.shape), None, None, None
-        grad = grad.contiguous(memory_format=ctx.memory_format)
+        grad = in_memory_format(grad, ctx.memory_format)
         grad_input = _Signs.grad(grad, saved, estimator, clip, beta, 1)
         grad_shift = None
         if ctx.needs_input_grad[1]:
@@ -367,22 +395,27 @@ def _rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     check_rsign(input, shift)
     check_estimator("rsign", "estimator", estimator)
     check_clip("rsign", "clip", clip)
-    if _needs_grad(input, shift):
-        return _RSign.apply(input, shift, estimator, clip, beta)
-    with _below_autograd():
+    if is_recorded("rsign", input, shift):
+        return record(_RSign, (input, shift), estimator, clip, beta)
+    traced = is_traced()
+    with below_autograd():
+        if traced:  # what the estimator is, a trace must not forget
+            return _RSign.call(input, shift, estimator, clip, beta)
         return ops.rsign.default(input, shift)
 
 
-class _RPReLU(torch.autograd.Function):
+class _RPReLU(FirstOrder):
+    operator = "rprelu"
+    call = ops.rprelu.default
+
     @staticmethod
     def forward(ctx, input, shift_in, slope, shift_out):
         ctx.save_for_backward(input, shift_in, slope)
         ctx.shift_out_dtype = shift_out.dtype
-        with _below_autograd():
+        with below_autograd():
             return ops.rprelu.default(input, shift_in, slope, shift_out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         input, shift_in, slope = ctx.saved_tensors
         grads = ops.rprelu_backward.default(grad, input, shift_in, slope)
@@ -391,51 +424,19 @@ class _RPReLU(torch.autograd.Function):
 
 
 def _rprelu(input, shift_in, slope, shift_out):
-    if _needs_grad(input, shift_in, slope, shift_out):
-        return _RPReLU.apply(input, shift_in, slope, shift_out)
-    with _below_autograd():
+    if is_recorded("rprelu", input, shift_in, slope, shift_out):
+        return record(_RPReLU, (input, shift_in, slope, shift_out))
+    with below_autograd():
         return ops.rprelu.default(input, shift_in, slope, shift_out)
 
 
 # Without an Autograd key of their own these would detach silently; they refuse instead.
 RAW = ("sign_pack", "sign_pack_mask", "mask_grad", "packed_conv2d", "packed_conv2d.packed",
-       "packed_conv2d.both", "packed_linear", "packed_linear.packed", "packed_linear.both",
-       "binary_conv2d_forward", "rprelu_backward", "packed_conv2d_moments",
+       "packed_conv2d.both", "packed_conv_transpose2d", "packed_linear", "packed_linear.packed",
+       "packed_linear.both", "binary_conv2d_forward", "rprelu_backward", "packed_conv2d_moments",
        "packed_conv2d_input_grad", "packed_conv2d_weight_grad",
        "residual_block_forward", "residual_block_backward", "residual_block_norm_backward",
        "sign_backward")
-
-
-def _refuse_grad(name: str):
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(ops, packet), overload or "default")
-    names = [a.name for a in op._schema.arguments]
-
-    def forward(*args, **kw):
-        if torch.is_grad_enabled():
-            for arg, value in (*zip(names, args, strict=False), *kw.items()):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"bitkernels::{packet}: {arg} must not require grad, this operator has no "
-                        "gradient; use binary_conv2d or binary_linear to train, or .detach()")
-        with _below_autograd():
-            return op(*args, **kw)
-
-    return forward
-
-
-def autocast(op, device: str):
-    """Under autocast the output, not the input, is cast: a cast could round x < 0 up to 0."""
-
-    def forward(*args, dtype=None, **kw):
-        with torch._C._ExcludeDispatchKeyGuard(
-            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-        ):
-            if dtype is None and args[0].dtype != torch.float64:
-                dtype = torch.get_autocast_dtype(device)
-            return op(*args, dtype=dtype, **kw)
-
-    return forward
 
 
 for _name, _fn in (("binary_conv2d", _binary_conv2d),
@@ -447,7 +448,8 @@ for _name, _fn in (("binary_conv2d", _binary_conv2d),
 LIB.impl("rsign", _rsign, "Autograd")
 LIB.impl("rprelu", _rprelu, "Autograd")
 for _name in RAW:
-    LIB.impl(_name, _refuse_grad(_name), "Autograd")
+    _packet, _, _overload = _name.partition(".")
+    LIB.impl(_name, refuse_grad(getattr(getattr(ops, _packet), _overload or "default")), "Autograd")
 for _name in ("binary_conv2d.default", "binary_conv2d.padding", "binary_linear.default"):
     _packet, _overload = _name.split(".")
     _op = getattr(getattr(ops, _packet), _overload)

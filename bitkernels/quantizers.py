@@ -19,12 +19,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from bitkernels import reference
-from bitkernels._checks import is_channels_last
+from bitkernels._dispatch import apply
+from bitkernels._estimators import EstimatedSign, Round, clamp, straight_through
 from bitkernels._fx import FxLeaf, traced_whole
-from bitkernels.reference import estimator_grad
 
 __all__ = [
     "ApproxSign",
@@ -40,99 +38,6 @@ __all__ = [
 ]
 
 Quantize = Callable[[Tensor], Tensor]
-
-_sign_pack_mask = torch.ops.bitkernels.sign_pack_mask.default
-_mask_grad = torch.ops.bitkernels.mask_grad.default
-
-
-def _value(x: Tensor, kind: str, threshold: Tensor | None) -> Tensor:
-    if kind == "sign":
-        return reference.sign(x)
-    if kind == "heaviside":
-        return (x > 0).to(x.dtype)
-    # sign(sign(x + t) + sign(x - t)) with sign(0) = 0, decided without rounding x + t and x - t.
-    return (x >= threshold).to(x.dtype) - (x <= -threshold).to(x.dtype)  # type: ignore[operator]
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Gradient 1 where |x| <= clip (None: everywhere), saved as one bit an element."""
-
-    @staticmethod
-    def forward(ctx, x, kind, clip, threshold):
-        ctx.masked = clip is not None and x.numel() > 0
-        ctx.innermost = 1 if is_channels_last(x) else -1  # the bits are in the order of memory
-        if ctx.masked:
-            flat = x.movedim(ctx.innermost, -1).reshape(-1)
-            ctx.save_for_backward(_sign_pack_mask(flat, clip)[1])
-        return _value(x, kind, threshold)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        if ctx.masked:
-            (mask,) = ctx.saved_tensors
-            grad = grad.movedim(ctx.innermost, -1)
-            grad = _mask_grad(grad.reshape(-1), mask).view(grad.shape).movedim(-1, ctx.innermost)
-        return grad, None, None, None
-
-
-def _straight_through(x: Tensor, kind: str, clip: float | None, threshold: Tensor | None = None):
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _StraightThrough.apply(x, kind, clip, threshold)
-    return _value(x, kind, threshold)
-
-
-class _EstimatedSign(torch.autograd.Function):
-    """Sign whose gradient needs x itself (approx_sign, swish_sign): a reference to x is saved."""
-
-    @staticmethod
-    def forward(ctx, x, estimator, beta):
-        ctx.save_for_backward(x)
-        ctx.estimator, ctx.beta = estimator, beta
-        return reference.sign(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return estimator_grad(grad, x, ctx.estimator, None, ctx.beta), None, None
-
-
-class _Round(torch.autograd.Function):
-    """round(n x) / n, half to even, with the gradient of the identity."""
-
-    @staticmethod
-    def forward(ctx, x, n):
-        return torch.round(x * n) / n
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-class _Clamp(torch.autograd.Function):
-    """x clamped to [low, high]."""
-
-    @staticmethod
-    def forward(ctx, x, low, high):
-        ctx.save_for_backward(x)
-        ctx.low, ctx.high = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * ((x >= ctx.low) & (x <= ctx.high)), None, None
-
-
-def clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """x clamped to [low, high], the gradient 1 at both bounds, as TensorFlow has it.
-
-    torch's own clamp has 1 there up to release 2.14 and 0 from 2.15 on.
-    """
-    return _Clamp.apply(x, low, high)
-
 
 class Quantizer(FxLeaf):
     """Base of the quantizers here. Arguments are fixed: layers read them once.
@@ -183,7 +88,7 @@ class SteSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _straight_through(x, "sign", self.clip_value)
+        return straight_through(x, "sign", self.clip_value)
 
 
 class ApproxSign(Quantizer):
@@ -201,7 +106,7 @@ class ApproxSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _EstimatedSign.apply(x, "approx_sign", 0.0)
+        return apply(EstimatedSign, x, "approx_sign", 0.0)
 
 
 class SwishSign(Quantizer):
@@ -221,7 +126,7 @@ class SwishSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _EstimatedSign.apply(x, "swish_sign", self.beta)
+        return apply(EstimatedSign, x, "swish_sign", self.beta)
 
 
 class MagnitudeAwareSign(Quantizer):
@@ -242,7 +147,7 @@ class MagnitudeAwareSign(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _straight_through(x, "sign", self.clip_value) * mean_magnitude(x.detach())
+        return straight_through(x, "sign", self.clip_value) * mean_magnitude(x.detach())
 
 
 class SteHeaviside(Quantizer):
@@ -260,7 +165,7 @@ class SteHeaviside(Quantizer):
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
-        return _straight_through(x, "heaviside", self.clip_value)
+        return straight_through(x, "heaviside", self.clip_value)
 
 
 class SteTern(Quantizer):
@@ -292,7 +197,7 @@ class SteTern(Quantizer):
             threshold = 0.7 * x.detach().abs().mean()
         else:
             threshold = torch.full((), self.threshold_value, dtype=x.dtype, device=x.device)
-        return _straight_through(x, "ternary", self.clip_value, threshold)
+        return straight_through(x, "ternary", self.clip_value, threshold)
 
 
 class DoReFa(Quantizer):
@@ -326,13 +231,13 @@ class DoReFa(Quantizer):
         wide = x if x.dtype == torch.float64 else x.float()
         n = float(2**self.k_bit - 1)
         if self.mode == "activations":
-            return _Round.apply(clamp(wide, 0, 1), n).to(x.dtype)
+            return apply(Round, clamp(wide, 0, 1), n).to(x.dtype)
         if x.numel() == 0:
             return torch.empty_like(x)
         tanh = torch.tanh(wide)
         limit = tanh.detach().abs().max()
         limit = torch.where(limit == 0, torch.ones_like(limit), limit)
-        return (2 * _Round.apply(tanh / (2 * limit) + 0.5, n) - 1).to(x.dtype)
+        return (2 * apply(Round, tanh / (2 * limit) + 0.5, n) - 1).to(x.dtype)
 
 
 class NoOp(Quantizer):

@@ -162,6 +162,19 @@ def packed_conv2d(words, weight_words, channels, stride=(1,), padding=(0,), dila
     return y, signs
 
 
+def packed_conv_transpose2d(words, weight_words, channels, stride=(1,), padding=(0,),
+                            output_padding=(0,), groups=1, dilation=(1,), *, scale=None, bias=None,
+                            dtype=None, channels_last=True):
+    exact = _exact_dtype(words, channels // groups * weight_words[0, :, :, 0].numel())
+    w = unpack(weight_words, channels // groups, exact, dim=1)
+    w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # input channels first
+    a, w = (t.contiguous().view(-1).view(t.shape) for t in (unpack(words, channels, exact, 1), w))
+    dot = F.conv_transpose2d(a, w, None, stride, padding, output_padding, groups, dilation)
+    y, _ = _outputs(dot.round().int(), 1, True, False, dtype, None, None, scale=scale, bias=bias)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=format).copy_(y)
+
+
 def packed_linear(words, weight_words, channels, *, out_channels=None, dtype=None, sign_shift=None,
                   threshold=None, real=True, packed=False, **parts):
     weight_words = _canonical(weight_words, 2, out_channels, 1)

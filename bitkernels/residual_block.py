@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bitkernels._block_checks import check_binary_residual_block
-from bitkernels._ops import LIB
-from bitkernels.autograd import (
-    _below_autograd,
-    _needs_grad,
+from bitkernels._dispatch import (
+    FirstOrder,
     autocast,
-    conv2d_backward,
-    finish_weight_grad,
-    memory_format,
+    below_autograd,
+    in_memory_format,
+    is_recorded,
+    is_traced,
+    record,
 )
+from bitkernels._ops import LIB
+from bitkernels.autograd import conv2d_backward, finish_weight_grad, memory_format
 
 ops = torch.ops.bitkernels
 
@@ -85,7 +86,16 @@ def _forward(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_
     return out, words, mask, norm
 
 
-class _ResidualBlock(torch.autograd.Function):
+class _ResidualBlock(FirstOrder):
+    operator = "binary_residual_block"
+
+    @staticmethod
+    def call(*args):
+        *tensors, scale, conf = args
+        options = dict(conf)
+        geometry = [options.pop(name) for name in ("stride", "pad", "dilation", "groups")]
+        return ops.binary_residual_block.default(*tensors, *geometry, scale=scale, **options)
+
     @staticmethod
     def forward(ctx, input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in, slope,
                 shift_out, scale, conf):
@@ -98,7 +108,7 @@ class _ResidualBlock(torch.autograd.Function):
         stream = None if slope is None else input if residual is None else residual
         from_input = estimator in ("approx_sign", "swish_sign") or stream is input
         clip = conf["input_clip"] if estimator == "ste_sign" and not from_input else None
-        with _below_autograd():
+        with below_autograd():
             out, words, mask, norm = _forward(
                 input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in, slope,
                 shift_out, scale, conf, clip)
@@ -120,7 +130,6 @@ class _ResidualBlock(torch.autograd.Function):
         return out, mean, variance
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _mean, _variance):
         (words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
          norm_slope, offset, center, factor, normal, count) = ctx.saved_tensors
@@ -160,9 +169,9 @@ class _ResidualBlock(torch.autograd.Function):
         if wants_input:
             grads[0], grads[3] = _sign_backward(ctx, grad_signs, kept, mask, sign_shift, own)
         elif needs[0]:
-            grads[0] = None if own is None else own.contiguous(memory_format=ctx.memory_format)
+            grads[0] = None if own is None else in_memory_format(own, ctx.memory_format)
         if needs[2]:
-            grads[2] = grad_value.contiguous(memory_format=ctx.residual_format)
+            grads[2] = in_memory_format(grad_value, ctx.residual_format)
         return tuple(grads)
 
 
@@ -174,7 +183,7 @@ def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | 
             grad, kept, shift, add, estimator=ctx.estimator, clip=conf["input_clip"],
             beta=conf["beta"])
     else:
-        grad = grad.to(dtype).contiguous(memory_format=ctx.memory_format)
+        grad = in_memory_format(grad.to(dtype), ctx.memory_format)
         if mask is not None:
             grad = ops.mask_grad.default(grad, mask, 1)
         total = grad.sum((0, 2, 3), dtype=torch.float64) if ctx.needs_input_grad[3] else None
@@ -200,9 +209,12 @@ def _binary_residual_block(
                 beta=beta, scale_weight_grad=scale_weight_grad, dtype=dtype)
     tensors = (input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in, slope,
                shift_out, scale)
-    if _needs_grad(*tensors):
-        return _ResidualBlock.apply(*tensors, conf)
-    with _below_autograd():
+    if is_recorded("binary_residual_block", *tensors):
+        return record(_ResidualBlock, tensors, conf)
+    traced = is_traced()
+    with below_autograd():
+        if traced:
+            return _ResidualBlock.call(*tensors, conf)
         out, *_, norm = _forward(*tensors, conf, None)
     if input.dtype == torch.float64:
         return out, norm.mean, norm.variance

@@ -5,8 +5,10 @@ Each case is small: what it varies is the geometry, which is where kernels go wr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -230,6 +232,16 @@ LAYOUTS = {
     "offset": lambda x: _inside(x, 1),
     "expanded": lambda x: x[:1].expand_as(x),
 }
+
+
+def in_turn(cases: Sequence, choices: Callable[[object], Sequence]) -> list:
+    """Parameters (choice, case): each case with one of its choices, the next one for the next case.
+
+    The other pairs are marked `every`, which is left to .ci/run.
+    """
+    return [pytest.param(choice, case, marks=() if i % len(may) == j else pytest.mark.every)
+            for i, case in enumerate(cases) for may in (choices(case),)
+            for j, choice in enumerate(may)]
 
 
 def _inside(x: Tensor, step: int) -> Tensor:

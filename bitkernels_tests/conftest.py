@@ -22,14 +22,21 @@ def available_devices() -> list[str]:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs an NVIDIA or AMD GPU, skipped without one")
     # The tests' values hold exact zeros on purpose; test_nn_pack.py asks for the warning itself.
     config.addinivalue_line("filterwarnings", "ignore:.* of the weights are 0:UserWarning")
+    for marker in ("cuda: needs an NVIDIA or AMD GPU, skipped without one",
+                   "long: takes a minute, so it is the first to start",
+                   "every: left to .ci/run, as it differs little from its neighbours"):
+        config.addinivalue_line("markers", marker)
+    # Real gradients and their oracles are library calls: with all 24 bits of float32 on a GPU too.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items):
     shard, count = map(int, os.environ.get("BITKERNELS_TEST_SHARD", "0/1").split("/"))
     items[:] = items[shard::count]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -59,6 +59,14 @@ CONVOLUTIONS: dict[str, Case] = {
     "conv1d replicate": lambda: (
         bnn.BinaryConv1d(8, 4, 3, padding=1, padding_mode="replicate", weight_scale="detached"),
         _images(8, 7)),
+    "conv transpose2d": lambda: (
+        bnn.BinaryConvTranspose2d(8, 5, 3, stride=2, padding=1, output_padding=1), _images()),
+    "conv transpose2d groups": lambda: (
+        bnn.BinaryConvTranspose2d(8, 6, 2, stride=(3, 1), groups=2, bias=False,
+                                  weight_scale="xnor", dilation=(1, 2)), _images()),
+    "conv transpose1d": lambda: (
+        bnn.BinaryConvTranspose1d(8, 5, 4, stride=2, padding=1, weight_scale="detached",
+                                  input_quantizer="approx_sign"), _images(8, 7)),
 }
 LINEAR: dict[str, Case] = {
     "linear": lambda: (bnn.BinaryLinear(40, 5), torch.randn(3, 40)),
@@ -73,6 +81,9 @@ REAL: dict[str, Case] = {
         bnn.BinaryConv2d(8, 4, 3, input_quantizer=quantizers.NoOp(precision=32)), _images()),
     "conv2d dorefa": lambda: (
         bnn.BinaryConv2d(8, 4, 3, input_quantizer="dorefa_quantizer"), _images()),
+    "conv transpose2d of reals": lambda: (
+        bnn.BinaryConvTranspose2d(8, 4, 3, groups=2, weight_scale="detached",
+                                  input_quantizer=quantizers.NoOp(precision=32)), _images()),
     "linear ternary": lambda: (
         bnn.BinaryLinear(8, 4, weight_quantizer="ste_tern"), torch.randn(3, 8)),
 }

@@ -308,6 +308,40 @@ transposed("weight_clip must be at least 0, got -1", weight_clip=-1.0)
 transposed(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
 transposed("scale must be on cpu as the first argument, got meta", scale=real(4, device="meta"))
 
+
+
+def packed_transposed(text, *args, x=CONV[0], w=CONV[1], channels=40, **kw):
+    row(ops.packed_conv_transpose2d.default, text, x, w, channels, *args, **kw)
+
+
+packed_transposed("words must be int32 words, got float32 of shape (2, 5, 6, 2)",
+                  x=real(2, 5, 6, 2))
+packed_transposed("words must be 4-dimensional, got int32 of shape (5, 6, 2)", x=words(5, 6, 2))
+packed_transposed("words must be 3 words wide for 80 channels, got int32 of shape (2, 5, 6, 2)",
+                  channels=80)
+packed_transposed("words must be at least 1 x 1 in size, got [5, 0]", x=words(2, 5, 0, 2))
+packed_transposed("channels must be at least 1, got 0", channels=0)
+packed_transposed("weight_words must be 1 words wide for 20 channels, got int32 of shape "
+                  "(8, 3, 3, 2)", (1,), (0,), (0,), 2)
+packed_transposed("weight_words must be 4-dimensional, got int32 of shape (1, 3, 3, 2, 16)",
+                  w=words(1, 3, 3, 2, 16))
+packed_transposed("weight_words must be of at least one channel and tap, got int32 of shape "
+                  "(8, 3, 0, 2)", w=words(8, 3, 0, 2))
+packed_transposed("weight_words must be on cpu as the first argument, got meta",
+                  w=words(8, 3, 3, 2, device="meta"))
+packed_transposed("groups must be a divisor of 40 input and 8 output channels, got 5", (1,), (0,),
+                  (0,), 5)
+packed_transposed("stride must be one or two integers, got [1, 1, 1]", (1, 1, 1))
+packed_transposed("output_padding must be smaller than stride or dilation, got [1, 1]", (1,), (0,),
+                  (1, 1))
+packed_transposed("padding must be small enough for an output of at least 1 x 1, got [4, 4] and an "
+                  "output of -1 x 0", (1,), (4,))
+packed_transposed("bias must be of shape (8,), got float32 of shape (9,)", bias=real(9))
+packed_transposed("dtype must be a real type when the epilogue has scale, bias, ..., got "
+                  "torch.int32", scale=real(8), dtype=torch.int32)
+packed_transposed("bias must not require grad, this operator has no gradient; use binary_conv2d or "
+                  "binary_linear to train, or .detach()", bias=grad(8))
+
 dense(f"input must be {FLOATS}, got int32 of shape (3, 6)", x=words(3, 6))
 dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape (3, 5)",
       x=real(3, 5))

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bitkernels import reference
 from bitkernels._transposed import phases
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, dyadic, reals
+from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, dyadic, reals, words_of
 from bitkernels_tests.properties import given, settings, st
 
 ops = torch.ops.bitkernels
@@ -107,14 +108,38 @@ def test_values_of_random_geometries(data):
 @pytest.mark.parametrize("kernel,stride,padding,output_padding,dilation", [
     (3, 2, 1, 1, 1), (5, 3, 2, 0, 2), (4, 6, 1, 3, 4), (1, 3, 0, 2, 1), (2, 4, 3, 0, 2)])
 def test_phases_partition_the_taps(kernel, stride, padding, output_padding, dilation):
-    """Each tap belongs to one phase, and each output to one."""
+    """Each tap belongs to one phase, and is where the definition says: y = i s - p + k d."""
     found = phases(kernel, stride, padding, output_padding, dilation)
-    taps = [k for phase in found if phase.taps is not None for k in range(kernel)[phase.taps]]
+    taps = [k for phase in found for k in range(kernel)[phase.taps]]
     assert sorted(taps) == list(range(kernel))
-    for size in (3, 7):
-        outputs = [phase.first + stride * m for phase in found for m in range(size + phase.more)]
-        total = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
-        assert sorted(outputs) == list(range(total))
+    for phase in found:
+        for i, k in enumerate(reversed(range(kernel)[phase.taps])):
+            read = phase.start + i * phase.dilation  # by this tap, for the phase's first output
+            assert read * stride - padding + k * dilation == phase.first
+
+
+def test_strides_far_beyond_the_kernel(device):
+    """There is no work for phases that have no taps."""
+    x, w = reals(1, 3, 1, 2, device=device), reals(3, 2, 2, 1, device=device)
+    geometry = (2**31 - 1, 100), (0, 3), (7, 99), 1, (1, 1)
+    y = ops.binary_conv_transpose2d(x, w, None, *geometry)
+    assert torch.equal(y, F.conv_transpose2d(signed(x), signed(w), None, *geometry))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_packed_equals_reference(case, channels_last, device):
+    (n, cin, height, width), (_, per_group, *kernel) = case[:2]
+    cout, groups = per_group * case[5], case[5]
+    args = (words_of(n, height, width, cin, device=device),
+            words_of(cout, *kernel, cin // groups, device=device), cin, *case[2:])
+    scale, bias = dyadic(cout, device=device), reals(cout, device=device)
+    for kw in (dict(dtype=torch.int32), dict(bias=bias), dict(scale=scale, dtype=torch.float16),
+               dict(scale=scale, bias=bias.double(), dtype=torch.float64)):
+        y = ops.packed_conv_transpose2d(*args, channels_last=channels_last, **kw)
+        expected = reference.packed_conv_transpose2d(*args, channels_last=channels_last, **kw)
+        assert y.dtype == expected.dtype and torch.equal(y, expected)
+        assert y.stride() == expected.stride()
 
 
 def test_pixels_without_taps_are_the_bias(device):
@@ -258,7 +283,7 @@ def test_double_backward_refuses(device):
     x, w, *_ = (t.requires_grad_() for t in tensors_of(CASES[0], device))
     y = ops.binary_conv_transpose2d(x, w)
     g, = torch.autograd.grad((y * y).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="binary_conv_transpose2d has no second"):
         g.sum().backward()
 
 

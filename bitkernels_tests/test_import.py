@@ -97,3 +97,28 @@ def test_no_numpy_is_no_warning():
     code = "import sys; sys.modules['numpy'] = None"
     result = run(f"{code}\nimport bitkernels\n{CALLS}")
     assert result.returncode == 0 and result.stderr == "imported\n", result.stderr
+
+
+def test_lazy_modules_are_loaded_when_they_are_used():
+    result = run("""
+import sys, bitkernels
+lazy = ("train", "interop", "ops", "cli")
+assert not [name for name in lazy if f"bitkernels.{name}" in sys.modules]
+assert set(lazy[:3]) <= set(dir(bitkernels)) and set(bitkernels.__all__) <= set(dir(bitkernels))
+assert bitkernels.ops.sign_pack is not None and bitkernels.interop.pack is not None
+assert bitkernels.train.recipes.names()
+heavy = ("triton", "cupy", "sklearn", "safetensors", "torchvision", "tensorboard")
+assert not [m for m in heavy if m in sys.modules]
+for name in ("autograd", "backends", "reference", "residual_block"):
+    assert hasattr(bitkernels, name)
+try:
+    bitkernels.trian
+except AttributeError as error:
+    assert "no attribute 'trian'" in str(error)
+else:
+    raise AssertionError
+reference = None
+from bitkernels import *
+assert callable(fold_threshold) and train.fit and nn and reference is None
+""")
+    assert result.returncode == 0, result.stderr

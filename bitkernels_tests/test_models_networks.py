@@ -17,6 +17,7 @@ SMALL = {
     "binarynet": dict(width=16),
     "quicknet": dict(blocks=(1, 2), filters=(32, 64)),
     "reactnet": dict(channels=(16, 32, 32, 64)),
+    "reactnet-18": dict(blocks=(1, 2), channels=(16, 32)),
 }
 
 
@@ -71,6 +72,49 @@ def test_quicknets_have_the_published_sizes(blocks, filters, keras, binary):
     assert parameters(model) + extra == keras
     assert binary_weights(model) == binary
     assert sizes == [(f, s, s) for f, s in zip(filters, (56, 28, 14, 7), strict=True)]
+
+
+def test_reactnet18_has_the_published_size():
+    model = models.ReActNet18(1000)
+    assert (parameters(model), binary_weights(model)) == (11_704_424, 10_985_472)
+    sizes = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _m, _i, out: sizes.append(tuple(out.shape[1:])))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    assert sizes == [(c, s, s) for c, s in ((64, 16), (128, 8), (256, 4), (512, 2))
+                     for _ in range(4)]
+    with pytest.raises(ValueError, match="blocks=.1, 2. and channels=.8,."):
+        models.ReActNet18(blocks=(1, 2), channels=(8,))
+
+
+@pytest.mark.parametrize("size", [14, 15])
+def test_reactnet18_block_is_the_formula(size):
+    """In evaluation and in training, with an odd side too."""
+    block = models.reactnet18_block(8, 16, 2)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, 0.1)
+    x = torch.randn(4, 8, size, size)
+
+    def formula(norm, shortcut):
+        shifted = torch.where(x + block.sign.shift.view(-1, 1, 1) < 0, -1.0, 1.0)
+        w = block.conv.weight
+        signs = torch.where(w < 0, -1.0, 1.0) * w.abs().mean((1, 2, 3), keepdim=True)
+        y = norm(F.conv2d(shifted, signs, None, 2, 1)) + shortcut
+        shift_in, slope, shift_out = (p.view(-1, 1, 1) for p in (
+            block.act.shift_in, block.act.slope, block.act.shift_out))
+        y = y + shift_in
+        return torch.where(y > 0, y, slope * y) + shift_out
+
+    pool, conv, norm = block.shortcut
+    small = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    with torch.no_grad():
+        for training in (True, False):
+            block.train(training)
+            saved = {key: value.clone() for key, value in block.state_dict().items()}
+            expected = formula(block.norm, norm(conv(small)))
+            block.load_state_dict(saved)  # the formula moved the running statistics
+            torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_binarynet_is_bops_vgg():
@@ -192,7 +236,12 @@ def test_packed_network_predicts_the_same(name):
     assert left == (["features.0"] if name == "binarynet" else [])
     images = torch.randn(64, 1, 8, 8)
     with torch.no_grad():
+        fused = model(images)
+        for block in model.modules():  # packed blocks run as layers, which round more often
+            if isinstance(block, bnn.BinaryResidualBlock):
+                block.fused = False
         logits = model(images)
+        torch.testing.assert_close(fused, logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(packed(images), logits)
     assert len(logits.argmax(1).unique()) > 1
 

@@ -168,7 +168,8 @@ def test_estimators(dims, input_quantizer, weight_quantizer):
 @pytest.mark.parametrize("input_quantizer, weight_quantizer", [
     ("dorefa_quantizer", quantizers.DoReFa(3, "weights")), ("ste_heaviside", "ste_sign"),
     ("ste_sign", "ste_tern"), (quantizers.NoOp(32), "ste_sign"), (torch.tanh, torch.sin),
-    (None, "ste_tern"), ("magnitude_aware_sign", "magnitude_aware_sign")], ids=str)
+    (None, "ste_tern"), ("magnitude_aware_sign", "magnitude_aware_sign")],
+    ids=lambda given: getattr(given, "__name__", str(given)))
 def test_other_quantizers_compute_on_reals(dims, pad_value, input_quantizer, weight_quantizer):
     layer = layer_of(dims, kernel_size=3, padding=1, pad_value=pad_value,
                      input_quantizer=input_quantizer, weight_quantizer=weight_quantizer)

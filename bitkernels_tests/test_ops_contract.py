@@ -85,6 +85,10 @@ def samples(device) -> dict[str, tuple]:
         "linear_vector": (ops.packed_linear.default, (vector[0, 0], matrix, 37), {}),
         "linear_packed": (ops.packed_linear.packed, linear, dict(threshold=threshold)),
         "linear_both": (ops.packed_linear.both, linear, dict(affine, dtype=torch.bfloat16)),
+        "conv_transpose": (ops.packed_conv_transpose2d.default, conv[:3], {}),
+        "conv_transpose_parts": (ops.packed_conv_transpose2d.default, (
+            *conv[:3], (2, 3), (0, 1), (1, 0), 1, (1, 2)),
+            dict(affine, dtype=torch.float16, channels_last=False)),
         "pool": (ops.packed_max_pool2d.default, (words, (2, 2)), {}),
         "pool_ceil": (ops.packed_max_pool2d.default, (words, (3,), (2,), (1,), (1,), True), {}),
         "rsign": (ops.rsign.default, (leaf(x), leaf(shift)), {}),
@@ -320,6 +324,28 @@ def test_sizes_of_0_are_computed_or_refused_and_end_no_process():
         said.append(lines)
     assert len(said[0]) > 500 and sum(not line.endswith("refused") for line in said[0]) > 100
     assert [pair for pair in zip(*said, strict=True) if len(set(pair)) > 1] == []
+
+
+def test_threads_change_no_bit(keeps_threads):
+    """Operators in use one by one, on operands of many tasks; those of a block have their own."""
+    x, w = reals(3, 96, 33, 31), reals(80, 96, 3, 3)
+    shift, slope = dyadic(96), dyadic(96)
+    rows, filters = reals(700, 96), reals(80, 96)
+    mask = words_of(3, 33, 31, 96)
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        words, weight_words = ops.sign_pack(x, shift, 1), ops.sign_pack(w, None, 1)
+        row_words, filter_words = ops.sign_pack(rows), ops.sign_pack(filters)
+        results.append((
+            words, weight_words, *ops.sign_pack_mask(x, 0.5, None, 1), ops.mask_grad(x, mask, 1),
+            ops.unpack(words, 96, dim=1), ops.packed_max_pool2d(words, (2, 2)),
+            ops.packed_conv2d(words, weight_words, 96, (1,), (1,)),
+            *ops.packed_conv2d.both(words, weight_words, 96, (2,), (1,)),
+            ops.packed_linear(row_words, filter_words, 96), ops.rsign(x, shift),
+            ops.rprelu(x, shift, slope, shift), *ops.rprelu_backward(x, x, shift, slope)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_shapes_beyond_int32():

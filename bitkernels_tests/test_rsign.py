@@ -177,5 +177,5 @@ def test_double_backward_refuses(device):
     x = reals(2, 3, 4, device=device).requires_grad_()
     y = ops.rsign(x, torch.zeros(3, device=device))
     g, = torch.autograd.grad((y * y).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="second derivative"):
         g.sum().backward()

@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import resource
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from bitkernels.train import (
     DivergedError,
     Options,
     Schedule,
+    TrainError,
     datasets,
     fit,
     recipes,
@@ -296,3 +298,11 @@ def test_the_same_seed_gives_the_same_bits_with_workers(data):
                   seed=seed).model.state_dict() for workers, seed in ((0, 3), (2, 3), (0, 4))]
     assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
     assert not all(torch.equal(models[0][k], models[2][k]) for k in models[0])
+
+
+def test_safetensors_is_missed_before_the_training(data, tmp_path, monkeypatch):
+    """Not after it, when the weights are written."""
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(TrainError, match="pip install safetensors"):
+        fit(lambda: pytest.fail("began"), recipes.get("adambnn-digits"), data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -8,12 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from bitkernels import models
 from bitkernels.__main__ import main
+from bitkernels.train import recipes
+from bitkernels.train.command import builder
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -21,6 +26,7 @@ pytest.importorskip("tqdm")
 ROOT = Path(__file__).parents[1]
 BASE = ["--model", "bitkernels_tests.train_models:Noisy", "--data", "digits",
         "--recipe", "adambnn-digits"]
+TAUGHT = [*BASE[:4], "--recipe", "adambnn", "--augmentation", "shift", "--batch-size", "100"]
 
 
 def start(out, *more, environment=()):
@@ -112,7 +118,33 @@ def test_one_stage_after_the_other_by_files(tmp_path, monkeypatch, capsys):
 def test_show(monkeypatch, capsys):
     assert call(monkeypatch, "--recipe", "quicknet", "--lr", "1e-3", "--show") == 0
     out = capsys.readouterr().out
-    assert "lr=0.001" in out and "latent_clip = 1.25" in out
+    assert "lr=0.001" in out and "latent_clip = 1.25" in out and "  model quicknet blocks=" in out
+
+
+def test_a_recipe_brings_its_model(tmp_path, monkeypatch, capsys):
+    """Its options too, of which the last of a name counts."""
+    run = ["--recipe", "quicknet-digits", "--data", "digits", "--epochs", "1", "--batch-size",
+           "400", "--quiet", "--threads", torch.get_num_threads(), "--model-option",
+           "filters=(8, 8, 8)"]
+    assert call(monkeypatch, *run, "--out", tmp_path) == 0
+    weights = load_file(tmp_path / "quicknet.safetensors")
+    assert weights["classifier.weight"].shape == (10, 8) and "sections.2.1.conv.weight" in weights
+    assert "sections.2.2.conv.weight" not in weights  # blocks=(1, 1, 1) is of the recipe
+    with safe_open(tmp_path / "quicknet.safetensors", "pt") as file:
+        assert file.metadata()["model"].startswith("quicknet blocks=(1, 1, 1) filters=")
+    assert call(monkeypatch, "--recipe", "bop-imagenet", "--data", "digits", "--out", tmp_path) == 1
+    assert "--model is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_model_of_a_recipe_can_be_made(name):
+    recipe = recipes.get(name)
+    if recipe.model:
+        data = SimpleNamespace(classes=10, channels=3, size=32)
+        model = builder(recipe.model, data, list(recipe.model_options))()
+        assert models.create(recipe.model).__class__ is model.__class__
+    else:
+        assert name in ("bop-imagenet", "real-to-binary")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -121,24 +153,85 @@ def test_show(monkeypatch, capsys):
     ([*BASE, "--model", "resnet", "--out", "OUT"], "no model is called 'resnet'; there are bina"),
     ([*BASE, "--model", "os:nothing", "--out", "OUT"], "module 'os' has no attribute 'nothing'"),
     ([*BASE, "--model", "reactnet", "--model-option", "deep", "--out", "OUT"], "NAME=VALUE"),
-    ([*BASE, "--stage", "step3", "--out", "OUT"], "no stage step3, only teacher, step1, step2"),
-    ([*BASE, "--gamma", "1", "--out", "OUT"], "adambnn-digits has no gamma to change"),
-    ([*BASE, "--batch-size", "5000", "--out", "OUT"], "batch of 5000 images is larger than"),
+    ([*BASE, "--stage", "step3", "--out", "OUT"], "--stage: recipe adambnn-digits has no "
+     "stage step3, only teacher, step1, step2"),
+    ([*BASE, "--gamma", "1", "--out", "OUT"], "--gamma: recipe adambnn-digits has no gamma"),
+    ([*BASE[:2], *BASE[4:], "--out", "OUT"], "--data is needed"),
+    ([*BASE, "--batch-size", "5000", "--out", "OUT"], "--batch-size: a batch of 5000 images is"),
     ([*BASE, "--out", "OUT", "--resume"], "there is no checkpoint OUT/checkpoint.pt"),
-    ([*BASE, "--checkpoint-every", "0", "--out", "OUT"], "checkpoint_every must be at least 1"),
-    ([*BASE, "--epochs", "0", "--out", "OUT"], "epochs and batch_size must be at least 1"),
+    ([*BASE, "--resume", "--out", "OUT/none"], "--resume: there is no checkpoint OUT/none/check"),
+    ([*BASE, "--checkpoint-every", "0", "--out", "OUT"], "--checkpoint-every must be at least 1"),
+    ([*BASE, "--epochs", "0", "--out", "OUT"], "--epochs must be at least 1, got 0"),
+    ([*BASE, "--epochs", "-1", "--show"], "--epochs must be at least 1, got -1"),
+    ([*BASE, "--batch-size", "0", "--out", "OUT"], "--batch-size must be at least 1, got 0"),
+    ([*BASE, "--threads", "0", "--out", "OUT"], "--threads must be at least 1, got 0"),
+    ([*BASE, "--threads", "-1", "--out", "OUT"], "--threads must be at least 1, got -1"),
+    ([*BASE, "--workers", "-1", "--out", "OUT"], "--workers must be at least 0, got -1"),
+    ([*BASE, "--size", "0", "--out", "OUT"], "--size must be at least 1, got 0"),
+    ([*BASE, "--lr", "0", "--out", "OUT"], "--lr must be above 0 and finite, got 0.0"),
+    ([*BASE, "--lr", "nan", "--out", "OUT"], "--lr must be above 0 and finite, got nan"),
+    ([*BASE, "--seed", "-1", "--out", "OUT"], "--seed must be from 0 to 4294967295, got -1"),
+    ([*BASE, "--device", "banana", "--out", "OUT"], "--device must be cpu, cuda or cuda:INDEX"),
+    ([*BASE, "--device", "cuda:99", "--out", "OUT"], "--device cuda:99: "),
+    ([*BASE, "--device", "meta", "--out", "OUT"], "--device meta: torch "),
+    ([*BASE, "--device", "cuda:x", "--out", "OUT"], "--device must be cpu"),
+    ([*BASE, "--out", "OUT/file"], "--out must be a folder, and OUT/file is a file"),
+    ([*BASE, "--out", "OUT/file/deep/er"], "--out must be a folder, and OUT/file is a file"),
+    ([*BASE, "--data", "imagenet", "--root", "OUT/none", "--out", "OUT"], "--root must be the fol"),
+    ([*BASE, "--data", "cifar10", "--root", "OUT/file", "--out", "OUT"], "--root must be the"),
+    ([*BASE, "--root", "OUT", "--out", "OUT"], "digits takes no root and no size (--root"),
+    ([*BASE, "--model", "reactnet", "--model-option", "channels=5", "--out", "OUT"],
+     "--model reactnet --model-option 'channels=5': cannot be made: "),
+    ([*BASE, "--model", "reactnet", "--model-option", "deep=5", "--out", "OUT"], "no option deep"),
+    ([*BASE, "--model", "bitkernels.models:QuickNet", "--out", "OUT"],
+     "does not take images of 1x8x8: "),
+    ([*BASE, "--model", "torch.nn:Identity", "--out", "OUT"], "must give (N, 10) for N images"),
+    ([*BASE, "--recipe", "adambnn", "--augmentation", "none", "--out", "OUT"],
+     "--teacher and --teacher-weights are needed: recipe adambnn learns from a trained network in "
+     "step1 and step2"),
+    ([*BASE, "--teacher", "reactnet", "--teacher-weights", "OUT/file", "--out", "OUT"],
+     "--teacher: recipe adambnn-digits learns from no network that is given"),
+    ([*BASE, "--teacher-weights", "OUT/file", "--out", "OUT"], "--teacher-weights needs --teacher"),
+    ([*TAUGHT, "--teacher", "none:x", "--teacher-weights", "OUT/file", "--out",
+      "OUT"], "--teacher none:x: No module named 'none'"),
+    ([*TAUGHT, "--teacher", "reactnet", "--teacher-weights", "OUT/file", "--out", "OUT"],
+     "--teacher-weights: cannot read weights"),
     ([*BASE, "--teacher", "reactnet", "--out", "OUT"], "--teacher needs --teacher-weights"),
-    ([*BASE, "--init", "OUT/none", "--out", "OUT"], "cannot read weights from OUT/none"),
-    ([*BASE, "--augmentation", "resized-crop", "--out", "OUT"], "digits has no augmentation 'res"),
+    ([*BASE, "--init", "OUT/none", "--out", "OUT"], "--init: cannot read weights from OUT/none"),
+    ([*BASE, "--augmentation", "resized-crop", "--out", "OUT"], "--augmentation: digits has no"),
     ([*BASE, "--data", "imagenet", "--out", "OUT"], "imagenet needs the folder of its files"),
-    ([*BASE, "--recipe", "quicknet", "--augmentation", "shift", "--out", "/proc/none"],
+    ([*BASE, "--recipe", "quicknet", "--augmentation", "shift", "--batch-size", "400", "--out",
+      "/proc/none"],
      "cannot make /proc/none")])
 def test_bad_arguments_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    (tmp_path / "file").write_text("no folder, no weights")
     arguments = [a.replace("OUT", str(tmp_path)) for a in arguments]
     assert call(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err
     assert message.replace("OUT", str(tmp_path)) in error
     assert error.count("\n") == 1 and error.startswith("bitkernels train: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was begun
+
+
+def test_a_device_that_is_not_there(monkeypatch, capsys, tmp_path):
+    """One of two GPUs, none, and another accelerator, none of them real."""
+    run = [*BASE, "--out", tmp_path, "--device"]
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert call(monkeypatch, *run, "cuda:2") == 1
+    assert "--device cuda:2: there are 2 of them, counted from 0" in capsys.readouterr().err
+    assert call(monkeypatch, *run, "mps") == 1
+    assert "finds no such device here, only cpu and cuda" in capsys.readouterr().err
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    assert call(monkeypatch, *run, "cuda") == 1
+    assert "finds no such device here, only cpu\n" in capsys.readouterr().err
+
+
+def test_the_device_is_asked_for_when_it_runs(monkeypatch):
+    """Neither --help nor --show looks for a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked"))
+    assert call(monkeypatch, "--recipe", "quicknet", "--show") == 0
+    assert not call(monkeypatch, "--help")
 
 
 def test_options_of_computing(tmp_path, monkeypatch):
@@ -178,7 +271,9 @@ def test_without_tensorboard_or_tqdm_one_message(tmp_path, monkeypatch, capsys):
     arguments = [*BASE, "--model", "reactnet", "--batch-size", "400", "--epochs", "1"]
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert call(monkeypatch, *arguments, "--out", tmp_path / "1") == 1
-    assert "progress bars need tqdm, which is not installed" in capsys.readouterr().err
+    assert ("not installed: tqdm (draws progress bars; --quiet does without): pip install tqdm\n"
+            in capsys.readouterr().err)
+    assert not (tmp_path / "1").exists()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert call(monkeypatch, *arguments, "--quiet", "--tensorboard", "--out", tmp_path / "2") == 1
     assert "plots need tensorboard, which cannot be imported" in capsys.readouterr().err

@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 if not INTERPRETED:
 
+    @pytest.mark.long
     def test_kernels_in_the_interpreter():
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
@@ -49,6 +50,7 @@ else:
         ConvCase,
         dyadic,
         epilogue_parts,
+        in_turn,
         reals,
         words_of,
     )
@@ -264,8 +266,7 @@ else:
         same(kernel("packed_max_pool2d")(words, *case.args),
              reference.packed_max_pool2d(words, *case.args))
 
-    @pytest.mark.parametrize("inner,case", [(inner, case) for case in EVERY_CONV
-                                            for inner in takers(case)], ids=str)
+    @pytest.mark.parametrize("inner,case", in_turn(EVERY_CONV, takers), ids=str)
     def test_packed_conv2d(inner, case):
         words, weight_words = case.words()
         args = words, weight_words, case.channels, *case.args
@@ -288,8 +289,7 @@ else:
             same(got, expected)
             assert got[0].stride() == expected[0].stride()
 
-    @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
-    @pytest.mark.parametrize("inner", configs.INNER)
+    @pytest.mark.parametrize("inner,case", in_turn(LINEAR_CASES, lambda _: configs.INNER), ids=str)
     def test_packed_linear(inner, case):
         words, weight_words = case.words()
         kw = dict(dtype=torch.int32, real=True, packed=True)

@@ -73,4 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         print("\n".join(name for name, supported in cpu.kernels() if supported))
     else:
-        sys.exit(module.main(options))
+        try:
+            sys.exit(module.main(options))
+        except KeyboardInterrupt:
+            sys.exit(130)

@@ -22,8 +22,9 @@ and packed_conv2d alone (words in, words out, as between two binary layers).
   python -m bitkernels bench --threads 4 --batch 8
   python -m bitkernels bench --layers 3x3:256@14 1x1:512@14 3x3:32@112
 
-A time is the shortest of several. A layer is kernel:channels@size. "exact" says that every timed result equals the float convolution
-of the signs. The complete benchmark, with training, is in benchmarks/ of the source.
+A layer is kernel:channels@size. A time is the shortest of several. "exact" says that every timed
+result equals the float convolution of the signs. The complete benchmark, with training, is in
+benchmarks/ of the source.
 """
 LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7", "1x1:512@14", "3x3:32@112",
           "3x3:16@32")
@@ -31,7 +32,8 @@ LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7", "1x1:512@14", "3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="KxK:C@S")
+    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="KxK:C@S",
+                        help="default: those of a ResNet-18, and small ones")
     parser.add_argument("--batch", type=int, default=1, help="default: 1")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; default: 1")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
@@ -111,8 +113,8 @@ def main(options: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name() if device == "cuda" else \
         torch.cpu.get_capabilities().get("cpu_name", "CPU")
     kernel = "GPU kernels" if device == "cuda" else f"kernels {cpu.explain()}"
-    print(f"{name}, {threads} thread{'s' * (threads > 1)}, batch {options.batch}; bitkernels {bitkernels.__version__}, "
-          f"torch {torch.__version__}; {kernel}\n")
+    print(f"{name}, {threads} thread{'s' * (threads > 1)}, batch {options.batch}; bitkernels "
+          f"{bitkernels.__version__}, torch {torch.__version__}; {kernel}\n")
     print(f"{'layer':<12}{'fp32 ms':>9}{'bf16 ms':>9}{'real ms':>9}{'packed ms':>11}"
           f"{'real, packed over fp32':>25}  exact")
     right = True
@@ -125,5 +127,5 @@ def main(options: argparse.Namespace) -> int:
             print(f"{layer:<12}{fp32:>9.3f}{bf16:>9.3f}{real:>9.3f}{packed:>11.3f}{over:>25}  "
                   f"{'yes' if exact else 'NO'}", flush=True)
     if cpu.why_not and device == "cpu":
-        print("\nThe CPU engine is missing, this was plain PyTorch: python -m bitkernels doctor")
+        print("\nThis was plain PyTorch, without the CPU engine: python -m bitkernels doctor")
     return 0 if right else 1

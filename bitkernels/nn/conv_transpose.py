@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitkernels.conv_transpose import by_output
+from bitkernels._fx import traced_whole
+from bitkernels.conv_transpose import by_output, spread
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 
@@ -25,8 +26,7 @@ class _BinaryConvTranspose(BinaryLayer, nn.modules.conv._ConvTransposeNd):
         return by_output(weight, self.groups)
 
     def _factor(self, scale: Tensor) -> Tensor:
-        grouped = scale.view(self.groups, 1, -1).expand(-1, self.in_channels // self.groups, -1)
-        return grouped.flatten(0, 1).unflatten(1, (-1, *[1] * len(self.kernel_size)))
+        return spread(scale, self.weight, self.groups)
 
     def _geometry(self, input: Tensor, output_size) -> tuple[Any, ...]:
         """stride, padding, output_padding, groups, dilation as `F.conv_transpose2d` takes them."""
@@ -56,6 +56,7 @@ class BinaryConvTranspose1d(_BinaryConvTranspose, nn.ConvTranspose1d):
                          groups, bias, dilation, padding_mode, device, dtype)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
+    @traced_whole
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:
             raise RuntimeError(f"BinaryConvTranspose1d: input must be (N, {self.in_channels}, L) "
@@ -114,6 +115,7 @@ class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
                          groups, bias, dilation, padding_mode, device, dtype)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
+    @traced_whole
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         geometry = self._geometry(input, output_size)
         if not self.on_bits:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels._dispatch import apply, with_gradient_of
 from bitkernels._fx import FxLeaf
 from bitkernels.nn import hooks, latent
 from bitkernels.quantizers import (
@@ -51,9 +52,20 @@ def _operand(quantizer: Quantize | None) -> tuple[str, float | None, float | Non
 class _ForwardScale(torch.autograd.Function):
     """signs * scale, with the gradient of `signs` alone."""
 
+    operator = "weight_scale='detached'"
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, signs, scale):
+    def forward(signs, scale):
         return signs * scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def exported(signs, scale):
+        return with_gradient_of(signs * scale, signs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -272,7 +284,7 @@ class BinaryLayer(FxLeaf):
         scale = self.scale()
         if scale is not None:
             scale = self._factor(scale.to(weight.dtype))
-            weight = (_ForwardScale.apply(weight, scale) if self._scale_rule == "detached"
+            weight = (apply(_ForwardScale, weight, scale) if self._scale_rule == "detached"
                       else weight * scale)
         return _quantized(self.input_quantizer, input), weight
 

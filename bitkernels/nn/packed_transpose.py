@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitkernels._checks import wants_channels_last, word_count
-from bitkernels._transposed import output_size as output_size_of
-from bitkernels.conv_transpose import conv_transpose2d_on_words, phase_filters, phases2d
+from bitkernels._fx import traced_whole
+from bitkernels._transposed import geometry
+from bitkernels.conv_transpose import by_output, by_phases, phase_filters, phases2d
 from bitkernels.nn.derived import Derived
 from bitkernels.nn.packed import _Packed, _tile_weight
 
+_packed_conv_transpose2d = torch.ops.bitkernels.packed_conv_transpose2d.default
+
 
 def _filters(words: Tensor, groups: int, kernel, stride, padding,
-             dilation) -> list[Tensor | None]:
+             dilation) -> list[Tensor]:
     """The filters of each phase, tiled where CPU kernels will read them."""
     # Output padding adds outputs to phases, and changes no taps.
     filters = phase_filters(words, phases2d(kernel, stride, padding, (0, 0), dilation))
     if not words.is_cpu:
         return filters
-    return [None if filter is None else _tile_weight(filter, groups) for filter in filters]
+    return [_tile_weight(filter, groups) for filter in filters]
 
 
 class _PackedConvTranspose(_Packed):
@@ -61,8 +65,9 @@ class _PackedConvTranspose(_Packed):
         return twin
 
     def _from_output(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return by_output(weight, self.groups)
 
+    @traced_whole
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         self._refuse_grad(input)
         axes = len(self.kernel_size)
@@ -84,17 +89,20 @@ class _PackedConvTranspose(_Packed):
         kernel, stride, padding, dilation = self._geometry
         if len(output_padding) == 1:
             output_padding = (0, *output_padding)
-        geometry = (kernel, stride, padding, output_padding, dilation)
-        size = output_size_of(type(self).__name__, input.shape[2:], *geometry)
-        every = phases2d(*geometry)
-        words: Any = self._buffers["weight_words"]
-        filters = self._tiles(words, self.groups, *self._geometry)
+        weight_words: Any = self._buffers["weight_words"]
+        words, dtype = self._words(input, 1), self._dtype(input)
+        channels_last = wants_channels_last(input, input)
+        filters = self._tiles(weight_words, self.groups, *self._geometry)
         if filters is None:
-            filters = phase_filters(words, every)
-        return conv_transpose2d_on_words(
-            self._words(input, 1), filters, every, self.in_channels, self.out_channels, size,
-            stride, self.groups, self.scale, self.bias, self._dtype(input),
-            wants_channels_last(input, input))
+            return _packed_conv_transpose2d(
+                words, weight_words, self.in_channels, stride, padding, output_padding, self.groups,
+                dilation, scale=self.scale, bias=self.bias, dtype=dtype,
+                channels_last=channels_last)
+        size, *_ = geometry("packed_conv_transpose2d", "input", input.shape[2:], kernel, stride,
+                            padding, output_padding, dilation)
+        every = phases2d(kernel, stride, padding, output_padding, dilation)
+        return by_phases(words, filters, every, self.in_channels, (self.out_channels, *size),
+                         stride, self.groups, self.scale, self.bias, dtype, channels_last)
 
     def extra_repr(self) -> str:
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "

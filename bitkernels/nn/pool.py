@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from bitkernels._dispatch import functional_transforms
 from bitkernels._fx import FxLeaf, traced_whole
 
 # The number of an index that is outside its window: in channels-last images on GPUs PyTorch's index
@@ -103,15 +104,15 @@ class MaxPool2d(FxLeaf, nn.MaxPool2d):
     PyTorch's, whose kernels run. Input (N, C, H, W) or (C, H, W), any real dtype.
 
     PyTorch's own function runs where nothing is kept (no gradient is asked), with return_indices,
-    for windows of more than 255 positions or wider than the image, in `torch.jit.trace`, and under
-    `torch.compile`: Inductor itself keeps a byte, and beyond 25 positions the int64 index, without
-    the input. Forward-mode derivatives and `torch.func` are not supported.
+    for windows of more than 255 positions or wider than the image, in `torch.jit.trace`, in
+    transforms of `torch.func` and forward mode, and under `torch.compile`: Inductor itself keeps a
+    byte, and beyond 25 positions the int64 index, without the input.
     """
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if (self.return_indices or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or input.dim() not in (3, 4)
+                or functional_transforms() or input.dim() not in (3, 4)
                 or not (torch.is_grad_enabled() and input.requires_grad)):
             return super().forward(input)
         geometry = _Geometry(self, input.shape[-1])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels._dispatch import functional_transforms
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv2d
@@ -107,7 +108,9 @@ class BinaryResidualBlock(FxLeaf):
         if input.dim() != 4:
             return "the input is not a batch"
         if not norm.training and norm.running_mean is not None:
-            if torch.is_grad_enabled() and self._trains(input):
+            # A graph exported without gradients may be called with them.
+            recorded = torch.is_grad_enabled() or torch.compiler.is_exporting()
+            if recorded and (self._trains(input) or functional_transforms()):
                 return "gradients with running statistics"
             return "float64 with running statistics" if input.dtype == torch.float64 else None
         if self._group() is None and self._values_per_channel(input) < 2:

@@ -9,12 +9,14 @@ first; bits past the last channel are 0.
 
 Arguments:
   input: float32, float16, bfloat16 or float64, any shape and memory format.
-  shift: a real vector with one number a channel, added before the sign; None: none.
+  shift: real, added before the sign: (C,), one number a channel; or one a channel of each sample,
+    of the input's rank, N in dimension 0, C in dim and 1 elsewhere, which takes a dim that is not
+    0; None: none.
   dim: the dimension of the channels, which becomes the last.
 Returns:
   int32, the shape of input with dim moved to the end and divided by 32, rounded up.
 Errors:
-  an integer input, a dim that is not there, no channel, a shift of another length or device; an
+  an integer input, a dim that is not there, no channel, a shift of another shape or device; an
   input that requires a gradient, of which there is none: use rsign or detach it.
 Example:
   >>> ops.sign_pack(torch.tensor([[-1.0, 1.0, 0.0]])).tolist()

@@ -56,6 +56,36 @@ Example:
   >>> ops.packed_conv2d.packed(words, filters, 64, padding=1).shape
   torch.Size([1, 8, 8, 2])
 """,
+    "packed_conv_transpose2d": f"""
+Transposed convolution of packed activations with packed filters: dot products of signs, exact in
+int32, times scale plus bias in float32. Runs packed_conv2d for each phase of the output.
+
+Arguments:
+  words: int32 (N, H, W, ceil(channels / 32)), the packed input.
+  weight_words: int32 (Cout, kh, kw, ceil(channels / groups / 32)), by output channel as of
+    packed_conv2d; not tiled.
+  channels: of the input; words alone cannot tell.
+  stride: one or two integers, at least 1.
+  padding: one or two integers, at least 0: rows and columns taken away at each side.
+  output_padding: one or two integers, smaller than stride or dilation: rows and columns more.
+  groups: a divisor of the input's and the output's channels.
+  dilation: one or two integers, at least 1.
+  scale: (Cout,) real, a factor.
+  bias: (Cout,) real, added after scale.
+{_OUTPUTS}  channels_last: the memory format of the output.
+Returns:
+  real (N, Cout, OH, OW), sizes as of binary_conv_transpose2d.
+Errors:
+  those of packed_conv2d; an output without pixels; an argument that requires a gradient: there is
+  none, binary_conv_transpose2d trains.
+Example:
+  >>> x, weight = torch.randn(1, 64, 4, 4), torch.randn(64, 40, 3, 3)
+  >>> words, filters = ops.sign_pack(x, dim=1), ops.sign_pack(weight.transpose(0, 1), dim=1)
+  >>> y = ops.packed_conv_transpose2d(words, filters, 64, stride=2, padding=1)
+  >>> sign = lambda t: torch.where(t < 0, -1.0, 1.0)
+  >>> torch.equal(y, F.conv_transpose2d(sign(x), sign(weight), stride=2, padding=1))
+  True
+""",
     "packed_linear": f"""
 A linear layer on words: dot products of signs, exact in int32, then an epilogue in float32. The
 overload .packed gives the packed signs of the result, .both gives both.

@@ -42,6 +42,35 @@ Example:
   >>> y.shape, x.grad.shape, weight.grad.shape
   (torch.Size([1, 8, 8, 8]), torch.Size([1, 16, 8, 8]), torch.Size([8, 16, 3, 3]))
 """,
+    "binary_conv_transpose2d": f"""
+Transposed convolution of sign(input) with sign(weight), with gradients by estimators; as
+binary_conv2d. Geometric arguments are those of torch.nn.functional.conv_transpose2d, in its order.
+
+Pixels of the output that no tap reaches are the bias.
+
+Arguments:
+  input: float32, float16, bfloat16 or float64, (N, Cin, H, W) or (Cin, H, W).
+  weight: real (Cin, Cout / groups, kh, kw), the latent weights.
+  bias: (Cout,) real; None: none.
+  stride: one or two integers, at least 1.
+  padding: one or two integers, at least 0: rows and columns taken away at each side.
+  output_padding: one or two integers, smaller than stride or dilation: rows and columns more.
+  groups: a divisor of both numbers of channels.
+  dilation: one or two integers, at least 1.
+{_ESTIMATORS}Returns:
+  real (N, Cout, OH, OW) or (Cout, OH, OW), with
+  OH = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding + 1.
+Errors:
+  an input with another number of channels than the weight takes, integers, other shapes, an output
+  without pixels, unknown estimators, a clip below 0, devices that differ.
+Example:
+  >>> x = torch.randn(1, 16, 4, 4, requires_grad=True)
+  >>> weight = torch.randn(16, 8, 2, 2, requires_grad=True)
+  >>> y = ops.binary_conv_transpose2d(x, weight, stride=2)
+  >>> sign = lambda t: torch.where(t < 0, -1.0, 1.0)
+  >>> torch.equal(y, F.conv_transpose2d(sign(x), sign(weight), stride=2))
+  True
+""",
     "binary_linear": f"""
 sign(input) times the transpose of sign(weight), with gradients by estimators; as binary_conv2d.
 
@@ -92,15 +121,15 @@ sign(input + shift) with a learned shift: ReActNet's RSign. Differentiable in bo
 
 Arguments:
   input: float32, float16, bfloat16 or float64, (N, C, ...).
-  shift: real (C,).
+  shift: real (C,), or (N, C, 1, ..., 1): one a channel of each sample.
   estimator: the slope in the backward: ste_sign, approx_sign, swish_sign, identity or none.
   clip: of ste_sign; None: no limit.
   beta: of swish_sign.
 Returns:
   -1 and +1, the shape and dtype of input; +1 unless input + shift < 0.
 Errors:
-  an input with another number of channels than the shift, fewer than two dimensions, integers, an
-  unknown estimator.
+  an input with another number of channels than the shift, a shift of another shape, fewer than two
+  dimensions, integers, an unknown estimator.
 Example:
   >>> ops.rsign(torch.tensor([[0.5, -0.5]]), torch.tensor([-1.0, 1.0])).tolist()
   [[-1.0, 1.0]]

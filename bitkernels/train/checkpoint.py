@@ -14,8 +14,8 @@ from bitkernels import _files
 from bitkernels._packages import needs
 from bitkernels.train.errors import CheckpointError, TrainError, first_line
 
-__all__ = ["export", "import_weights", "load", "random_state", "replace_file", "save",
-           "set_random_state", "transfer"]
+__all__ = ["export", "import_weights", "load", "numpy", "random_state", "replace_file",
+           "safetensors", "save", "set_random_state", "transfer"]
 
 FORMAT = 1
 
@@ -122,22 +122,23 @@ def export(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> Non
 
     Raises CheckpointError as `replace_file` does, TrainError without safetensors.
     """
-    safetensors = _safetensors()
+    library = safetensors()
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    replace_file(path, safetensors.save(tensors, metadata=about))
+    replace_file(path, library.save(tensors, metadata=about))
 
 
 def import_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError where it cannot be read."""
     try:
-        return _safetensors().load(path.read_bytes())
+        return safetensors().load(path.read_bytes())
     except TrainError:
         raise
     except Exception as error:  # safetensors has its own class of errors
         raise CheckpointError(f"cannot read weights from {path}: {first_line(error)}") from None
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """safetensors.torch. Raises TrainError where it is not installed."""
     try:
         import safetensors.torch
     except ImportError:

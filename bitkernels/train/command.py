@@ -9,7 +9,8 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitkernels import models
 from bitkernels.train import checkpoint, datasets, recipes
-from bitkernels.train.data import Data
+from bitkernels.train.data import Batches, Data
 from bitkernels.train.distributed import Group
 from bitkernels.train.errors import CheckpointError, DivergedError, TrainError, first_line
 from bitkernels.train.loop import fit
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to run")
     how.add_argument("--out", help="folder of the results")
     how.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     how.add_argument("--device", help="cpu, cuda or cuda:INDEX; default: a GPU if there is one")
     how.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     how.add_argument("--workers", type=int, default=0, help="processes that load images")
@@ -105,9 +107,10 @@ def main(args: argparse.Namespace) -> int:
         if args.model is None and recipe.model:
             args.model = recipe.model
             args.model_option = [*recipe.model_options, *args.model_option]
-        for name in ("model", "data", "out"):
+        for name, known in (("model", models.names()), ("data", datasets.NAMES), ("out", ())):
             if getattr(args, name) is None:
-                raise ValueError(f"--{name} is needed")
+                raise ValueError(f"--{name} is needed" + (
+                    f"; there are {', '.join(known)}" if known else ""))
         _check_files(args, recipe)
         args.device = _device(args.device)
         _check_packages(args)
@@ -131,6 +134,15 @@ def main(args: argparse.Namespace) -> int:
         return 130
     finally:
         group.close()
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Puts the option before the message of an error that the user can mend."""
+    try:
+        yield
+    except (TrainError, ValueError) as error:
+        raise type(error)(f"{option}: {error}") from None
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -210,12 +222,21 @@ def _failed(error: Exception, show: bool = True) -> int:
 
 def _run(args: argparse.Namespace, recipe: Recipe, group: Group) -> None:
     data = datasets.load(args.data, args.root, args.size)
+    for stage in recipe.stages:
+        with _naming("--batch-size"):
+            Batches(len(data.train), stage.batch_size, args.seed, group.rank, group.size)
+        with _naming("--augmentation"):
+            data.augmentation(stage.augmentation)
     build = builder(args.model, data, args.model_option)
     _try(build, data, args)
+    initial = None
+    if args.init:
+        with _naming("--init"):
+            initial = checkpoint.import_weights(Path(args.init))
     result = fit(
         build, recipe, data, args.out, seed=args.seed, resume=args.resume, group=group,
         name=" ".join([args.model, *args.model_option]), teacher=_teacher(args, data),
-        initial=checkpoint.import_weights(Path(args.init)) if args.init else None,
+        initial=initial,
         options=Options(
             device=args.device, bf16=args.bf16, channels_last=args.channels_last,
             compile=args.compile, workers=args.workers, checkpoint_every=args.checkpoint_every,
@@ -256,13 +277,17 @@ def _made(build: Callable[[], nn.Module], what: str) -> nn.Module:
 def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe is None:
         raise ValueError(f"--recipe is needed; there are {', '.join(recipes.names())}")
-    recipe = recipes.get(args.recipe).scaled(args.epochs, args.batch_size, args.lr, args.gamma,
-                                              args.augmentation)
+    recipe = recipes.get(args.recipe).scaled(args.epochs, args.batch_size,
+                                             augmentation=args.augmentation)
+    with _naming("--lr"):
+        recipe = recipe.scaled(lr=args.lr)
+    with _naming("--gamma"):
+        recipe = recipe.scaled(gamma=args.gamma)
     if args.stage is None:
         return recipe
     stages = {stage.name: stage for stage in recipe.stages}
     if args.stage not in stages:
-        raise ValueError(f"recipe {recipe.name} has no stage {args.stage}, only "
+        raise ValueError(f"--stage: recipe {recipe.name} has no stage {args.stage}, only "
                          f"{', '.join(stages)}")
     stage = stages[args.stage]
     if stage.start is not None and args.init is None:
@@ -276,8 +301,9 @@ def _teacher(args: argparse.Namespace, data: Data) -> nn.Module | None:
     if args.teacher is None:
         return None
     model = _made(builder(args.teacher, data, [], "--teacher"), f"--teacher {args.teacher}")
-    checkpoint.transfer(checkpoint.import_weights(Path(args.teacher_weights)), model,
-                        args.teacher_weights)
+    with _naming("--teacher-weights"):
+        checkpoint.transfer(checkpoint.import_weights(Path(args.teacher_weights)), model,
+                            args.teacher_weights)
     return model
 
 
@@ -300,8 +326,6 @@ def builder(name: str, data: Data, options: list[str],
             given[key] = value
     module, colon, function = name.partition(":")
     if not colon:
-        from bitkernels import models
-
         return lambda: models.create(name, num_classes=data.classes, in_channels=data.channels,
                                      image_size=data.size, **given)
     sys.path.insert(0, os.getcwd())  # as python -m does; torchrun does not

@@ -13,7 +13,7 @@ from torch import nn
 
 from bitkernels._files import locked
 from bitkernels.train import checkpoint
-from bitkernels.train.data import Data
+from bitkernels.train.data import Batches, Data
 from bitkernels.train.distributed import Group, synchronised
 from bitkernels.train.errors import CheckpointError
 from bitkernels.train.logs import CsvLog
@@ -53,6 +53,11 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
         raise ValueError("resume needs the folder of the run, out")
     if any(stage.teacher == "given" for stage in recipe.stages) and teacher is None:
         raise ValueError(f"recipe {recipe.name} learns from a teacher that is given, and none is")
+    if out is not None:
+        checkpoint.safetensors()
+    for stage in recipe.stages:  # refused before anything is written or trained
+        Batches(len(data.train), stage.batch_size, seed, group.rank, group.size)
+        data.augmentation(stage.augmentation)
     device = torch.device(options.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", group.local_rank)
@@ -118,8 +123,8 @@ def _open(out: Path, identity: dict[str, Any], resume: bool,
     if resume:
         return checkpoint.load(path, identity)
     if path.exists():
-        raise CheckpointError(f"{path} is there already: resume it (--resume), or choose "
-                              "another folder (--out)")
+        raise CheckpointError(f"{path} is there already: resume it, or choose another folder "
+                              "(--resume, --out)")
     return None
 
 

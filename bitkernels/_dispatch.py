@@ -1,0 +1,231 @@
+"""What the kernels of the Autograd key share: Functions of first order, refusals, autocast.
+
+The differentiable operators are kernels of torch's Autograd key that apply an autograd Function,
+which keeps packed bits. Transforms of `torch.func` call such a kernel once for each of their
+levels, with that level's tensors, as they do torch's generated kernels; there `record` keeps the
+inputs and calls the operator again, for the level below. Functions that modules apply directly have
+the form with `setup_context`, and torch handles all levels (`apply`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+functorch_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def is_recorded(operator: str, *tensors: Tensor | None) -> bool:
+    """Whether a Function must see an operator's inputs: one requires grad, or `torch.func` decides.
+
+    Raises where one has a tangent.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(operator, tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+        return functorch_active()
+    return False
+
+
+def _refuse_tangents(operator: str, values: Iterable[Any]) -> None:
+    if any(map(_has_tangent, values)):
+        raise RuntimeError(
+            f"{operator} has no forward-mode derivative (jvp, jacfwd, hessian, forward_ad); it has "
+            "one in reverse mode (vjp, grad, jacrev, backward)")
+
+
+def _has_tangent(value: Any) -> bool:
+    return (isinstance(value, Tensor) and value.dtype.is_floating_point
+            and forward_ad.unpack_dual(value).tangent is not None)
+
+
+def functional_transforms() -> bool:
+    """Whether `torch.func` transforms the code that runs, or a level of forward mode is open."""
+    return functorch_active() or forward_ad._current_level >= 0
+
+
+class _NoSecondDerivative(Function):
+    """The outputs of a backward, with a backward that says that there is none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name, inputs, *tensors):
+        return tuple(t.view_as(t) for t in tensors[inputs:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name, ctx.inputs = inputs[0], len(inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.name} has no second derivative: trying to differentiate twice")
+
+
+def _once(name: str, backward):
+    """torch's `once_differentiable`, with a message that names the operator, and in torch.func."""
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, grads)
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        inputs = [g for g in grads if isinstance(g, Tensor) and (g.requires_grad or _is_wrapped(g))]
+        if not inputs:
+            return outputs
+        results = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        at = [i for i, t in enumerate(results) if t is not None]
+        linked = _NoSecondDerivative.apply(name, len(inputs), *inputs, *(results[i] for i in at))
+        for i, t in zip(at, linked, strict=True):
+            results[i] = t
+        return tuple(results)
+
+    return once
+
+
+class FirstOrder(Function):
+    """A Function with a first derivative, and one error for a second.
+
+    `operator` is what errors name.
+    """
+
+    operator: str
+
+    def __init_subclass__(cls) -> None:
+        cls.backward = staticmethod(_once(cls.operator, cls.backward))  # type: ignore
+
+
+class _Recomputed:
+    """The context of a Function whose forward runs once more, for its backward."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad, self.saved_tensors = needs_input_grad, ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+
+def is_traced() -> bool:
+    """Whether a kernel of the Autograd key has to leave its operator whole: a dispatch mode, of
+    export for one, sees what the kernel calls."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not _is_excluded(_AUTOGRAD)
+
+
+class _OneLevel(Function):
+    """An operator on one level of `torch.func`; keeps its inputs, and its Function's forward runs
+    in the backward. Of several outputs the first is differentiable."""
+
+    @staticmethod
+    def forward(ctx, function, rest, *tensors):
+        ctx.function, ctx.rest = function, rest
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
+            out = function.call(*tensors, *rest)  # which the levels below record
+        if isinstance(out, tuple):
+            ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inner = _Recomputed(ctx.needs_input_grad[2:])
+        tensors = ctx.saved_tensors
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            ctx.function.forward(inner, *tensors, *ctx.rest)
+        return None, None, *ctx.function.backward(inner, *grads)[:len(tensors)]
+
+
+def record(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any) -> Any:
+    """An operator's Function, of the combined form, applied in its kernel of the Autograd key.
+
+    Its arguments are the tensors and the rest; `function.call` is the operator with the same ones.
+    """
+    if not functorch_active():
+        return super(Function, function).apply(*tensors, *rest)
+    if any(t is not None and t.requires_grad for t in tensors):
+        from torch._functorch.utils import enable_single_level_autograd_function
+
+        with enable_single_level_autograd_function():
+            return super(Function, _OneLevel).apply(function, rest, *tensors)
+    with below_autograd():
+        return function.call(*tensors, *rest)
+
+
+def with_gradient_of(value: Tensor, linear: Tensor) -> Tensor:
+    """The value, to the bit, with the gradient of `linear`, which is finite."""
+    return value.detach() + (linear - linear.detach())
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """`function.apply`, of the form with `setup_context` and with a name, `operator`.
+
+    `torch.export` keeps what a forward calls and no backward, so there it is `function.exported`:
+    the same values and gradients by PyTorch's own functions (`with_gradient_of`).
+
+    Binding the arguments takes `Function.apply` 15 us, which only `torch.func` and Dynamo need.
+    Raises where an input has a tangent: Dynamo takes no Function with a `jvp`, to say it there.
+    """
+    if torch.compiler.is_compiling():
+        return (function.exported if torch.compiler.is_exporting() else function.apply)(*args)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(function.operator, args)
+    if functorch_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)
+
+
+def in_memory_format(t: Tensor, format: torch.memory_format) -> Tensor:
+    """t.contiguous(memory_format=format); t itself in `torch.func`: vmap has no such formats."""
+    return t if _is_wrapped(t) else t.contiguous(memory_format=format)
+
+
+def refuse_grad(op: torch._ops.OpOverload):
+    """A kernel of the Autograd key for an operator that would detach: it refuses instead."""
+    packet = op._schema.name.removeprefix("bitkernels::")
+    names = [a.name for a in op._schema.arguments]
+
+    def forward(*args, **kw):
+        recorded = torch.is_grad_enabled()
+        if recorded or forward_ad._current_level >= 0:
+            for arg, value in (*zip(names, args, strict=False), *kw.items()):
+                if isinstance(value, Tensor) and (recorded and value.requires_grad
+                                                  or _has_tangent(value)):
+                    raise RuntimeError(
+                        f"bitkernels::{packet}: {arg} must not require grad, this operator has no "
+                        "gradient; use binary_conv2d or binary_linear to train, or .detach()")
+        with below_autograd():
+            return op(*args, **kw)
+
+    return forward
+
+
+def autocast(op, device: str):
+    """Under autocast the output, not the input, is cast: a cast could round x < 0 up to 0."""
+
+    def forward(*args, dtype=None, **kw):
+        with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+        ):
+            if dtype is None and args[0].dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(device)
+            return op(*args, dtype=dtype, **kw)
+
+    return forward

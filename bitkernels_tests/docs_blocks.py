@@ -1,0 +1,32 @@
+"""Reads and runs the blocks of code of a page of the documentation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(page: Path, language: str = "python") -> list[tuple[int, str]]:
+    """(line of the fence, code) of every block of a language."""
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [(match.string.count("\n", 0, match.start()) + 1, match.group(2)) for match in found
+            if match.group(1) == language]
+
+
+def run(page: Path, changes: dict[str, str] | None = None) -> dict[str, Any]:
+    """Execute a page's blocks of Python from top to bottom in one namespace, and return that.
+
+    changes: what to put for what in the code, to make it smaller; each must be there. A failure's
+    traceback has the page and the line.
+    """
+    code = blocks(page)
+    for old, new in (changes or {}).items():
+        assert any(old in text for _, text in code), f"{page.name} has no {old!r}"
+        code = [(line, text.replace(old, new)) for line, text in code]
+    space: dict[str, Any] = {"__name__": "__main__"}
+    for line, text in code:
+        exec(compile("\n" * line + text, str(page), "exec"), space)
+    return space

@@ -1,0 +1,199 @@
+"""`python -m bitkernels`: its commands, their help on a base install, and wrong arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitkernels
+from bitkernels import models
+from bitkernels.backends import cpu
+from bitkernels.cli import COMMANDS, doctor, main
+from bitkernels.cli import bench as bench_command
+
+ROOT = str(Path(bitkernels.__file__).parents[1])
+
+# As if torch alone were installed.
+BARE = """
+import importlib.metadata, sys
+from importlib.machinery import PathFinder
+HIDDEN = {"numpy", "safetensors", "tqdm", "sklearn", "tensorboard", "torchvision", "triton", "cupy",
+          "cupy_backends", "onnx", "matplotlib", "scipy"}
+find, distribution = PathFinder.find_spec, importlib.metadata.distribution
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
+def hidden(name):
+    if name.partition("-")[0] in HIDDEN:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return distribution(name)
+PathFinder.find_spec, importlib.metadata.distribution = find_spec, hidden
+"""
+
+
+def call(capsys, *arguments):
+    """(exit status, stdout, stderr) of the command in this process."""
+    try:
+        main([str(a) for a in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A process with torch alone, in which every help and some commands run one after the other."""
+    script = tmp_path_factory.mktemp("bare") / "script.py"
+    script.write_text(BARE + """
+import contextlib, io, json
+from bitkernels.cli import main
+found = {}
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+    found[" ".join(arguments)] = [status, out.getvalue(), err.getvalue()]
+# Training from Python, without a folder for results.
+from bitkernels import models
+from bitkernels.train import datasets, fit, recipes
+recipe, data = recipes.get("quicknet-digits").scaled(1, 20), datasets.generated(0, 40, 20)
+result = fit(lambda: models.create("quicknet", filters=(8, 16), blocks=(1, 1)), recipe, data)
+assert not HIDDEN & {name.partition(".")[0] for name in sys.modules}
+found["fit"] = len(result.rows)
+print(json.dumps(found))
+""")
+    out = str(script.parent / "out")
+    train = ["train", "--recipe", "quicknet-digits", "--data", "digits", "--out", out]
+    calls = [["--help"], [], ["doctor"], ["models", "quicknet"],
+             *([name, "--help"] for name in COMMANDS), train, [*train, "--show"],
+             [*train[:4], "generated", *train[5:], "--quiet"]]
+    run = subprocess.run([sys.executable, str(script), json.dumps(calls)], text=True,
+                         capture_output=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+    assert run.returncode == 0, run.stderr
+    return {key.replace(out, "OUT"): value for key, value in json.loads(run.stdout).items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_with_torch_alone(bare, name):
+    status, out, err = bare[f"{name} --help"]
+    assert status == 0 and not err
+    assert len(re.findall(rf"-m bitkernels {name}\b", out)) >= 3  # its usage and two examples
+    assert name in bare["--help"][1]
+
+
+def test_without_a_command_it_is_the_doctor(bare):
+    assert bare[""] == bare["doctor"] and bare["doctor"][0] == 0
+    out = bare["doctor"][1]
+    assert re.search(r"^triton +not installed$", out, re.M)
+    assert "pip install safetensors tqdm scikit-learn tensorboard" in out
+
+
+def test_models_and_recipes_need_torch_alone(bare):
+    status, out, _ = bare["models quicknet"]
+    assert status == 0 and "1,548,288" in out
+    status, out, _ = bare["train --recipe quicknet-digits --data digits --out OUT --show"]
+    assert status == 0 and "model quicknet" in out
+
+
+def test_training_from_python_needs_torch_alone(bare):
+    """Without numpy too, whose random numbers are then nobody's."""
+    assert bare["fit"] == 1
+
+
+def test_a_run_names_all_that_is_missing_at_its_start(bare):
+    status, out, err = bare["train --recipe quicknet-digits --data digits --out OUT"]
+    assert status == 1 and not out and err.count("\n") == 1
+    assert err.endswith(": pip install safetensors tqdm scikit-learn\n")
+    status, out, err = bare["train --recipe quicknet-digits --data generated --out OUT --quiet"]
+    assert status == 1 and not out
+    assert "safetensors (writes the weights): pip install safetensors\n" in err
+
+
+def test_doctor_says_what_helps(capsys, monkeypatch):
+    assert call(capsys, "doctor")[0] == 0
+    monkeypatch.setattr(cpu, "why_not", "the extension bitkernels._C is not built")
+    assert "the CPU engine is missing" in doctor.remedies()[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    said = " ".join(doctor.remedies())
+    assert "pip install triton" in said and "pip install cupy-cuda13x" in said
+    monkeypatch.setenv("BITKERNELS_CPU", "reference")
+    assert "unset it" in doctor.remedies()[0]
+
+
+def test_doctor_knows_a_torch_without_cuda_beside_a_driver(monkeypatch):
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        pytest.skip("this torch has CUDA")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert any("built for CPUs" in line for line in doctor.remedies())
+
+
+def test_models_counts(capsys):
+    status, out, err = call(capsys, "models", "reactnet-18", "--num-classes", 1000, "--size", 224)
+    assert status == 0 and not err
+    model = models.create("reactnet-18", num_classes=1000)
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 11_704_424  # the published code's
+    binary, real = (int(n.replace(",", "")) for n in out.splitlines()[1].split()[1:3])
+    assert (binary, binary + real) == (10_985_472, total)
+    listed = call(capsys, "models")[1]
+    assert all(name in listed for name in models.names())
+
+
+def test_bench_is_exact_and_says_where(capsys, keeps_threads):
+    status, out, err = call(capsys, "bench", "--seconds", 0.002, "--device", "cpu", "--layers",
+                            "3x3:33@7", "1x1:64@5", "5x5:8@9", "--batch", 2)
+    assert status == 0 and not err
+    head, _, columns, *rows = out.rstrip().splitlines()
+    assert f"torch {torch.__version__}" in head and "1 thread, batch 2" in head
+    assert [row.split()[0] for row in rows] == ["3x3:33@7", "1x1:64@5", "5x5:8@9"]
+    assert all(row.endswith("yes") for row in rows) and columns.endswith("exact")
+
+
+def test_bench_tells_a_wrong_result(capsys, monkeypatch):
+    monkeypatch.setattr(bench_command, "measure", lambda *a: [1.0, 1.0, 1.0, 1.0, False])
+    status, out, _ = call(capsys, "bench", "--device", "cpu", "--layers", "3x3:8@8")
+    assert status == 1 and out.rstrip().endswith("NO")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["banana"], "invalid choice: 'banana'"),
+    (["--banana"], "unrecognized arguments: --banana"),
+    (["doctor", "--fast"], "unrecognized arguments: --fast"),
+    (["models", "resnet"], "no model is called 'resnet'; there are binarynet, "),
+    (["models", "--size", "0"], "--size must be at least 1, got 0"),
+    (["models", "--num-classes", "ten"], "--num-classes: invalid int value: 'ten'"),
+    (["models", "binarynet", "--size", "1"], "binarynet with --in-channels 3 --size 1"),
+    (["bench", "--device", "banana"], "--device must be cpu"),
+    (["bench", "--threads", "0"], "--threads must be at least 1, got 0"),
+    (["bench", "--batch", "-1"], "--batch must be at least 1, got -1"),
+    (["bench", "--seconds", "0"], "--seconds must be above 0"),
+    (["bench", "--layers", "3x5:8@8"], "--layers takes KxK:CHANNELS@SIZE"),
+    (["bench", "--layers", "conv"], "got 'conv'"),
+    (["train", "--recipe", "none"], "--recipe: invalid choice: 'none'"),
+    (["train", "--epochs", "many"], "--epochs: invalid int value: 'many'")])
+def test_wrong_arguments_are_one_line(capsys, arguments, message):
+    status, out, err = call(capsys, *arguments)
+    assert status in (1, 2) and not out
+    assert message in err and err.count("\n") == 1 and err.startswith(
+        ("python -m bitkernels", "bitkernels "))
+
+
+def test_version_and_kernels(capsys):
+    assert call(capsys, "--version") == (0, f"{bitkernels.__version__}\n", "")
+    status, out, _ = call(capsys, "--cpu-kernels")
+    assert status == 0
+    assert out.split() == [name for name, supported in cpu.kernels() if supported]
