@@ -296,6 +296,14 @@ def test_accelerate_offloads_and_dispatches(pair):
     assert torch.equal(model(x), copy.deepcopy(b)(x)) and not torch.equal(model(x), expected)
 
 
+def test_distributed_checkpoints_load(pair, tmp_path):
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+    a, b, x, expected = pair
+    checkpoint.save(b.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load(a.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    assert torch.equal(a(x), expected)
+
+
 def test_a_gpu_layer_has_no_tiles():
     layer = BinaryConv2d(8, 8, 3).pack()
     assert not layer._tiles._kept  # before the first call on a CPU

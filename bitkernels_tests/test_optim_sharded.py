@@ -22,9 +22,8 @@ from bitkernels.optim import (
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 OPTIMIZERS = {
-    "bop": lambda ps: Bop(ps, gamma=0.3, threshold=1e-9),
     "foreach": lambda ps: Bop(ps, gamma=0.3, threshold=1e-9, foreach=True),
-    "second": lambda ps: Bop2ndOrder(ps, gamma=0.3, sigma=0.3, threshold=1e-9, unbiased=True)}
+    "loop": lambda ps: Bop2ndOrder(ps, gamma=0.3, sigma=0.3, threshold=1e-9, unbiased=True)}
 
 
 def network():

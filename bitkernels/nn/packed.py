@@ -6,7 +6,8 @@ Buffers, all in the state_dict:
 
 On CPUs the words are read as `tile_weight` orders them. These tiles are kept outside the state and
 follow weight_words, however they are loaded, replaced or written to (`bitkernels.nn.derived`, which
-also says which writes PyTorch itself does not count).
+also says which writes PyTorch itself does not count). Compiled and exported graphs hold the words
+alone, so CPU kernels rearrange them in each call.
 
 The output has the input's dtype (under autocast, the autocast dtype) and is equal, bit for bit, to
 that of the layer it was packed from where that computes in float32. An input that requires grad is
