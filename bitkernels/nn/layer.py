@@ -13,7 +13,7 @@ from bitkernels import quantizers
 from bitkernels._dispatch import apply, with_gradient_of
 from bitkernels._fx import FxLeaf
 from bitkernels.nn import hooks, latent
-from bitkernels.nn._input_signs import can_look_at, single_sign
+from bitkernels.nn.looking import can_look_at, single_sign
 from bitkernels.quantizers import (
     ApproxSign,
     MagnitudeAwareSign,
@@ -245,14 +245,9 @@ class BinaryLayer(FxLeaf):
 
     def _look_at_weight(self, weight: Tensor) -> None:
         """Once for each new weight: a warning if many are 0, which bits cannot say."""
-        if (type(weight) not in (Tensor, nn.Parameter) or weight.is_meta
-                or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
-                or torch._C._functorch.peek_interpreter_stack() is not None
-                or (weight.is_cuda and torch.cuda.is_current_stream_capturing())):
-            return
-        if self.__dict__.pop("_unseen_weight", None) is None or "_is_replica" in self.__dict__:
-            return
-        latent.warn_of_zeros(self, weight)
+        if can_look_at(weight) and "_is_replica" not in self.__dict__ and self.__dict__.pop(
+                "_unseen_weight", None):
+            latent.warn_of_zeros(self, weight)
 
     def binary_weight(self, scaled: bool = False) -> Tensor:
         """The weights that the layer computes with: -1 and +1, times alpha if scaled.
@@ -272,7 +267,7 @@ class BinaryLayer(FxLeaf):
 
     def _look_at(self, input: Tensor) -> None:
         """Warn, once for a layer, where all signs of its input are the same."""
-        if not can_look_at(input) or self.__dict__.get("_is_replica"):
+        if not can_look_at(input) or "_is_replica" in self.__dict__:
             return
         self.__dict__["_input_seen"] = True
         sign = single_sign(input)

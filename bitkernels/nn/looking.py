@@ -1,4 +1,4 @@
-"""Whether the signs of a tensor say anything, where its values may be looked at."""
+"""What may be looked at: values of tensors, where nothing but a plain call runs the code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FEW = 16  # values that may have one sign by chance
 def can_look_at(x: Tensor) -> bool:
     """Not while a compiler, tracer, transform or CUDA graph runs the code, or without values."""
     return (type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-            and not x.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and not x.is_meta and torch._C._functorch.peek_interpreter_stack() is None
             and torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
             and not (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
