@@ -266,7 +266,7 @@ def test_free_image_sizes_do_not_compile_for_ever(usable, monkeypatch):
 def test_the_report_says_why(monkeypatch):
     assert "sm_90a (NVIDIA H200, " in dict(doctor.report())["cuda kernels"]
     monkeypatch.setattr(plan, "table", dict)
-    assert "no table of times yet" in dict(doctor.report())["cuda kernels"]
+    assert "none proven" in dict(doctor.report())["cuda kernels"]
 
 
 def test_importing_loads_no_cuda():

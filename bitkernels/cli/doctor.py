@@ -82,8 +82,7 @@ def cuda_row() -> tuple[str, str]:
                          for arch, entry in plan.table().items())
     asked = {"1": "; all asked for by BITKERNELS_CUDA=1", "0": "; none, by BITKERNELS_CUDA=0"}
     said = (f"measured on {measured}" if measured
-            else "no table of times yet, BITKERNELS_CUDA=1 opts in (right and faster than "
-                 "Triton on an H200, 2026-11-26)")
+            else "none proven on any GPU yet, BITKERNELS_CUDA=1 opts in")
     said += asked.get(cuda.mode(), "")
     if torch.cuda.is_available():
         reason = cuda.why_unusable(torch.device("cuda", torch.cuda.current_device()))
