@@ -30,6 +30,7 @@ def test_readme(one_thread):
 
 
 def test_faq(one_thread, capsys):
+    pytest.importorskip("safetensors")
     run(DOCS / "faq.md")
     out = capsys.readouterr().out
     assert "32.0\n" in out and "1.64e+08 OPs\n" in out
