@@ -38,7 +38,7 @@ define kernel_test
 	$(4) build/$(3)/kernel_test $(5)
 endef
 
-.PHONY: help test bench build test-all kernel-test kernel-test-neon gpu-check gpu-check-cuda abi-audit lint clean
+.PHONY: help test bench build test-all kernel-test kernel-test-neon mutants gpu-check gpu-check-cuda abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -47,6 +47,7 @@ help:
 	@echo "make test-all          the tests once for each CPU kernel of this machine"
 	@echo "make kernel-test       the C++ kernels alone, plain, under sanitizers and with threads"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
+	@echo "make mutants           do the tests notice each mistake of a list?"
 	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
 	@echo "make gpu-check-cuda    the kernels of csrc/cuda, which wait for their first GPU"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
@@ -86,6 +87,9 @@ kernel-test:
 	$(call kernel_test,$(CXX),-O3,plain,)
 	$(call kernel_test,$(CXX),$(SANITIZE),sanitized,)
 	$(call kernel_test,$(CXX),$(RACES),races,,scalar)
+
+mutants: build
+	$(PY) -m bitkernels_tests.mutants --jobs $(JOBS)
 
 kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))
