@@ -39,7 +39,7 @@ define kernel_test
 	$(4) build/$(3)/kernel_test $(5)
 endef
 
-.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon gpu-check gpu-check-cuda abi-audit lint clean
+.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon mutants gpu-check gpu-check-cuda abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -49,6 +49,7 @@ help:
 	@echo "make kernel-test       the C++ kernels alone, plain, under sanitizers and with threads"
 	@echo "make kernel-test-compilers  the same, quickly, by each of COMPILERS"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
+	@echo "make mutants           do the tests notice each mistake of a list?"
 	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
 	@echo "make gpu-check-cuda    on a GPU machine: the kernels of csrc/cuda checked and measured"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
@@ -93,6 +94,9 @@ kernel-test-compilers: $(addprefix kernel-test-by-,$(COMPILERS))
 
 kernel-test-by-%:
 	$(call kernel_test,$*,-O1,$*,)
+
+mutants: build
+	$(PY) -m bitkernels_tests.mutants --jobs $(JOBS)
 
 kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))

@@ -371,7 +371,7 @@ def test_a_packed_block_is_one_convolution(name):
     ("conv has hooks", hooked("conv")),
     ("conv has a bias or a padding mode", lambda b: setattr(
         b.conv, "bias", torch.ones(CHANNELS))),
-], ids=str)
+], ids=["training", "no statistics", "quantizer", "hooks", "bias"])
 def test_reasons_to_run_the_layers_of_a_packed_block(reason, change):
     packed = bnn.pack(pair_of(reactnet)[0])
     change(packed)

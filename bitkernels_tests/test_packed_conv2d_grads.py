@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bitkernels.backends import launchers
 from bitkernels_tests.cases import ConvCase, reals, words_of
 
 ops = torch.ops.bitkernels
@@ -104,3 +105,61 @@ def test_the_number_of_threads_does_not_matter(keeps_threads):
             ops.packed_conv2d_weight_grad(grad, words, 96, (3,), (1,), (1,)),
             ops.packed_conv2d_input_grad(grad, weight_words, 96, None, (20, 20), (1,))))
     assert all(map(torch.equal, *results))
+
+
+def wrong_weight_grad(text, **kw):
+    given = dict(grad=torch.zeros(2, 8, 5, 6), words=torch.zeros(2, 5, 6, 2, dtype=torch.int32),
+                 channels=40, kernel_size=(3, 3), stride=(1,), padding=(1,), dilation=(1,),
+                 pad_value=0)
+    return "packed_conv2d_weight_grad", text, tuple((given | kw).values())
+
+
+def wrong_input_grad(text, **kw):
+    given = dict(grad=torch.zeros(2, 8, 5, 6),
+                 weight_words=torch.zeros(8, 3, 3, 2, dtype=torch.int32), channels=40, scale=None,
+                 input_size=(5, 6), padding=(1,), dilation=(1,))
+    return "packed_conv2d_input_grad", text, tuple((given | kw).values())
+
+
+REAL_GRAD = "grad must be float32, float16 or bfloat16 of shape (N, Cout, OH, OW), got "
+WRONG = [make(text, **kw) for make in (wrong_weight_grad, wrong_input_grad) for text, kw in (
+    (REAL_GRAD + "float64 of shape (2, 8, 5, 6)",
+     dict(grad=torch.zeros(2, 8, 5, 6, dtype=torch.float64))),
+    ("grad must be of shape (2, 8, 5, 6), got float32 of shape (2, 8, 6, 5)",
+     dict(grad=torch.zeros(2, 8, 6, 5))),
+    ("dilation must be at least 1, got [0]", dict(dilation=[0])),
+    ("padding must be at least 0, got [-1]", dict(padding=[-1])),
+    ("kernel must be at most the padded input size 7, got a reach of 9", dict(dilation=[4])))
+] + [
+    wrong_weight_grad(REAL_GRAD + "float32 of shape (8, 5, 6)", grad=torch.zeros(8, 5, 6)),
+    wrong_weight_grad("words must be 1 words wide for 32 channels, got int32 of shape (2, 5, 6, 2)",
+                      channels=32),
+    wrong_weight_grad("pad_value must be -1, 0 or 1, got 2", pad_value=2),
+    wrong_weight_grad("kernel_size must be at least 1, got [3, 0]", kernel_size=[3, 0]),
+    wrong_weight_grad("stride must be one or two integers, got [1, 1, 1]", stride=[1, 1, 1]),
+    wrong_input_grad("grad must be of shape (N, 8, OH, OW), got float32 of shape (2, 7, 5, 6)",
+                     grad=torch.zeros(2, 7, 5, 6)),
+    wrong_input_grad("scale must be of shape (8,), got float32 of shape (7,)",
+                     scale=torch.zeros(7)),
+    wrong_input_grad("input_size must be at least 1, got [0, 6]", input_size=[0, 6]),
+    wrong_input_grad(
+        "weight_words must be int32 words, got float32 of shape (8, 3, 3, 2)",
+        weight_words=torch.zeros(8, 3, 3, 2)),
+]
+
+
+@pytest.mark.parametrize("name,text,args", WRONG, ids=lambda x: x if isinstance(x, str) else "")
+def test_wrong_arguments(name, text, args):
+    """The operator, the fake one and the launcher in Python say the same."""
+    def meta(value):
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def reached(op, *args, **kw):
+        pytest.fail(f"{op} runs")
+
+    op = getattr(ops, name)
+    for call in (lambda: op(*args), lambda: op(*map(meta, args)),
+                 lambda: getattr(launchers, name)(reached, *args)):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert str(caught.value) == f"bitkernels::{name}: {text}"

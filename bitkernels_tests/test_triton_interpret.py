@@ -1,9 +1,8 @@
 """Numerics of every Triton kernel in Triton's interpreter, which runs without a GPU.
 
-The interpreter must be chosen before Triton is imported, so the tests of this file run in a process
-of their own, started by the one test that other processes see, as do those of
-test_triton_interpret_offsets.py. It truncates on the way to bfloat16
-where a GPU rounds, hence `as_interpreted`.
+The interpreter must be chosen before Triton is imported, so the tests of this file, and of
+test_triton_interpret_offsets.py, run in processes of their own, started by the one test that other
+processes see. It truncates on the way to bfloat16 where a GPU rounds, hence `as_interpreted`.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ class BinaryLayer(FxLeaf):
         """Input and weight for the operator, after the quantizers that it does not know."""
         if self._input_first:
             input = _quantized(self.input_quantizer, input)
-        if not self._input_seen and self.training:
+        if not torch.compiler.is_compiling() and self.training and not self._input_seen:
             self._look_at(input)
         return input, self._weight_to_sign()
 
@@ -302,7 +302,8 @@ class BinaryLayer(FxLeaf):
             weight = (apply(_ForwardScale, weight, scale) if self._scale_rule == "detached"
                       else weight * scale)
         input = _quantized(self.input_quantizer, input)
-        if not self._input_seen and self.training and is_binary(self.input_quantizer):
+        if (not torch.compiler.is_compiling() and self.training and not self._input_seen
+                and is_binary(self.input_quantizer)):
             self._look_at(input)
         return input, weight
 

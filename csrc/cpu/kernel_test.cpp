@@ -267,7 +267,7 @@ void test_kernel(const Kernel& k) {
     }
   }
   for (int i = 0; i < 1500; ++i) test_conv(k, random_conv());
-  for (int i = 0; i < 8; ++i) test_conv(k, kLarge[i % 4]);
+  for (int i = 0; i < 32; ++i) test_conv(k, kLarge[i % 4]);  // the others have one task
   for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
   test_pool(2, 70, 70);
   test_block_passes(k);
