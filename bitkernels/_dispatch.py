@@ -130,6 +130,17 @@ def is_traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and not _is_excluded(_AUTOGRAD)
 
 
+def unrecorded(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any) -> Any:
+    """What a traced kernel returns where no gradient is recorded: its operator, or its ONNX form.
+
+    See `record` for the arguments; `function.onnx` takes the same.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return function.onnx(*tensors, *rest)
+    with below_autograd():
+        return function.call(*tensors, *rest)
+
+
 class _OneLevel(Function):
     """An operator on one level of `torch.func`; keeps its inputs, and its Function's forward runs
     in the backward. Of several outputs the first is differentiable."""
@@ -203,6 +214,9 @@ def refuse_grad(op: torch._ops.OpOverload):
     names = [a.name for a in op._schema.arguments]
 
     def forward(*args, **kw):
+        if is_traced() and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(f"bitkernels::{packet} has no ONNX form; give torch.onnx.export the "
+                               "model itself, not a program that torch.export made of it")
         recorded = torch.is_grad_enabled()
         if recorded or forward_ad._current_level >= 0:
             for arg, value in (*zip(names, args, strict=False), *kw.items()):

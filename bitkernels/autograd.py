@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitkernels import _onnx, reference
 from bitkernels._checks import (
     check_binary_conv2d,
     check_binary_linear,
@@ -40,6 +41,7 @@ from bitkernels._dispatch import (
     is_traced,
     record,
     refuse_grad,
+    unrecorded,
 )
 from bitkernels._ops import LIB
 
@@ -196,6 +198,7 @@ def _weight_grad(grad, words, weight, conf) -> Tensor:
 
 class _BinaryConv2d(FirstOrder):
     operator = "binary_conv2d"
+    onnx = staticmethod(_onnx.binary_conv2d)
 
     @staticmethod
     def call(input, weight, bias, scale, conf):
@@ -262,11 +265,11 @@ def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if is_recorded("binary_conv2d", input, weight, bias, scale):
         out = record(_BinaryConv2d, (batched, weight, bias, scale), conf)
+    elif is_traced():
+        out = unrecorded(_BinaryConv2d, (batched, weight, bias, scale), conf)
     else:
-        traced = is_traced()
         with below_autograd():
-            out = (_BinaryConv2d.call(batched, weight, bias, scale, conf) if traced
-                   else _conv2d_forward(batched, weight, bias, scale, conf, None)[0])
+            out = _conv2d_forward(batched, weight, bias, scale, conf, None)[0]
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -276,6 +279,7 @@ def _binary_conv2d_padding(input, weight, bias=None, stride=(1,), padding="valid
 
 class _BinaryLinear(FirstOrder):
     operator = "binary_linear"
+    onnx = staticmethod(_onnx.binary_linear)
 
     @staticmethod
     def call(input, weight, bias, scale, conf):
@@ -331,16 +335,19 @@ def _binary_linear(input, weight, bias=None, *, scale=None, input_estimator="ste
                 scale_weight_grad=scale_weight_grad, dtype=dtype)
     if is_recorded("binary_linear", input, weight, bias, scale):
         return record(_BinaryLinear, (input, weight, bias, scale), conf)
-    traced = is_traced()
+    if is_traced():
+        return unrecorded(_BinaryLinear, (input, weight, bias, scale), conf)
     with below_autograd():
-        if traced:
-            return _BinaryLinear.call(input, weight, bias, scale, conf)
         words = ops.sign_pack.default(input)
         return _linear_on_words(words, input, weight, bias, scale, conf)
 
 
 class _RSign(FirstOrder):
     operator = "rsign"
+
+    @staticmethod
+    def onnx(input, shift, *_):
+        return reference.rsign(input, shift)
 
     @staticmethod
     def call(input, shift, estimator, clip, beta):
@@ -382,16 +389,16 @@ def _rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     check_clip("rsign", "clip", clip)
     if is_recorded("rsign", input, shift):
         return record(_RSign, (input, shift), estimator, clip, beta)
-    traced = is_traced()
+    if is_traced():  # which must not forget the estimator
+        return unrecorded(_RSign, (input, shift), estimator, clip, beta)
     with below_autograd():
-        if traced:  # what the estimator is, a trace must not forget
-            return _RSign.call(input, shift, estimator, clip, beta)
         return ops.rsign.default(input, shift)
 
 
 class _RPReLU(FirstOrder):
     operator = "rprelu"
     call = ops.rprelu.default
+    onnx = staticmethod(reference.rprelu)
 
     @staticmethod
     def forward(ctx, input, shift_in, slope, shift_out):
@@ -411,6 +418,8 @@ class _RPReLU(FirstOrder):
 def _rprelu(input, shift_in, slope, shift_out):
     if is_recorded("rprelu", input, shift_in, slope, shift_out):
         return record(_RPReLU, (input, shift_in, slope, shift_out))
+    if is_traced():
+        return unrecorded(_RPReLU, (input, shift_in, slope, shift_out))
     with below_autograd():
         return ops.rprelu.default(input, shift_in, slope, shift_out)
 

@@ -25,6 +25,7 @@ from bitkernels._dispatch import (
     is_recorded,
     is_traced,
     record,
+    unrecorded,
 )
 from bitkernels._ops import LIB
 from bitkernels.autograd import conv2d_backward, finish_weight_grad, memory_format
@@ -211,10 +212,9 @@ def _binary_residual_block(
                shift_out, scale)
     if is_recorded("binary_residual_block", *tensors):
         return record(_ResidualBlock, tensors, conf)
-    traced = is_traced()
+    if is_traced():
+        return unrecorded(_ResidualBlock, tensors, conf)
     with below_autograd():
-        if traced:
-            return _ResidualBlock.call(*tensors, conf)
         out, *_, norm = _forward(*tensors, conf, None)
     if input.dtype == torch.float64:
         return out, norm.mean, norm.variance

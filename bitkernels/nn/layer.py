@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitkernels import quantizers
+from bitkernels import _onnx, quantizers
 from bitkernels._dispatch import apply, with_gradient_of
 from bitkernels._fx import FxLeaf
 from bitkernels.quantizers import (
@@ -175,6 +175,8 @@ class BinaryLayer(FxLeaf):
 
     def _bit_operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight for the operator, after the quantizers that it does not know."""
+        if torch.jit.is_tracing():
+            _onnx.is_exporting()  # raises for what takes operators of TorchScript only
         if self._input_first:
             input = _quantized(self.input_quantizer, input)
         return input, self.signs_of_weight()

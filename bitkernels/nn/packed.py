@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitkernels import _onnx
 from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import FxLeaf, traced_whole
 
@@ -81,9 +82,10 @@ class _Packed(FxLeaf):
         return self.weight_tiles if input.is_cpu else self.weight_words
 
     def _words(self, input: Tensor, dim: int) -> Tensor:
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        return _sign_pack(input, None, dim)
+        return _sign_pack(self._quantized(input), None, dim)
+
+    def _quantized(self, input: Tensor) -> Tensor:
+        return input if self.input_quantizer is None else self.input_quantizer(input)
 
 
 class _PackedConv(_Packed):
@@ -127,6 +129,10 @@ class _PackedConv(_Packed):
     def _convolve(self, input: Tensor) -> Tensor:
         """Of (N, C, H, W)."""
         stride, pads, dilation = self._geometry
+        if _onnx.is_exporting():
+            return _onnx.packed_conv2d(
+                self._quantized(input), self.weight_words, self.in_channels, stride, pads,
+                dilation, self.groups, self.pad_value, self.scale, self.bias, self._dtype(input))
         return _packed_conv2d(
             self._words(input, 1), self._filter(input), self.in_channels, stride, pads, dilation,
             self.groups, pad_value=self.pad_value, out_channels=self.out_channels,
@@ -212,6 +218,10 @@ class PackedLinear(_Packed):
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
                                f"{tuple(input.shape)}")
+        if _onnx.is_exporting():
+            return _onnx.packed_linear(
+                self._quantized(input), self.weight_words, self.in_features, self.scale, self.bias,
+                self._dtype(input))
         return _packed_linear(
             self._words(input, -1), self._filter(input), self.in_features,
             out_channels=self.out_features, scale=self.scale, bias=self.bias,
