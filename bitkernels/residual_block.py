@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitkernels._block_checks import check_binary_residual_block
+from bitkernels._conv2d_backward import conv2d_backward
 from bitkernels._dispatch import (
     FirstOrder,
     autocast,
@@ -28,7 +29,7 @@ from bitkernels._dispatch import (
     unrecorded,
 )
 from bitkernels._ops import LIB
-from bitkernels.autograd import conv2d_backward, finish_weight_grad, memory_format
+from bitkernels.autograd import finish_weight_grad, memory_format
 
 ops = torch.ops.bitkernels
 
