@@ -41,14 +41,11 @@ from bitkernels._dispatch import (
     refuse_grad,
     unrecorded,
 )
+from bitkernels._estimators import estimated_grad
 from bitkernels._ops import LIB
 
 ops = torch.ops.bitkernels
 _forward = ops.binary_conv2d_forward.default
-
-
-def _estimator_backward(grad: Tensor, x: Tensor, name: str, clip, beta: float) -> Tensor:
-    return ops.sign_backward.default(grad, x, None, None, estimator=name, clip=clip, beta=beta)[0]
 
 
 class _Signs:
@@ -68,10 +65,7 @@ class _Signs:
             return grad
         if name == "ste_sign":
             return ops.mask_grad.default(grad, saved, dim)
-        if dim == -1:  # sign_backward has the channels second
-            rows = (grad.reshape(-1, grad.shape[-1]), saved.reshape(-1, grad.shape[-1]))
-            return _estimator_backward(*rows, name, clip, beta).view(grad.shape)
-        return _estimator_backward(grad, saved, name, clip, beta)
+        return estimated_grad(grad, saved, name, beta)
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
