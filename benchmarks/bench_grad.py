@@ -30,7 +30,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from bitkernels.autograd import _by_tables
+from bitkernels._conv2d_backward import by_tables
 
 ops = torch.ops.bitkernels
 LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7", "1x1:64@56", "1x1:128@28",
@@ -87,7 +87,7 @@ class Case:
             PRECISIONS[precision], **place)
         self.words, self.weight_words = (ops.sign_pack(t, None, 1) for t in (self.x, self.weight))
         conf = dict(groups=1, stride=(1, 1))
-        self.used = dict(zip(KINDS, _by_tables(self.grad, self.weight, conf), strict=True))
+        self.used = dict(zip(KINDS, by_tables(self.grad, self.weight, conf), strict=True))
 
     def tables(self, kind: str) -> Tensor:
         layer, pad = self.layer, (self.pad,)

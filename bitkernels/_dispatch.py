@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -130,6 +130,19 @@ def is_traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and not _is_excluded(_AUTOGRAD)
 
 
+def unrecorded(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any) -> Any:
+    """What a traced kernel returns where no gradient is recorded: its operator, or its ONNX form.
+
+    See `record` for the arguments; `function.onnx` takes the same.
+    """
+    if torch.onnx.is_in_onnx_export():
+        if not hasattr(function, "onnx"):
+            _refuse_onnx(function.operator)
+        return function.onnx(*tensors, *rest)
+    with below_autograd():
+        return function.call(*tensors, *rest)
+
+
 class _OneLevel(Function):
     """An operator on one level of `torch.func`; keeps its inputs, and its Function's forward runs
     in the backward. Of several outputs the first is differentiable."""
@@ -197,12 +210,19 @@ def in_memory_format(t: Tensor, format: torch.memory_format) -> Tensor:
     return t if _is_wrapped(t) else t.contiguous(memory_format=format)
 
 
+def _refuse_onnx(operator: str) -> NoReturn:
+    raise RuntimeError(f"bitkernels::{operator} has no ONNX form; give torch.onnx.export the model "
+                       "itself, not a program that torch.export made of it")
+
+
 def refuse_grad(op: torch._ops.OpOverload):
     """A kernel of the Autograd key for an operator that would detach: it refuses instead."""
     packet = op._schema.name.removeprefix("bitkernels::")
     names = [a.name for a in op._schema.arguments]
 
     def forward(*args, **kw):
+        if is_traced() and torch.onnx.is_in_onnx_export():
+            _refuse_onnx(packet)
         recorded = torch.is_grad_enabled()
         if recorded or forward_ad._current_level >= 0:
             for arg, value in (*zip(names, args, strict=False), *kw.items()):

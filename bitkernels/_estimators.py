@@ -76,6 +76,21 @@ def straight_through(x: Tensor, kind: str, clip: float | None, threshold: Tensor
     return _value(x, kind, threshold)
 
 
+def estimated_grad(grad: Tensor, x: Tensor, estimator: str, beta: float) -> Tensor:
+    """grad times the slope of approx_sign or swish_sign at x, as `reference.estimator_grad`.
+
+    approx_sign takes one pass in place of five, a sixth to a tenth of the time; the operator's
+    swish_sign calls tanh and cosh one number at a time, 4 to 10 times as long as PyTorch's.
+    """
+    if estimator != "approx_sign":
+        return reference.estimator_grad(grad, x, estimator, None, beta)
+    shape = x.shape
+    if not is_channels_last(x):  # the operator has channels, and is fastest with them innermost
+        columns = x[0].numel() if x.dim() > 1 and len(x) else x.numel()
+        grad, x = (t.reshape(-1, max(columns, 1)) for t in (grad, x))
+    return _sign_backward(grad, x, None, None, estimator=estimator)[0].view(shape)
+
+
 class EstimatedSign(FirstOrder):
     """Sign whose gradient needs x itself (approx_sign, swish_sign): a reference to x is saved."""
 
@@ -100,11 +115,7 @@ class EstimatedSign(FirstOrder):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        shape = x.shape
-        if x.dim() < 2:  # the operator has channels
-            x, grad = x.reshape(1, -1), grad.reshape(1, -1)
-        grad, _ = _sign_backward(grad, x, None, None, estimator=ctx.estimator, beta=ctx.beta)
-        return grad.view(shape), None, None
+        return estimated_grad(grad, x, ctx.estimator, ctx.beta), None, None
 
 
 class Round(Function):

@@ -16,12 +16,10 @@ Estimators of d sign(x) / dx (Larq's names, plus the two trivial ones):
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bitkernels import _onnx, reference
 from bitkernels._checks import (
     check_binary_conv2d,
     check_binary_linear,
@@ -31,6 +29,7 @@ from bitkernels._checks import (
     is_channels_last,
     wants_channels_last,
 )
+from bitkernels._conv2d_backward import conv2d_backward, scaled_signs
 from bitkernels._dispatch import (
     FirstOrder,
     autocast,
@@ -40,15 +39,13 @@ from bitkernels._dispatch import (
     is_traced,
     record,
     refuse_grad,
+    unrecorded,
 )
+from bitkernels._estimators import estimated_grad
 from bitkernels._ops import LIB
 
 ops = torch.ops.bitkernels
 _forward = ops.binary_conv2d_forward.default
-
-
-def _estimator_backward(grad: Tensor, x: Tensor, name: str, clip, beta: float) -> Tensor:
-    return ops.sign_backward.default(grad, x, None, None, estimator=name, clip=clip, beta=beta)[0]
 
 
 class _Signs:
@@ -68,10 +65,7 @@ class _Signs:
             return grad
         if name == "ste_sign":
             return ops.mask_grad.default(grad, saved, dim)
-        if dim == -1:  # sign_backward has the channels second
-            rows = (grad.reshape(-1, grad.shape[-1]), saved.reshape(-1, grad.shape[-1]))
-            return _estimator_backward(*rows, name, clip, beta).view(grad.shape)
-        return _estimator_backward(grad, saved, name, clip, beta)
+        return estimated_grad(grad, saved, name, beta)
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
@@ -110,98 +104,13 @@ def _wanted(ctx) -> tuple[bool, bool]:
     return wants_input, trains_weight or ctx.needs_input_grad[3]
 
 
-def _scaled_signs(weight: Tensor, words: Tensor, scale: Tensor | None, dtype) -> Tensor:
-    """The weight's signs, from its packed ones, times the scale."""
-    signs = ops.unpack.default(words, weight.shape[1], dtype, 1)
-    return signs if scale is None else signs * scale.view(-1, *[1] * (signs.dim() - 1)).to(dtype)
-
-
-def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input: bool,
-                    wants_weight: bool):
-    """Real gradients of (input's signs, weight's unscaled signs), None where not wanted.
-
-    The unscaled output gradient meets scaled weights: its product with the input is then the
-    gradient of the unscaled signs, from which every rule for the weight follows.
-    """
-    grad = in_memory_format(grad, torch.channels_last)  # as the words; once for both
-    by_input, by_weight = _by_tables(grad, weight, conf)
-    channels = weight.shape[1] * conf["groups"]
-    grad_input = grad_signs = None
-    if wants_weight and by_weight:
-        grad_signs = ops.packed_conv2d_weight_grad.default(
-            grad, words, channels, weight.shape[2:], conf["stride"], conf["pad"],
-            conf["dilation"], conf["pad_value"])
-    elif wants_weight:
-        grad_signs = _weight_grad(grad, words, weight, conf)
-    if wants_input and by_input:
-        grad_input = ops.packed_conv2d_input_grad.default(
-            grad, weight_words, channels, scale, words.shape[1:3], conf["pad"], conf["dilation"])
-    elif wants_input:
-        grad_input = _input_grad(grad, words, weight, weight_words, scale, conf)
-    return grad_input, grad_signs
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-def _by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
-    """Whether the operators on bits are faster than the library, for (input, weight): where a table
-    is read often enough for the time to make it (measured, docs/performance.md)."""
-    if grad.device.type != "cpu" or grad.dtype == torch.float64 or conf["groups"] != 1:
-        return False, False
-    cout, cin, kh, kw = weight.shape
-    taps = kh * kw
-    by_input = grad.dtype == torch.float32 and conf["stride"] == (1, 1) and cout >= 32 and (
-        cin >= 128 or (cin >= 64 and taps >= 9))
-    by_weight = (cout >= 64 and cin * taps >= 512) or (cout >= 128 and cin * taps >= 128)
-    if grad.dtype == torch.bfloat16 and _has_amx():
-        by_weight = by_weight and cin >= 512
-    return by_input, by_weight
-
-
 def _as_matrix(t: Tensor) -> Tensor:
     return torch.atleast_2d(t).flatten(0, -2)
 
 
-def _library_backward(grad, x, weight, conf, padding, mask):
-    if weight.shape[0] == 0:  # sums of nothing, which the library refuses
-        return torch.zeros_like(x), torch.zeros_like(weight)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, conf["stride"], padding, conf["dilation"], False, (0, 0),
-        conf["groups"], (*mask, False))
-
-
-def _input_grad(grad, words, weight, weight_words, scale, conf) -> Tensor:
-    """Of the input's signs, by PyTorch's convolution backward; the same for any pad_value."""
-    top, bottom, left, right = conf["pad"]
-    size, channels = words.shape[1:3], weight.shape[1] * conf["groups"]
-    uneven = top != bottom or left != right
-    shape = (size[0] + top + bottom, size[1] + left + right) if uneven else size
-    x = torch.empty(grad.shape[0], channels, *shape, dtype=grad.dtype, device=grad.device,
-                    memory_format=torch.channels_last)  # only its shape and layout are read
-    scaled = _scaled_signs(weight, weight_words, scale, grad.dtype)
-    grad_input = _library_backward(grad, x, scaled, conf, (0, 0) if uneven else (top, left),
-                                   (True, False))[0]
-    if uneven:
-        grad_input = grad_input[:, :, top : top + size[0], left : left + size[1]]
-    return grad_input
-
-
-def _weight_grad(grad, words, weight, conf) -> Tensor:
-    """Of the weight's signs, by PyTorch's convolution backward."""
-    x = ops.unpack.default(words, weight.shape[1] * conf["groups"], grad.dtype, 1)
-    top, bottom, left, right = conf["pad"]
-    explicit = conf["pad_value"] != 0 or top != bottom or left != right
-    if explicit:
-        x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
-    return _library_backward(grad, x, grad.new_empty(weight.shape), conf,
-                             (0, 0) if explicit else (top, left), (False, True))[1]
-
-
 class _BinaryConv2d(FirstOrder):
     operator = "binary_conv2d"
+    onnx = staticmethod(_onnx.binary_conv2d)
 
     @staticmethod
     def call(input, weight, bias, scale, conf):
@@ -268,11 +177,11 @@ def _binary_conv2d(input, weight, bias=None, stride=(1,), padding=(0,), dilation
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if is_recorded("binary_conv2d", input, weight, bias, scale):
         out = record(_BinaryConv2d, (batched, weight, bias, scale), conf)
+    elif is_traced():
+        out = unrecorded(_BinaryConv2d, (batched, weight, bias, scale), conf)
     else:
-        traced = is_traced()
         with below_autograd():
-            out = (_BinaryConv2d.call(batched, weight, bias, scale, conf) if traced
-                   else _conv2d_forward(batched, weight, bias, scale, conf, None)[0])
+            out = _conv2d_forward(batched, weight, bias, scale, conf, None)[0]
     return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -282,6 +191,7 @@ def _binary_conv2d_padding(input, weight, bias=None, stride=(1,), padding="valid
 
 class _BinaryLinear(FirstOrder):
     operator = "binary_linear"
+    onnx = staticmethod(_onnx.binary_linear)
 
     @staticmethod
     def call(input, weight, bias, scale, conf):
@@ -306,7 +216,7 @@ class _BinaryLinear(FirstOrder):
         grad_input = grad_weight = grad_scale = grad_bias = None
         weight_words = ops.sign_pack.default(weight, None, 1)
         if wants_input:
-            scaled = _scaled_signs(weight, weight_words, scale, grad.dtype)
+            scaled = scaled_signs(weight, weight_words, scale, grad.dtype)
             grad_input = _Signs.grad((grad @ scaled).to(ctx.input_dtype), saved,
                                      conf["input_estimator"], conf["input_clip"], conf["beta"], -1)
         if wants_weight:
@@ -337,16 +247,19 @@ def _binary_linear(input, weight, bias=None, *, scale=None, input_estimator="ste
                 scale_weight_grad=scale_weight_grad, dtype=dtype)
     if is_recorded("binary_linear", input, weight, bias, scale):
         return record(_BinaryLinear, (input, weight, bias, scale), conf)
-    traced = is_traced()
+    if is_traced():
+        return unrecorded(_BinaryLinear, (input, weight, bias, scale), conf)
     with below_autograd():
-        if traced:
-            return _BinaryLinear.call(input, weight, bias, scale, conf)
         words = ops.sign_pack.default(input)
         return _linear_on_words(words, input, weight, bias, scale, conf)
 
 
 class _RSign(FirstOrder):
     operator = "rsign"
+
+    @staticmethod
+    def onnx(input, shift, *_):
+        return reference.rsign(input, shift)
 
     @staticmethod
     def call(input, shift, estimator, clip, beta):
@@ -397,16 +310,16 @@ def _rsign(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
     check_clip("rsign", "clip", clip)
     if is_recorded("rsign", input, shift):
         return record(_RSign, (input, shift), estimator, clip, beta)
-    traced = is_traced()
+    if is_traced():  # which must not forget the estimator
+        return unrecorded(_RSign, (input, shift), estimator, clip, beta)
     with below_autograd():
-        if traced:  # what the estimator is, a trace must not forget
-            return _RSign.call(input, shift, estimator, clip, beta)
         return ops.rsign.default(input, shift)
 
 
 class _RPReLU(FirstOrder):
     operator = "rprelu"
     call = ops.rprelu.default
+    onnx = staticmethod(reference.rprelu)
 
     @staticmethod
     def forward(ctx, input, shift_in, slope, shift_out):
@@ -426,6 +339,8 @@ class _RPReLU(FirstOrder):
 def _rprelu(input, shift_in, slope, shift_out):
     if is_recorded("rprelu", input, shift_in, slope, shift_out):
         return record(_RPReLU, (input, shift_in, slope, shift_out))
+    if is_traced():
+        return unrecorded(_RPReLU, (input, shift_in, slope, shift_out))
     with below_autograd():
         return ops.rprelu.default(input, shift_in, slope, shift_out)
 

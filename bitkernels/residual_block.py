@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitkernels._block_checks import check_binary_residual_block
+from bitkernels._conv2d_backward import conv2d_backward
 from bitkernels._dispatch import (
     FirstOrder,
     autocast,
@@ -25,9 +26,10 @@ from bitkernels._dispatch import (
     is_recorded,
     is_traced,
     record,
+    unrecorded,
 )
 from bitkernels._ops import LIB
-from bitkernels.autograd import conv2d_backward, finish_weight_grad, memory_format
+from bitkernels.autograd import finish_weight_grad, memory_format
 
 ops = torch.ops.bitkernels
 
@@ -211,10 +213,9 @@ def _binary_residual_block(
                shift_out, scale)
     if is_recorded("binary_residual_block", *tensors):
         return record(_ResidualBlock, tensors, conf)
-    traced = is_traced()
+    if is_traced():
+        return unrecorded(_ResidualBlock, tensors, conf)
     with below_autograd():
-        if traced:
-            return _ResidualBlock.call(*tensors, conf)
         out, *_, norm = _forward(*tensors, conf, None)
     if input.dtype == torch.float64:
         return out, norm.mean, norm.variance

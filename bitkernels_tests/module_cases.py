@@ -129,3 +129,41 @@ def _packed(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 def pack(model: nn.Module) -> nn.Module:
     """The model packed where it can be; BinaryNet's first layer has a real input."""
     return bnn.pack(model, filter=lambda name, layer: layer.pack_obstacle() is None)
+
+
+# Modules on one input, for tools that take a second a network.
+GROUPS = {
+    "convolutions": ["conv2d", "conv2d same", "conv2d strided groups", "conv2d padded with +1",
+                     "conv2d padded with -1"],
+    "padded convolutions": ["conv2d reflect", "conv2d circular", "conv2d of signs",
+                            "conv2d approx", "conv2d swish"],
+    "transposed": ["conv transpose2d", "conv transpose2d groups"],
+    "one dimension": ["conv1d", "conv1d replicate", "conv transpose1d"],
+    "linear": ["linear"],
+    "linear of three dimensions": ["linear of three dimensions"],
+    "real operands": ["conv2d of reals", "conv2d dorefa", "conv transpose2d of reals"],
+    "three dimensions": ["conv3d"],
+    "activations": ["rsign", "rsign ste", "rprelu", "max pool", *QUANTIZERS],
+    "blocks": list(BLOCKS),
+}
+
+
+class Branches(nn.Module):
+    """Several modules on one input."""
+
+    def __init__(self, modules) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(branch(x) for branch in self.branches)
+
+
+def branches(group: str, packed: bool = True) -> tuple[Branches, Tensor]:
+    """The modules of a group and, with `packed`, the packed twins of those that have one."""
+    made = [MODULES[name]() for name in GROUPS[group]]
+    modules = [module for module, _ in made]
+    if packed:
+        modules += [m.pack() for m in modules
+                    if isinstance(m, bnn.BinaryLayer) and m.pack_obstacle() is None]
+    return Branches(modules), made[0][1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitkernels import quantizers
+from bitkernels import _onnx, quantizers
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.layer import QuantizerLike
 from bitkernels.quantizers import ApproxSign, SteSign, SwishSign
@@ -48,6 +48,8 @@ class RSign(FxLeaf):
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            _onnx.is_exporting()
         return _rsign(input, self.shift, **self._estimator)
 
     def extra_repr(self) -> str:
@@ -84,6 +86,8 @@ class RPReLU(FxLeaf):
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            _onnx.is_exporting()
         return _rprelu(input, self.shift_in, self.slope, self.shift_out)
 
     def extra_repr(self) -> str:

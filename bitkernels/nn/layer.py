@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitkernels import quantizers
+from bitkernels import _onnx, quantizers
 from bitkernels._dispatch import apply, with_gradient_of
 from bitkernels._fx import FxLeaf
 from bitkernels.nn import hooks, latent
@@ -227,6 +227,8 @@ class BinaryLayer(FxLeaf):
 
     def _bit_operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight for the operator, after the quantizers that it does not know."""
+        if torch.jit.is_tracing():
+            _onnx.is_exporting()  # raises for what takes operators of TorchScript only
         if self._input_first:
             input = _quantized(self.input_quantizer, input)
         if not torch.compiler.is_compiling() and self.training and not self._input_seen:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitkernels import _onnx
 from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.derived import Derived
@@ -148,9 +149,10 @@ class _Packed(FxLeaf):
         return words if tiles is None else tiles
 
     def _words(self, input: Tensor, dim: int) -> Tensor:
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        return _sign_pack(input, None, dim)
+        return _sign_pack(self._quantized(input), None, dim)
+
+    def _quantized(self, input: Tensor) -> Tensor:
+        return input if self.input_quantizer is None else self.input_quantizer(input)
 
 
 class _PackedConv(_Packed):
@@ -197,6 +199,10 @@ class _PackedConv(_Packed):
     def _convolve(self, input: Tensor) -> Tensor:
         """Of (N, C, H, W)."""
         stride, pads, dilation = self._geometry
+        if _onnx.is_exporting():
+            return _onnx.packed_conv2d(
+                self._quantized(input), self.weight_words, self.in_channels, stride, pads,
+                dilation, self.groups, self.pad_value, self.scale, self.bias, self._dtype(input))
         own: Any = self._buffers  # an attribute of a module costs half a microsecond
         return _packed_conv2d(
             self._words(input, 1), self._filter(input), self.in_channels, stride, pads, dilation,
@@ -288,6 +294,10 @@ class PackedLinear(_Packed):
         if input.dim() < 1 or input.shape[-1] != self.in_features:
             raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
                                f"{tuple(input.shape)}")
+        if _onnx.is_exporting():
+            return _onnx.packed_linear(
+                self._quantized(input), self.weight_words, self.in_features, self.scale, self.bias,
+                self._dtype(input))
         own: Any = self._buffers
         return _packed_linear(
             self._words(input, -1), self._filter(input), self.in_features,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels import _onnx
 from bitkernels._dispatch import functional_transforms
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.activations import RPReLU, RSign
@@ -86,6 +87,8 @@ class BinaryResidualBlock(FxLeaf):
         conv, norm, act, sign = self.conv, self.norm, self.act, self.sign
         if not self.fused:
             return "fused is False"
+        if _onnx.is_exporting():
+            return "ONNX has no such operator"
         if any(_GLOBAL_HOOKS):
             return "all modules have hooks"
         for name, module in (("conv", conv), ("norm", norm), ("act", act), ("sign", sign)):
