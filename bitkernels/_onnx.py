@@ -36,11 +36,29 @@ def binary_linear(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Ten
     return _linear(input, sign(weight).float(), bias, scale, conf["dtype"] or input.dtype)
 
 
+def binary_conv_transpose2d(input: Tensor, weight: Tensor, bias: Tensor | None,
+                            scale: Tensor | None, conf) -> Tensor:
+    dot = F.conv_transpose2d(
+        sign(input).float(), sign(weight).float(), None, conf["stride"], conf["padding"],
+        conf["output_padding"], conf["groups"], conf["dilation"])
+    return _epilogue(dot, scale, bias, (-1, 1, 1)).to(conf["dtype"] or input.dtype)
+
+
 def packed_conv2d(input: Tensor, words: Tensor, channels: int, stride, pad, dilation, groups: int,
                   pad_value: int, scale: Tensor | None, bias: Tensor | None,
                   dtype: torch.dtype) -> Tensor:
     weight = unpack(words, channels // groups).movedim(-1, 1)
     return _conv2d(input, weight, bias, scale, stride, pad, dilation, groups, pad_value, dtype)
+
+
+def packed_conv_transpose2d(input: Tensor, words: Tensor, channels: int, stride, padding,
+                            output_padding, groups: int, dilation, scale: Tensor | None,
+                            bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    weight = unpack(words, channels // groups).movedim(-1, 1)  # by output channel
+    weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    dot = F.conv_transpose2d(sign(input).float(), weight, None, stride, padding, output_padding,
+                             groups, dilation)
+    return _epilogue(dot, scale, bias, (-1, 1, 1)).to(dtype)
 
 
 def packed_linear(input: Tensor, words: Tensor, channels: int, scale: Tensor | None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitkernels import _onnx
 from bitkernels._checks import wants_channels_last
 from bitkernels._dispatch import (
     FirstOrder,
@@ -24,6 +25,7 @@ from bitkernels._dispatch import (
     is_recorded,
     is_traced,
     record,
+    unrecorded,
 )
 from bitkernels._ops import LIB, empty_real
 from bitkernels._transposed import (
@@ -132,6 +134,7 @@ def _span(phase: Phase, size: int) -> tuple[slice, int, int] | None:
 
 class _BinaryConvTranspose2d(FirstOrder):
     operator = "binary_conv_transpose2d"
+    onnx = staticmethod(_onnx.binary_conv_transpose2d)
 
     @staticmethod
     def call(input, weight, bias, scale, conf):
@@ -225,14 +228,12 @@ def _binary_conv_transpose2d(
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if is_recorded("binary_conv_transpose2d", input, weight, bias, scale):
         out = record(_BinaryConvTranspose2d, (batched, weight, bias, scale), conf)
+    elif is_traced():
+        out = unrecorded(_BinaryConvTranspose2d, (batched, weight, bias, scale), conf)
     else:
-        traced = is_traced()
         with below_autograd():
-            if traced:
-                out = _BinaryConvTranspose2d.call(batched, weight, bias, scale, conf)
-            else:
-                words = ops.sign_pack.default(batched, None, 1)
-                out = _on_words(words, batched, weight, bias, scale, conf)
+            words = ops.sign_pack.default(batched, None, 1)
+            out = _on_words(words, batched, weight, bias, scale, conf)
     return out if input.dim() == 4 else out.squeeze(0)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels import _onnx
 from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import traced_whole
 from bitkernels._transposed import geometry
@@ -89,6 +90,10 @@ class _PackedConvTranspose(_Packed):
         kernel, stride, padding, dilation = self._geometry
         if len(output_padding) == 1:
             output_padding = (0, *output_padding)
+        if _onnx.is_exporting():
+            return _onnx.packed_conv_transpose2d(
+                self._quantized(input), self.weight_words, self.in_channels, stride, padding,
+                output_padding, self.groups, dilation, self.scale, self.bias, self._dtype(input))
         weight_words: Any = self._buffers["weight_words"]
         words, dtype = self._words(input, 1), self._dtype(input)
         channels_last = wants_channels_last(input, input)
