@@ -103,7 +103,7 @@ def engine_failure(which: str, tree: Path, seconds: float) -> str | None:
     code, said = run([COMPILER, *flags, *objects, "-o", program], tree, seconds)
     if code:
         raise Broken(f"the engine's test does not link: {said.splitlines()[0]}")
-    code, said = run([program, ISA], tree, seconds)
+    code, said = run([program, ISA], tree, seconds, TSAN_OPTIONS="halt_on_error=1")
     if code == 0:
         return None
     wrong = [line for line in said.splitlines() if "WARNING: ThreadSanitizer" in line] or [

@@ -65,6 +65,32 @@ def test_other_quantizers_compute_on_reals(input_quantizer, weight_quantizer):
     assert torch.equal(layer(x), F.linear(quantizers.get(input_quantizer)(x), weight, layer.bias))
 
 
+@pytest.mark.parametrize("base", (quantizers.SteSign, quantizers.ApproxSign,
+                                  quantizers.SwishSign, quantizers.MagnitudeAwareSign))
+@pytest.mark.parametrize("side", ("input_quantizer", "weight_quantizer"))
+def test_a_subclass_of_a_sign_computes_what_it_says(side, base):
+    """It may compute anything, so the operator does not put its parent's rule in its place."""
+    class Shifted(base):
+        def forward(self, x):
+            return super().forward(x - 0.5)
+
+    if side == "input_quantizer" and base is quantizers.MagnitudeAwareSign:
+        pytest.skip("for weights alone")
+    layer, x = layer_of(**{side: Shifted()}), reals(5, 67).requires_grad_()
+    y = layer(x)
+    y.backward(grad := dyadic(*y.shape))
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, layer.weight))
+    operands = [Shifted()(t) if name == side else quantizers.SteSign()(t)
+                for name, t in (("input_quantizer", x64), ("weight_quantizer", w64))]
+    expected = F.linear(*operands, layer.bias.detach().double())
+    expected.backward(grad.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad.double(), w64.grad, rtol=1e-5, atol=1e-4)
+    if layer.pack_obstacle() is None:
+        assert torch.equal(layer.pack()(x.detach()), y)
+
+
 def test_constructor_and_state_dict_are_those_of_torch():
     torch.manual_seed(3)
     a = BinaryLinear(8, 6, False)

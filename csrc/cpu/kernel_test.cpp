@@ -6,6 +6,7 @@
 
 #include "packed_max_pool2d.h"
 #include "parallel.h"
+#include "residual_block.h"
 #include "rprelu.h"
 #include "sign_pack.h"
 
@@ -130,6 +131,32 @@ Strides strides_of(int64_t layout, int64_t channels, int64_t h, int64_t w) {
   const int64_t pixel = channels + (layout == 2 ? 3 : 0), row = pixel * w + (layout == 2 ? 5 : 0);
   if (layout == 1) return {channels * h * w, h * w, w, 1};
   return layout == 3 ? Strides{0, 1, 0, 0} : Strides{row * h, 1, row, pixel};
+}
+
+// So many rows that a task adds up several steps of them.
+void test_sums_of_many_rows(const Kernel& k) {
+  const int64_t rows = 4113, channels = 1024, n = rows * channels;
+  parameters = text(k.name, rows, channels);
+  Real ones(DType::kF32, n), vector(DType::kF32, channels + 16), out(DType::kF32, n);
+  std::fill_n(ones.as<float>(), n, 1.0f);
+  std::fill_n(vector.as<float>(), channels + 16, -2.0f);  // every value is -1
+  std::vector<float> sums(3 * channels);
+  rprelu_backward(k, ones.data(), ones.data(), DType::kF32, rows, channels, 1, vector.data(),
+                  vector.data(), out.data(), sums.data());
+  check("rprelu_backward sums of many rows", 3 * channels, [&](int64_t i) {
+    return std::pair(sums[i], static_cast<float>(i / channels == 0   ? -2 * rows
+                                                 : i / channels == 1 ? -rows
+                                                                     : rows));
+  });
+  SignBackward s;
+  s.grad = s.x = ones.data();
+  s.grad_type = s.type = DType::kF32;
+  s.estimator = Estimator::kIdentity;
+  s.out = out.data();
+  std::vector<double> total(channels);
+  sign_backward(k, s, rows, channels, 1, total.data());
+  check("sign_backward sums of many rows", channels,
+        [&](int64_t c) { return std::pair(total[c], static_cast<double>(rows)); });
 }
 
 void test_conv(const Kernel& k, Conv c) {
@@ -266,6 +293,7 @@ void test_kernel(const Kernel& k) {
       test_activations(k, type, i ? 1 : 1300, 40, i ? 2100 : 1, false);
     }
   }
+  test_sums_of_many_rows(k);
   for (int i = 0; i < 1500; ++i) test_conv(k, random_conv());
   for (int i = 0; i < 32; ++i) test_conv(k, kLarge[i % 4]);  // the others have one task
   for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
