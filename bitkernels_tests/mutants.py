@@ -118,13 +118,15 @@ def failure(tests: tuple[str, ...], tree: Path, seconds: float) -> str | None:
 
 
 def clean_runs(mutants: list[Mutant]) -> list[tuple[str, ...]]:
-    """All tests of these mutants, in as few runs as they can share."""
-    groups: dict[str, dict[str, None]] = {}
+    """All tests of these mutants, in as few runs as they can share; those of a file together."""
+    groups: dict[str, set[str]] = {}
     for mutant in mutants:
-        kind = mutant.tests[0] if mutant.tests[0] in ENGINES else str(
-            "test_triton_interpret" in mutant.tests[0])
-        groups.setdefault(kind, {}).update(dict.fromkeys(mutant.tests))
-    return [tuple(tests) for tests in groups.values()]
+        first = mutant.tests[0]
+        kind = first if first in ENGINES else str("test_triton_interpret" in first)
+        groups.setdefault(kind, set()).update(mutant.tests)
+    return [tuple(sorted(test for test in tests
+                         if "::" not in test or test.partition("::")[0] not in tests))
+            for tests in groups.values()]
 
 
 def tried(mutant: Mutant, seconds: float) -> tuple[bool, str]:
