@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
-import bitkernels.nn as bnn
+from bitkernels_tests.docs_blocks import DOCS, execute, sections
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
-
-
-def python_blocks(page: Path) -> dict[str, list[str]]:
-    """The Python code of a page by the heading that it is under. Lines keep their numbers."""
-    blocks: dict[str, list[str]] = {}
-    text = page.read_text(encoding="utf-8")
-    for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        heading = re.findall(r"^#+ (.*)$", text[:match.start()], re.MULTILINE)[-1]
-        blank = "\n" * text.count("\n", 0, match.start(1))
-        blocks.setdefault(heading, []).append(blank + match[1])
-    return blocks
+GUIDE = DOCS / "guide.md"
 
 
 @pytest.fixture(scope="module")
 def guide(torchvision):
     """Runs what is under a heading; all of the page share their names."""
     pytest.importorskip("sklearn")
-    blocks, names = python_blocks(GUIDE), {"__name__": "guide"}
+    parts, names = sections(GUIDE), {"__name__": "guide"}
     state = torch.get_rng_state()
 
     def run(heading: str) -> dict:
-        for block in blocks[heading]:
-            exec(compile(block, str(GUIDE), "exec"), names)
+        execute(GUIDE, parts[heading], names)
         return names
 
     yield run
@@ -55,14 +40,12 @@ def test_it_learns_and_packs(guide, trained):
     assert guide("Pack it")["packed"] is not trained["model"]
 
 
-@pytest.mark.skipif(not hasattr(bnn, "save_packed"), reason="no save_packed")
 def test_it_is_saved_and_loaded(guide, trained):
     pytest.importorskip("safetensors")
     guide("Pack it")
     guide("Save it")
 
 
-@pytest.mark.skipif(not hasattr(bnn, "save_packed"), reason="no export of packed layers")
 def test_it_is_exported(guide, trained):
     pytest.importorskip("onnxscript")
     guide("Pack it")
@@ -71,5 +54,5 @@ def test_it_is_exported(guide, trained):
 
 
 def test_every_block_is_run():
-    assert list(python_blocks(GUIDE)) == [
+    assert list(sections(GUIDE)) == [
         "Make it binary", "Train it", "Pack it", "Save it", "Export it"]

@@ -14,6 +14,8 @@ from bitkernels.nn import (
     BinaryConv1d,
     BinaryConv2d,
     BinaryConv3d,
+    BinaryConvTranspose1d,
+    BinaryConvTranspose2d,
     BinaryLinear,
     PackedConv2d,
     PackedLinear,
@@ -110,12 +112,15 @@ def test_all_dimensions_and_other_classes():
 
     model = nn.Sequential(
         nn.Conv2d(4, 4, 1), nn.Conv1d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv3d(4, 4, 3),
-        Own(4, 4, 1), nn.ConvTranspose2d(4, 4, 3), nn.MultiheadAttention(4, 2),
-        RSign(4), nn.Linear(4, 4))
-    binarize(model)
-    assert [type(m) for m in model[1:4]] == [BinaryConv1d, BinaryConv2d, BinaryConv3d]
-    assert type(model[4]) is Own and type(model[5]) is nn.ConvTranspose2d
-    assert "Binary" not in repr(model[7])
+        Own(4, 4, 1), nn.ConvTranspose2d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3),
+        nn.ConvTranspose3d(4, 4, 3), nn.MultiheadAttention(4, 2), RSign(4), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="these layers stay real: 4 .Own is a subclass.*"
+                                         "7 .there is no binary ConvTranspose3d.*8.out_proj"):
+        binarize(model)
+    assert [type(m) for m in model[1:7]] == [
+        BinaryConv1d, BinaryConv2d, BinaryConv3d, Own, BinaryConvTranspose2d,
+        BinaryConvTranspose1d]
+    assert "Binary" not in repr(model[7]) + repr(model[8]) + repr(model[9])
 
 
 def test_shared_layers_stay_shared():
