@@ -315,6 +315,26 @@ def test_pooled_shortcut_and_what_is_none():
     assert all(isinstance(inverted.main[i], bnn.BinaryConv2d) for i in (0, 2))
 
 
+@pytest.mark.parametrize("channels, times, stays", [(C, 6, True), (C, 1, False), (128, 2, False)])
+def test_expansions_in_front_of_depthwise_layers(channels, times, stays):
+    """As in MobileNetV2: few channels to more, which a depthwise layer mixes, and back."""
+    wide = channels * times
+
+    def body():
+        return nn.Sequential(
+            nn.Conv2d(C, channels, 3), nn.BatchNorm2d(channels), nn.Conv2d(channels, wide, 1),
+            nn.BatchNorm2d(wide), nn.ReLU6(), nn.Conv2d(wide, wide, 3, groups=wide),
+            nn.BatchNorm2d(wide), nn.ReLU6(), nn.Conv2d(wide, C, 1), nn.BatchNorm2d(C))
+
+    model, reports = binarize(Net(body())), []
+    expand, project = model.body[2], model.body[8]
+    assert (type(expand) is nn.Conv2d) == stays and isinstance(project, bnn.BinaryConv2d)
+    sees_its_input(model)
+    asked = binarize(Net(body()), keep_expansions=False, report=reports.append)
+    assert isinstance(asked.body[2], bnn.BinaryConv2d)
+    assert not any("keep_expansions" in why for why in reports[0].kept.values())
+
+
 def test_depthwise_and_gates_on_request():
     body = nn.Sequential(conv(groups=C), nn.BatchNorm2d(C), Gated(nn.Sigmoid()))
     binarize(Net(body), keep_depthwise=False, keep_gates=False)

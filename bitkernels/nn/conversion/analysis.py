@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from bitkernels.nn.conversion.graph import LAYERS, Part, parts
+from bitkernels.nn.conversion.graph import LAYERS, Part, is_depthwise, is_expansion, parts
 from bitkernels.nn.conversion.source import read_by_source
 from bitkernels.nn.conversion.values import (
     is_gate,
@@ -52,6 +52,7 @@ class Analysis:
     channels: dict[nn.Module, set[int | None]] = field(default_factory=lambda: defaultdict(set))
     shortcuts: set[nn.Module] = field(default_factory=set)
     gates: set[nn.Module] = field(default_factory=set)
+    expansions: set[nn.Module] = field(default_factory=set)  # in front of depthwise convolutions
     read: set[nn.Module] = field(default_factory=set)  # whose weight the code of a parent reads
     first: set[nn.Module] = field(default_factory=set)
     last: set[nn.Module] = field(default_factory=set)
@@ -124,6 +125,8 @@ class _Flow:
                 self._find_shortcut(node)
             elif name_of(node) in ("mul", "imul"):
                 self._find_gate(node)
+            elif is_depthwise(self.modules[node]):
+                self._find_expansion(node)
         if not self.part.name:
             self._find_ends(nodes[-1])
 
@@ -235,6 +238,18 @@ class _Flow:
                         self.before[other] & self._bit(n) and self.before[n] & self._bit(start)
                         for n in self.layers):
                     self.result.shortcuts.add(conv)
+
+    def _find_expansion(self, depthwise: fx.Node) -> None:
+        """The 1x1 convolution of few channels to more that a depthwise one works on, as in the
+        inverted residuals of MobileNetV2."""
+        node = depthwise
+        while len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+            module = self.modules[node]
+            if isinstance(module, LAYERS):
+                if is_expansion(module):
+                    self.result.expansions.add(module)
+                return
 
     def _bit(self, node: fx.Node) -> int:
         return 1 << (self.before[node].bit_length() - 1)

@@ -23,7 +23,7 @@ from bitkernels.nn.conversion.candidates import (
     twin_class,
     why_real,
 )
-from bitkernels.nn.conversion.graph import LAYERS
+from bitkernels.nn.conversion.graph import LAYERS, is_depthwise
 from bitkernels.nn.conversion.norm_sign import NormSign
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
 from bitkernels.nn.conversion.values import module_kind
@@ -33,7 +33,8 @@ from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = True,
              filter: Callable[[str, nn.Module], bool] | None = None,
              activation: Activation = "prelu", keep_downsample: bool = True,
-             keep_depthwise: bool = True, keep_gates: bool = True, example_inputs: Any = None,
+             keep_depthwise: bool = True, keep_gates: bool = True,
+             keep_expansions: bool = True, example_inputs: Any = None,
              input_quantizer: QuantizerLike = "ste_sign",
              weight_quantizer: QuantizerLike = "ste_sign", weight_scale: WeightScale = None,
              pad_value: int = 0, verbose: bool = False,
@@ -63,6 +64,9 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     keep_downsample: leave 1x1 convolutions on the shortcut of a residual block real.
     keep_depthwise: leave depthwise convolutions (groups = in_channels) real.
     keep_gates: leave the layers of gates (squeeze-and-excitation) real.
+    keep_expansions: leave 1x1 convolutions of less than 128 channels to at least twice as many, in
+      front of depthwise ones, real: MobileNetV2's blocks begin so. The signs of few channels say
+      little of the input, and a product of few is no faster than the real one.
     example_inputs: a tensor, a tuple of arguments or a dict of named ones. The model is run on them
       once to see the order of its calls, for models whose code torch.fx cannot trace.
     verbose, report: print what was done and why; call `report` with it, a `BinarizeReport`
@@ -98,7 +102,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
             continue
         reason = _option(module, found, dict(
             skip_first=skip_first, skip_last=skip_last, keep_downsample=keep_downsample,
-            keep_depthwise=keep_depthwise, keep_gates=keep_gates))
+            keep_depthwise=keep_depthwise, keep_gates=keep_gates, keep_expansions=keep_expansions))
         if reason is None and filter is not None and not filter(name, module):
             reason = "filter"
         if reason is None:
@@ -159,10 +163,10 @@ def _option(module: Any, found: Analysis, options: dict[str, bool]) -> str | Non
             ("skip_first", "first layer", module in found.first),
             ("skip_last", "last layer", module in found.last),
             ("keep_downsample", "1x1 convolution on a shortcut", module in found.shortcuts),
-            ("keep_depthwise", "depthwise convolution",
-             1 < getattr(module, "groups", 1) == module.in_channels
-             if not isinstance(module, nn.Linear) else False),
-            ("keep_gates", "layer of a gate", module in found.gates)):
+            ("keep_depthwise", "depthwise convolution", is_depthwise(module)),
+            ("keep_gates", "layer of a gate", module in found.gates),
+            ("keep_expansions", "1x1 convolution of few channels to more",
+             module in found.expansions)):
         if options[name] and applies:
             return f"{text} ({name})"
     return None

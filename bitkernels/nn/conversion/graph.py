@@ -18,6 +18,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+FEW = 128  # channels whose signs a 1x1 convolution cannot make much of
+
+
+def is_depthwise(module: Any) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels
+
+
+def is_expansion(module: Any) -> bool:
+    """A 1x1 convolution of few channels to at least twice as many."""
+    return (isinstance(module, nn.modules.conv._ConvNd) and set(module.kernel_size) == {1}
+            and module.in_channels < FEW and module.out_channels >= 2 * module.in_channels)
 
 
 @dataclass
