@@ -266,7 +266,8 @@ def test_packed_layers(name):
 
 
 def test_estimators_by_the_operator_equal_the_specification():
-    """`sign_backward` computes what five passes of the reference do, to the bit."""
+    """`sign_backward` computes what the passes of the reference do: approx_sign to the bit, and
+    swish_sign but for what its exponentials are off."""
     from bitkernels.reference import estimator_grad
 
     for shape in ((4, 8, 3, 3), (5, 8), (7,), (), (0, 4), (4, 0), (2, 3, 5)):
@@ -275,8 +276,9 @@ def test_estimators_by_the_operator_equal_the_specification():
         for quantizer in (quantizers.ApproxSign(), quantizers.SwishSign(3.0)):
             got, = torch.autograd.grad(quantizer(x), x, grad)
             beta = getattr(quantizer, "beta", 0.0)
-            assert torch.equal(
-                got, estimator_grad(grad, x.detach(), quantizer.estimator, None, beta))
+            wanted = estimator_grad(grad, x.detach(), quantizer.estimator, None, beta)
+            near = 1e-5 * beta  # none for approx_sign
+            torch.testing.assert_close(got, wanted, rtol=near, atol=near)
 
 
 def test_max_pool_in_transforms():
