@@ -86,15 +86,25 @@ def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tenso
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         signs = ops.unpack.default(words, weight.shape[1], grad.dtype, 1)
         grad_scale = (grad * signs).flatten(1).sum(1, dtype=wide).to(scale.dtype)
-    if wants_weight and conf["weight_estimator"] != "none":
-        if scale is not None and conf["scale_weight_grad"]:
-            grad = grad * scale.view(rows).to(grad.dtype)
-        if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
-            grad = grad.to(weight.dtype)
-        grad_weight, _ = ops.sign_backward.default(
-            grad, weight, None, None, estimator=conf["weight_estimator"],
-            clip=conf["weight_clip"], beta=conf["beta"])
+    if wants_weight:
+        grad_weight = latent_grad(grad, weight, None if scale is None else scale.view(rows), conf)
     return grad_weight, grad_scale
+
+
+def latent_grad(grad: Tensor, weight: Tensor, factor: Tensor | None, conf) -> Tensor | None:
+    """The latent weight's gradient from that of its unscaled signs; None if it does not train.
+
+    factor: the scale, shaped to multiply the weight.
+    """
+    if conf["weight_estimator"] == "none":
+        return None
+    if factor is not None and conf["scale_weight_grad"]:
+        grad = grad * factor.to(grad.dtype)
+    if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
+        grad = grad.to(weight.dtype)
+    return ops.sign_backward.default(
+        grad, weight, None, None, estimator=conf["weight_estimator"], clip=conf["weight_clip"],
+        beta=conf["beta"])[0]
 
 
 def _wanted(ctx) -> tuple[bool, bool]:

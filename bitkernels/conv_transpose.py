@@ -34,7 +34,7 @@ from bitkernels._transposed import (
     check_packed_conv_transpose2d,
     phases,
 )
-from bitkernels.autograd import _Signs, _wanted, memory_format
+from bitkernels.autograd import _Signs, _wanted, latent_grad, memory_format
 
 ops = torch.ops.bitkernels
 
@@ -194,14 +194,9 @@ def _finish_weight_grad(grad, weight, signs, scale, conf, wants_weight: bool, wa
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         per_input = (grad * signs).sum((2, 3), dtype=wide)  # (Cin, Cout / groups)
         grad_scale = per_input.unflatten(0, (conf["groups"], -1)).sum(1).flatten().to(scale.dtype)
-    if wants_weight and conf["weight_estimator"] != "none":
-        if scale is not None and conf["scale_weight_grad"]:
-            grad = grad * spread(scale, weight, conf["groups"]).to(grad.dtype)
-        if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
-            grad = grad.to(weight.dtype)
-        grad_weight, _ = ops.sign_backward.default(
-            grad, weight, None, None, estimator=conf["weight_estimator"],
-            clip=conf["weight_clip"], beta=conf["beta"])
+    if wants_weight:
+        factor = None if scale is None else spread(scale, weight, conf["groups"])
+        grad_weight = latent_grad(grad, weight, factor, conf)
     return grad_weight, grad_scale
 
 

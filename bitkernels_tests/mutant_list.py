@@ -157,7 +157,7 @@ MUTANTS = (
            "return pack_bits(~(_shifted(input, shift, dim) < 0))",
            "return pack_bits(_shifted(input, shift, dim) >= 0)", ("test_reference.py",)),
     Mutant("scaled-weight-gradient", "bitkernels/autograd.py",
-           'if scale is not None and conf["scale_weight_grad"]:', "if scale is not None:",
+           'if factor is not None and conf["scale_weight_grad"]:', "if factor is not None:",
            ("test_binary_conv2d.py::test_gradients_of_scale_rules",)),
     Mutant("uneven-padding-backward", "bitkernels/_conv2d_backward.py",
            "grad_input = grad_input[:, :, top : top + size[0], left : left + size[1]]",

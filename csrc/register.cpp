@@ -10,9 +10,7 @@
 #include <tuple>
 
 #include "cpu/packed_conv2d.h"
-#include "cpu/packed_max_pool2d.h"
 #include "cpu/parallel.h"
-#include "cpu/rprelu.h"
 #include "cpu/sign_pack.h"
 #include "tensors.h"
 
@@ -56,47 +54,6 @@ std::tuple<Tensor, Tensor> op_sign_pack_mask(Tensor input, double clip, OptTenso
                                              int64_t dim) {
   auto [signs, mask] = pack("sign_pack_mask", input, clip, shift, dim);
   return {signs, *mask};
-}
-
-Tensor op_mask_grad(Tensor grad, Tensor mask_words, int64_t dim) {
-  const char* op = "mask_grad";
-  check_real(op, "grad", grad);
-  dim = normalize_dim(op, grad, dim);
-  check_words(op, "mask_words", mask_words, grad.size(dim), grad.dim());
-  const Sizes shape = packed_shape(grad, dim);
-  for (size_t i = 0; i < shape.size(); ++i)
-    if (mask_words.size(static_cast<int64_t>(i)) != shape[i])
-      fail(op, "mask_words", text("of shape ", tuple_text(shape)), describe(mask_words));
-  const Kernel& k = kernel();
-  const Around g = around(grad, dim);
-  const Tensor mask = dense(mask_words), out = dense_like(g.tensor);
-  if (grad.numel() > 0)
-    mask_grad(k, g.tensor.const_data_ptr(), dtype_of(grad.scalar_type()), g.outer, g.channels,
-              g.inner, words_of(mask), out.mutable_data_ptr());
-  return out;
-}
-
-Tensor op_unpack(Tensor words, int64_t channels, ScalarType dtype, int64_t dim) {
-  const char* op = "unpack";
-  check_words(op, "words", words, channels);
-  if (!is_real(dtype))
-    fail(op, "dtype", "float32, float16, bfloat16 or float64", text("torch.", name_of(dtype)));
-  dim = normalize_dim(op, words, dim);
-  const Tensor in = dense(words);
-  // Channels stay innermost in memory and move to `dim` in the shape.
-  Sizes sizes, strides;
-  int64_t step = channels;
-  for (int64_t i = words.dim() - 2; i >= 0; --i) {
-    sizes.insert(sizes.begin(), words.size(i));
-    strides.insert(strides.begin(), step);
-    step *= std::max<int64_t>(words.size(i), 1);
-  }
-  sizes.insert(sizes.begin() + dim, channels);
-  strides.insert(strides.begin() + dim, 1);
-  Tensor out = empty_strided(sizes, strides, dtype);
-  const int64_t rows = words.numel() / word_count(channels);
-  unpack(kernel(), words_of(in), dtype_of(dtype), rows, channels, out.mutable_data_ptr());
-  return out;
 }
 
 Tensor tiled(const Tensor& weight_words, int64_t out_channels, int64_t groups) {
@@ -416,129 +373,6 @@ std::tuple<Tensor, Tensor> op_linear_both(BK_LINEAR_ARGS, OptType dtype, OptTens
   return {*o.real, *o.words};
 }
 
-Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation,
-                     bool ceil_mode) {
-  const char* op = "packed_max_pool2d";
-  if (words.scalar_type() != ScalarType::Int || words.dim() != 4)
-    fail(op, "words", "int32 words of shape (N, H, W, words)", describe(words));
-  const auto k = pair(op, "kernel_size", kernel_size, 1);
-  const auto s = stride.empty() ? k : pair(op, "stride", stride, 1);
-  const auto p = pair(op, "padding", padding, 0);
-  const auto d = pair(op, "dilation", dilation, 1);
-  const auto out_size = [&](int64_t size, int64_t kernel, int64_t step, int64_t pad, int64_t dil) {
-    if (2 * pad > kernel)
-      fail(op, "padding", "at most half of kernel_size", list_text(Sizes{p.first, p.second}));
-    const int64_t reach = dil * (kernel - 1) + 1, padded = size + 2 * pad;
-    if (padded < reach)
-      fail(op, "kernel_size", text("at most the padded input size ", padded),
-           text("a reach of ", reach));
-    int64_t o = (padded - reach + (ceil_mode ? step - 1 : 0)) / step + 1;
-    if (ceil_mode && (o - 1) * step >= size + pad) --o;
-    return o;
-  };
-  const Tensor in = dense(words);
-  Pool pool = {
-      words.size(0), words.size(1), words.size(2), words.size(3), k.first,  k.second, s.first,
-      s.second,      p.first,       p.second,      d.first,       d.second, 0,        0};
-  pool.out_h = out_size(pool.height, k.first, s.first, p.first, d.first);
-  pool.out_w = out_size(pool.width, k.second, s.second, p.second, d.second);
-  Tensor out = empty({pool.batch, pool.out_h, pool.out_w, pool.words}, ScalarType::Int);
-  packed_max_pool2d(pool, words_of(in), mutable_words(out));
-  return out;
-}
-
-// Of a layer's input and its parameters per channel: where these agree with each other, the input
-// is what does not fit.
-void check_activation(const char* op, const Tensor& input,
-                      const std::vector<std::pair<const char*, const Tensor*>>& vectors) {
-  check_real(op, "input", input);
-  if (input.dim() < 2) fail(op, "input", "(N, C, ...)", describe(input));
-  const int64_t channels = input.size(1);
-  bool agree = true;
-  for (const auto& [arg, t] : vectors) check_cpu(op, arg, *t);
-  for (const auto& [arg, t] : vectors)
-    agree = agree && t->dim() == 1 && t->numel() == vectors.front().second->numel();
-  for (const auto& [arg, t] : vectors) {
-    if (!agree || t->size(0) == channels) {
-      check_channel_vector(op, arg, *t, channels);
-      continue;
-    }
-    check_real(op, arg, *t);
-    fail(op, "input",
-         text(t->size(0), " channels wide for a ", arg, " of shape ", tuple_text(t->sizes())),
-         text(channels, " channels in ", describe(input)));
-  }
-}
-
-Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip, double) {
-  const char* op = "rsign";
-  if (shift.dim() == 1)
-    check_activation(op, input, {{"shift", &shift}});
-  else
-    check_activation(op, input, {});
-  const int64_t samples = check_shift(op, input, shift, 1);
-  bool known = false;
-  for (const char* name : {"ste_sign", "approx_sign", "swish_sign", "identity", "none"})
-    known |= estimator == name;
-  if (!known)
-    fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity, none",
-         text("'", estimator, "'"));
-  if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
-  const Around x = around(input, 1);
-  const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
-  Tensor out = dense_like(x.tensor);
-  if (input.numel() > 0)
-    rsign(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
-          x.inner, wide.get(), samples, out.mutable_data_ptr());
-  return out;
-}
-
-Tensor op_rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) {
-  const char* op = "rprelu";
-  check_activation(op, input,
-                   {{"shift_in", &shift_in}, {"slope", &slope}, {"shift_out", &shift_out}});
-  const bool wide = input.scalar_type() == ScalarType::Double;
-  const WideVector a(shift_in, wide), b(slope, wide), c(shift_out, wide);
-  const Around x = around(input, 1);
-  Tensor out = dense_like(x.tensor);
-  if (input.numel() > 0)
-    rprelu(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
-           x.inner, a.get(), b.get(), c.get(), out.mutable_data_ptr());
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> op_rprelu_backward(Tensor grad, Tensor input,
-                                                              Tensor shift_in, Tensor slope) {
-  const char* op = "rprelu_backward";
-  check_activation(op, input, {{"shift_in", &shift_in}, {"slope", &slope}});
-  check_cpu(op, "grad", grad);
-  const auto sizes = input.sizes();
-  const Sizes shape(sizes.begin(), sizes.end()),
-      grad_shape(grad.sizes().begin(), grad.sizes().end());
-  if (grad.scalar_type() != input.scalar_type() || grad_shape != shape)
-    fail(op, "grad", describe(input), describe(grad));
-  const Around x = around(input, 1);
-  // The gradient in the memory order of the input.
-  Tensor g = dense_like(x.tensor);
-  torch::stable::copy_(g, grad);
-  const bool wide = input.scalar_type() == ScalarType::Double;
-  const WideVector a(shift_in, wide), b(slope, wide);
-  Tensor grad_x = dense_like(x.tensor);
-  const int64_t c = input.size(1);
-  std::vector<float> sums(3 * c, 0.0f);
-  if (input.numel() > 0)
-    rprelu_backward(kernel(), g.const_data_ptr(), x.tensor.const_data_ptr(),
-                    dtype_of(input.scalar_type()), x.outer, c, x.inner, a.get(), b.get(),
-                    grad_x.mutable_data_ptr(), sums.data());
-  const auto vector = [&](int64_t i) {
-    Tensor t = empty({c}, ScalarType::Float);
-    std::copy(sums.begin() + i * c, sums.begin() + (i + 1) * c,
-              static_cast<float*>(t.mutable_data_ptr()));
-    return t;
-  };
-  return {grad_x, vector(0), vector(1), vector(2)};
-}
-
 // "name supported" a line, best first.
 std::string op_kernels() {
   std::string lines;
@@ -573,8 +407,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("sign_pack", TORCH_BOX(&bitkernels::op_sign_pack));
   m.impl("sign_pack_mask", TORCH_BOX(&bitkernels::op_sign_pack_mask));
-  m.impl("mask_grad", TORCH_BOX(&bitkernels::op_mask_grad));
-  m.impl("unpack", TORCH_BOX(&bitkernels::op_unpack));
   m.impl("tile_weight", TORCH_BOX(&bitkernels::op_tile_weight));
   m.impl("packed_conv2d", TORCH_BOX(&bitkernels::op_conv2d));
   m.impl("packed_conv2d.packed", TORCH_BOX(&bitkernels::op_conv2d_packed));
@@ -584,10 +416,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&bitkernels::op_linear));
   m.impl("packed_linear.packed", TORCH_BOX(&bitkernels::op_linear_packed));
   m.impl("packed_linear.both", TORCH_BOX(&bitkernels::op_linear_both));
-  m.impl("packed_max_pool2d", TORCH_BOX(&bitkernels::op_max_pool2d));
-  m.impl("rsign", TORCH_BOX(&bitkernels::op_rsign));
-  m.impl("rprelu", TORCH_BOX(&bitkernels::op_rprelu));
-  m.impl("rprelu_backward", TORCH_BOX(&bitkernels::op_rprelu_backward));
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
