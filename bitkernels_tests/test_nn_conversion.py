@@ -22,7 +22,9 @@ from bitkernels.nn import (
     RPReLU,
     RSign,
     binarize,
+    load_packed,
     pack,
+    save_packed,
 )
 from bitkernels_tests.cases import reals
 
@@ -250,3 +252,33 @@ def test_rsign_and_rprelu_need_no_twin():
     x = reals(2, 8, 5, 5)
     assert [type(m) for m in packed] == [RSign, PackedConv2d, RPReLU]
     assert torch.equal(packed(x), model(x))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda path: binarize("x"), "binarize: model must be an nn.Module, got str"),
+    (lambda path: binarize(nn.Linear), "binarize: model must be an nn.Module, got the class Linear"),
+    (lambda path: pack(None), "pack: model must be an nn.Module, got NoneType"),
+    (lambda path: save_packed(path, nn.Linear(3, 3)),
+     "save_packed: model must be an nn.Module, got PosixPath"),
+    (lambda path: load_packed(nn.Linear(3, 3), path),
+     "load_packed: model must be an nn.Module, got PosixPath"),
+], ids=["str", "class", "none", "save swapped", "load swapped"])
+def test_what_is_no_model(call, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        call(tmp_path / "x.safetensors")
+
+
+def test_nothing_binary_is_said():
+    with pytest.warns(UserWarning, match="pack: Linear has no binary layer and comes back real"):
+        pack(nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match=r"no layer became binary: 0 \(first layer \(skip_first\)"):
+        binarize(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    with pytest.warns(UserWarning, match="no layer became binary"):
+        binarize(nn.LSTM(3, 3))
+
+
+def test_a_lone_layer_is_reported():
+    reports = []
+    binarize(nn.Linear(40, 3), report=reports.append)
+    assert reports[0].binary == {"": "BinaryLinear"} and reports[0].binary_weights == 120
+    assert "1 layers became binary" in str(reports[0])

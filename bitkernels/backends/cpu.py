@@ -11,6 +11,7 @@ import os
 import sysconfig
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -39,6 +40,17 @@ def _load() -> str | None:
 why_not = _load()
 
 
+def remedy() -> str:
+    """What gives an installation its engine."""
+    if NO_ENGINE:
+        return "It is not made for this platform"
+    source = Path(__file__).resolve().parents[2]
+    if (source / "setup.py").exists():
+        return (f"{source} is the source, which hides an installed copy from Python started there: "
+                "leave it, or build in it by pip install --no-build-isolation -e .")
+    return "Install bitkernels again with a C++ compiler"
+
+
 @functools.cache
 def warn_slow() -> None:
     """Says once a process why an operator runs in plain PyTorch on a CPU.
@@ -51,9 +63,7 @@ def warn_slow() -> None:
     missing = [name for name in OPERATORS
                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{name}", "CPU")]
     if why_not:
-        remedy = ("It is not made for this platform" if NO_ENGINE
-                  else "Install bitkernels again with a C++ compiler")
-        warnings.warn(f"bitkernels runs slowly on CPUs: {why_not}. {remedy}. BITKERNELS_CPU="
+        warnings.warn(f"bitkernels runs slowly on CPUs: {why_not}. {remedy()}. BITKERNELS_CPU="
                       "reference asks for this and keeps it quiet.", stacklevel=2)
     elif missing:
         warnings.warn("bitkernels._C is older than the Python files: build it again. Until then "

@@ -32,7 +32,7 @@ Binary neural networks in PyTorch on real 1-bit arithmetic. Without a command: d
   python -m bitkernels                  what is installed here, and which kernels run
   python -m bitkernels bench            how fast it is here
   python -m bitkernels models           which networks there are
-  python -m bitkernels train --recipe quicknet-digits --data digits --out run
+  python -m bitkernels train --recipe quicknet-digits --data digits --out run --threads 1
   python -m bitkernels COMMAND --help   examples and options
 """
 

@@ -31,8 +31,7 @@ What is installed here, which kernels would run and why, and what would help.
 
 Please put the output into bug reports.
 """
-REMEDY = ("not built; with a C++ compiler and torch installed, run pip install "
-          "--no-build-isolation --force-reinstall --no-deps on the source")
+
 
 
 def installed_version(names: tuple[str, ...]) -> str:
@@ -69,7 +68,7 @@ def cpu_rows() -> list[tuple[str, str]]:
             name if supported else f"{name} (not on this CPU)"
             for name, supported in cpu.kernels())))
     elif importlib.util.find_spec("bitkernels._C") is None:
-        rows.append(("cpu engine", REMEDY))
+        rows.append(("cpu engine", "not built"))
     try:
         return [*rows, ("runs on cpu", cpu.explain())]
     except RuntimeError as error:  # BITKERNELS_CPU names no kernel of this machine
@@ -110,7 +109,12 @@ def remedies() -> list[str]:
     if cpu.why_not and os.environ.get("BITKERNELS_CPU") == cpu.REFERENCE:
         found.append("BITKERNELS_CPU=reference turns the CPU engine off: unset it")
     elif cpu.why_not:
-        found.append(f"the CPU engine is missing, and operators run in plain PyTorch: {REMEDY}")
+        found.append("the CPU engine is missing, and operators run in plain PyTorch. "
+                     f"{cpu.remedy()}")
+    try:
+        cpu.explain()
+    except RuntimeError as error:
+        found.append(str(error).splitlines()[0])
     if not torch.cuda.is_available() and torch.version.cuda is None and torch.version.hip is None \
             and shutil.which("nvidia-smi"):
         found.append("there is an NVIDIA driver, but this torch is built for CPUs: install the "

@@ -152,6 +152,10 @@ class BinaryResidualBlock(FxLeaf):
 
     def _layers(self, input: Tensor, residual: Tensor) -> Tensor:
         x = self.conv(input if self.sign is None else self.sign(input))
+        if x.shape != residual.shape:
+            raise RuntimeError(
+                f"BinaryResidualBlock: shortcut must give {tuple(x.shape)} as the convolution, got "
+                f"{tuple(residual.shape)}")
         y = self.norm(x.relu() if self.relu else x) + residual
         return y if self.act is None else self.act(y)
 

@@ -30,7 +30,7 @@ from bitkernels.train.run import Options
 DESCRIPTION = """\
 Train a binary network by a recipe.
 
-  python -m bitkernels train --recipe quicknet-digits --data digits --out run
+  python -m bitkernels train --recipe quicknet-digits --data digits --out run --threads 1
   python -m bitkernels train --recipe quicknet-digits --show
   python -m bitkernels train --model reactnet --data digits --recipe adambnn-digits --out run
   python -m bitkernels train --recipe bop-cifar10 --data cifar10 --root ~/cifar --out run

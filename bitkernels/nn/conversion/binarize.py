@@ -23,6 +23,7 @@ from bitkernels.nn.conversion.candidates import (
     twin_class,
     why_real,
 )
+from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.conversion.graph import LAYERS, is_depthwise
 from bitkernels.nn.conversion.norm_sign import NormSign
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
@@ -82,6 +83,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     Raises ValueError for options that do not fit a layer, and for layers whose `forward` was
     replaced on the instance, that were compiled or are not initialized, before anything is changed.
     """
+    check_model("binarize", model)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     options: dict[str, Any] = dict(input_quantizer=quantizers.get(input_quantizer),
@@ -90,7 +92,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     layers: dict[nn.Module, str] = {
         m: name for name, m in model.named_modules() if isinstance(m, LAYERS)}
     if isinstance(model, LAYERS):
-        return _lone(model, filter, options, pad_value)
+        return _lone(model, filter, options, pad_value, verbose, report)
 
     found = analyse(model, example_inputs)
     said = BinarizeReport()
@@ -138,14 +140,15 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     _warn("these layers stay real", unexpected)
     _warn("torch.fx cannot trace the calls of these layers; give example_inputs, or check that no "
           "ReLU is before their sign", dict.fromkeys(said.not_analysed, "order of registration"))
-    if verbose:
-        print(said)
-    if report is not None:
-        report(said)
+    if not twins and not unexpected and filter is None and not any(
+            isinstance(m, BinaryLayer) for m in layers):
+        _warn("no layer became binary", said.kept or {type(model).__name__: "it has none to take"})
+    _say(said, verbose, report)
     return model
 
 
-def _lone(model: Any, filter, options: dict[str, Any], pad_value: int) -> nn.Module:
+def _lone(model: Any, filter, options: dict[str, Any], pad_value: int, verbose: bool,
+          report: Callable[[BinarizeReport], Any] | None) -> nn.Module:
     if isinstance(model, BinaryLayer) or (filter is not None and not filter("", model)):
         return model
     if refusal(model):
@@ -154,7 +157,19 @@ def _lone(model: Any, filter, options: dict[str, Any], pad_value: int) -> nn.Mod
     if reason:
         _warn("this layer stays real", {type(model).__name__: reason})
         return model
-    return _binary_twin(model, options, pad_value)
+    twin = _binary_twin(model, options, pad_value)
+    said = BinarizeReport(binary={"": type(twin).__name__})
+    said.count(twin)
+    _say(said, verbose, report)
+    return twin
+
+
+def _say(said: BinarizeReport, verbose: bool,
+         report: Callable[[BinarizeReport], Any] | None) -> None:
+    if verbose:
+        print(said)
+    if report is not None:
+        report(said)
 
 
 def _option(module: Any, found: Analysis, options: dict[str, bool]) -> str | None:

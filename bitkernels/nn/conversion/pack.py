@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.hooks import carry_forward_hooks
 from bitkernels.nn.latent import is_sharded
 from bitkernels.nn.layer import BinaryLayer
+from bitkernels.nn.packed import _Packed
 
 
 def pack(model: nn.Module, *,
@@ -29,14 +32,20 @@ def pack(model: nn.Module, *,
     filter: called with (name, layer) for each binary layer; one with a false answer is copied as it
       is. `lambda name, layer: layer.pack_obstacle() is None` packs what can be packed.
 
-    Warns of hooks that have no meaning on a packed layer (backward, state_dict) and of weights that
-    are 0, which count as +1.
+    Warns of a model without binary layers, of hooks that have no meaning on a packed layer
+    (backward, state_dict) and of weights that are 0, which count as +1.
 
     Raises ValueError that names each binary layer which has no packed twin (three-dimensional, with
     a quantizer that is not binary, with a forward of its own class or instance, sharded), or whose
     weight its parent reads, with the reason.
     """
-    binary = [(name, m) for name, m in model.named_modules() if isinstance(m, BinaryLayer)
+    check_model("pack", model)
+    layers = [(name, m) for name, m in model.named_modules()
+              if isinstance(m, (BinaryLayer, _Packed))]
+    if not layers:
+        warnings.warn(f"pack: {type(model).__name__} has no binary layer and comes back real; make "
+                      "it binary first (bitkernels.nn.binarize)", stacklevel=2)
+    binary = [(name, m) for name, m in layers if isinstance(m, BinaryLayer)
               and (filter is None or filter(name, m))]
     reasons = [(name or type(m).__name__, m.pack_obstacle()) for name, m in binary]
     reasons += _readers(model, {id(m) for _, m in binary})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bitkernels._files import replace_file
 from bitkernels._packages import needs
+from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.conversion.pack import pack
 from bitkernels.nn.latent import is_sharded
 from bitkernels.nn.layer import BinaryLayer
@@ -43,6 +44,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
     not plain tensors with values; OSError where the file cannot be written; ImportError without
     the package safetensors.
     """
+    check_model("save_packed", model)
     safetensors = _safetensors()
     model = _uncompiled(model)
     layers = {name: m.arguments() for name, m in model.named_modules() if isinstance(m, _Packed)}
@@ -96,6 +98,7 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     broken, no file of `save_packed` or of a later format; FileNotFoundError; ImportError without
     the package safetensors.
     """
+    check_model("load_packed", model)
     layers, state = _read(path)
     model = _uncompiled(model)
     modules = dict(model.named_modules())
@@ -144,6 +147,8 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]], dict[str,
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
+    if os.path.isdir(path):
+        raise ValueError(f"load_packed: {path} is a folder")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -42,7 +42,7 @@ class BinarizeReport:
                 self.real_parameters += parameter.numel()
 
     def __str__(self) -> str:
-        lines = [f"{len(self.binary)} layers are binary, {len(self.kept)} stay real; "
+        lines = [f"{len(self.binary)} layers became binary, {len(self.kept)} stay real; "
                  f"{self.binary_weights:,} binary weights, {self.real_parameters:,} real "
                  "parameters"]
         for title, entries in (
