@@ -41,7 +41,7 @@ def binary_conv_transpose2d(input: Tensor, weight: Tensor, bias: Tensor | None,
     dot = F.conv_transpose2d(
         sign(input).float(), sign(weight).float(), None, conf["stride"], conf["padding"],
         conf["output_padding"], conf["groups"], conf["dilation"])
-    return _epilogue(dot, scale, bias, (-1, 1, 1)).to(conf["dtype"] or input.dtype)
+    return epilogue(dot, scale, bias, (-1, 1, 1)).to(conf["dtype"] or input.dtype)
 
 
 def packed_conv2d(input: Tensor, words: Tensor, channels: int, stride, pad, dilation, groups: int,
@@ -58,7 +58,7 @@ def packed_conv_transpose2d(input: Tensor, words: Tensor, channels: int, stride,
     weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     dot = F.conv_transpose2d(sign(input).float(), weight, None, stride, padding, output_padding,
                              groups, dilation)
-    return _epilogue(dot, scale, bias, (-1, 1, 1)).to(dtype)
+    return epilogue(dot, scale, bias, (-1, 1, 1)).to(dtype)
 
 
 def packed_linear(input: Tensor, words: Tensor, channels: int, scale: Tensor | None,
@@ -87,14 +87,17 @@ def _conv2d(input, weight, bias, scale, stride, pad, dilation, groups, pad_value
     else:
         pad = top, left
     dot = F.conv2d(x, weight, None, stride, pad, dilation, groups)
-    return _epilogue(dot, scale, bias, (-1, 1, 1)).to(dtype)
+    return epilogue(dot, scale, bias, (-1, 1, 1)).to(dtype)
 
 
 def _linear(input, weight, bias, scale, dtype) -> Tensor:
-    return _epilogue(sign(input).float() @ weight.T, scale, bias, (-1,)).to(dtype)
+    return epilogue(sign(input).float() @ weight.T, scale, bias, (-1,)).to(dtype)
 
 
-def _epilogue(dot: Tensor, scale: Tensor | None, bias: Tensor | None, shape) -> Tensor:
+def epilogue(dot: Tensor, scale: Tensor | None, bias: Tensor | None, shape) -> Tensor:
+    # The sum is an integer already. Exporters and runtimes would fold the scale, or a batch norm
+    # that follows, into the weights; then sums round, and signs of what should be 0 flip.
+    dot = dot.round()
     if scale is not None:
         dot = dot * scale.float().view(shape)
     return dot if bias is None else dot + bias.float().view(shape)

@@ -22,6 +22,7 @@ from torch.func import (
 )
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+import bitkernels.nn as bnn
 from bitkernels import models, quantizers
 from bitkernels_tests import module_cases as cases
 from bitkernels_tests import test_ops_contract as contract
@@ -303,3 +304,13 @@ def test_compiled_per_sample_gradients():
     compiled = torch.compile(per_sample, backend="aot_eager")(parameters, x)
     for key, value in per_sample(parameters, x).items():
         assert_close(compiled[key], value, 1e-5)
+
+
+@pytest.mark.parametrize("make, shape", [
+    (lambda: bnn.BinaryConvTranspose2d(16, 8, 3, stride=2), (16, 5, 5)),
+    (lambda: bnn.BinaryConvTranspose1d(16, 8, 3, stride=3), (16, 5))], ids=["2d", "1d"])
+def test_packed_transposed_layers_under_vmap(make, shape):
+    layer, x = make().pack(), torch.randn(3, *shape)
+    layer(x)  # its phases' filters are there
+    got = vmap(lambda sample: layer(sample.unsqueeze(0)).squeeze(0))(x)
+    assert torch.equal(got, layer(x))

@@ -256,7 +256,8 @@ def test_rsign_and_rprelu_need_no_twin():
 
 @pytest.mark.parametrize("call, message", [
     (lambda path: binarize("x"), "binarize: model must be an nn.Module, got str"),
-    (lambda path: binarize(nn.Linear), "binarize: model must be an nn.Module, got the class Linear"),
+    (lambda path: binarize(nn.Linear),
+     "binarize: model must be an nn.Module, got the class Linear"),
     (lambda path: pack(None), "pack: model must be an nn.Module, got NoneType"),
     (lambda path: save_packed(path, nn.Linear(3, 3)),
      "save_packed: model must be an nn.Module, got PosixPath"),

@@ -394,3 +394,13 @@ def test_transformer_layers():
         model.train()
         with torch.no_grad():
             model(torch.randn(4, 5, 6))
+
+
+@pytest.mark.parametrize("first, second", [(nn.ReLU, nn.ReLU), (nn.ReLU6, nn.ReLU),
+                                           (nn.Sigmoid, nn.ReLU)])
+def test_activations_in_a_row_all_give_way(first, second):
+    """As in cells that begin with a ReLU, behind a block that ends with one."""
+    body = nn.Sequential(first(), nn.Sequential(second(), conv(), nn.BatchNorm2d(C)))
+    model = binarize(Net(body))
+    assert isinstance(body[0], nn.PReLU) and isinstance(body[1][0], nn.PReLU)
+    sees_its_input(model)

@@ -321,3 +321,83 @@ def test_report(capsys):
     assert report.real_parameters == sum(p.numel() for p in model.parameters()) - 9 * C * C
     assert capsys.readouterr().out == f"{report}\n"
     assert "activations: ReLU -> PReLU(num_parameters=8): 2" in str(report)
+
+
+class Reader(nn.Module):
+    """Its subclasses read weights in code that torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(C, C), nn.Linear(C, C)
+        self.layers = nn.ModuleList([nn.Linear(C, C), nn.Linear(C, C)])
+
+
+class Loop(Reader):
+    def forward(self, x):
+        x = x if x.sum() < 1e9 else -x
+        for layer in self.layers:
+            x = F.linear(x, layer.weight, layer.bias)
+        return self.b(self.a(x))
+
+
+class Index(Reader):
+    def forward(self, x):
+        x = x if x.sum() < 1e9 else -x
+        for i in range(2):
+            x = F.linear(x, self.layers[i].weight)
+        return self.b(self.a(x))
+
+
+class Local(Reader):
+    def forward(self, x):
+        x = x if x.sum() < 1e9 else -x
+        layer = self.a
+        return self.b(F.linear(x, layer.weight))
+
+
+class Named(Reader):
+    def forward(self, x):
+        x = x if x.sum() < 1e9 else -x
+        return self.b(F.linear(x, self.get_parameter("a.weight")))
+
+
+class Held(Reader):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = self.a.weight
+
+    def forward(self, x):
+        x = x if x.sum() < 1e9 else -x
+        return self.b(F.linear(x, self.w))
+
+
+@pytest.mark.parametrize("cls, read", [
+    (Loop, ["layers.0", "layers.1"]), (Index, ["layers.0", "layers.1"]), (Local, ["a"]),
+    (Named, ["a"]), (Held, ["a"])])
+def test_weights_read_by_another_name_stay_real(cls, read):
+    model = nn.Sequential(nn.Linear(C, C), cls(), nn.Linear(C, C)).eval()
+    with pytest.warns(UserWarning, match="these layers stay real: .*code of a parent reads"):
+        binarize(model)
+    assert all(type(model[1].get_submodule(name)) is nn.Linear for name in read)
+    assert isinstance(model[1].b, BinaryLinear)
+
+
+def test_scripted_models_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)).eval()
+    scripted = torch.jit.script(model)
+    for given in (scripted, nn.Sequential(nn.Conv2d(3, 3, 1), scripted)):
+        given.eval()
+        with pytest.raises(ValueError, match="compiled by torch.jit; binarize it first"):
+            binarize(given)
+        assert not given.training
+
+
+def test_packed_layers_are_layers_and_stay():
+    model = binarize(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3)))
+    packed = bnn.pack(model)
+    binarize(packed)
+    assert [type(m) for m in packed] == [nn.Conv2d, bnn.PackedConv2d, nn.Conv2d]
+    around = nn.Sequential(nn.Conv2d(3, 16, 3), bnn.BinaryConv2d(16, 16, 3).pack(),
+                           nn.Conv2d(16, 16, 3), bnn.BinaryConv2d(16, 8, 3).pack())
+    binarize(around)
+    assert isinstance(around[2], BinaryConv2d)

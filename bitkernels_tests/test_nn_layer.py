@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import bitkernels.nn as bnn
 from bitkernels.quantizers import NoOp
@@ -70,3 +71,17 @@ def test_compilers_tracers_and_transforms_do_not_look():
     assert said(bnn.BinaryConv2d(8, 4, 3).to("meta"), x.to("meta")) == []
     assert len(said(layer, x)) == 1  # they left it to this one
     assert said(compiled, x) == []
+
+
+def test_zeros_that_are_loaded_are_reported():
+    layer, x = bnn.BinaryConv2d(16, 8, 3), torch.randn(1, 16, 5, 5)
+    layer(x)
+    state = layer.state_dict()
+    layer.load_state_dict(state | {"weight": torch.zeros(8, 16, 3, 3)})
+    with pytest.warns(UserWarning, match="100% of the weights are 0"):
+        layer(x)
+    prune.identity(layer, "weight")
+    layer.load_state_dict({"bias": layer.bias, "weight_orig": torch.randn(8, 16, 3, 3),
+                           "weight_mask": (torch.rand(8, 16, 3, 3) < 0.1).float()})
+    with pytest.warns(UserWarning, match=r"% of the weights are 0"):
+        layer(x)

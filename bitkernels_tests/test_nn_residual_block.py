@@ -257,6 +257,22 @@ def test_reasons_to_run_the_layers(reason, change):
     assert_equal_state(block, fresh, 0)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("part", ["sign", "conv", "norm", "act"])
+def test_a_forward_of_a_parts_own_is_called(part, packed):
+    """As tools set it that move weights or measure time."""
+    block = bnn.pack(pair_of(reactnet)[0]) if packed else pair_of(reactnet)[0]
+    module, calls = getattr(block, part), []
+    own = module.forward
+    module.forward = lambda *inputs: calls.append(1) or own(*inputs)
+    for training in (True, False):
+        block.train(training)
+        with torch.no_grad():
+            assert block.unfused(batch()) == f"{part} has a forward of its own"
+            block(batch())
+    assert calls == [1, 1]
+
+
 def test_different_betas_run_the_layers():
     block = reactnet()
     block.sign = bnn.RSign(CHANNELS, quantizers.SwishSign(3.0))

@@ -99,3 +99,9 @@ def test_evaluation_follows_the_weight():
         block.conv.weight = nn.Parameter(torch.randn_like(block.conv.weight))
         fresh.load_state_dict(block.state_dict())
         near(block(x), fresh(x))
+
+
+def test_signs_that_say_nothing_warn_in_a_fused_block():
+    block = reactnet()
+    with pytest.warns(UserWarning, match="BinaryConv2d.*every sign of its first training input"):
+        block(batch().abs())

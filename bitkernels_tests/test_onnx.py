@@ -146,3 +146,32 @@ def test_export_leaves_the_module_as_it_was():
     before = layer(x)
     exported(layer, x)
     assert torch.equal(layer(x), before) and layer(x).grad_fn is not None
+
+
+def _then(layer, norm, channels, last):
+    return nn.Sequential(layer, norm(channels), nn.PReLU(channels), last)
+
+
+@pytest.mark.parametrize("make, shape", [
+    (lambda: _then(bnn.BinaryConv2d(16, 16, 3, bias=False), nn.BatchNorm2d, 16,
+                   bnn.BinaryConv2d(16, 8, 3, bias=False)), (16, 9, 9)),
+    (lambda: nn.Sequential(bnn.BinaryConv2d(16, 16, 3, weight_scale="xnor"),
+                           bnn.BinaryConv2d(16, 8, 3, bias=False)), (16, 9, 9)),
+    (lambda: _then(bnn.BinaryConvTranspose2d(16, 16, 3, bias=False), nn.BatchNorm2d, 16,
+                   bnn.BinaryConv2d(16, 8, 3, bias=False)), (16, 5, 5)),
+    (lambda: _then(bnn.BinaryLinear(64, 64, bias=False), nn.BatchNorm1d, 64,
+                   bnn.BinaryLinear(64, 8, bias=False)), (64,)),
+    (lambda: _then(bnn.BinaryConv3d(8, 8, 3, padding=1, weight_scale="detached"), nn.BatchNorm3d, 8,
+                   bnn.BinaryConv3d(8, 4, 3, bias=False)), (8, 4, 4, 4)),
+], ids=["conv", "scale", "transposed", "linear", "conv3d"])
+def test_what_follows_a_layer_is_not_folded_into_its_signs(make, shape):
+    """Sums of such weights round, and the next sign flips where a dot product is 0."""
+    torch.manual_seed(0)
+    network, x = make().eval(), torch.randn(4, *shape)
+    networks = [network]
+    if not any(isinstance(m, bnn.BinaryConv3d) for m in network.modules()):
+        networks.append(bnn.pack(network))
+    with torch.no_grad():
+        for net in networks:
+            proto = exported(net, x, dynamic_shapes=None)
+            torch.testing.assert_close(run(proto, x)[0], net(x), rtol=0, atol=1e-4)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitkernels import _onnx
 from bitkernels._fx import traced_whole
-from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
+from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale, _quantized
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d
 
 _conv2d = torch.ops.bitkernels.binary_conv2d.default
@@ -33,11 +34,17 @@ class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
 
     def _real_forward(self, input: Tensor, convolution) -> Tensor:
         """The PyTorch convolution of the quantized tensors, padded after quantization."""
-        x, weight = self._real_operands(input)
-        if not self.pad_value:
-            return self._conv_forward(x, weight, self.bias)
-        x = F.pad(x, self._reversed_padding_repeated_twice, value=float(self.pad_value))
-        return convolution(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if not self.pad_value:
+                return self._conv_forward(x, weight, bias)
+            x = F.pad(x, self._reversed_padding_repeated_twice, value=float(self.pad_value))
+            return convolution(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+        if self._of_signs() and _onnx.is_exporting():
+            dot = convolve(_quantized(self.input_quantizer, input), self._quantized_weight(), None)
+            shape = (-1, *[1] * len(self.kernel_size))
+            return _onnx.epilogue(dot, self.scale(), self.bias, shape).to(dot.dtype)
+        return convolve(*self._real_operands(input), self.bias)
 
 
 class BinaryConv1d(_BinaryConv, nn.Conv1d):

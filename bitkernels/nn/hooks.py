@@ -37,3 +37,13 @@ def left_hooks(layer: nn.Module) -> list[str]:
     ours = {kind for place, kind in _LEFT.items() for hook in getattr(layer, place).values()
             if not getattr(hook, "hook", hook).__module__.startswith("torch.nn.utils.")}
     return sorted(ours)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a call of the module runs something else than the code of its class."""
+    for name in ("forward", "_conv_forward", "_call_impl", "__call__"):
+        own = vars(module).get(name)
+        if own is not None and getattr(own, "__func__", None) is not getattr(
+                type(module), name, None):
+            return True
+    return vars(module).get("_compiled_call_impl") is not None

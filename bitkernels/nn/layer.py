@@ -173,6 +173,10 @@ class BinaryLayer(FxLeaf):
         if isinstance(value, nn.Parameter) or seen != self.__dict__.get("_seen_mask"):
             self.__dict__.update(_seen_mask=seen, _unseen_weight=True)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["_unseen_weight"] = True
+        super()._load_from_state_dict(*args)
+
     def _store(self, name: str, value: Any) -> None:
         for place in (self.__dict__, self._modules):
             place.pop(name, None)
@@ -283,6 +287,11 @@ class BinaryLayer(FxLeaf):
     def signs_of_weight(self) -> Tensor:
         """`binary_weight()`: -1 and +1."""
         return self.binary_weight()
+
+    def _of_signs(self) -> bool:
+        """Whether both quantizers return -1 and +1."""
+        return bool(_operand(self.input_quantizer)
+                    and _operand(self._unscaled_sign or self.weight_quantizer))
 
     def _takes_values(self) -> bool:
         """Whether the signs are those of the weight quantizer's values and not of the weight."""

@@ -15,6 +15,7 @@ from bitkernels.conv_transpose import by_output, by_phases, phase_filters, phase
 from bitkernels.nn.derived import Derived
 from bitkernels.nn.packed import _Packed, _tile_weight
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _packed_conv_transpose2d = torch.ops.bitkernels.packed_conv_transpose2d.default
 
 
@@ -98,7 +99,7 @@ class _PackedConvTranspose(_Packed):
         words, dtype = self._words(input, 1), self._dtype(input)
         channels_last = wants_channels_last(input, input)
         filters = self._tiles(weight_words, self.groups, *self._geometry)
-        if filters is None:
+        if filters is None or _is_wrapped(input):  # the operator has a rule for vmap
             return _packed_conv_transpose2d(
                 words, weight_words, self.in_channels, stride, padding, output_padding, self.groups,
                 dilation, scale=self.scale, bias=self.bias, dtype=dtype,

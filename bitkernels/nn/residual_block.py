@@ -12,6 +12,7 @@ from bitkernels._dispatch import functional_transforms
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv2d
+from bitkernels.nn.hooks import is_patched
 from bitkernels.nn.norm import SyncBatchNorm
 from bitkernels.nn.packed import PackedConv2d
 
@@ -94,6 +95,8 @@ class BinaryResidualBlock(FxLeaf):
         for name, module in (("conv", conv), ("norm", norm), ("act", act), ("sign", sign)):
             if module is not None and any(getattr(module, hooks) for hooks in _HOOKS):
                 return f"{name} has hooks"
+            if module is not None and is_patched(module):
+                return f"{name} has a forward of its own"
         packed = type(conv) is PackedConv2d
         if not packed and type(conv) is not BinaryConv2d:
             return f"conv is {type(conv).__name__}"
@@ -167,6 +170,8 @@ class BinaryResidualBlock(FxLeaf):
             options.update(input_estimator=estimator["estimator"], input_clip=estimator["clip"])
             if estimator["estimator"] == "swish_sign":
                 options["beta"] = estimator["beta"]
+        if not torch.compiler.is_compiling() and conv.training and not conv._input_seen:
+            conv._look_at(input if self.sign is None else self.sign(input))
         shift_in, slope, shift_out = self._activation()
         out, mean, variance = _train(
             input, conv._weight_to_sign(), residual, None if self.sign is None else self.sign.shift,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from bitkernels.nn.activations import RPReLU
-from bitkernels.nn.conversion.graph import is_patched
+from bitkernels.nn.hooks import is_patched
 
 Activation = Literal["prelu", "rprelu", "hardtanh", "keep"]
 

@@ -71,6 +71,11 @@ def analyse(model: nn.Module, example_inputs: Any = None) -> Analysis:
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             _look_into_transformer(name, module, result)
+    weights = {id(m._parameters.get("weight")): m for m in layers}
+    for module in model.modules():  # a parent that holds the parameter too computes with it
+        if not isinstance(module, (*LAYERS, nn.Embedding, nn.EmbeddingBag)):
+            result.read |= {weights[id(p)] for p in module._parameters.values()
+                            if p is not None and id(p) in weights}
     if not result.first:
         result.first |= set(layers[:1])
     if not result.last:
@@ -156,8 +161,8 @@ class _Flow:
         if what == "source":
             gate = is_gate(node, module)
             name = self.part.path(node) if module is not None else name_of(node)
-            # An untrained norm leaves values as they are: what is below 0 here comes from before.
-            through = (s for origin in inputs[:1] for s in origin if s.normed)
+            # What is below 0 in front of it, once it is replaced, comes from before.
+            through = (s for origin in inputs[:1] for s in origin)
             return frozenset([Source(name, module, gate), *through])
         if not inputs or what == "any":
             home = "" if module is None else type(module).__module__

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from bitkernels import quantizers
@@ -29,6 +30,7 @@ from bitkernels.nn.conversion.norm_sign import NormSign
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
 from bitkernels.nn.conversion.values import module_kind
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
+from bitkernels.nn.packed import _Packed
 
 
 def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = True,
@@ -84,6 +86,8 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     replaced on the instance, that were compiled or are not initialized, before anything is changed.
     """
     check_model("binarize", model)
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ValueError("cannot binarize a model compiled by torch.jit; binarize it first")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     options: dict[str, Any] = dict(input_quantizer=quantizers.get(input_quantizer),
@@ -100,7 +104,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     refused: dict[str, str] = {}
     twins: dict[nn.Module, Any] = {}
     for module, name in layers.items():
-        if isinstance(module, BinaryLayer):
+        if isinstance(module, (BinaryLayer, _Packed)):
             continue
         reason = _option(module, found, dict(
             skip_first=skip_first, skip_last=skip_last, keep_downsample=keep_downsample,
@@ -139,9 +143,10 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     said.count(model)
     _warn("these layers stay real", unexpected)
     _warn("torch.fx cannot trace the calls of these layers; give example_inputs, or check that no "
-          "ReLU is before their sign", dict.fromkeys(said.not_analysed, "order of registration"))
+          "ReLU is before their sign and that their parents call them",
+          dict.fromkeys(said.not_analysed, "order of registration"))
     if not twins and not unexpected and filter is None and not any(
-            isinstance(m, BinaryLayer) for m in layers):
+            isinstance(m, (BinaryLayer, _Packed)) for m in layers):
         _warn("no layer became binary", said.kept or {type(model).__name__: "it has none to take"})
     _say(said, verbose, report)
     return model
@@ -149,7 +154,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
 
 def _lone(model: Any, filter, options: dict[str, Any], pad_value: int, verbose: bool,
           report: Callable[[BinarizeReport], Any] | None) -> nn.Module:
-    if isinstance(model, BinaryLayer) or (filter is not None and not filter("", model)):
+    if isinstance(model, (BinaryLayer, _Packed)) or (filter is not None and not filter("", model)):
         return model
     if refusal(model):
         raise ValueError(f"cannot binarize this layer: {refusal(model)}")

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTranspose2d
-from bitkernels.nn.conversion.graph import LAYERS, is_patched
+from bitkernels.nn.conversion.graph import LAYERS
+from bitkernels.nn.hooks import is_patched
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 

@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+from bitkernels.nn.packed import _Packed
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, _Packed)
 FEW = 128  # channels whose signs a 1x1 convolution cannot make much of
 
 
@@ -96,15 +98,6 @@ def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, LAYERS) or (
         home.startswith(("torch.nn", "torch.ao.nn", "bitkernels.nn", "bitkernels.quantizers"))
         and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)))
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Whether a call of the module runs something else than the code of its class."""
-    for name in ("forward", "_conv_forward"):
-        own = vars(module).get(name)
-        if own is not None and getattr(own, "__func__", None) is not getattr(type(module), name):
-            return True
-    return vars(module).get("_compiled_call_impl") is not None
 
 
 class _ReadParameter(fx.proxy.ParameterProxy):

@@ -23,7 +23,14 @@ def read_by_source(module: nn.Module) -> set[nn.Module]:
     """Layers below the module whose weight its forward, or a method that this calls, reads."""
     found: set[nn.Module] = set()
     cls: Any = type(module)
-    for path in _paths(cls):
+    paths, by_name, called = _reads(cls)
+    if by_name:  # `for layer in self.layers: f(x, layer.weight)`, `w = layer.weight`
+        for name, child in module.named_children():
+            lists = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+            held = list(child.children()) if lists else [child]
+            if name not in called:
+                found |= {layer for layer in held if isinstance(layer, LAYERS)}
+    for path in paths:
         try:
             layer = module.get_submodule(path)
         except AttributeError:
@@ -34,8 +41,9 @@ def read_by_source(module: nn.Module) -> set[nn.Module]:
 
 
 @functools.cache
-def _paths(cls: Any) -> frozenset[str]:
-    """a.0.b for each self.a[0].b.weight in the methods."""
+def _reads(cls: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
+    """(a.0.b for each self.a[0].b.weight in the methods, whether they also read the weight of
+    something else, the names of what they call as self.name(...))."""
     methods: dict[str, ast.AST] = {}
     for base in cls.__mro__:
         if base in (nn.Module, object):
@@ -50,6 +58,8 @@ def _paths(cls: Any) -> frozenset[str]:
     waiting = ["forward"]
     seen: set[str] = set()
     paths: set[str] = set()
+    called: set[str] = set()
+    by_name = False
     while waiting:
         name = waiting.pop()
         if name in seen or name not in methods:
@@ -61,6 +71,14 @@ def _paths(cls: Any) -> frozenset[str]:
             owner = ast.unparse(node.value)
             if owner == "self":
                 waiting.append(node.attr)
-            elif node.attr == "weight" and owner.startswith("self.") and id(node) not in harmless:
-                paths.add(re.sub(r"\[(\d+)\]", r".\1", owner.removeprefix("self.")))
-    return frozenset(paths)
+                by_name |= node.attr == "get_parameter"
+            elif node.attr == "weight" and id(node) not in harmless:
+                path = re.sub(r"\[(\d+)\]", r".\1", owner.removeprefix("self."))
+                if owner.startswith("self.") and re.fullmatch(r"[\w.]+", path):
+                    paths.add(path)
+                else:
+                    by_name = True
+        called |= {node.func.attr for node in ast.walk(methods[name])
+                   if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                   and ast.unparse(node.func.value) == "self"}
+    return frozenset(paths), by_name, frozenset(called)
