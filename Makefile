@@ -26,8 +26,8 @@ RACES := -O1 -g -fsanitize=thread -DREAL_THREADS
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
 OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* measure_plan models_* nn_residual_block_distributed \
-  interop cli digits distillation docs experiments gpu_check import launchers metrics \
-  mutants operators_docs optim thresholds traces,\
+  interop cli digits distillation docs experiments export func fx gpu_check guide import launchers metrics \
+  mutants nn_conversion* nn_norm onnx operators_docs optim* packages packed_file setup thresholds traces trust,\
   $(wildcard bitkernels_tests/test_$(name).py))
 
 # $(call kernel_test,compiler,flags,folder,runner,kernels): the engine's own test, of all kernels where
