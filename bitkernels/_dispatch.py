@@ -87,6 +87,8 @@ def _once(name: str, backward):
         if not torch.is_grad_enabled():
             return outputs
         inputs = [g for g in grads if isinstance(g, Tensor) and (g.requires_grad or _is_wrapped(g))]
+        # A gradient penalty reaches the saved tensors where the output's gradient is a constant.
+        inputs += [t for t in ctx.saved_tensors if isinstance(t, Tensor) and t.requires_grad]
         if not inputs:
             return outputs
         results = list(outputs) if isinstance(outputs, tuple) else [outputs]

@@ -314,3 +314,13 @@ def test_packed_transposed_layers_under_vmap(make, shape):
     layer(x)  # its phases' filters are there
     got = vmap(lambda sample: layer(sample.unsqueeze(0)).squeeze(0))(x)
     assert torch.equal(got, layer(x))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "linear", "conv transpose2d", "rsign", "rprelu",
+                                  "approx_sign"])
+def test_a_gradient_penalty_is_refused(name):
+    """Where the output's gradient is a constant, it reaches what was saved alone."""
+    module, x = MODULES[name]()
+    g, = torch.autograd.grad(module(x.requires_grad_()).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (g.square().sum() + x.sum()).backward()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import bitkernels.nn as bnn
 from bitkernels.nn import (
     BinaryConv1d,
     BinaryConv2d,
@@ -278,3 +279,16 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_packed(model, path)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_options_of_a_block_are_compared(tmp_path):
+    def made(relu):
+        conv = bnn.BinaryConv2d(8, 8, 3, padding=1, bias=False)
+        return nn.Sequential(bnn.BinaryResidualBlock(conv, nn.BatchNorm2d(8), relu=relu)).eval()
+
+    path, x = tmp_path / "block.safetensors", torch.randn(2, 8, 5, 5)
+    packed = bnn.pack(made(True))
+    bnn.save_packed(packed, path)
+    assert torch.equal(bnn.load_packed(path, made(True))(x), packed(x))
+    with pytest.raises(ValueError, match="0: relu=True in the file, False in the model"):
+        bnn.load_packed(path, made(False))

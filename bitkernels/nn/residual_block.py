@@ -257,5 +257,9 @@ class BinaryResidualBlock(FxLeaf):
             conv.stride, strict=True)]
         return input.shape[0] * size[0] * size[1]
 
+    def arguments(self) -> dict[str, Any]:
+        """What its state does not say, for files of packed models."""
+        return {"class": type(self).__name__, "relu": self.relu}
+
     def extra_repr(self) -> str:
         return "relu=True" if self.relu else ""

@@ -4,7 +4,8 @@ Metadata, all strings; readers ignore keys that they do not know:
   format          "bitkernels.packed"
   format_version  "1"; a reader refuses a larger one
   bitkernels      the version that wrote the file
-  layers          JSON: {name: {"class": "PackedConv2d", argument: value, ...}} of the packed layers
+  layers          JSON: {name: {"class": "PackedConv2d", argument: value, ...}} of packed layers and
+                  residual blocks
   aliases         JSON: {key: key}, entries of the state_dict that are the same tensor as another
 The tensors are those of the model's state_dict, under its keys.
 """
@@ -27,10 +28,12 @@ from bitkernels.nn.conversion.pack import pack
 from bitkernels.nn.latent import is_sharded
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.packed import _Packed
+from bitkernels.nn.residual_block import BinaryResidualBlock
 
 FORMAT = "bitkernels.packed"
 VERSION = 1
 LISTED = 12  # differences in a message
+_WRITTEN = (_Packed, BinaryResidualBlock)  # what says more than its state
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
@@ -47,8 +50,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
     check_model("save_packed", model)
     safetensors = _safetensors()
     model = _uncompiled(model)
-    layers = {name: m.arguments() for name, m in model.named_modules() if isinstance(m, _Packed)}
-    if not layers:
+    layers = {name: m.arguments() for name, m in model.named_modules() if isinstance(m, _WRITTEN)}
+    if not any(isinstance(m, _Packed) for m in model.modules()):
         raise ValueError(f"save_packed: {type(model).__name__} has no packed layer; give it what "
                          "bitkernels.nn.pack(model) returns")
     tensors: dict[str, Tensor] = {}
@@ -105,17 +108,17 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     found = []
     for name, theirs in layers.items():
         module = modules.get(name)
-        if not isinstance(module, (BinaryLayer, _Packed)):
+        if not isinstance(module, (BinaryLayer, *_WRITTEN)):
             found.append(f"{name} is {_a(theirs['class'])} in the file, "
                          + (_a(type(module).__name__) if module is not None else "not there")
                          + " in the model")
     found += [f"{name} is {_a(type(m).__name__)} in the model, not packed in the file"
-              for name, m in modules.items() if isinstance(m, _Packed) and name not in layers]
+              for name, m in modules.items() if isinstance(m, _WRITTEN) and name not in layers]
     _refuse(path, model, found)
     packed = (copy.deepcopy(model) if any(isinstance(m, _Packed) for m in modules.values())
               else pack(model, filter=lambda name, _: name in layers))
     ours = {name: _plain(m.arguments()) for name, m in packed.named_modules()
-            if isinstance(m, _Packed)}
+            if isinstance(m, _WRITTEN)}
     for name, theirs in layers.items():
         mine = ours.get(name, {})
         found += [f"{name}: {key}={theirs.get(key)!r} in the file, {mine.get(key)!r} in the model"
