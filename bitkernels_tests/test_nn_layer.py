@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import bitkernels.nn as bnn
+from bitkernels.nn.hooks import is_patched
 from bitkernels.quantizers import NoOp
 
 LAYERS = {
@@ -85,3 +86,12 @@ def test_zeros_that_are_loaded_are_reported():
                            "weight_mask": (torch.rand(8, 16, 3, 3) < 0.1).float()})
     with pytest.warns(UserWarning, match=r"% of the weights are 0"):
         layer(x)
+
+
+def test_a_method_of_another_instance_is_a_replacement():
+    """And the class's own, as accelerate leaves it, is none."""
+    first, second = bnn.BinaryConv2d(8, 8, 3), bnn.BinaryConv2d(8, 8, 3)
+    first.forward = first.forward
+    assert not is_patched(first) and first.pack_obstacle() is None
+    first.forward = second.forward
+    assert is_patched(first) and "replaced on the instance" in first.pack_obstacle()

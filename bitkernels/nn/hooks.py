@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
 from bitkernels.nn.latent import recomputed_by
 
+_CALLED = ("forward", "_conv_forward", "_call_impl", "__call__")
 _LEFT = {"_backward_hooks": "backward hooks", "_backward_pre_hooks": "backward hooks",
          "_state_dict_hooks": "state_dict hooks", "_state_dict_pre_hooks": "state_dict hooks",
          "_load_state_dict_pre_hooks": "state_dict hooks",
@@ -39,11 +41,19 @@ def left_hooks(layer: nn.Module) -> list[str]:
     return sorted(ours)
 
 
+def replaced(module: nn.Module, names: Collection[str] = _CALLED) -> str | None:
+    """The first of the methods that was set on the instance, None if none was.
+
+    What accelerate leaves when it takes its hook off is the class's own method.
+    """
+    for name in names:
+        own = vars(module).get(name)
+        of_class = getattr(own, "__func__", None) is getattr(type(module), name, None)
+        if own is not None and not (of_class and own.__self__ is module):
+            return name
+    return None
+
+
 def is_patched(module: nn.Module) -> bool:
     """Whether a call of the module runs something else than the code of its class."""
-    for name in ("forward", "_conv_forward", "_call_impl", "__call__"):
-        own = vars(module).get(name)
-        if own is not None and getattr(own, "__func__", None) is not getattr(
-                type(module), name, None):
-            return True
-    return vars(module).get("_compiled_call_impl") is not None
+    return replaced(module) is not None or vars(module).get("_compiled_call_impl") is not None

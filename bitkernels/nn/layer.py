@@ -329,11 +329,10 @@ class BinaryLayer(FxLeaf):
         for name in _COMPUTES:
             if getattr(type(self), name, None) is not getattr(own, name, None):
                 return f"its class {type(self).__name__} has a {name} of its own"
-            # What accelerate leaves when it takes its hook off is the class's own method.
-            if name in self.__dict__ and self.__dict__[name] != getattr(type(self), name).__get__(
-                    self):
-                return (f"its {name} is replaced on the instance (accelerate's "
-                        "remove_hook_from_module takes such a one off)")
+        patched = hooks.replaced(self, _COMPUTES)
+        if patched is not None:
+            return (f"its {patched} is replaced on the instance (accelerate's "
+                    "remove_hook_from_module takes such a one off)")
         if any(latent.is_sharded(t) for t in self._parameters.values()):
             return ("its weight is sharded (a DTensor); pack an unsharded model that has loaded "
                     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))")

@@ -162,8 +162,7 @@ class _Flow:
             gate = is_gate(node, module)
             name = self.part.path(node) if module is not None else name_of(node)
             # What is below 0 in front of it, once it is replaced, comes from before.
-            through = (s for origin in inputs[:1] for s in origin)
-            return frozenset([Source(name, module, gate), *through])
+            return frozenset([Source(name, module, gate)]).union(*inputs[:1])
         if not inputs or what == "any":
             home = "" if module is None else type(module).__module__
             untraced = module is not None and any(True for _ in module.children()) and (
