@@ -14,21 +14,20 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 ENV_STAMP := $(VENV)/.bitkernels-environment
 BUILD_STAMP := $(VENV)/.bitkernels-build
-ENGINE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc)
-TEST_SOURCES := $(wildcard csrc/cpu/*.cpp)
+ENGINE := $(wildcard csrc/torch/*.cpp csrc/torch/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc)
+TEST_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
 CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
 # GCC 12 takes its own AVX-512 headers for uninitialized reads.
 WARN := -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option
-KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread $(WARN)
+KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread -Icsrc $(WARN)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 RACES := -O1 -g -fsanitize=thread -DREAL_THREADS
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
-OTHER_TESTS := $(foreach name,triton_* cuda_* train_* bench_* measure_plan models_* nn_residual_block_distributed \
-  interop cli digits distillation docs experiments export func fx gpu_check guide import launchers metrics \
-  mutants nn_conversion* nn_norm onnx operators_docs optim* packages packed_file setup thresholds traces trust,\
-  $(wildcard bitkernels_tests/test_$(name).py))
+OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli docs install metrics models nn/conversion \
+  nn/test_norm.py nn/test_residual_block_distributed.py optim toolchains tools train \
+  test_interop.py test_thresholds.py test_traces.py)
 
 # $(call kernel_test,compiler,flags,folder,runner,kernels): the engine's own test, of all kernels where
 # none is named; files compiled side by side.
@@ -106,8 +105,8 @@ kernel-test-neon:
 gpu-check gpu-check-cuda:
 	@if $(PYTHON) -c "import torch" 2> /dev/null; then \
 	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps . && \
-	  $(PYTHON) benchmarks/$(subst -,_,$@).py; \
-	else $(MAKE) build && $(PY) benchmarks/$(subst -,_,$@).py; fi
+	  $(PYTHON) benchmarks/gpu/$(subst -,_,$@).py; \
+	else $(MAKE) build && $(PY) benchmarks/gpu/$(subst -,_,$@).py; fi
 
 abi-audit: build
 	$(VENV)/bin/torch-abi-audit --check both bitkernels/_C.abi3.so

@@ -111,12 +111,10 @@ def extension() -> dict:
     """Arguments to setup() for the extension; torch is imported only here."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    sources = set(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    sources -= set(glob("csrc/cpu/kernel_test*.cpp"))
     engine = CppExtension(
         "bitkernels._C",
-        sorted(sources),
-        depends=glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc"),
+        sorted(glob("csrc/torch/*.cpp") + glob("csrc/cpu/*.cpp")),
+        depends=glob("csrc/torch/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc"),
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": FLAGS},

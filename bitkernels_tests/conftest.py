@@ -22,7 +22,7 @@ def available_devices() -> list[str]:
 
 
 def pytest_configure(config):
-    # The tests' values hold exact zeros on purpose; test_nn_pack.py asks for the warning itself.
+    # The tests' values hold exact zeros on purpose; nn/test_pack.py asks for the warning itself.
     config.addinivalue_line("filterwarnings", "ignore:.* of the weights are 0:UserWarning")
     for marker in ("cuda: needs an NVIDIA or AMD GPU, skipped without one",
                    "long: takes a minute, so it is the first to start",

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+from bitkernels_tests import ROOT
+
+DOCS = ROOT / "docs"
 
 
 def blocks(page: Path, language: str = "python") -> list[tuple[int, str]]:

@@ -20,12 +20,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bitkernels_tests import ROOT
 from bitkernels_tests.mutant_list import MUTANTS, Mutant
 
-ROOT = Path(__file__).parents[1]
 OBJECTS = ROOT / "build" / "mutants"  # of the engine's test, by what the preprocessor makes of it
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ("-O1", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-w")
+FLAGS = ("-O1", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-w", "-Icsrc")
 ENGINES = {"engine": (), "races": ("-fsanitize=thread", "-DREAL_THREADS")}
 ISA = "scalar"  # the kernel that the engine's test runs: others are compiled without the mutant
 
@@ -66,7 +66,7 @@ def run(command, cwd: Path, seconds: float, **environment: str) -> tuple[int, st
 
 def failing_test(tests: tuple[str, ...], tree: Path, seconds: float) -> str | None:
     """The first test that fails, or None if all pass. Raises Broken if they do not run."""
-    interpret = {"TRITON_INTERPRET": "1"} if "test_triton_interpret" in tests[0] else {}
+    interpret = {"TRITON_INTERPRET": "1"} if "triton/test_interpret" in tests[0] else {}
     code, said = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                       *(f"bitkernels_tests/{test}" for test in tests)], tree, seconds, **interpret)
     last = said.strip().splitlines()[-1]
@@ -86,9 +86,9 @@ def engine_failure(which: str, tree: Path, seconds: float) -> str | None:
     """As `failing_test`, of the engine's own test."""
     flags, objects = (*FLAGS, *ENGINES[which]), []
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    for source in sorted((tree / "csrc/cpu").glob("*.cpp")):
+    for source in sorted([*tree.glob("csrc/cpu/*.cpp"), *tree.glob("csrc/tests/*.cpp")]):
         other = source.name.startswith("kernels_") and source.name != f"kernels_{ISA}.cpp"
-        path = (ROOT if other else tree) / "csrc/cpu" / source.name
+        path = (ROOT if other else tree) / source.relative_to(tree)
         code, text = run([COMPILER, *flags, "-E", "-P", path], tree, seconds)
         key = hashlib.sha256("\0".join((COMPILER, *flags, text)).encode()).hexdigest()[:24]
         made = OBJECTS / f"{key}.o"
@@ -122,7 +122,7 @@ def clean_runs(mutants: list[Mutant]) -> list[tuple[str, ...]]:
     groups: dict[str, set[str]] = {}
     for mutant in mutants:
         first = mutant.tests[0]
-        kind = first if first in ENGINES else str("test_triton_interpret" in first)
+        kind = first if first in ENGINES else str("triton/test_interpret" in first)
         groups.setdefault(kind, set()).update(mutant.tests)
     return [tuple(sorted(test for test in tests
                          if "::" not in test or test.partition("::")[0] not in tests))

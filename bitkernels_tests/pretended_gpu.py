@@ -6,7 +6,6 @@ backend.
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +13,9 @@ import torch
 
 from bitkernels.backends.cuda import dispatch, launch
 from bitkernels.backends.trust import Usable
-from bitkernels_tests import cuda_emulator
+from bitkernels_tests import ROOT, cuda_emulator
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 KERNEL = "mma_64x32"
 BANDWIDTH = 1e9
 

@@ -1,4 +1,4 @@
-"""Runs every operator with sizes of 0, one line a call; test_ops_contract.py compares the lines.
+"""Runs every operator with sizes of 0, one line a call; ops/test_contract.py compares the lines.
 
 A program of its own, since what it looks for ends a process: a division by 0, a wild address.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bitkernels_tests.test_ops_contract import samples
+from bitkernels_tests.ops.test_contract import samples
 
 
 def emptied(t: Tensor, dims: list[int]) -> Tensor:

@@ -13,7 +13,7 @@ from bitkernels.models.binarynet import BinaryNet
 from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
 from bitkernels.models.reactnet import ReActBlock, ReActNet
 from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block
-from bitkernels.models.registry import create, names
+from bitkernels.models.registry import create, create_model, list_models, names
 
 __all__ = [
     "BinaryNet",
@@ -24,6 +24,8 @@ __all__ = [
     "ReActNet",
     "ReActNet18",
     "create",
+    "create_model",
+    "list_models",
     "names",
     "reactnet18_block",
 ]

@@ -10,6 +10,7 @@ from bitkernels.models.parts import (
     glorot_normal_,
     weight_options,
 )
+from bitkernels.models.registry import register_class
 from bitkernels.nn import BinaryConv2d, BinaryLinear
 from bitkernels.quantizers import NoOp
 
@@ -94,3 +95,6 @@ class BinaryNet(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.classifier(self.flatten(self.features(input)))
+
+
+register_class("binarynet", BinaryNet)

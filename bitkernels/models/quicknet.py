@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels.models.parts import SamePad2d, glorot_normal_, he_normal_, weight_options
+from bitkernels.models.registry import register, register_class
 from bitkernels.nn import BinaryConv2d, MaxPool2d
 from bitkernels.quantizers import SteSign
 
@@ -126,3 +127,14 @@ def _stem(in_channels: int, out_channels: int, strides: tuple[int, int]) -> nn.S
         SamePad2d(3, strides[1]), depthwise,
         nn.BatchNorm2d(quarter, affine=False, **options),
         pointwise, nn.BatchNorm2d(out_channels, **options))
+
+
+_PAPER = "Bannink et al. 2021, arXiv 2011.09398"
+_SECTIONS = (64, 128, 256, 512)
+register_class("quicknet", QuickNet)
+for _name, _blocks, _filters, _top1, _top5 in (
+        ("quicknet_small", (4, 4, 4, 4), (32, 64, 256, 512), 59.4, 81.8),
+        ("quicknet", (4, 4, 4, 4), _SECTIONS, 63.3, 84.6),
+        ("quicknet_large", (6, 8, 12, 6), _SECTIONS, 66.9, 87.0)):
+    register(_name, QuickNet, _PAPER, top1=_top1, top5=_top5, preprocessing="larq",
+             options=dict(blocks=_blocks, filters=_filters, stem_strides=(2, 2)))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels.models.parts import weight_options
+from bitkernels.models.registry import register_class
 from bitkernels.nn import BinaryConv2d, RPReLU, RSign
 
 PUBLISHED_CHANNELS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
@@ -107,3 +108,6 @@ class ReActNet(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.classifier(self.pool(self.blocks(self.stem(input))).flatten(1))
+
+
+register_class("reactnet", ReActNet)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from bitkernels.models.parts import weight_options
+from bitkernels.models.registry import register_class
 from bitkernels.nn import BinaryConv2d, BinaryResidualBlock, MaxPool2d, RPReLU, RSign
 
 
@@ -73,3 +74,6 @@ class ReActNet18(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.classifier(self.pool(self.blocks(self.stem(input))).flatten(1))
+
+
+register_class("reactnet-18", ReActNet18)

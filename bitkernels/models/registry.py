@@ -1,46 +1,123 @@
-"""Networks by name, for the command line and for experiments."""
+"""Networks by name: the published ones (`create_model`), and classes for any size (`create`)."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
 
-from bitkernels.models.binarynet import BinaryNet
-from bitkernels.models.quicknet import QuickNet
-from bitkernels.models.reactnet import ReActNet
-from bitkernels.models.reactnet18 import ReActNet18
 
-_MODELS: dict[str, type[nn.Module]] = {
-    "binarynet": BinaryNet,
-    "quicknet": QuickNet,
-    "reactnet": ReActNet,
-    "reactnet-18": ReActNet18,
-}
+@dataclass(frozen=True)
+class Entry:
+    """A published network: what makes it of its class, and what was published of it.
+
+    build: the class, called as build(num_classes, in_channels, **options), with image_size where it
+      takes one.
+    paper: authors, year and arXiv number or venue.
+    image_size, num_classes: of the publication.
+    top1, top5: percent of ImageNet's validation images, as published; None where it was not.
+    preprocessing: the name of what its images go through (`bitkernels.models.preprocessing`).
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    paper: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int = 224
+    num_classes: int = 1000
+    top1: float | None = None
+    top5: float | None = None
+    preprocessing: str = "imagenet"
+
+
+_ENTRIES: dict[str, Entry] = {}
+# Classes that suit images of any size by default, for `create`.
+_CLASSES: dict[str, type[nn.Module]] = {}
+
+
+def register(name: str, build: Callable[..., nn.Module], paper: str, **published: Any) -> None:
+    """Adds a published network; the fields are those of `Entry`."""
+    if name in _ENTRIES:
+        raise ValueError(f"there is a model {name} already")
+    _ENTRIES[name] = Entry(name, build, paper, **published)
+
+
+def register_class(name: str, cls: type[nn.Module]) -> None:
+    """Gives `create` a class."""
+    _CLASSES[name] = cls
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the published networks, sorted; those that match a pattern as "quicknet*"."""
+    return sorted(name for name in _ENTRIES if fnmatch(name, pattern))
+
+
+def entry(name: str) -> Entry:
+    """What is known of a published network. Raises ValueError for a name that there is not."""
+    if name not in _ENTRIES:
+        raise ValueError(f"no model is called {name!r}; there are {', '.join(list_models())}")
+    return _ENTRIES[name]
+
+
+def create_model(name: str, *, num_classes: int | None = None, in_channels: int = 3,
+                 weights: str | None = None, **options: Any) -> nn.Module:
+    """The published network of that name.
+
+    num_classes: None: as published, 1000 for ImageNet.
+    in_channels: of the images (N, in_channels, H, W).
+    weights: a file, "hf-hub:owner/name", or the name of public weights, for `load_weights`; None:
+      as initialised.
+    options: further arguments of its class, as image_size for those that have linear layers on a
+      map of fixed size, and binary_weights=False for the first step of a training in two steps.
+
+    Raises ValueError for a name or an option that there is not, naming those that there are.
+    """
+    found = entry(name)
+    given = _accepted(name, found.build, {**found.options, **options})
+    if "image_size" in inspect.signature(found.build).parameters:
+        given.setdefault("image_size", found.image_size)
+    model = found.build(found.num_classes if num_classes is None else num_classes, in_channels,
+                        **given)
+    if weights is not None:
+        from bitkernels.models.weights import load_weights
+
+        load_weights(model, weights)
+    return model
 
 
 def names() -> list[str]:
     """The names that `create` takes, sorted."""
-    return sorted(_MODELS)
+    return sorted(_CLASSES)
 
 
 def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int = 32,
            **options: Any) -> nn.Module:
-    """The network of that name for images (N, in_channels, image_size, image_size).
+    """The network of that class for images (N, in_channels, image_size, image_size).
+
+    The defaults of these classes suit small images; `create_model` makes the published networks.
 
     options: further arguments of its class. image_size goes to the classes that ask for it.
 
     Raises ValueError for a name or an option that there is not, naming those that there are.
     """
-    if name not in _MODELS:
+    if name not in _CLASSES:
         raise ValueError(f"no model is called {name!r}; there are {', '.join(names())}")
-    cls = _MODELS[name]
-    accepted = inspect.signature(cls).parameters
+    cls = _CLASSES[name]
+    options = _accepted(name, cls, options)
+    if "image_size" in inspect.signature(cls).parameters:
+        options["image_size"] = image_size
+    return cls(num_classes, in_channels, **options)
+
+
+def _accepted(name: str, build: Callable[..., nn.Module], options: dict[str, Any]
+              ) -> dict[str, Any]:
+    accepted = inspect.signature(build).parameters
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         own = sorted(set(accepted) - {"num_classes", "in_channels", "image_size"})
         raise ValueError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(own)}")
-    if "image_size" in accepted:
-        options["image_size"] = image_size
-    return cls(num_classes, in_channels, **options)
+    return options

@@ -1,4 +1,4 @@
-// Threads, provided by whoever links the engine: torch's pool in register.cpp, one thread in the
+// Threads, provided by whoever links the engine: torch's pool in torch/register_conv.cpp, one thread in the
 // stand-alone kernel test.
 #pragma once
 #include <cstdint>

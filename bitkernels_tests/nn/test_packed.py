@@ -1,0 +1,217 @@
+"""Packed twins: the same outputs bit for bit, without latent weights, through every copy."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bitkernels import quantizers
+from bitkernels.nn import (
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryConv3d,
+    BinaryConvTranspose2d,
+    BinaryLinear,
+    PackedConv1d,
+    PackedConv2d,
+    PackedLinear,
+)
+from bitkernels_tests import module_cases, oracles
+from bitkernels_tests.cases import reals
+from bitkernels_tests.nn.test_conv import GEOMETRIES, SCALES, SIZE, Centred, layer_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def linear_of(**options):
+    layer = BinaryLinear(67, 9, **options)
+    layer.weight.data = reals(9, 67)
+    return layer
+
+
+def conv_and_input():
+    layer = layer_of(2, kernel_size=3, padding=1, weight_scale="detached")
+    return layer, layer.pack(), reals(2, 36, 5, 6)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_convolution_equals_its_layer(dims, options, scale, device):
+    layer = layer_of(dims, device=device, weight_scale=scale, **options).eval()
+    twin = layer.pack()
+    assert type(twin) is (PackedConv1d, PackedConv2d)[dims - 1] and not twin.training
+    for shape in ((2, 36, *SIZE[:dims]), (36, *SIZE[:dims]), (0, 36, *SIZE[:dims])):
+        x = reals(*shape, device=device)
+        y, expected = twin(x), layer(x)
+        assert torch.equal(y, expected) and y.stride() == expected.stride()
+    assert not any(True for _ in twin.parameters())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_its_layer(scale, bias):
+    layer = linear_of(weight_scale=scale, bias=bias)
+    twin = layer.pack()
+    assert type(twin) is PackedLinear
+    for shape in ((67,), (5, 67), (2, 3, 67), (0, 67)):
+        x = reals(*shape)
+        assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("options", [
+    dict(input_quantizer=None, weight_quantizer=None), dict(input_quantizer="swish_sign"),
+    dict(input_quantizer=quantizers.NoOp(1), weight_quantizer="approx_sign"),
+    dict(weight_quantizer="magnitude_aware_sign"),
+    dict(input_quantizer=Centred(), weight_quantizer=Centred(), weight_scale="xnor")], ids=str)
+def test_quantizers(options):
+    x = reals(2, 36, 5, 6)
+    layer = layer_of(2, kernel_size=3, **options)
+    with torch.no_grad():
+        assert torch.equal(layer.pack()(x), layer(x))
+        layer, x = linear_of(**options), reals(4, 67)
+        assert torch.equal(layer.pack()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_output_dtype_is_the_input_dtype(dtype):
+    layer, twin, x = conv_and_input()
+    assert twin(x.to(dtype)).dtype == dtype
+    assert torch.equal(twin(x.to(dtype)), layer(x.to(dtype)))
+    # A layer of another dtype packs to float32 scale and bias.
+    twin = layer.to(dtype).pack()
+    assert twin.scale.dtype == twin.bias.dtype == torch.float32
+    assert torch.equal(twin(x.to(dtype)), layer(x.to(dtype)))
+
+
+def test_buffers_are_the_documented_words():
+    layer, twin, _ = conv_and_input()
+    assert set(twin.state_dict()) == {"weight_words", "scale", "bias"}
+    words = oracles.pack(oracles.sign_bits(layer.weight, 1))
+    assert twin.weight_words.shape == (12, 3, 3, 2) and torch.equal(twin.weight_words, words)
+    line = linear_of()
+    assert torch.equal(line.pack().weight_words, oracles.pack(oracles.sign_bits(line.weight, 1)))
+    flat = layer_of(1, kernel_size=3, groups=2).pack()
+    assert flat.weight_words.shape == (12, 1, 3, 1) and flat.scale is None
+    size = sum(t.numel() * t.element_size() for t in twin.state_dict().values())
+    assert size == 4 * (12 * 3 * 3 * 2 + 12 + 12)
+
+
+def test_copies_and_state_dicts():
+    layer, twin, x = conv_and_input()
+    expected = layer(x)
+    stream = io.BytesIO()
+    torch.save(twin.state_dict(), stream)
+    stream.seek(0)
+    state = torch.load(stream, weights_only=True)
+    empty = PackedConv2d(36, 12, 3, padding=1, scale=True)
+    assert not torch.equal(empty(x), expected)
+    empty.load_state_dict(state)
+    meta = PackedConv2d(36, 12, 3, padding=1, scale=True, device="meta")
+    assert meta(x.to("meta")).shape == expected.shape
+    assigned = copy.deepcopy(meta)
+    assigned.load_state_dict(state, assign=True)
+    meta = meta.to_empty(device="cpu")
+    meta.load_state_dict(state)
+    nested = nn.Sequential(PackedConv2d(36, 12, 3, padding=1, scale=True))
+    nested.load_state_dict({f"0.{key}": value for key, value in state.items()})
+    for copied in (empty, assigned, meta, nested, copy.deepcopy(twin),
+                   pickle.loads(pickle.dumps(twin)), copy.deepcopy(twin).to("cpu")):
+        assert torch.equal(copied(x), expected)
+    again = copy.deepcopy(twin)
+    again.load_state_dict(empty.state_dict())
+    assert torch.equal(again(x), expected)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*scale"):
+        PackedConv2d(36, 12, 3, padding=1).load_state_dict(state)
+    line = linear_of(weight_scale="xnor")
+    empty = PackedLinear(67, 9, scale=True)
+    empty.load_state_dict(line.pack().state_dict())
+    x = reals(3, 67)
+    assert torch.equal(empty(x), line(x))
+
+
+def test_half_leaves_the_words_alone():
+    layer, twin, x = conv_and_input()
+    twin = twin.half()
+    assert twin.weight_words.dtype == torch.int32
+    y = twin(x.half())
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), layer(x), rtol=2e-3, atol=2e-2)
+
+
+def test_channels_last_in_and_out():
+    layer, twin, x = conv_and_input()
+    y = twin(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last) and torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("layer, why", [
+    (BinaryConv3d(4, 4, 3), "three-dimensional"),
+    (BinaryConv2d(4, 4, 3, input_quantizer="dorefa_quantizer"), "DoReFa.*do not both return"),
+    (BinaryConv1d(4, 4, 3, weight_quantizer="ste_tern"), "SteTern.*do not both return"),
+    (BinaryLinear(4, 4, input_quantizer=torch.tanh), "tanh.*do not both return")], ids=str)
+def test_layers_without_a_twin(layer, why):
+    with pytest.raises(ValueError, match=f"{type(layer).__name__}.*cannot be packed: .*{why}"):
+        layer.pack()
+
+
+def test_wrong_input_and_arguments():
+    _, twin, x = conv_and_input()
+    for wrong in (x[:, :35], x[0, 0], x.unsqueeze(0)):
+        with pytest.raises(RuntimeError, match=r"PackedConv2d: input must be \(N, 36"):
+            twin(wrong)
+    with pytest.raises(RuntimeError, match="PackedLinear: input must be"):
+        linear_of().pack()(torch.randn(2, 64))
+    with pytest.raises(RuntimeError, match="must not require grad"):
+        twin(x.requires_grad_())
+    with pytest.raises(ValueError, match="pad_value"):
+        PackedConv2d(4, 4, 3, pad_value=3)
+    with pytest.raises(ValueError, match="divisible"):
+        PackedConv2d(4, 4, 3, groups=3)
+
+
+def test_compiles_once_and_exports():
+    torch._dynamo.reset()
+    layer, twin, _ = conv_and_input()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(twin, fullgraph=True, backend=counter)
+    for batch in (2, 3, 6):
+        x = reals(batch, 36, 5, 6)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(twin, (x,), dynamic_shapes=({0: batch},))
+    x = reals(9, 36, 5, 6)
+    assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("name", module_cases.PACKABLE)
+def test_autocast_is_the_layers(name, dtype):
+    """float64 stays float64; all else becomes the type of autocast."""
+    layer, x = module_cases.PACKABLE[name]()
+    twin, x = layer.pack(), x.to(dtype)
+    for enabled in (torch.bfloat16, torch.float16, None):
+        with torch.autocast("cpu", enabled, enabled=enabled is not None), torch.no_grad():
+            real, packed = layer(x), twin(x)
+        assert packed.dtype == real.dtype
+        assert packed.dtype == (dtype if dtype == torch.float64 else enabled or dtype)
+        if packed.dtype != torch.float64:  # where the layer's scale and bias are wider
+            assert torch.equal(real, packed)
+
+
+def test_autocast_is_that_of_a_transposed_layer():
+    layer = BinaryConvTranspose2d(8, 4, 3, stride=2)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(2, 8, 5, 4, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            real, packed = layer(x), layer.pack()(x)
+        assert packed.dtype == real.dtype == (
+            torch.float64 if dtype == torch.float64 else torch.bfloat16)
