@@ -68,7 +68,7 @@ def _activation_clip(module: nn.Module) -> float | None:
     """
     clip: Any
     if isinstance(module, RSign):
-        clip = module._estimator["clip"]
+        clip = module.operator_arguments()["clip"]
     elif isinstance(module, BinaryLayer):
         quantizer = module.input_quantizer
         if quantizer is None or type(quantizer) is NoOp or not is_binary(quantizer):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from bitkernels import _onnx, quantizers
 from bitkernels._fx import FxLeaf, traced_whole
-from bitkernels.nn.layer import QuantizerLike
+from bitkernels.nn.options import QuantizerLike
 from bitkernels.quantizers import ApproxSign, SteSign, SwishSign
 
 _rsign = torch.ops.bitkernels.rsign.default
@@ -42,6 +44,10 @@ class RSign(FxLeaf):
         self._quantizer = repr(sign)
         self._estimator = dict(estimator=sign.estimator, clip=getattr(sign, "clip_value", None),
                                beta=getattr(sign, "beta", 5.0))
+
+    def operator_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the operator: estimator, clip (None: none) and beta."""
+        return dict(self._estimator)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.shift)

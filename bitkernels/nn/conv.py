@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bitkernels import _onnx
 from bitkernels._fx import traced_whole
-from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale, _quantized
+from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
+from bitkernels.nn.options import quantized
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d
 
 _conv2d = torch.ops.bitkernels.binary_conv2d.default
@@ -19,18 +20,24 @@ _conv2d_padding = torch.ops.bitkernels.binary_conv2d.padding
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
+def checked_pad_value(name: str, pad_value: int, padding_mode: str) -> int:
+    """The pad_value of a layer; ValueError, with its name, for one that it cannot have."""
+    if pad_value not in (-1, 0, 1):
+        raise ValueError(f"{name}: pad_value must be -1, 0 or 1, got {pad_value!r}")
+    if pad_value and padding_mode != "zeros":
+        raise ValueError(f"{name}: pad_value={pad_value} needs padding_mode='zeros', got "
+                         f"{padding_mode!r}")
+    return pad_value
+
+
 class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
     pad_value: int
 
-    def _set_padding(self, pad_value: int) -> None:
-        if pad_value not in (-1, 0, 1):
-            raise ValueError(
-                f"{type(self).__name__}: pad_value must be -1, 0 or 1, got {pad_value!r}")
-        if pad_value and self.padding_mode != "zeros":
-            raise ValueError(
-                f"{type(self).__name__}: pad_value={pad_value} needs padding_mode='zeros', got "
-                f"{self.padding_mode!r}")
-        self.pad_value = pad_value
+    def operator_arguments(self) -> dict[str, Any]:
+        arguments = super().operator_arguments()
+        if self.pad_value:
+            arguments["pad_value"] = self.pad_value
+        return arguments
 
     def _real_forward(self, input: Tensor, convolution) -> Tensor:
         """The PyTorch convolution of the quantized tensors, padded after quantization."""
@@ -40,8 +47,9 @@ class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
             x = F.pad(x, self._reversed_padding_repeated_twice, value=float(self.pad_value))
             return convolution(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
-        if self._of_signs() and _onnx.is_exporting():
-            dot = convolve(_quantized(self.input_quantizer, input), self._quantized_weight(), None)
+        signs = self.binarization.input_is_sign and self.binarization.weight_is_sign
+        if signs and _onnx.is_exporting():
+            dot = convolve(quantized(self.input_quantizer, input), self._quantized_weight(), None)
             shape = (-1, *[1] * len(self.kernel_size))
             return _onnx.epilogue(dot, self.scale(), self.bias, shape).to(dot.dtype)
         return convolve(*self._real_operands(input), self.bias)
@@ -64,7 +72,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype)
-        self._set_padding(pad_value)
+        self.pad_value = checked_pad_value(type(self).__name__, pad_value, padding_mode)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     @traced_whole
@@ -83,8 +91,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         return convolution(
             input.unsqueeze(-2), weight.unsqueeze(-2), self.bias, (1, self.stride[0]),
             padding if isinstance(padding, str) else (0, padding[0]),
-            (1, self.dilation[0]), self.groups, pad_value=self.pad_value, scale=self.scale(),
-            **self._train_args).squeeze(-2)
+            (1, self.dilation[0]), self.groups, **self.operator_arguments()).squeeze(-2)
 
 
 class BinaryConv2d(_BinaryConv, nn.Conv2d):
@@ -121,8 +128,14 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype)
-        self._set_padding(pad_value)
+        self.pad_value = checked_pad_value(type(self).__name__, pad_value, padding_mode)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
+
+    @property
+    def pads(self) -> tuple[int, int, int, int]:
+        """The padding in pixels: top, bottom, left, right."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        return top, bottom, left, right
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
@@ -134,11 +147,8 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         convolution = _conv2d_padding if isinstance(padding, str) else _conv2d
-        options = self._train_args
-        if self._scale_rule is not None or self.pad_value:  # each argument costs dispatcher time
-            options = dict(options, pad_value=self.pad_value, scale=self.scale())
         return convolution(input, weight, self.bias, self.stride, padding, self.dilation,
-                           self.groups, **options)
+                           self.groups, **self.operator_arguments())
 
 
 class BinaryConv3d(_BinaryConv, nn.Conv3d):
@@ -158,7 +168,7 @@ class BinaryConv3d(_BinaryConv, nn.Conv3d):
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype)
-        self._set_padding(pad_value)
+        self.pad_value = checked_pad_value(type(self).__name__, pad_value, padding_mode)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     @traced_whole

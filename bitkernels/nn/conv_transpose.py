@@ -19,9 +19,6 @@ _conv_transpose2d = torch.ops.bitkernels.binary_conv_transpose2d.default
 
 
 class _BinaryConvTranspose(BinaryLayer, nn.modules.conv._ConvTransposeNd):
-    def _set_padding(self, pad_value: int) -> None:
-        """Padding takes borders of the output away, so no value pads: `binarize` may give any."""
-
     def _by_output(self, weight: Tensor) -> Tensor:
         return by_output(weight, self.groups)
 
@@ -69,8 +66,8 @@ class BinaryConvTranspose1d(_BinaryConvTranspose, nn.ConvTranspose1d):
         input, weight = self._bit_operands(input)
         return _conv_transpose2d(
             input.unsqueeze(-2), weight.unsqueeze(-2), self.bias, (1, *stride), (0, *padding),
-            (0, *output_padding), groups, (1, *dilation), scale=self.scale(),
-            **self._train_args).squeeze(-2)
+            (0, *output_padding), groups, (1, *dilation),
+            **self.operator_arguments()).squeeze(-2)
 
 
 class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
@@ -122,5 +119,4 @@ class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
             x, weight = self._real_operands(input)
             return F.conv_transpose2d(x, weight, self.bias, *geometry)
         input, weight = self._bit_operands(input)
-        return _conv_transpose2d(input, weight, self.bias, *geometry, scale=self.scale(),
-                                 **self._train_args)
+        return _conv_transpose2d(input, weight, self.bias, *geometry, **self.operator_arguments())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,41 +14,23 @@ from bitkernels import _onnx, quantizers
 from bitkernels._dispatch import apply, with_gradient_of
 from bitkernels._fx import FxLeaf
 from bitkernels.nn import hooks, latent
-from bitkernels.nn.looking import can_look_at, single_sign
-from bitkernels.quantizers import (
-    ApproxSign,
-    MagnitudeAwareSign,
-    NoOp,
-    Quantize,
-    SteSign,
-    SwishSign,
-    is_binary,
+from bitkernels.nn.looking import Looked, can_look_at, single_sign
+from bitkernels.nn.options import (
+    Binarization,
+    QuantizerLike,
+    WeightScale,
+    describe,
+    quantized,
 )
+from bitkernels.quantizers import MagnitudeAwareSign, Quantize
 
-QuantizerLike = str | type[nn.Module] | Quantize | None
-WeightScale = Literal["detached", "magnitude_aware", "xnor"] | None
+__all__ = ["BinaryLayer", "QuantizerLike", "WeightScale", "channel_scale"]
 
-WEIGHT_SCALES = (None, "detached", "magnitude_aware", "xnor")
-_OPERATOR_DEFAULTS = dict(input_estimator="ste_sign", input_clip=1.0, weight_estimator="ste_sign",
-                          weight_clip=1.0, beta=5.0, scale_weight_grad=True)
-_OPTIONS = ("input_quantizer", "weight_quantizer", "weight_scale")
+_QUANTIZERS = ("input_quantizer", "weight_quantizer")
+_OPTIONS = (*_QUANTIZERS, "weight_scale")
 # What an inference twin does in place of the layer, and hence no subclass or instance may replace.
 _COMPUTES = ("forward", "_conv_forward", "__call__", "_call_impl", "_bit_operands", "_real_forward",
-             "_real_operands")
-
-
-def _operand(quantizer: Quantize | None) -> tuple[str, float | None, float | None, bool] | None:
-    """(estimator, clip, beta, whether the quantizer runs before the operator), or None if real.
-
-    A subclass of a sign quantizer may compute anything, so only the exact classes are replaced by
-    the operator's own estimator.
-    """
-    if quantizer is None or (type(quantizer) is NoOp and quantizer.binary):
-        return "identity", None, None, False
-    if type(quantizer) in (SteSign, ApproxSign, SwishSign):
-        return (quantizer.estimator, getattr(quantizer, "clip_value", None),  # type: ignore
-                getattr(quantizer, "beta", None), False)
-    return ("identity", None, None, True) if is_binary(quantizer) else None
+             "_real_operands", "operator_arguments")
 
 
 class _ForwardScale(torch.autograd.Function):
@@ -81,6 +64,15 @@ def channel_scale(weight: Tensor, rule: WeightScale) -> Tensor | None:
     weight = quantizers.clamp(weight, -1, 1) if rule == "xnor" else weight.detach()
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return weight.abs().mean(tuple(range(1, weight.dim())), dtype=dtype)
+
+
+def _option(name: str) -> Any:
+    """A quantizer or the scale, read; `BinaryLayer.__setattr__` assigns it."""
+    def read(layer: BinaryLayer) -> Any:
+        own = layer._modules  # where tools put another module in place of a submodule
+        return own[name] if name in own else getattr(layer.binarization, name)
+
+    return property(read)
 
 
 class BinaryLayer(FxLeaf):
@@ -124,39 +116,59 @@ class BinaryLayer(FxLeaf):
     """
 
     weight: Tensor
-    input_quantizer: Quantize | None
-    weight_quantizer: Quantize | None
-    weight_scale: WeightScale
-    on_bits: bool
-    _unscaled_sign: SteSign | None
-    _input_seen = False  # whether a training input was looked at
+    binarization: Binarization
+    input_quantizer: Quantize | None = _option("input_quantizer")
+    weight_quantizer: Quantize | None = _option("weight_quantizer")
+    weight_scale: WeightScale = _option("weight_scale")
     _twin: Any = None  # class of the inference twin; without one a layer computes on reals
+    _looked: Looked  # from the first binarization on
+    __jit_unused_properties__ = (*_OPTIONS, "on_bits")
 
     def _configure(self, input_quantizer: QuantizerLike, weight_quantizer: QuantizerLike,
                    weight_scale: WeightScale) -> None:
-        self.__dict__.pop("_train_args", None)  # not bound before all three are there
-        self.input_quantizer = quantizers.get(input_quantizer)
-        self.weight_quantizer = quantizers.get(weight_quantizer)
-        self.weight_scale = weight_scale
-        self.__dict__["_unseen_weight"] = True
-        self._bind()
+        try:
+            self.binarization = Binarization(input_quantizer, weight_quantizer, weight_scale)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
+
+    @property
+    def on_bits(self) -> bool:
+        binarization = self.binarization
+        return (binarization.input_is_sign and binarization.weight_is_sign
+                and self._twin is not None)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _OPTIONS:
-            if name == "weight":
-                self._check_weight(value)
-            super().__setattr__(name, value)
+        if name in _OPTIONS:
+            self._configure(**{o: getattr(self, o) for o in _OPTIONS} | {name: value})
             return
-        if name != "weight_scale":
-            value = quantizers.get(value)
-        had = {n: getattr(self, n) for n in (name,) if hasattr(self, n)}
-        self._store(name, value)
-        if "_train_args" in self.__dict__:
-            try:
-                self._bind()
-            except ValueError:
-                self._store(name, had[name])
-                raise
+        if name == "weight":
+            self._check_weight(value)
+        elif name == "binarization":
+            self._register_quantizers(value)
+        super().__setattr__(name, value)
+
+    def _register_quantizers(self, new: Binarization) -> None:
+        """Quantizers that are modules are submodules too: what they learn is the layer's."""
+        if not isinstance(new, Binarization):
+            raise TypeError(f"{type(self).__name__}: binarization must be a Binarization, got "
+                            f"{new!r}")
+        for name in _QUANTIZERS:
+            self._modules.pop(name, None)
+            quantizer = getattr(new, name)
+            if isinstance(quantizer, nn.Module):
+                super().__setattr__(name, quantizer)
+        if "_looked" not in self.__dict__:
+            self._looked = Looked()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "binarization" not in state:  # pickled before there was one
+            options: Any = {name: self._modules.get(name, state.get(name)) for name in _OPTIONS}
+            for name in (*_OPTIONS, "on_bits", "_scale_rule", "_unscaled_sign", "_train_args",
+                         "_input_first", "_weight_first", "_unseen_weight", "_seen_mask",
+                         "_input_seen"):
+                self.__dict__.pop(name, None)
+            self._configure(**options)
 
     def _check_weight(self, value: Any) -> None:
         """Refuse a batch norm that is folded into the latent weight; look at new weights' zeros."""
@@ -168,58 +180,25 @@ class BinaryLayer(FxLeaf):
                 "channel, as fuse_conv_bn_eval makes it. Signs drop the factors, so a batch norm "
                 "cannot be folded into a latent weight; keep the norm as it is (pack() does), or "
                 "write the weight in place if only its size is to change")
-        mask = self._buffers.get("weight_mask")
-        seen = None if mask is None else id(mask)  # pruning hooks set the weight at every call
-        if isinstance(value, nn.Parameter) or seen != self.__dict__.get("_seen_mask"):
-            self.__dict__.update(_seen_mask=seen, _unseen_weight=True)
+        if "_looked" in self.__dict__ and "_is_replica" not in self.__dict__:
+            self._looked.assign(value, self._buffers.get("weight_mask"))
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.__dict__["_unseen_weight"] = True
+        self._looked.weight = False
         super()._load_from_state_dict(*args)
 
-    def _store(self, name: str, value: Any) -> None:
-        for place in (self.__dict__, self._modules):
-            place.pop(name, None)
-        super().__setattr__(name, value)
-
-    def _bind(self) -> None:
-        """Decide once what each forward does, from the options."""
-        scale, weight_quantizer = self.weight_scale, self.weight_quantizer
-        if scale not in WEIGHT_SCALES:
-            raise ValueError(f"{type(self).__name__}: weight_scale must be one of {WEIGHT_SCALES}, "
-                             f"got {scale!r}")
-        if type(weight_quantizer) is MagnitudeAwareSign:
-            if scale not in (None, "magnitude_aware"):
-                raise ValueError(f"{type(self).__name__}: weight_scale={scale!r} and "
-                                 "weight_quantizer='magnitude_aware_sign' are two scales")
-            scale, weight_quantizer = "magnitude_aware", SteSign(weight_quantizer.clip_value)
-        if scale is not None and not is_binary(weight_quantizer):
-            raise ValueError(f"{type(self).__name__}: weight_scale={scale!r} needs a weight "
-                             f"quantizer that returns -1 and +1, got {weight_quantizer!r}")
-        x, w = _operand(self.input_quantizer), _operand(weight_quantizer)
-        if x and w and x[2] is not None and w[2] is not None and x[2] != w[2]:
-            w = "identity", None, None, True  # the operator has one beta for both
-        self.on_bits = x is not None and w is not None and self._twin is not None
-        self._scale_rule = scale
-        # Beside the submodules: the sign that replaces magnitude_aware_sign, whose scale is apart.
-        replaced = weight_quantizer is not self.weight_quantizer
-        self.__dict__["_unscaled_sign"] = weight_quantizer if replaced else None
-        self._train_args: dict[str, Any] = {}
-        if x is None or w is None or not self.on_bits:
-            return
-        self._input_first, self._weight_first = x[3], w[3]
-        beta = w[2] if x[2] is None else x[2]
-        arguments = dict(
-            input_estimator=x[0], input_clip=x[1], weight_estimator=w[0], weight_clip=w[1],
-            beta=5.0 if beta is None else beta, scale_weight_grad=scale != "detached")
-        # Each argument passed costs the dispatcher time, so the operator's defaults are left out.
-        self._train_args = {k: v for k, v in arguments.items() if v != _OPERATOR_DEFAULTS[k]}
+    def operator_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the layer's operator that are not its defaults: estimators of
+        the two signs, the scale of the weight as it is now, `pad_value`."""
+        arguments, scale = dict(self.binarization.estimators), self.scale()
+        if scale is not None:
+            arguments["scale"] = scale
+        return arguments
 
     def scale(self) -> Tensor | None:
         """alpha of each output channel (Cout,), in float32 (float64 for float64); None without."""
-        if self._scale_rule is None:
-            return None
-        return channel_scale(self._by_output(self.weight), self._scale_rule)
+        rule = self.binarization.scale_rule
+        return None if rule is None else channel_scale(self._by_output(self.weight), rule)
 
     def _by_output(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, with the output channels in dimension 0."""
@@ -233,26 +212,44 @@ class BinaryLayer(FxLeaf):
         """Input and weight for the operator, after the quantizers that it does not know."""
         if torch.jit.is_tracing():
             _onnx.is_exporting()  # raises for what takes operators of TorchScript only
-        if self._input_first:
-            input = _quantized(self.input_quantizer, input)
-        if not torch.compiler.is_compiling() and self.training and not self._input_seen:
-            self._look_at(input)
-        return input, self._weight_to_sign()
+        if self.binarization.input_first:
+            input = quantized(self.input_quantizer, input)
+        self.look_at_input(input)
+        return input, self.weight_to_sign()
 
-    def _weight_to_sign(self) -> Tensor:
-        """A tensor shaped as the weight whose signs the layer computes with, on bits."""
-        if self._weight_first:
+    def weight_to_sign(self) -> Tensor:
+        """A tensor shaped as the weight, with its gradient, whose signs the layer computes with."""
+        if self.binarization.weight_first:
             return self._quantized_weight()
-        weight = self.weight
-        # In this order: the compiler must not make a graph for each state of the flag.
-        if not torch.compiler.is_compiling() and "_unseen_weight" in self.__dict__:
-            self._look_at_weight(weight)
-        return weight
+        self._look_at_weight()
+        return self.weight
 
-    def _look_at_weight(self, weight: Tensor) -> None:
+    def look_at_input(self, input: Tensor, sign: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Warn where all signs of the layer's first training input are the same.
+
+        sign: what they are taken by, where a module before the layer does that.
+        """
+        # In this order: the compiler must not make a graph for each state of the flag.
+        if (torch.compiler.is_compiling() or not self.training or self._looked.input
+                or not can_look_at(input) or "_is_replica" in self.__dict__):
+            return
+        self._looked.input = True
+        with torch.no_grad():
+            found = single_sign(input if sign is None else sign(input))
+        if found is not None:
+            warnings.warn(
+                f"{type(self).__name__}({super().extra_repr()}): every sign of its first "
+                f"training input is {found}, so its output does not depend on the input. A ReLU "
+                "before it gives no negative value: use bitkernels.nn.RPReLU, nn.PReLU or "
+                "nn.Hardtanh in its place, or put a batch norm between them", stacklevel=6)
+
+    def _look_at_weight(self) -> None:
         """Once for each new weight: a warning if many are 0, which bits cannot say."""
-        if can_look_at(weight) and "_is_replica" not in self.__dict__ and self.__dict__.pop(
-                "_unseen_weight", None):
+        if torch.compiler.is_compiling() or self._looked.weight:
+            return
+        weight = self.weight
+        if can_look_at(weight) and "_is_replica" not in self.__dict__:
+            self._looked.weight = True
             latent.warn_of_zeros(self, weight)
 
     def binary_weight(self, scaled: bool = False) -> Tensor:
@@ -261,61 +258,37 @@ class BinaryLayer(FxLeaf):
         Shape and dtype of `weight`, detached; of the weight as it is now, pruned or parametrized.
         Raises ValueError where the weight quantizer does not return -1 and +1.
         """
-        quantizer = self.weight_quantizer
-        if not (_operand(quantizer) or isinstance(quantizer, MagnitudeAwareSign)):
+        quantizer, binarization = self.weight_quantizer, self.binarization
+        if not (binarization.weight_is_sign or isinstance(quantizer, MagnitudeAwareSign)):
             raise ValueError(f"{self!r} has no binary weight: weight_quantizer="
                              f"{describe(quantizer)} does not return -1 and +1")
         with torch.no_grad(), latent.weight_of_now(self):
-            signs = self._quantized_weight() if self._takes_values() else self.weight
+            signs = self._quantized_weight() if binarization.weight_first else self.weight
             signs = torch.where(signs.detach() < 0, -1, 1).to(self.weight.dtype)
             scale = self.scale() if scaled else None
             return signs if scale is None else signs * self._factor(scale).to(signs.dtype)
-
-    def _look_at(self, input: Tensor) -> None:
-        """Warn, once for a layer, where all signs of its input are the same."""
-        if not can_look_at(input) or "_is_replica" in self.__dict__:
-            return
-        self.__dict__["_input_seen"] = True
-        sign = single_sign(input)
-        if sign is not None:
-            warnings.warn(
-                f"{type(self).__name__}({super().extra_repr()}): every sign of its first "
-                f"training input is {sign}, so its output does not depend on the input. A ReLU "
-                "before it gives no negative value: use bitkernels.nn.RPReLU, nn.PReLU or "
-                "nn.Hardtanh in its place, or put a batch norm between them", stacklevel=6)
 
     def signs_of_weight(self) -> Tensor:
         """`binary_weight()`: -1 and +1."""
         return self.binary_weight()
 
-    def _of_signs(self) -> bool:
-        """Whether both quantizers return -1 and +1."""
-        return bool(_operand(self.input_quantizer)
-                    and _operand(self._unscaled_sign or self.weight_quantizer))
-
-    def _takes_values(self) -> bool:
-        """Whether the signs are those of the weight quantizer's values and not of the weight."""
-        operand = _operand(self._unscaled_sign or self.weight_quantizer)
-        return operand is not None and operand[3]
-
     def _quantized_weight(self) -> Tensor:
-        return _quantized(self._unscaled_sign or self.weight_quantizer, self.weight)
+        sign = self.binarization.unscaled_sign
+        return quantized(self.weight_quantizer if sign is None else sign, self.weight)
 
     def _real_operands(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized input, quantized and scaled weight."""
         weight = self._quantized_weight()
-        if (not torch.compiler.is_compiling() and "_unseen_weight" in self.__dict__
-                and _operand(self._unscaled_sign or self.weight_quantizer)):
-            self._look_at_weight(self.weight)
+        if self.binarization.weight_is_sign:
+            self._look_at_weight()
         scale = self.scale()
         if scale is not None:
             scale = self._factor(scale.to(weight.dtype))
-            weight = (apply(_ForwardScale, weight, scale) if self._scale_rule == "detached"
-                      else weight * scale)
-        input = _quantized(self.input_quantizer, input)
-        if (not torch.compiler.is_compiling() and self.training and not self._input_seen
-                and is_binary(self.input_quantizer)):
-            self._look_at(input)
+            weight = (apply(_ForwardScale, weight, scale)
+                      if self.binarization.scale_rule == "detached" else weight * scale)
+        input = quantized(self.input_quantizer, input)
+        if self.binarization.input_is_sign:
+            self.look_at_input(input)
         return input, weight
 
     def pack_obstacle(self) -> str | None:
@@ -350,11 +323,11 @@ class BinaryLayer(FxLeaf):
         if obstacle is not None:
             raise ValueError(f"{self!r} cannot be packed: {obstacle}")
         memo: dict[int, Any] = {}
-        twin = self._packed(type(self).__name__, memo)
+        twin = self.packed_twin(type(self).__name__, memo)
         hooks.carry_forward_hooks(self, twin, memo)
         return twin
 
-    def _packed(self, name: str, memo: dict[int, Any]) -> nn.Module:
+    def packed_twin(self, name: str, memo: dict[int, Any]) -> nn.Module:
         """The twin without hooks, with warnings of what it cannot take over from layer `name`.
 
         In a deep copy with this memo it takes the layer's place.
@@ -362,7 +335,8 @@ class BinaryLayer(FxLeaf):
         with torch.inference_mode(False), latent.weight_of_now(self):
             twin = memo[id(self)] = self._twin.from_layer(self)
             twin.input_quantizer = copy.deepcopy(twin.input_quantizer, memo)
-            doubts = [] if self._weight_first else [latent.zeros_warning(self.weight, name)]
+            doubts = ([] if self.binarization.weight_first else
+                      [latent.zeros_warning(self.weight, name)])
         if left := hooks.left_hooks(self):
             doubts.append(f"{name}: pack() leaves out its {' and '.join(left)}, which have no "
                           "meaning on packed weights without a gradient")
@@ -382,16 +356,3 @@ class BinaryLayer(FxLeaf):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def _quantized(quantizer: Quantize | None, x: Tensor) -> Tensor:
-    """The quantizer's values; where -1 and +1 are promised, the sign with gradient 1."""
-    if quantizer is None or (type(quantizer) is NoOp and quantizer.binary):
-        return SteSign(None)(x)
-    return quantizer(x)
-
-
-def describe(quantizer: Quantize | None) -> str:
-    if quantizer is None or isinstance(quantizer, nn.Module):
-        return repr(quantizer)
-    return getattr(quantizer, "__name__", repr(quantizer))

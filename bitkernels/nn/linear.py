@@ -43,4 +43,4 @@ class BinaryLinear(BinaryLayer, nn.Linear):
             x, weight = self._real_operands(input)
             return F.linear(x, weight, self.bias)
         input, weight = self._bit_operands(input)
-        return _linear(input, weight, self.bias, scale=self.scale(), **self._train_args)
+        return _linear(input, weight, self.bias, **self.operator_arguments())

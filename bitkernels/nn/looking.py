@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,21 @@ def can_look_at(x: Tensor) -> bool:
             and not x.is_meta and torch._C._functorch.peek_interpreter_stack() is None
             and torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
             and not (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+@dataclass
+class Looked:
+    """What a layer has looked at already, for warnings that come once."""
+
+    input: bool = False
+    weight: bool = False
+    mask: int | None = None  # id of the pruning mask of the weight assigned last
+
+    def assign(self, weight: Any, mask: Tensor | None) -> None:
+        """A new weight is not looked at yet. Pruning hooks assign one at every call."""
+        seen = None if mask is None else id(mask)
+        if isinstance(weight, torch.nn.Parameter) or seen != self.mask:
+            self.mask, self.weight = seen, False
 
 
 def single_sign(x: Tensor) -> str | None:

@@ -5,9 +5,11 @@ Buffers, all in the state_dict:
   scale, bias   float32 (Cout,), or None; `half()`, `to(dtype)` and the default dtype leave them so
 
 On CPUs the words are read as `tile_weight` orders them. These tiles are kept outside the state and
-follow weight_words, however they are loaded, replaced or written to (`bitkernels.nn.derived`, which
+follow weight_words, however they are loaded, replaced or written to (`bitkernels.packed`, which
 also says which writes PyTorch itself does not count). Compiled and exported graphs hold the words
 alone, so CPU kernels rearrange them in each call.
+
+In place of a real input all take its `PackedTensor`, and pack nothing then.
 
 The output has the input's dtype (under autocast, the autocast dtype) and is equal, bit for bit, to
 that of the layer it was packed from where that computes in float32. An input that requires grad is
@@ -16,6 +18,7 @@ an error: there is no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from bitkernels import _onnx
 from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import FxLeaf, traced_whole
-from bitkernels.nn.derived import Derived
+from bitkernels.packed import PackedTensor, WeightImage
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default
 _tile_weight = torch.ops.bitkernels.tile_weight.default
@@ -36,8 +39,8 @@ _unpack = torch.ops.bitkernels.unpack.default
 _OWN = ("weight_words", "scale", "bias")
 
 
-def _tiles(words: Tensor, groups: int) -> Tensor:
-    return _tile_weight(words, groups)
+def _tiles(words: Tensor, groups: int) -> Tensor | None:
+    return _tile_weight(words, groups) if words.is_cpu else None
 
 
 class _Packed(FxLeaf):
@@ -45,9 +48,12 @@ class _Packed(FxLeaf):
     scale: Tensor | None
     bias: Tensor | None
     groups = 1
+    padding_mode = "zeros"
     _channels: int  # real input channels
     _dims = 0  # of the image
+    _pads: tuple[int, ...]
     _arguments: tuple[str, ...]  # of the constructor, that are attributes
+    _image_of: Callable[..., Any] = staticmethod(_tiles)
 
     def _register(self, words_shape: tuple[int, ...], scale: bool, bias: bool, device,
                   input_quantizer) -> None:
@@ -61,17 +67,27 @@ class _Packed(FxLeaf):
         self.register_buffer("scale", vector(scale, 1.0))
         self.register_buffer("bias", vector(bias, 0.0))
         self.input_quantizer = input_quantizer
-        self._tiles = Derived(_tiles)
+        self._image = WeightImage(self._image_of)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_tiles" in state:  # the older name
+            self._image = self.__dict__.pop("_tiles")
+
+    @classmethod
     @torch.no_grad()
-    def _fill(self, layer: Any) -> None:
-        """Take over signs, scale and bias of a binary layer."""
-        weight = layer._by_output(layer._weight_to_sign())
-        self.weight_words = _sign_pack(weight, None, 1).view(self.weight_words.shape)
-        scale, bias = layer.scale(), layer.bias
-        self.scale = None if scale is None else scale.float()
-        self.bias = None if bias is None else bias.detach().float().clone()
-        self.train(layer.training)
+    def from_layer(cls, layer: Any):
+        """The twin of a binary layer that computes on bits, with its signs, scale and bias."""
+        own = {name: getattr(layer, name) for name in cls._arguments}
+        scale, bias, options = layer.scale(), layer.bias, layer.binarization
+        twin: Any = cls(
+            **own, bias=bias is not None, device=layer.weight.device, scale=scale is not None,
+            input_quantizer=layer.input_quantizer if options.input_first else None)
+        weight = twin._by_output(layer.weight_to_sign())
+        twin.weight_words = _sign_pack(weight, None, 1).view(twin.weight_words.shape)
+        twin.scale = None if scale is None else scale.float()
+        twin.bias = None if bias is None else bias.detach().float().clone()
+        return twin.train(layer.training)
 
     def _apply(self, fn, recurse=True):
         """Move the buffers as any module's, but keep their dtype and order: words are counted in
@@ -85,11 +101,11 @@ class _Packed(FxLeaf):
             if new.dtype != old.dtype:
                 new = new.to(old.dtype) if old.is_meta else old.to(new.device)
             self._buffers[name] = new.contiguous()
-        self._tiles.clear()
+        self._image.clear()
         return self
 
     def _load_from_state_dict(self, *args) -> None:
-        self._tiles.clear()  # torch.utils.swap_tensors takes no tensor with weak references
+        self._image.clear()  # torch.utils.swap_tensors takes no tensor with weak references
         super()._load_from_state_dict(*args)
         for name in ("scale", "bias"):
             vector = self._buffers[name]
@@ -104,10 +120,10 @@ class _Packed(FxLeaf):
         signs = signs.squeeze(2) if signs.dim() - 2 > self._dims else signs
         if scaled and self.scale is not None:
             signs = signs * self.scale.view(-1, *[1] * (signs.dim() - 1))
-        return self._from_output(signs).contiguous()
+        return self._by_output(signs).contiguous()
 
-    def _from_output(self, weight: Tensor) -> Tensor:
-        """A weight with the output channels first, in the order of the layer that was packed."""
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """A weight of the layer that was packed with the output channels first, and back."""
         return weight
 
     def arguments(self) -> dict[str, Any]:
@@ -125,14 +141,35 @@ class _Packed(FxLeaf):
                 "binary_weight() (-1 and +1) or weight_words (packed)")
         return super().__getattr__(name)
 
-    def _refuse_grad(self, input: Tensor) -> None:
-        if input.requires_grad and torch.is_grad_enabled():
+    def _check(self, input: Tensor | PackedTensor) -> None:
+        """Refuse what this layer has no output for."""
+        name, dims, shape = type(self).__name__, self._dims + 2, input.shape
+        if isinstance(input, PackedTensor):
+            wrong = (f"its channels in dimension {1 - dims}, not {input.dim}"
+                     if input.dim != 1 - dims else
+                     f"real, for input_quantizer={self.input_quantizer!r} takes values"
+                     if self.input_quantizer is not None else
+                     f"real, for padding_mode={self.padding_mode!r}"
+                     if self.padding_mode != "zeros" else
+                     "real, for ONNX has no words" if _onnx.is_exporting() else None)
+            if wrong is not None:
+                raise RuntimeError(f"{name}: input must have {wrong}" if wrong.startswith("its")
+                                   else f"{name}: input must be {wrong}; give it .unpack()")
+        elif input.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                f"{type(self).__name__}: the input must not require grad, for a packed layer has "
-                "no gradient: give it input.detach() or call it under torch.no_grad(); the model "
-                "before pack() has gradients")
+                f"{name}: the input must not require grad, for a packed layer has no gradient: "
+                "give it input.detach() or call it under torch.no_grad(); the model before pack() "
+                "has gradients")
+        if self._dims and (len(shape) not in (dims - 1, dims)
+                           or shape[1 - dims] != self._channels):
+            raise RuntimeError(
+                f"{name}: input must be (N, {self._channels}, ...) with {dims} dimensions, or one "
+                f"less without N, got shape {tuple(shape)}")
+        if not self._dims and (not shape or shape[-1] != self._channels):
+            raise RuntimeError(f"{name}: input must be (..., {self._channels}), got shape "
+                               f"{tuple(shape)}")
 
-    def _dtype(self, input: Tensor) -> torch.dtype:
+    def _dtype(self, input: Tensor | PackedTensor) -> torch.dtype:
         """The output's: the input's, or autocast's, as of the layer this was packed from."""
         device = input.device.type
         if (device in ("cpu", "cuda") and input.dtype != torch.float64
@@ -140,16 +177,33 @@ class _Packed(FxLeaf):
             return torch.get_autocast_dtype(device)
         return input.dtype
 
-    def _filter(self, input: Tensor) -> Tensor:
-        """The layout that the input's backend reads without rearranging it."""
-        words: Any = self._buffers["weight_words"]
-        if not input.is_cpu:
-            return words
-        tiles = self._tiles(words, self.groups)
-        return words if tiles is None else tiles
+    def weight_image(self) -> Tensor:
+        """The words, in the form that kernels of their device read without rearranging them."""
+        words: Any = self._buffers["weight_words"]  # an attribute of a module costs half a us
+        image = self._image(words, self.groups)
+        return words if image is None else image
 
-    def _words(self, input: Tensor, dim: int) -> Tensor:
+    def _words(self, input: Tensor | PackedTensor, dim: int) -> Tensor:
+        if isinstance(input, PackedTensor):
+            return input.words
         return _sign_pack(self._quantized(input), None, dim)
+
+    def _on_images(self, input: Tensor | PackedTensor, *arguments: Any) -> Tensor:
+        """`_convolve` of an input of any form that the layer takes."""
+        packed, flat = isinstance(input, PackedTensor), self._dims == 1
+        x: Any = input.words if packed else input  # type: ignore[union-attr]
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._pads, mode=self.padding_mode)
+        batched = x.dim() == self._dims + 2
+        x = x if batched else x.unsqueeze(0)
+        x = x.unsqueeze(-3 if packed else -2) if flat else x
+        out = self._convolve(x, packed, self._dtype(input), *arguments)
+        out = out.squeeze(-2) if flat else out
+        return out if batched else out.squeeze(0)
+
+    def _convolve(self, x: Tensor, packed: bool, dtype: torch.dtype, *arguments: Any) -> Tensor:
+        """Of words, (N, H, W, words), if packed, else of the real (N, C, H, W)."""
+        raise NotImplementedError
 
     def _quantized(self, input: Tensor) -> Tensor:
         return input if self.input_quantizer is None else self.input_quantizer(input)
@@ -185,41 +239,28 @@ class _PackedConv(_Packed):
         self._register((out_channels, *lift, *self.kernel_size,
                         word_count(in_channels // groups)), scale, bias, device, input_quantizer)
 
-    @classmethod
-    def from_layer(cls, layer: Any):
-        """The twin of a binary convolution that computes on bits."""
-        twin = cls(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
-                   layer.padding, layer.dilation, layer.groups, layer.bias is not None,
-                   layer.padding_mode, layer.weight.device, pad_value=layer.pad_value,
-                   scale=layer.scale() is not None,
-                   input_quantizer=layer.input_quantizer if layer._input_first else None)
-        twin._fill(layer)
-        return twin
+    @property
+    def pads(self) -> tuple[int, ...]:
+        """The padding in pixels, of an image of two dimensions: top, bottom, left, right."""
+        return self._geometry[1]
 
-    def _convolve(self, input: Tensor) -> Tensor:
-        """Of (N, C, H, W)."""
+    @traced_whole
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:
+        self._check(input)
+        return self._on_images(input)
+
+    def _convolve(self, x: Tensor, packed: bool, dtype: torch.dtype) -> Tensor:
         stride, pads, dilation = self._geometry
         if _onnx.is_exporting():
             return _onnx.packed_conv2d(
-                self._quantized(input), self.weight_words, self.in_channels, stride, pads,
-                dilation, self.groups, self.pad_value, self.scale, self.bias, self._dtype(input))
-        own: Any = self._buffers  # an attribute of a module costs half a microsecond
+                self._quantized(x), self.weight_words, self.in_channels, stride, pads, dilation,
+                self.groups, self.pad_value, self.scale, self.bias, dtype)
+        own: Any = self._buffers
         return _packed_conv2d(
-            self._words(input, 1), self._filter(input), self.in_channels, stride, pads, dilation,
-            self.groups, pad_value=self.pad_value, out_channels=self.out_channels,
-            scale=own["scale"], bias=own["bias"], dtype=self._dtype(input),
-            channels_last=wants_channels_last(input, input))
-
-    def _checked(self, input: Tensor) -> Tensor:
-        self._refuse_grad(input)
-        dims = len(self.kernel_size) + 2
-        if input.dim() not in (dims - 1, dims) or input.shape[1 - dims] != self.in_channels:
-            raise RuntimeError(
-                f"{type(self).__name__}: input must be (N, {self.in_channels}, ...) with {dims} "
-                f"dimensions, or one less without N, got shape {tuple(input.shape)}")
-        if self.padding_mode == "zeros":
-            return input
-        return F.pad(input, self._pads, mode=self.padding_mode)
+            x if packed else _sign_pack(self._quantized(x), None, 1), self.weight_image(),
+            self.in_channels, stride, pads, dilation, self.groups, pad_value=self.pad_value,
+            out_channels=self.out_channels, scale=own["scale"], bias=own["bias"], dtype=dtype,
+            channels_last=packed or wants_channels_last(x, x))
 
     def extra_repr(self) -> str:
         text = (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -234,39 +275,27 @@ class _PackedConv(_Packed):
 class PackedConv2d(_PackedConv):
     """A packed `BinaryConv2d`; made by its `pack()`, or empty to load a state_dict into.
 
-    Input (N, Cin, H, W) or (Cin, H, W), real: its signs are packed, then convolved. The arguments
-    are those of `nn.Conv2d`; scale says whether there is a factor per output channel, and
-    input_quantizer is a custom quantizer to -1 and +1 that runs first.
+    Input (N, Cin, H, W) or (Cin, H, W), real: its signs are packed, then convolved; or their
+    `PackedTensor`. The arguments are those of `nn.Conv2d`; scale says whether there is a factor per
+    output channel, and input_quantizer is a custom quantizer to -1 and +1 that runs first, and
+    needs a real input.
     """
 
     _real = nn.Conv2d
 
-    @traced_whole
-    def forward(self, input: Tensor) -> Tensor:
-        input = self._checked(input)
-        if input.dim() == 4:
-            return self._convolve(input)
-        return self._convolve(input.unsqueeze(0)).squeeze(0)
-
 
 class PackedConv1d(_PackedConv):
-    """A packed `BinaryConv1d`, see `PackedConv2d`. Input (N, Cin, L) or (Cin, L), real."""
+    """A packed `BinaryConv1d`, see `PackedConv2d`. Input (N, Cin, L) or (Cin, L)."""
 
     _real = nn.Conv1d
-
-    @traced_whole
-    def forward(self, input: Tensor) -> Tensor:
-        input = self._checked(input)
-        batched = input if input.dim() == 3 else input.unsqueeze(0)
-        out = self._convolve(batched.unsqueeze(-2)).squeeze(-2)
-        return out if input.dim() == 3 else out.squeeze(0)
 
 
 class PackedLinear(_Packed):
     """A packed `BinaryLinear`; made by its `pack()`, or empty to load a state_dict into.
 
-    Input (..., in_features), real; output (..., out_features). scale says whether there is a factor
-    per output, input_quantizer is a custom quantizer to -1 and +1 that runs first.
+    Input (..., in_features), real, or its `PackedTensor`; output (..., out_features). scale says
+    whether there is a factor per output, input_quantizer is a custom quantizer to -1 and +1 that
+    runs first, and needs a real input.
     """
 
     _arguments = ("in_features", "out_features")
@@ -279,28 +308,17 @@ class PackedLinear(_Packed):
         self._register((out_features, word_count(in_features)), scale, bias, device,
                        input_quantizer)
 
-    @classmethod
-    def from_layer(cls, layer: Any) -> PackedLinear:
-        """The twin of a binary linear layer that computes on bits."""
-        twin = cls(layer.in_features, layer.out_features, layer.bias is not None,
-                   layer.weight.device, scale=layer.scale() is not None,
-                   input_quantizer=layer.input_quantizer if layer._input_first else None)
-        twin._fill(layer)
-        return twin
-
     @traced_whole
-    def forward(self, input: Tensor) -> Tensor:
-        self._refuse_grad(input)
-        if input.dim() < 1 or input.shape[-1] != self.in_features:
-            raise RuntimeError(f"PackedLinear: input must be (..., {self.in_features}), got shape "
-                               f"{tuple(input.shape)}")
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:
+        self._check(input)
         if _onnx.is_exporting():
+            real: Any = input  # by _check
             return _onnx.packed_linear(
-                self._quantized(input), self.weight_words, self.in_features, self.scale, self.bias,
+                self._quantized(real), self.weight_words, self.in_features, self.scale, self.bias,
                 self._dtype(input))
         own: Any = self._buffers
         return _packed_linear(
-            self._words(input, -1), self._filter(input), self.in_features,
+            self._words(input, -1), self.weight_image(), self.in_features,
             out_channels=self.out_features, scale=own["scale"], bias=own["bias"],
             dtype=self._dtype(input))
 

@@ -12,8 +12,8 @@ from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import traced_whole
 from bitkernels._transposed import geometry
 from bitkernels.conv_transpose import by_output, by_phases, phase_filters, phases2d
-from bitkernels.nn.derived import Derived
-from bitkernels.nn.packed import _Packed, _tile_weight
+from bitkernels.nn.packed import _Packed, _sign_pack, _tile_weight
+from bitkernels.packed import PackedTensor
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _packed_conv_transpose2d = torch.ops.bitkernels.packed_conv_transpose2d.default
@@ -33,6 +33,7 @@ class _PackedConvTranspose(_Packed):
     _real: type[nn.Module]
     _arguments = ("in_channels", "out_channels", "kernel_size", "stride", "padding",
                   "output_padding", "groups", "dilation", "padding_mode")
+    _image_of = staticmethod(_filters)
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0,
                  output_padding=0, groups: int = 1, bias: bool = True, dilation=1,
@@ -53,58 +54,37 @@ class _PackedConvTranspose(_Packed):
                           (*one, *self.dilation))
         self._register((out_channels, *kernel, word_count(in_channels // groups)), scale, bias,
                        device, input_quantizer)
-        self._tiles = Derived(_filters)
 
-    @classmethod
-    def from_layer(cls, layer: Any):
-        """The twin of a binary transposed convolution that computes on bits."""
-        twin = cls(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
-                   layer.padding, layer.output_padding, layer.groups, layer.bias is not None,
-                   layer.dilation, layer.padding_mode, layer.weight.device,
-                   scale=layer.scale() is not None,
-                   input_quantizer=layer.input_quantizer if layer._input_first else None)
-        twin._fill(layer)
-        return twin
-
-    def _from_output(self, weight: Tensor) -> Tensor:
+    def _by_output(self, weight: Tensor) -> Tensor:
         return by_output(weight, self.groups)
 
     @traced_whole
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        self._refuse_grad(input)
-        axes = len(self.kernel_size)
-        if input.dim() not in (axes + 1, axes + 2) or input.shape[-axes - 1] != self.in_channels:
-            raise RuntimeError(
-                f"{type(self).__name__}: input must be (N, {self.in_channels}, ...) with "
-                f"{axes + 2} dimensions, or one less without N, got shape {tuple(input.shape)}")
+    def forward(self, input: Tensor | PackedTensor, output_size: list[int] | None = None) -> Tensor:
+        self._check(input)
         transposed: Any = nn.modules.conv._ConvTransposeNd
+        sized = (torch.empty(input.shape, device="meta") if isinstance(input, PackedTensor)
+                 else input)
         output_padding = transposed._output_padding(
-            self, input, output_size, self.stride, self.padding, self.kernel_size, axes,
+            self, sized, output_size, self.stride, self.padding, self.kernel_size, self._dims,
             self.dilation)
-        batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
-        out = self._convolve(batched.unsqueeze(-2) if axes == 1 else batched, output_padding)
-        out = out.squeeze(-2) if axes == 1 else out
-        return out if input.dim() == axes + 2 else out.squeeze(0)
+        return self._on_images(input, (*(0,) * (2 - self._dims), *output_padding))
 
-    def _convolve(self, input: Tensor, output_padding) -> Tensor:
-        """Of (N, C, H, W)."""
+    def _convolve(self, x: Tensor, packed: bool, dtype: torch.dtype, output_padding) -> Tensor:
         kernel, stride, padding, dilation = self._geometry
-        if len(output_padding) == 1:
-            output_padding = (0, *output_padding)
         if _onnx.is_exporting():
             return _onnx.packed_conv_transpose2d(
-                self._quantized(input), self.weight_words, self.in_channels, stride, padding,
-                output_padding, self.groups, dilation, self.scale, self.bias, self._dtype(input))
+                self._quantized(x), self.weight_words, self.in_channels, stride, padding,
+                output_padding, self.groups, dilation, self.scale, self.bias, dtype)
         weight_words: Any = self._buffers["weight_words"]
-        words, dtype = self._words(input, 1), self._dtype(input)
-        channels_last = wants_channels_last(input, input)
-        filters = self._tiles(weight_words, self.groups, *self._geometry)
-        if filters is None or _is_wrapped(input):  # the operator has a rule for vmap
+        words = x if packed else _sign_pack(self._quantized(x), None, 1)
+        channels_last = packed or wants_channels_last(x, x)
+        filters = self._image(weight_words, self.groups, *self._geometry)
+        if filters is None or _is_wrapped(x):  # the operator has a rule for vmap
             return _packed_conv_transpose2d(
                 words, weight_words, self.in_channels, stride, padding, output_padding, self.groups,
                 dilation, scale=self.scale, bias=self.bias, dtype=dtype,
                 channels_last=channels_last)
-        size, *_ = geometry("packed_conv_transpose2d", "input", input.shape[2:], kernel, stride,
+        size, *_ = geometry("packed_conv_transpose2d", "input", words.shape[1:3], kernel, stride,
                             padding, output_padding, dilation)
         every = phases2d(kernel, stride, padding, output_padding, dilation)
         return by_phases(words, filters, every, self.in_channels, (self.out_channels, *size),

@@ -126,11 +126,16 @@ class BinaryResidualBlock(FxLeaf):
     def _quantizers(self) -> str | None:
         """What the operator does not know of the quantizers."""
         conv, sign = self.conv, self.sign
-        if not conv.on_bits or conv._input_first or conv._weight_first:
+        options = conv.binarization
+        if not conv.on_bits or options.input_first or options.weight_first:
             return "conv has quantizers that are not estimators of the operator"
-        if sign is not None and conv._train_args.get("input_estimator") != "identity":
+        if sign is None:
+            return None
+        own, known = sign.operator_arguments(), options.estimators
+        if known.get("input_estimator") != "identity":
             return "sign is an RSign before a convolution with input_quantizer=None only"
-        if sign is not None and self._beta_conflict():
+        if (own["estimator"] == known.get("weight_estimator") == "swish_sign"
+                and own["beta"] != known.get("beta", 5.0)):
             return "sign and the weight quantizer have different betas"
         return None
 
@@ -163,21 +168,20 @@ class BinaryResidualBlock(FxLeaf):
         return y if self.act is None else self.act(y)
 
     def _fused_train(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        conv, norm = self.conv, self.norm
-        options: dict[str, Any] = dict(conv._train_args)
-        if self.sign is not None:
-            estimator = self.sign._estimator
-            options.update(input_estimator=estimator["estimator"], input_clip=estimator["clip"])
-            if estimator["estimator"] == "swish_sign":
-                options["beta"] = estimator["beta"]
-        if not torch.compiler.is_compiling() and conv.training and not conv._input_seen:
-            conv._look_at(input if self.sign is None else self.sign(input))
+        conv, norm, sign = self.conv, self.norm, self.sign
+        conv.look_at_input(input, sign)
+        options = conv.operator_arguments()
+        if sign is not None:
+            own = sign.operator_arguments()
+            options.update(input_estimator=own["estimator"], input_clip=own["clip"])
+            if own["estimator"] == "swish_sign":
+                options["beta"] = own["beta"]
         shift_in, slope, shift_out = self._activation()
         out, mean, variance = _train(
-            input, conv._weight_to_sign(), residual, None if self.sign is None else self.sign.shift,
-            norm.weight, norm.bias, shift_in, slope, shift_out, conv.stride, self._padding(),
-            conv.dilation, conv.groups, pad_value=conv.pad_value, relu=self.relu, eps=norm.eps,
-            group=self._group(), scale=conv.scale(), **options)
+            input, conv.weight_to_sign(), residual, None if sign is None else sign.shift,
+            norm.weight, norm.bias, shift_in, slope, shift_out, conv.stride, conv.pads,
+            conv.dilation, conv.groups, relu=self.relu, eps=norm.eps, group=self._group(),
+            **options)
         if norm.training and norm.track_running_stats:
             self._update_statistics(mean, variance)
         return out
@@ -192,15 +196,15 @@ class BinaryResidualBlock(FxLeaf):
         if norm.bias is not None:
             bias = bias + norm.bias
         if isinstance(conv, PackedConv2d):
-            words, scale = conv._filter(input), conv.scale
+            words, scale = conv.weight_image(), conv.scale
         else:
             # In every call: PyTorch does not count what a fused Adam, an average of weights written
             # through .data or a broadcast does to a latent weight, so nothing of it can be kept.
-            words, scale = _pack(conv._weight_to_sign(), None, 1), conv.scale()
+            words, scale = _pack(conv.weight_to_sign(), None, 1), conv.scale()
         shift_in, slope, shift_out = self._activation()
         return _infer(
             _pack(input, None if self.sign is None else self.sign.shift, 1),
-            words, conv.in_channels, conv.stride, self._padding(), conv.dilation, conv.groups,
+            words, conv.in_channels, conv.stride, conv.pads, conv.dilation, conv.groups,
             pad_value=conv.pad_value, out_channels=conv.out_channels,
             clamp_min=0.0 if self.relu else None,
             scale=factor if scale is None else factor * scale, bias=bias, residual=residual,
@@ -213,12 +217,6 @@ class BinaryResidualBlock(FxLeaf):
         if act is None:
             return None, None, None
         return None, act.weight.expand(self.conv.out_channels), None
-
-    def _padding(self) -> tuple[int, int, int, int]:
-        conv: Any = self.conv
-        packed = isinstance(conv, PackedConv2d)
-        left, right, top, bottom = conv._pads if packed else conv._reversed_padding_repeated_twice
-        return top, bottom, left, right
 
     def _group(self) -> str | None:
         """Name of the process group over which batch statistics are taken, None for this one."""
@@ -241,17 +239,11 @@ class BinaryResidualBlock(FxLeaf):
             else:
                 running.lerp_(batch, norm.momentum)
 
-    def _beta_conflict(self) -> bool:
-        options = self.conv._train_args
-        sign = {} if self.sign is None else self.sign._estimator
-        return (options.get("weight_estimator") == sign.get("estimator") == "swish_sign"
-                and options.get("beta", 5.0) != sign["beta"])
-
     def _trains(self, input: Tensor) -> bool:
         return input.requires_grad or any(p.requires_grad for p in self.parameters())
 
     def _values_per_channel(self, input: Tensor) -> int:
-        conv, (top, bottom, left, right) = self.conv, self._padding()
+        conv, (top, bottom, left, right) = self.conv, self.conv.pads
         size = [(n + pad - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in zip(
             input.shape[2:], (top + bottom, left + right), conv.dilation, conv.kernel_size,
             conv.stride, strict=True)]

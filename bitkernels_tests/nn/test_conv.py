@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitkernels import quantizers
 from bitkernels.nn import BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLayer
-from bitkernels.nn.layer import _OPERATOR_DEFAULTS
+from bitkernels.nn.options import OPERATOR_DEFAULTS
 from bitkernels_tests import oracles
 from bitkernels_tests.cases import dyadic, reals
 
@@ -345,7 +345,7 @@ def test_meta_device():
 def test_defaults_left_out_are_those_of_the_operator():
     schema = {a.name: a.default_value
               for a in torch.ops.bitkernels.binary_conv2d.default._schema.arguments}
-    for name, value in _OPERATOR_DEFAULTS.items():
+    for name, value in OPERATOR_DEFAULTS.items():
         assert schema[name] == value
 
 
@@ -357,7 +357,7 @@ def test_options_can_be_assigned():
     layer.input_quantizer = torch.tanh
     assert not layer.on_bits
     layer.input_quantizer = "approx_sign"
-    assert layer.on_bits and layer._train_args["input_estimator"] == "approx_sign"
+    assert layer.on_bits and layer.operator_arguments()["input_estimator"] == "approx_sign"
     with pytest.raises(ValueError, match="needs a weight quantizer"):
         layer.weight_quantizer = "ste_tern"
     with pytest.raises(ValueError, match="weight_scale must be one of"):

@@ -22,7 +22,7 @@ from bitkernels.nn import (
     PackedConv2d,
     pack,
 )
-from bitkernels.nn.derived import Derived
+from bitkernels.packed import WeightImage
 from bitkernels_tests.cases import reals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +52,7 @@ def doubled(source, *key):
 def test_a_value_is_made_once_for_each_key():
     calls = []
     source = torch.arange(4)
-    derived = Derived(lambda source, *key: (calls.append(key), doubled(source, *key))[1])
+    derived = WeightImage(lambda source, *key: (calls.append(key), doubled(source, *key))[1])
     for _ in range(3):
         assert torch.equal(derived(source), source * 2)
         assert torch.equal(derived(source, 1), source * 2 + 1)
@@ -76,7 +76,7 @@ def test_a_value_is_made_once_for_each_key():
 
 
 def test_the_source_is_not_kept_alive():
-    derived, source = Derived(doubled), torch.arange(4)
+    derived, source = WeightImage(doubled), torch.arange(4)
     value, alive = weakref.ref(derived(source)), weakref.ref(source)
     assert value() is derived(source)
     del source
@@ -90,7 +90,7 @@ def test_the_source_is_not_kept_alive():
 
 
 def test_nothing_is_kept_without_a_version_or_for_other_processes():
-    derived = Derived(doubled)
+    derived = WeightImage(doubled)
     with torch.inference_mode():
         source = torch.arange(4)
         assert derived(source) is None
@@ -244,13 +244,13 @@ def test_threads_on_one_layer(pair):
 
     def run(layer, right):
         for _ in range(50):
-            layer._tiles.clear()
+            layer._image.clear()
             if not torch.equal(layer(x), right):
                 wrong.append(layer)
 
     # Another layer with the same cache but its own words, as functional_call has them by turns.
     other = copy.deepcopy(b)
-    other._tiles = a._tiles
+    other._image = a._image
     threads = [threading.Thread(target=run, args=args)
                for args in 2 * [(a, own), (other, expected)]]
     for thread in threads:
@@ -306,9 +306,9 @@ def test_distributed_checkpoints_load(pair, tmp_path):
 
 def test_a_gpu_layer_has_no_tiles():
     layer = BinaryConv2d(8, 8, 3).pack()
-    assert not layer._tiles._kept  # before the first call on a CPU
+    assert not layer._image._kept  # before the first call on a CPU
     layer.to("meta")(torch.zeros(1, 8, 4, 4, device="meta"))
-    assert not layer._tiles._kept
+    assert not layer._image._kept
 
 
 @pytest.mark.parametrize("cast", [

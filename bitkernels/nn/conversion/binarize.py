@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from bitkernels import quantizers
+from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d, checked_pad_value
 from bitkernels.nn.conversion.activations import (
     ACTIVATIONS,
     Activation,
@@ -29,7 +31,8 @@ from bitkernels.nn.conversion.graph import LAYERS, is_depthwise
 from bitkernels.nn.conversion.norm_sign import NormSign
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
 from bitkernels.nn.conversion.values import module_kind
-from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
+from bitkernels.nn.layer import BinaryLayer
+from bitkernels.nn.options import Binarization, QuantizerLike, WeightScale
 from bitkernels.nn.packed import _Packed
 
 
@@ -102,7 +105,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     said = BinarizeReport()
     unexpected: dict[str, str] = {}
     refused: dict[str, str] = {}
-    twins: dict[nn.Module, Any] = {}
+    plans: dict[nn.Module, _Plan] = {}
     for module, name in layers.items():
         if isinstance(module, (BinaryLayer, _Packed)):
             continue
@@ -121,31 +124,33 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
         if reason is not None:
             said.kept[name] = reason
         elif not refused:
-            twins[module] = _binary_twin(module, options, pad_value, name)
+            plans[module] = _plan(module, options, pad_value, name)
     unexpected |= {name: "it is quantized already" for name, m in model.named_modules()
                    if is_quantized(m)}
     said.kept |= unexpected
     if refused:
         raise ValueError(f"cannot binarize {_grouped(refused)}")
-    changed = dict(twins)
+    activations: dict[nn.Module, nn.Module] = {}
     if quantizers.is_binary(options["input_quantizer"]):
-        changed |= _prepare_inputs(model, twins, found, activation, said)
+        activations = _prepare_inputs(model, plans, found, activation, said)
 
-    for module, new in changed.items():
+    for module, plan in plans.items():
+        _make_binary(module, plan)
+    for module, new in activations.items():
         _become(module, new)
     for parent in model.modules():
         if isinstance(parent, nn.TransformerEncoderLayer) and any(
-                m in twins for m in parent.modules()):
+                m in plans for m in parent.modules()):
             # Its fused inference path reads linear1.weight and never calls linear1; 0 is what
             # PyTorch itself sets to turn that path off.
             parent.activation_relu_or_gelu = 0
-    said.binary |= {layers[m]: type(m).__name__ for m in twins}
+    said.binary |= {layers[m]: type(m).__name__ for m in plans}
     said.count(model)
     _warn("these layers stay real", unexpected)
     _warn("torch.fx cannot trace the calls of these layers; give example_inputs, or check that no "
           "ReLU is before their sign and that their parents call them",
           dict.fromkeys(said.not_analysed, "order of registration"))
-    if not twins and not unexpected and filter is None and not any(
+    if not plans and not unexpected and filter is None and not any(
             isinstance(m, (BinaryLayer, _Packed)) for m in layers):
         _warn("no layer became binary", said.kept or {type(model).__name__: "it has none to take"})
     _say(said, verbose, report)
@@ -162,7 +167,13 @@ def _lone(model: Any, filter, options: dict[str, Any], pad_value: int, verbose: 
     if reason:
         _warn("this layer stays real", {type(model).__name__: reason})
         return model
-    twin = _binary_twin(model, options, pad_value)
+    plan = _plan(model, options, pad_value)
+    # A layer with the same tensors, parametrizations and hooks.
+    shared = [value for held in vars(model).values() if isinstance(held, dict)
+              for value in held.values()]
+    shared += [value for value in vars(model).values() if isinstance(value, torch.Tensor)]
+    twin = copy.deepcopy(model, {id(value): value for value in shared})
+    _make_binary(twin, plan)
     said = BinarizeReport(binary={"": type(twin).__name__})
     said.count(twin)
     _say(said, verbose, report)
@@ -201,12 +212,12 @@ def _grouped(entries: dict[str, str]) -> str:
     return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_value(entries))
 
 
-def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analysis,
+def _prepare_inputs(model: nn.Module, plans: dict[nn.Module, _Plan], found: Analysis,
                     activation: Activation, said: BinarizeReport) -> dict[nn.Module, nn.Module]:
-    """What replaces activations; gives twins a batch norm where there is none to replace."""
+    """What replaces activations; plans a batch norm where there is none to replace."""
     names = {m: name for name, m in model.named_modules()}
     replaced: dict[nn.Module, nn.Module] = {}
-    for module, twin in twins.items():
+    for module, plan in plans.items():
         sources = found.sources.get(module, frozenset([UNKNOWN]))
         if UNKNOWN in sources:
             said.not_analysed.append(names[module])
@@ -217,7 +228,7 @@ def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analys
             if sources:
                 said.single_signed[names[module]] = ", ".join(sorted(s.name for s in sources))
             continue
-        own = next(twin.parameters())
+        own = next(module.parameters())
         place: dict[str, Any] = dict(device=own.device, dtype=own.dtype)
         fixed = sorted({s.name for s in sources if not is_replaceable(s.module)})
         reason = f"behind {', '.join(fixed)}" if fixed else None
@@ -229,15 +240,15 @@ def _prepare_inputs(model: nn.Module, twins: dict[nn.Module, Any], found: Analys
                     said.activations[names[old]] = f"{type(old).__name__} -> {new!r}"
             if any(s.pooled for s in sources):
                 reason = "behind max pooling, which leaves few negative values"
-            elif twin.weight_scale is None and any(m in twins for m in found.raw[module]):
+            elif plan.options.weight_scale is None and any(m in plans for m in found.raw[module]):
                 reason = "behind a binary layer with no norm, whose integers no gradient passes"
         if reason is not None:
             said.normalized[names[module]] = reason
-            linear = isinstance(module, nn.Linear)
-            twin.input_quantizer = NormSign(
-                twin.in_features if linear else twin.in_channels,
-                0 if linear else len(twin.kernel_size), copy.deepcopy(twin.input_quantizer),
-                **place).train(module.training)
+            layer: Any = module
+            linear = isinstance(layer, nn.Linear)
+            plan.options = replace(plan.options, input_quantizer=NormSign(
+                layer.in_features if linear else layer.in_channels,
+                0 if linear else len(layer.kernel_size), plan.options.input_quantizer, **place))
     return replaced
 
 
@@ -263,21 +274,36 @@ def _registered_near(model: nn.Module, layer: nn.Module) -> frozenset[Source]:
     return frozenset()
 
 
-def _binary_twin(module: nn.Module, options: dict[str, Any], pad_value: int,
-                 name: str = "") -> nn.Module:
-    """A binary layer with all the state of a real one."""
+@dataclass
+class _Plan:
+    """What a real layer becomes."""
+
+    cls: type[nn.Module]
+    options: Binarization
+    pad_value: int | None  # None for classes that have none
+
+
+def _plan(module: Any, options: dict[str, Any], pad_value: int, name: str = "") -> _Plan:
     cls: Any = twin_class(module)
-    twin = cls.__new__(cls)
-    for key, value in module.__dict__.items():
-        if key not in ("forward", "_conv_forward"):  # those of its class (`refusal`)
-            twin.__dict__[key] = value.copy() if isinstance(value, dict) else value
+    where = f"{name}: {cls.__name__}" if name else cls.__name__
+    pads = issubclass(cls, (BinaryConv1d, BinaryConv2d, BinaryConv3d))
+    value = checked_pad_value(where, pad_value, module.padding_mode) if pads else None
     try:
-        if not isinstance(module, nn.Linear):
-            twin._set_padding(pad_value)
-        twin._configure(**{key: copy.deepcopy(value) for key, value in options.items()})
+        own = Binarization(**{key: copy.deepcopy(value) for key, value in options.items()})
     except ValueError as error:
-        raise ValueError(f"{name}: {error}" if name else str(error)) from None
-    return twin.train(module.training)
+        raise ValueError(f"{where}: {error}") from None
+    return _Plan(cls, own, value)
+
+
+def _make_binary(module: Any, plan: _Plan) -> None:
+    """A binary layer is a real one of another class, and its options."""
+    for name in ("forward", "_conv_forward"):
+        vars(module).pop(name, None)  # those of its class (`refusal`)
+    module.__class__ = plan.cls
+    if plan.pad_value is not None:
+        module.pad_value = plan.pad_value
+    module.binarization = plan.options
+    module.train(module.training)
 
 
 def _become(module: nn.Module, new: nn.Module) -> None:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from bitkernels import quantizers
-from bitkernels.nn.layer import QuantizerLike
+from bitkernels.nn.options import QuantizerLike
 from bitkernels.quantizers import SteSign, is_binary
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -54,7 +54,8 @@ def pack(model: nn.Module, *,
         raise ValueError("cannot pack " + "; ".join(obstacles))
     # The twins enter the copy in place of their layers, so latent weights are never copied.
     memo: dict[int, Any] = {}
-    twins = [(layer, layer._packed(name or type(layer).__name__, memo)) for name, layer in binary]
+    twins = [(layer, layer.packed_twin(name or type(layer).__name__, memo))
+             for name, layer in binary]
     packed: nn.Module = copy.deepcopy(model, memo)
     for layer, twin in twins:
         carry_forward_hooks(layer, twin, memo)
