@@ -1,6 +1,7 @@
 """bitkernels: binary neural networks in PyTorch on real 1-bit arithmetic.
 
     nn          layers, residual blocks, `binarize` and `pack`
+    PackedTensor  packed activations, for packed layers
     models      networks by name
     quantizers  signs and their estimators
     optim       Bop, and groups of binary parameters
@@ -32,6 +33,7 @@ from bitkernels import (
     reference,
     residual_block,
 )
+from bitkernels.packed import PackedTensor
 from bitkernels.thresholds import fold_threshold
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PackedTensor",
     "fold_threshold",
     "interop",
     "metrics",

@@ -48,6 +48,11 @@ class PackedTensor:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        if not isinstance(self.words, Tensor):
+            raise ValueError("PackedTensor: words must be an int32 tensor, got "
+                             f"{type(self.words).__name__}")
+        if self.channels < 1:
+            raise ValueError(f"PackedTensor: channels must be at least 1, got {self.channels}")
         words, dims = self.words, self.words.dim()
         if words.dtype != torch.int32 or not dims or words.shape[-1] != word_count(self.channels):
             raise ValueError(
@@ -117,6 +122,7 @@ _pytree.register_pytree_node(
     from_dumpable_context=lambda c: (c[0], c[1], getattr(torch, c[2])),
     flatten_with_keys_fn=lambda packed: (
         [(_pytree.GetAttrKey("words"), packed.words)], _flatten(packed)[1]))
+torch.serialization.add_safe_globals([PackedTensor])  # an exported program holds example inputs
 
 
 class WeightImage:

@@ -145,16 +145,18 @@ class _Packed(FxLeaf):
         """Refuse what this layer has no output for."""
         name, dims, shape = type(self).__name__, self._dims + 2, input.shape
         if isinstance(input, PackedTensor):
-            wrong = (f"its channels in dimension {1 - dims}, not {input.dim}"
-                     if input.dim != 1 - dims else
-                     f"real, for input_quantizer={self.input_quantizer!r} takes values"
-                     if self.input_quantizer is not None else
-                     f"real, for padding_mode={self.padding_mode!r}"
-                     if self.padding_mode != "zeros" else
-                     "real, for ONNX has no words" if _onnx.is_exporting() else None)
-            if wrong is not None:
-                raise RuntimeError(f"{name}: input must have {wrong}" if wrong.startswith("its")
-                                   else f"{name}: input must be {wrong}; give it .unpack()")
+            if input.dim != 1 - dims:
+                raise RuntimeError(f"{name}: input must have its channels in dimension {1 - dims}, "
+                                   f"got a PackedTensor with dim={input.dim}")
+            quantizer = self.input_quantizer
+            reason = (f"input_quantizer {type(quantizer).__name__} takes values"
+                      if quantizer is not None else
+                      f"padding_mode={self.padding_mode!r} pads them"
+                      if self.padding_mode != "zeros" else
+                      "ONNX has no words" if _onnx.is_exporting() else None)
+            if reason is not None:
+                raise RuntimeError(f"{name}: input must be real numbers, for {reason}; got a "
+                                   "PackedTensor, give its unpack()")
         elif input.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{name}: the input must not require grad, for a packed layer has no gradient: "

@@ -1,4 +1,4 @@
-"""Derived data follows its source: no way to change packed weights leaves old ones answering."""
+"""A weight's image follows its words: no way to change them leaves old ones answering."""
 
 from __future__ import annotations
 
@@ -45,68 +45,68 @@ def pair(request):
     return a, b, x, expected
 
 
-def doubled(source, *key):
-    return source * 2 + sum(key)
+def doubled(words, *key):
+    return words * 2 + sum(key)
 
 
 def test_a_value_is_made_once_for_each_key():
     calls = []
-    source = torch.arange(4)
-    derived = WeightImage(lambda source, *key: (calls.append(key), doubled(source, *key))[1])
+    words = torch.arange(4)
+    image = WeightImage(lambda words, *key: (calls.append(key), doubled(words, *key))[1])
     for _ in range(3):
-        assert torch.equal(derived(source), source * 2)
-        assert torch.equal(derived(source, 1), source * 2 + 1)
+        assert torch.equal(image(words), words * 2)
+        assert torch.equal(image(words, 1), words * 2 + 1)
     assert calls == [(), (1,)]
-    source[1:].mul_(3)  # a view shares the version
-    assert torch.equal(derived(source), source * 2) and len(calls) == 3
-    assert torch.equal(derived(source, 1), source * 2 + 1) and len(calls) == 4
-    torch.autograd.graph.increment_version(source)
-    derived(source)
+    words[1:].mul_(3)  # a view shares the version
+    assert torch.equal(image(words), words * 2) and len(calls) == 3
+    assert torch.equal(image(words, 1), words * 2 + 1) and len(calls) == 4
+    torch.autograd.graph.increment_version(words)
+    image(words)
     assert len(calls) == 5
-    source.data = torch.ones(4, dtype=torch.int64)  # another memory, the same version
-    assert torch.equal(derived(source), torch.full((4,), 2))
+    words.data = torch.ones(4, dtype=torch.int64)  # another memory, the same version
+    assert torch.equal(image(words), torch.full((4,), 2))
     for value in range(20):  # freed and taken again, often at the same address
-        source.data = torch.empty(0, dtype=torch.int64)
-        source.data = torch.full((4,), value)
-        assert torch.equal(derived(source), torch.full((4,), 2 * value))
+        words.data = torch.empty(0, dtype=torch.int64)
+        words.data = torch.full((4,), value)
+        assert torch.equal(image(words), torch.full((4,), 2 * value))
     both = torch.arange(8)
     for half in both.chunk(2):  # one storage, two addresses
-        source.data = half
-        assert torch.equal(derived(source), 2 * half)
+        words.data = half
+        assert torch.equal(image(words), 2 * half)
 
 
-def test_the_source_is_not_kept_alive():
-    derived, source = WeightImage(doubled), torch.arange(4)
-    value, alive = weakref.ref(derived(source)), weakref.ref(source)
-    assert value() is derived(source)
-    del source
+def test_the_words_are_not_kept_alive():
+    image, words = WeightImage(doubled), torch.arange(4)
+    value, alive = weakref.ref(image(words)), weakref.ref(words)
+    assert value() is image(words)
+    del words
     gc.collect()
-    assert alive() is None and value() is None and not derived._kept
-    source = torch.arange(4)
-    value, gone = weakref.ref(derived(source)), weakref.ref(derived)
-    del derived  # no cycle: it goes at once, with all that it kept
+    assert alive() is None and value() is None and not image._kept
+    words = torch.arange(4)
+    value, gone = weakref.ref(image(words)), weakref.ref(image)
+    del image  # no cycle: it goes at once, with all that it kept
     assert gone() is None and value() is None
-    del source
+    del words
 
 
 def test_nothing_is_kept_without_a_version_or_for_other_processes():
-    derived = WeightImage(doubled)
+    image = WeightImage(doubled)
     with torch.inference_mode():
-        source = torch.arange(4)
-        assert derived(source) is None
-    assert derived(source) is None  # an inference tensor, outside of inference mode
+        words = torch.arange(4)
+        assert image(words) is None
+    assert image(words) is None  # an inference tensor, outside of inference mode
     shared = torch.arange(4)
-    derived(shared)
+    image(shared)
     shared.share_memory_()
-    assert derived(shared) is None
-    assert torch.vmap(lambda s: torch.tensor(derived(s) is None) & (s >= 0))(
+    assert image(shared) is None
+    assert torch.vmap(lambda s: torch.tensor(image(s) is None) & (s >= 0))(
         torch.ones(2, 2)).all()
     normal = torch.arange(4)
     with torch.inference_mode():
-        value = derived(normal)
+        value = image(normal)
         assert not value.is_inference()
         normal.add_(1)
-    assert torch.equal(derived(normal), normal * 2)
+    assert torch.equal(image(normal), normal * 2)
 
 
 def load(a, b):
@@ -309,6 +309,19 @@ def test_a_gpu_layer_has_no_tiles():
     assert not layer._image._kept  # before the first call on a CPU
     layer.to("meta")(torch.zeros(1, 8, 4, 4, device="meta"))
     assert not layer._image._kept
+
+
+def test_layers_pickled_with_the_older_names(pair):
+    """`_tiles`, a `bitkernels.nn.derived.Derived` of the same makers."""
+    a, b, x, expected = pair
+    b.__dict__["_tiles"] = b.__dict__.pop("_image")
+    data = pickle.dumps(b, protocol=0).replace(b"cbitkernels.packed\nWeightImage\n",
+                                               b"cbitkernels.nn.derived\nDerived\n")
+    assert b"Derived" in data
+    loaded = pickle.loads(data)
+    assert torch.equal(loaded(x), expected) and "_tiles" not in vars(loaded)
+    a.load_state_dict(loaded.state_dict())
+    assert torch.equal(a(x), expected)
 
 
 @pytest.mark.parametrize("cast", [
