@@ -8,15 +8,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from bitkernels import quantizers
-from bitkernels.quantizers import (
-    ApproxSign,
-    MagnitudeAwareSign,
-    NoOp,
-    Quantize,
-    SteSign,
-    SwishSign,
-    is_binary,
-)
+from bitkernels.quantizers import ApproxSign, MagnitudeAwareSign, NoOp, Quantize, SteSign, SwishSign
 
 QuantizerLike = str | type[nn.Module] | Quantize | None
 WeightScale = Literal["detached", "magnitude_aware", "xnor"] | None
@@ -27,8 +19,7 @@ OPERATOR_DEFAULTS = dict(input_estimator="ste_sign", input_clip=1.0, weight_esti
 
 
 class _Sign(NamedTuple):
-    """What a quantizer to -1 and +1 is for the operator: an estimator of its own, or values
-    (`first`: the quantizer runs before it) whose signs it takes with gradient 1."""
+    """A quantizer to -1 and +1 as an estimator of the operator; first: it runs before that."""
 
     estimator: str = "identity"
     clip: float | None = None
@@ -53,7 +44,7 @@ def _sign(quantizer: Quantize | None) -> _Sign | None:
         known: Any = quantizer
         return _Sign(known.estimator, getattr(known, "clip_value", None),
                      getattr(known, "beta", None))
-    return _Sign(first=True) if is_binary(quantizer) else None
+    return _Sign(first=True) if quantizers.is_binary(quantizer) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +70,22 @@ class Binarization:
     input_quantizer: Any
     weight_quantizer: Any
     weight_scale: WeightScale = None
-    input_is_sign: bool = field(init=False, repr=False)
-    weight_is_sign: bool = field(init=False, repr=False)
-    input_first: bool = field(init=False, repr=False, default=False)
-    weight_first: bool = field(init=False, repr=False, default=False)
-    unscaled_sign: SteSign | None = field(init=False, repr=False)
-    scale_rule: WeightScale = field(init=False, repr=False)
-    estimators: dict[str, Any] = field(init=False, repr=False)
+    input_is_sign: bool = field(init=False)
+    weight_is_sign: bool = field(init=False)
+    input_first: bool = field(init=False)
+    weight_first: bool = field(init=False)
+    unscaled_sign: SteSign | None = field(init=False, default=None)
+    scale_rule: WeightScale = field(init=False)
+    estimators: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        decided: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         for name in ("input_quantizer", "weight_quantizer"):
             try:
-                decided[name] = quantizers.get(getattr(self, name))
+                own[name] = quantizers.get(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        weight_sign, scale = decided["weight_quantizer"], self.weight_scale
+        weight_sign, scale = own["weight_quantizer"], self.weight_scale
         if scale not in WEIGHT_SCALES:
             raise ValueError(f"weight_scale must be one of {WEIGHT_SCALES}, got {scale!r}")
         if type(weight_sign) is MagnitudeAwareSign:
@@ -102,29 +93,26 @@ class Binarization:
                 raise ValueError(f"weight_scale={scale!r} and "
                                  "weight_quantizer='magnitude_aware_sign' are two scales")
             scale, weight_sign = "magnitude_aware", SteSign(weight_sign.clip_value)
-        if scale is not None and not is_binary(weight_sign):
+        if scale is not None and not quantizers.is_binary(weight_sign):
             raise ValueError(f"weight_scale={scale!r} needs a weight quantizer that returns -1 and "
                              f"+1, got {weight_sign!r}")
-        x, w = _sign(decided["input_quantizer"]), _sign(weight_sign)
-        if x and w and x.beta is not None and w.beta is not None and x.beta != w.beta:
-            w = _Sign(first=True)  # the operator has one beta for both
-        decided.update(input_is_sign=x is not None, weight_is_sign=w is not None,
-                       scale_rule=scale, estimators={}, unscaled_sign=None if weight_sign is
-                       decided["weight_quantizer"] else weight_sign)
-        if x:
-            decided["input_first"] = x.first
-        if w:
-            decided["weight_first"] = w.first
+        if weight_sign is not own["weight_quantizer"]:
+            own["unscaled_sign"] = weight_sign
+        x, w = _sign(own["input_quantizer"]), _sign(weight_sign)
+        estimators: dict[str, Any] = {}
         if x and w:
+            if x.beta is not None and w.beta is not None and x.beta != w.beta:
+                w = _Sign(first=True)  # the operator has one beta for both
             beta = w.beta if x.beta is None else x.beta
-            arguments = dict(
+            estimators = dict(
                 input_estimator=x.estimator, input_clip=x.clip, weight_estimator=w.estimator,
                 weight_clip=w.clip, beta=5.0 if beta is None else beta,
                 scale_weight_grad=scale != "detached")
-            decided["estimators"] = {name: value for name, value in arguments.items()
-                                     if value != OPERATOR_DEFAULTS[name]}
-        for name, value in decided.items():
-            object.__setattr__(self, name, value)
+        own |= dict(input_is_sign=x is not None, weight_is_sign=w is not None, scale_rule=scale,
+                    input_first=x is not None and x.first, weight_first=w is not None and w.first,
+                    estimators={name: value for name, value in estimators.items()
+                                if value != OPERATOR_DEFAULTS[name]})
+        self.__dict__.update(own)  # as a frozen class sets its own fields
 
 
 def quantized(quantizer: Quantize | None, x: Tensor) -> Tensor:

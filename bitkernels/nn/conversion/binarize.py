@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from bitkernels.nn.conversion.values import module_kind
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.options import Binarization, QuantizerLike, WeightScale
 from bitkernels.nn.packed import _Packed
+
+_PADDED = (BinaryConv1d, BinaryConv2d, BinaryConv3d)
 
 
 def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = True,
@@ -105,7 +107,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     said = BinarizeReport()
     unexpected: dict[str, str] = {}
     refused: dict[str, str] = {}
-    plans: dict[nn.Module, _Plan] = {}
+    plans: dict[nn.Module, Binarization] = {}
     for module, name in layers.items():
         if isinstance(module, (BinaryLayer, _Packed)):
             continue
@@ -134,8 +136,8 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     if quantizers.is_binary(options["input_quantizer"]):
         activations = _prepare_inputs(model, plans, found, activation, said)
 
-    for module, plan in plans.items():
-        _make_binary(module, plan)
+    for module, own in plans.items():
+        _make_binary(module, own, pad_value)
     for module, new in activations.items():
         _become(module, new)
     for parent in model.modules():
@@ -167,13 +169,13 @@ def _lone(model: Any, filter, options: dict[str, Any], pad_value: int, verbose: 
     if reason:
         _warn("this layer stays real", {type(model).__name__: reason})
         return model
-    plan = _plan(model, options, pad_value)
+    own = _plan(model, options, pad_value)
     # A layer with the same tensors, parametrizations and hooks.
     shared = [value for held in vars(model).values() if isinstance(held, dict)
               for value in held.values()]
     shared += [value for value in vars(model).values() if isinstance(value, torch.Tensor)]
     twin = copy.deepcopy(model, {id(value): value for value in shared})
-    _make_binary(twin, plan)
+    _make_binary(twin, own, pad_value)
     said = BinarizeReport(binary={"": type(twin).__name__})
     said.count(twin)
     _say(said, verbose, report)
@@ -212,12 +214,12 @@ def _grouped(entries: dict[str, str]) -> str:
     return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_value(entries))
 
 
-def _prepare_inputs(model: nn.Module, plans: dict[nn.Module, _Plan], found: Analysis,
+def _prepare_inputs(model: nn.Module, plans: dict[nn.Module, Binarization], found: Analysis,
                     activation: Activation, said: BinarizeReport) -> dict[nn.Module, nn.Module]:
     """What replaces activations; plans a batch norm where there is none to replace."""
     names = {m: name for name, m in model.named_modules()}
     replaced: dict[nn.Module, nn.Module] = {}
-    for module, plan in plans.items():
+    for module, options in plans.items():
         sources = found.sources.get(module, frozenset([UNKNOWN]))
         if UNKNOWN in sources:
             said.not_analysed.append(names[module])
@@ -240,15 +242,15 @@ def _prepare_inputs(model: nn.Module, plans: dict[nn.Module, _Plan], found: Anal
                     said.activations[names[old]] = f"{type(old).__name__} -> {new!r}"
             if any(s.pooled for s in sources):
                 reason = "behind max pooling, which leaves few negative values"
-            elif plan.options.weight_scale is None and any(m in plans for m in found.raw[module]):
+            elif options.weight_scale is None and any(m in plans for m in found.raw[module]):
                 reason = "behind a binary layer with no norm, whose integers no gradient passes"
         if reason is not None:
             said.normalized[names[module]] = reason
             layer: Any = module
             linear = isinstance(layer, nn.Linear)
-            plan.options = replace(plan.options, input_quantizer=NormSign(
+            plans[module] = replace(options, input_quantizer=NormSign(
                 layer.in_features if linear else layer.in_channels,
-                0 if linear else len(layer.kernel_size), plan.options.input_quantizer, **place))
+                0 if linear else len(layer.kernel_size), options.input_quantizer, **place))
     return replaced
 
 
@@ -274,35 +276,26 @@ def _registered_near(model: nn.Module, layer: nn.Module) -> frozenset[Source]:
     return frozenset()
 
 
-@dataclass
-class _Plan:
-    """What a real layer becomes."""
-
-    cls: type[nn.Module]
-    options: Binarization
-    pad_value: int | None  # None for classes that have none
-
-
-def _plan(module: Any, options: dict[str, Any], pad_value: int, name: str = "") -> _Plan:
+def _plan(module: Any, options: dict[str, Any], pad_value: int, name: str = "") -> Binarization:
+    """The options of one layer, with quantizers of its own; ValueError where they do not fit it."""
     cls: Any = twin_class(module)
     where = f"{name}: {cls.__name__}" if name else cls.__name__
-    pads = issubclass(cls, (BinaryConv1d, BinaryConv2d, BinaryConv3d))
-    value = checked_pad_value(where, pad_value, module.padding_mode) if pads else None
+    if issubclass(cls, _PADDED):
+        checked_pad_value(where, pad_value, module.padding_mode)
     try:
-        own = Binarization(**{key: copy.deepcopy(value) for key, value in options.items()})
+        return Binarization(**{key: copy.deepcopy(value) for key, value in options.items()})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return _Plan(cls, own, value)
 
 
-def _make_binary(module: Any, plan: _Plan) -> None:
+def _make_binary(module: Any, options: Binarization, pad_value: int) -> None:
     """A binary layer is a real one of another class, and its options."""
     for name in ("forward", "_conv_forward"):
         vars(module).pop(name, None)  # those of its class (`refusal`)
-    module.__class__ = plan.cls
-    if plan.pad_value is not None:
-        module.pad_value = plan.pad_value
-    module.binarization = plan.options
+    module.__class__ = twin_class(module)
+    if isinstance(module, _PADDED):
+        module.pad_value = pad_value
+    module.binarization = options
     module.train(module.training)
 
 
