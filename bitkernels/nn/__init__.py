@@ -14,12 +14,14 @@ from bitkernels.nn.conversion import (
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.linear import BinaryLinear
 from bitkernels.nn.norm import SyncBatchNorm
+from bitkernels.nn.options import Binarization
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 from bitkernels.nn.pool import MaxPool2d
 from bitkernels.nn.residual_block import BinaryResidualBlock
 
 __all__ = [
+    "Binarization",
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryConv3d",

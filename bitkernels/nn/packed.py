@@ -179,16 +179,15 @@ class _Packed(FxLeaf):
             return torch.get_autocast_dtype(device)
         return input.dtype
 
-    def weight_image(self) -> Tensor:
-        """The words, in the form that kernels of their device read without rearranging them."""
+    def weight_image(self) -> Any:
+        """The weight in the form that kernels of its device read without rearranging it, which is
+        `weight_words` itself where there is no other."""
         words: Any = self._buffers["weight_words"]  # an attribute of a module costs half a us
-        image = self._image(words, self.groups)
+        image = self._image(words, *self._image_key())
         return words if image is None else image
 
-    def _words(self, input: Tensor | PackedTensor, dim: int) -> Tensor:
-        if isinstance(input, PackedTensor):
-            return input.words
-        return _sign_pack(self._quantized(input), None, dim)
+    def _image_key(self) -> tuple[Any, ...]:
+        return (self.groups,)
 
     def _on_images(self, input: Tensor | PackedTensor, *arguments: Any) -> Tensor:
         """`_convolve` of an input of any form that the layer takes."""
@@ -319,10 +318,11 @@ class PackedLinear(_Packed):
                 self._quantized(real), self.weight_words, self.in_features, self.scale, self.bias,
                 self._dtype(input))
         own: Any = self._buffers
+        words = (input.words if isinstance(input, PackedTensor) else
+                 _sign_pack(self._quantized(input), None, -1))
         return _packed_linear(
-            self._words(input, -1), self.weight_image(), self.in_features,
-            out_channels=self.out_features, scale=own["scale"], bias=own["bias"],
-            dtype=self._dtype(input))
+            words, self.weight_image(), self.in_features, out_channels=self.out_features,
+            scale=own["scale"], bias=own["bias"], dtype=self._dtype(input))
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, "

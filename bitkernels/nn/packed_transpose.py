@@ -58,6 +58,9 @@ class _PackedConvTranspose(_Packed):
     def _by_output(self, weight: Tensor) -> Tensor:
         return by_output(weight, self.groups)
 
+    def _image_key(self) -> tuple[Any, ...]:
+        return (self.groups, *self._geometry)
+
     @traced_whole
     def forward(self, input: Tensor | PackedTensor, output_size: list[int] | None = None) -> Tensor:
         self._check(input)
@@ -78,8 +81,8 @@ class _PackedConvTranspose(_Packed):
         weight_words: Any = self._buffers["weight_words"]
         words = x if packed else _sign_pack(self._quantized(x), None, 1)
         channels_last = packed or wants_channels_last(x, x)
-        filters = self._image(weight_words, self.groups, *self._geometry)
-        if filters is None or _is_wrapped(x):  # the operator has a rule for vmap
+        filters = self.weight_image()
+        if filters is weight_words or _is_wrapped(x):  # the operator has a rule for vmap
             return _packed_conv_transpose2d(
                 words, weight_words, self.in_channels, stride, padding, output_padding, self.groups,
                 dilation, scale=self.scale, bias=self.bias, dtype=dtype,
