@@ -81,7 +81,7 @@ class BinaryLayer(FxLeaf):
     The layer computes on bits if both quantizers return -1 and +1, else on real numbers: the plain
     PyTorch function on the quantized tensors. `on_bits` says which.
 
-    Options, which may be assigned later too:
+    Options, which may be assigned later too, or all at once as `layer.binarization`:
 
     input_quantizer, weight_quantizer: a name, class, module or callable (`bitkernels.quantizers`).
       ste_sign, approx_sign and swish_sign become estimators of the operator. None, or

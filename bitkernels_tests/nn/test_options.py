@@ -127,6 +127,14 @@ def test_a_module_put_in_place_of_a_quantizer_is_called():
     assert layer.input_quantizer is layer.binarization.input_quantizer is not None
 
 
+def test_replicas_have_options_of_their_own():
+    layer, other = BinaryConv2d(8, 8, 3, input_quantizer=Learned()), Learned()
+    own, replica = layer.input_quantizer, layer._replicate_for_data_parallel()
+    replica.input_quantizer = other  # as torch.nn.parallel.replicate assigns a replica's children
+    assert replica.input_quantizer is replica.binarization.input_quantizer is other
+    assert layer.input_quantizer is layer.binarization.input_quantizer is own
+
+
 def test_operator_arguments_reach_the_operator():
     layer = BinaryConv2d(36, 8, 3, padding=1, pad_value=-1, bias=False, weight_scale="xnor",
                          input_quantizer="approx_sign")

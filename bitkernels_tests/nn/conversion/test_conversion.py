@@ -146,6 +146,26 @@ def test_a_lone_layer_is_replaced():
     assert isinstance(pack(layer), PackedConv2d) and isinstance(layer, BinaryConv2d)
 
 
+def test_a_lone_layer_shares_what_it_had():
+    """Parameters, masks and norms, hooks; and the real layer goes on as it was."""
+    calls, x = [], reals(2, 8, 5, 5)
+    for change in (lambda m: nn.utils.prune.random_unstructured(m, "weight", 0.3),
+                   nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        real = nn.Conv2d(8, 4, 3)
+        change(real)
+        real.register_forward_hook(lambda *call: calls.append(call[0]))
+        before, kind = real(x), type(real)
+        layer = binarize(real.eval())
+        assert isinstance(layer, BinaryConv2d) and not layer.training
+        ours, theirs = dict(layer.named_parameters()), dict(real.named_parameters())
+        assert ours.keys() == theirs.keys() and all(ours[n] is theirs[n] for n in ours)
+        assert list(layer._forward_hooks.values()) == list(real._forward_hooks.values())
+        dot = F.conv2d(*(torch.where(t < 0, -1.0, 1.0) for t in (x, layer.weight)))
+        assert torch.equal(layer(x), dot + layer.bias.view(-1, 1, 1))
+        assert type(real) is kind and torch.equal(real(x), before)
+        assert calls[-2:] == [layer, real]
+
+
 def test_each_layer_has_its_own_quantizer():
     model = binarize(small(), input_quantizer=quantizers.SteSign(1.25))
     assert model[3].input_quantizer is not model[7].input_quantizer
