@@ -8,6 +8,7 @@
     train       recipes, image sets, `fit`          imported when first used
     interop     CuPy, NumPy, JAX, any DLPack        imported when first used
     ops         the operators, with their help      imported when first used
+    explain     which kernel each layer gets, and why
 """
 
 import importlib
@@ -32,6 +33,7 @@ from bitkernels import (
     reference,
     residual_block,
 )
+from bitkernels.explain import explain
 from bitkernels.thresholds import fold_threshold
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "explain",
     "fold_threshold",
     "interop",
     "metrics",

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+
+def registered(operator: str, key: str) -> bool:
+    """Whether an operator (with its overload, if not the default) has a kernel of its own under a
+    dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{operator}", key)
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -84,17 +84,21 @@ def explain(op: str, *args, **kw) -> Answer:
     for inner in found.inners:
         tried, known = trust.state((op, inner), device)
         if tried:
-            name = op if inner is None else f"{inner} {_tiles(inner, device)}"
-            return Answer("triton", name, wrong + found.reason, wrong + known)
+            tiles = _tiles(inner, device)
+            name = f"{inner or op} {tiles[0]}" if len(tiles) == 1 else inner or op
+            timed = f"; the fastest of {len(tiles)} tiles, timed once" if len(tiles) > 1 else ""
+            return Answer("triton", name, f"{wrong}{found.reason}{timed}", wrong + known)
         wrong += f"{inner or op} {known}; "
     return Answer("triton", None, wrong.removesuffix("; ") or found.reason)
 
 
-def _tiles(inner: str, device: torch.device) -> str:
-    """The tile that runs: rows x columns; several where tuning chooses among them."""
+def _tiles(inner: str | None, device: torch.device) -> list[str]:
+    """Rows x columns of a product's tile, or of those that tuning chooses among."""
+    if inner is None:
+        return []
     table = configs.table(inner, configs.family(device))
     sizes = [f"{t.tile['BLOCK_M']}x{t.tile.get('BLOCK_N', configs.COLUMNS)}" for t in table]
-    return "|".join(sizes if configs.autotuning() else sizes[:1])
+    return sizes if configs.autotuning() else sizes[:1]
 
 
 def _launch(op: str, *args, **kw):
