@@ -224,6 +224,10 @@ class _Observer(TorchDispatchMode):
         self.device, self.computes, self.scope = device, computes, [""]
         self.calls: dict[str, list[Call]] = {"": []}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else its first use imports the compiler, which takes seconds
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace != _NAMESPACE or not any(
