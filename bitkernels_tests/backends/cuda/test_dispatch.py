@@ -264,6 +264,25 @@ def test_free_image_sizes_do_not_compile_for_ever(usable, monkeypatch):
     assert chosen(32)[0]
 
 
+def test_after_so_many_shapes_triton_runs_the_new_ones(usable, monkeypatch):
+    """Its kernels take an image's size as arguments (backends/triton/test_launch.py)."""
+    monkeypatch.setattr(dispatch, "MOST_UNASKED", 2)
+    monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
+    monkeypatch.setattr(launch, "packed_conv2d", lambda kernel, *a, **k: kernel.family)
+    monkeypatch.setattr(gpu, "run_triton", lambda op, *a, **k: "triton")
+    weight = words_of(256, 3, 3, 256)
+
+    def ran(size):
+        words = torch.zeros(4, size, size, 8, dtype=torch.int32)
+        return gpu.run("packed_conv2d", words, weight, 256, (1, 1), (1, 1), real=True,
+                       packed=False)
+
+    assert [ran(size) for size in (28, 30, 32, 34, 28, 30)] == [
+        "resident", "resident", "triton", "triton", "resident", "resident"]
+    launch.clear()  # what is displaced and comes again is no new shape
+    assert ran(30) == "resident"
+
+
 def test_the_report_says_why(monkeypatch):
     assert "sm_90a (NVIDIA H200, " in dict(doctor.report())["cuda kernels"]
     monkeypatch.setattr(plan, "table", dict)
