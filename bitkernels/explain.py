@@ -131,6 +131,7 @@ def explain(model_or_op: Any, *inputs: Any, target: str | None = None, **kw: Any
     what wrong arguments raise is the operator's own error.
     """
     module = model_or_op if isinstance(model_or_op, nn.Module) else None
+    module = getattr(module, "_orig_mod", module)  # a compiled one makes the same calls
     operator = None if module is not None else _operator(model_or_op)
     device, gpu, name = _target(target, module, (inputs, kw))
     with gpus.planning_for(gpu):

@@ -179,6 +179,13 @@ def test_models_of_other_threads_are_not_listed():
     assert ran[0].shape == (2, 8)
 
 
+def test_a_compiled_model_is_explained_as_it_was_written():
+    model = small().eval()
+    with torch.no_grad():
+        found = bitkernels.explain(torch.compile(model), IMAGES)
+        assert found == bitkernels.explain(model, IMAGES)
+
+
 def test_a_model_that_cannot_be_copied():
     model = small()
     model.lock = threading.Lock()

@@ -62,8 +62,9 @@ def kernel(op: str):
 
 def run(op: str, *args, **kw):
     device = args[0].device
-    if configs.enabled() and _usable(device):
-        for inner in plan.decide(op, args, kw, device).inners:
+    inners = plan.decide(op, args, kw, device).inners
+    if inners and _usable(device):
+        for inner in inners:
             if not _trusted(op, inner, device):
                 continue
             found = trust.run((op, inner), device, _launch, op, *args, **kw,
@@ -76,10 +77,10 @@ def run(op: str, *args, **kw):
 def explain(op: str, *args, **kw) -> Answer:
     """Which kernel a call with checked arguments would run, and why; runs and checks nothing."""
     device = args[0].device
-    reason = usable.reason(device, why_unusable) if configs.enabled() else None
+    found = plan.decide(op, args, kw, device)
+    reason = usable.reason(device, why_unusable) if found.inners else None
     if reason is not None:
         return Answer("triton", None, reason)
-    found = plan.decide(op, args, kw, device)
     wrong = ""
     for inner in found.inners:
         tried, known = trust.state((op, inner), device)

@@ -25,6 +25,9 @@ class Plan(NamedTuple):
     reason: str
 
 
+_ONE_KERNEL = Plan((None,), "the operator's kernel")
+
+
 def decide(op: str, args, kw, device: torch.device) -> Plan:
     """Of a call with checked arguments on a device that this backend runs on."""
     if not configs.enabled():
@@ -32,7 +35,7 @@ def decide(op: str, args, kw, device: torch.device) -> Plan:
     if _is_double(op, args, kw):
         return Plan((), "the kernels do not take float64")
     if op not in PRODUCTS:
-        return Plan((None,), "the operator's kernel")
+        return _ONE_KERNEL
     family = configs.family(device)
     if op == "packed_linear":
         return _linear(family, *args, **kw)
@@ -53,7 +56,7 @@ def _is_double(op: str, args, kw) -> bool:
     elif op == "sign_backward":  # not its shift
         found = [t.dtype for t in (args[0], args[1], args[3]) if t is not None]
     else:
-        found = [t.dtype for t in args if isinstance(t, torch.Tensor)]
+        return any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in args)
     return torch.float64 in found
 
 
