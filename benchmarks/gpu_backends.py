@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,10 +79,8 @@ def _kernels(op: str, call: Call, products) -> tuple[str, str | None]:
         warnings.simplefilter("ignore")
         call()
         said = [dispatch.explain(op, *args, **kw) for args, kw in products]
-    found = [re.match(r"cuda: (\w+)", text) for text in said]
-    outside = [text for text, match in zip(said, found, strict=True) if match is None]
-    names = dict.fromkeys(match[1] for match in found if match is not None)
-    return "+".join(names), next(iter(outside), None)
+    names = dict.fromkeys(answer.kernel for answer in said if answer.kernel)
+    return "+".join(names), next((str(answer) for answer in said if not answer.kernel), None)
 
 
 def peak_rate(device: common.Device, notes: dict[str, str]) -> float | None:

@@ -9,6 +9,7 @@
     train       recipes, image sets, `fit`          imported when first used
     interop     CuPy, NumPy, JAX, any DLPack        imported when first used
     ops         the operators, with their help      imported when first used
+    explain     which kernel each layer gets, and why
 """
 
 import importlib
@@ -33,6 +34,7 @@ from bitkernels import (
     reference,
     residual_block,
 )
+from bitkernels.explain import explain
 from bitkernels.packed import PackedTensor
 from bitkernels.thresholds import fold_threshold
 
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PackedTensor",
+    "explain",
     "fold_threshold",
     "interop",
     "metrics",

@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from bitkernels.backends.cuda import compiler, kernels
-from bitkernels.backends.cuda.driver import TensorMap
+from bitkernels.backends.cuda.driver import Loaded, TensorMap
 from bitkernels.backends.cuda.spec import Params, Spec
 
 FOLDER = Path(__file__).parent / "emulator"
@@ -103,9 +103,12 @@ class EmulatedDriver:
     def bind(self, index: int) -> None:
         pass
 
-    def build(self, kernel: kernels.Kernel, spec: Spec, arch: str) -> int:
+    def build(self, kernel: kernels.Kernel, spec: Spec, arch: str) -> Loaded:
         self.functions.append((kernel, spec))
-        return len(self.functions) - 1
+        return Loaded(self, 0, len(self.functions) - 1, 0)
+
+    def unload(self, module: int, context: int) -> None:
+        pass
 
     def tensor_map(self, tensor, rows: int, width: int, box: int) -> TensorMap:
         map = TensorMap()
@@ -113,9 +116,9 @@ class EmulatedDriver:
             tensor.data_ptr(), width, rows, width, 128, box)), ctypes.sizeof(EmulatedMap))
         return map
 
-    def launch(self, function: int, grid: int, block: int, shared: int, stream: int,
+    def launch(self, loaded: Loaded, grid: int, block: int, shared: int, stream: int,
                params: Params, *maps: ctypes.Structure) -> None:
-        kernel, spec = self.functions[function]
+        kernel, spec = self.functions[loaded.function]
         assert (block, shared) == (kernel.threads, kernel.shared_bytes(spec))
         self.launched.append(kernel.name)
         ranges = (Range * 20)()

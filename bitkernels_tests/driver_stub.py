@@ -1,7 +1,8 @@
 """The real `Driver` on emulator/driver_stub.c: what launchers ask for is checked, nothing computed.
 
 A launch is refused without a context current in its thread, with a function that another context
-loaded, and with a pointer to memory that no living tensor has.
+loaded or whose module is unloaded, and with a pointer to memory that no living tensor has. A module
+is not unloaded while a kernel of it may run.
 """
 
 from __future__ import annotations
@@ -89,6 +90,19 @@ class StubDriver(Driver):
     @property
     def launches(self) -> int:
         return self.lib.stub_seen(7)
+
+    @property
+    def unloaded(self) -> int:
+        return self.lib.stub_seen(8)
+
+    @contextlib.contextmanager
+    def capture_elsewhere(self):
+        """Another thread captures a stream of every context."""
+        self.lib.stub_capture(1)
+        try:
+            yield
+        finally:
+            self.lib.stub_capture(0)
 
     @property
     def bound(self) -> bool:

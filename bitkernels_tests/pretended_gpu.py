@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bitkernels.backends.cuda import dispatch, launch
+from bitkernels.backends.cuda.recent import Recent
 from bitkernels.backends.trust import Usable
 from bitkernels_tests import ROOT, cuda_emulator
 
@@ -52,7 +53,7 @@ def install(monkeypatch, unusable: str | None = None) -> cuda_emulator.EmulatedD
     driver = cuda_emulator.EmulatedDriver()
     monkeypatch.setattr(dispatch, "usable", Usable())
     for module, name in ((dispatch, "_plans"), (launch, "_loaded")):
-        monkeypatch.setattr(module, name, {})
+        monkeypatch.setattr(module, name, Recent(64))
     monkeypatch.setattr(common, "pick_device", lambda name: Pretended())
     monkeypatch.setattr(dispatch, "why_unusable", lambda device: unusable)
     monkeypatch.setattr(dispatch, "_trusted", lambda *arguments: True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bitkernels.backends.answer import Answer, registered
 from bitkernels.backends.launchers import BLOCK, SINGLE
 
 REFERENCE = "reference"
@@ -60,8 +61,7 @@ def warn_slow() -> None:
     if os.environ.get("BITKERNELS_CPU") == REFERENCE or (
             os.environ.get("BITKERNELS_NO_EXT", "0") != "0"):
         return
-    missing = [name for name in OPERATORS
-               if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitkernels::{name}", "CPU")]
+    missing = [name for name in OPERATORS if not registered(name, "CPU")]
     if why_not:
         warnings.warn(f"bitkernels runs slowly on CPUs: {why_not}. {remedy()}. BITKERNELS_CPU="
                       "reference asks for this and keeps it quiet.", stacklevel=2)
@@ -93,10 +93,24 @@ def popcount_ceiling(seconds: float = 0.1) -> float:
     return best
 
 
-def explain() -> str:
-    """One line: what runs on CPU tensors, and why."""
+def explain(op: str | None = None, *args, **kw) -> Answer:
+    """Which kernel a call on CPU tensors runs, and why; without `op` one of any operator.
+
+    Raises RuntimeError if BITKERNELS_CPU names no kernel of this machine.
+    """
     if why_not:
-        return f"reference (slow, plain PyTorch): {why_not}"
+        return Answer("cpu", None, why_not)
+    if op is not None and not registered(op, "CPU"):
+        return Answer("cpu", None, "bitkernels._C is older than the Python files" if op in OPERATORS
+                      else f"the engine has no kernel of {op}")
     forced = os.environ.get("BITKERNELS_CPU")
-    reason = f"BITKERNELS_CPU={forced}" if forced else "the best this machine supports"
-    return f"{active()}: {reason}"
+    return Answer("cpu", active(), f"BITKERNELS_CPU={forced}" if forced
+                  else "the best this machine supports")
+
+
+def summary() -> str:
+    """One line: what runs on CPU tensors, and why."""
+    found = explain()
+    if found.kernel is None:
+        return f"reference (slow, plain PyTorch): {found.reason}"
+    return f"{found.kernel}: {found.reason}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from bitkernels import _checks, reference
 from bitkernels._ops import LIB
 from bitkernels.backends import cpu
+from bitkernels.backends.answer import Answer
 from bitkernels.backends.launchers import register, register_block
 
 KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
@@ -25,6 +26,11 @@ def run(op: str, *args, **kw):
     if op in ("rprelu_backward", "sign_backward"):
         return _like(args[1], 1, out[0]), *out[1:]
     return out
+
+
+def explain(op: str, *args, **kw) -> Answer:
+    """What a call runs that no other backend takes."""
+    return Answer("reference", "PyTorch", "plain PyTorch, slow")
 
 
 def _like(t: Tensor, dim: int, result: Tensor) -> Tensor:

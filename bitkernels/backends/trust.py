@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from bitkernels.backends.gpus import planned
+
 
 class Capturing(RuntimeError):
     """A kernel is not loaded yet and the stream is being captured."""
@@ -80,6 +82,14 @@ class Trust:
         """What is wrong with a kernel that has been checked, or None."""
         return self._verdicts[key, index(device)]
 
+    def state(self, key: Hashable, device: torch.device) -> tuple[bool, str]:
+        """Whether the next call would try the kernel, and what is known; asks nothing of it."""
+        place = key, index(device)
+        if place not in self._verdicts or planned():
+            return True, "not checked yet"
+        wrong = self._verdicts[place]
+        return wrong is None, "checked" if wrong is None else wrong
+
     def has(self, key: Any, device: torch.device, failure: Callable[[], str | None]) -> bool:
         """Whether the kernel may run. The first question asks `failure`, on the device.
 
@@ -134,18 +144,30 @@ class Usable:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._reasons: dict[int, str | None] = {}
+        self._said: set[int] = set()
 
     def clear(self) -> None:
         with self._lock:
             self._reasons.clear()
+            self._said.clear()
+
+    def reason(self, device: torch.device, why_unusable: Callable[[torch.device], str | None]
+               ) -> str | None:
+        """Why not, None where it runs. Of a GPU that is only named nothing is kept."""
+        if planned():
+            return why_unusable(device)
+        with self._lock:
+            if index(device) not in self._reasons:
+                self._reasons[index(device)] = why_unusable(device)
+            return self._reasons[index(device)]
 
     def obstacle(self, device: torch.device, why_unusable: Callable[[torch.device], str | None],
                  warning: Callable[[str], str | None]) -> str | None:
-        """The reason, None where it runs. `warning` makes its words, said the first time."""
-        with self._lock:
-            if index(device) not in self._reasons:
-                reason = self._reasons[index(device)] = why_unusable(device)
-                said = None if reason is None else warning(reason)
-                if said is not None:
-                    warnings.warn(f"bitkernels: {said}", stacklevel=3)
-            return self._reasons[index(device)]
+        """`reason`, which a call meets. `warning` makes its words, said the first time."""
+        reason = self.reason(device, why_unusable)
+        if reason is not None and index(device) not in self._said:
+            self._said.add(index(device))
+            said = warning(reason)
+            if said is not None:
+                warnings.warn(f"bitkernels: {said}", stacklevel=3)
+        return reason

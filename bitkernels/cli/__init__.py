@@ -19,6 +19,8 @@ PROGRAM = "python -m bitkernels"
 COMMANDS = {
     "doctor": ("bitkernels.cli.doctor",
                "what is installed here, which kernels would run and why, and what to do about it"),
+    "explain": ("bitkernels.cli.explain",
+                "which backend and kernel a call or each layer of a network gets, and why"),
     "models": ("bitkernels.cli.models",
                "the bundled networks: parameters, bytes in float32 and packed, recipes"),
     "bench": ("bitkernels.cli.bench",
@@ -30,6 +32,7 @@ DESCRIPTION = """\
 Binary neural networks in PyTorch on real 1-bit arithmetic. Without a command: doctor.
 
   python -m bitkernels                  what is installed here, and which kernels run
+  python -m bitkernels explain reactnet which kernel each of its layers gets
   python -m bitkernels bench            how fast it is here
   python -m bitkernels models           which networks there are
   python -m bitkernels train --recipe quicknet-digits --data digits --out run --threads 1

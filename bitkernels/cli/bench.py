@@ -112,7 +112,7 @@ def main(options: argparse.Namespace) -> int:
         return 1
     name = torch.cuda.get_device_name() if device == "cuda" else \
         torch.cpu.get_capabilities().get("cpu_name", "CPU")
-    kernel = "GPU kernels" if device == "cuda" else f"kernels {cpu.explain()}"
+    kernel = "GPU kernels" if device == "cuda" else f"kernels {cpu.summary()}"
     print(f"{name}, {threads} thread{'s' * (threads > 1)}, batch {options.batch}; bitkernels "
           f"{bitkernels.__version__}, torch {torch.__version__}; {kernel}\n")
     print(f"{'layer':<12}{'fp32 ms':>9}{'bf16 ms':>9}{'real ms':>9}{'packed ms':>11}"

@@ -70,7 +70,7 @@ def cpu_rows() -> list[tuple[str, str]]:
     elif importlib.util.find_spec("bitkernels._C") is None:
         rows.append(("cpu engine", "not built"))
     try:
-        return [*rows, ("runs on cpu", cpu.explain())]
+        return [*rows, ("runs on cpu", cpu.summary())]
     except RuntimeError as error:  # BITKERNELS_CPU names no kernel of this machine
         return [*rows, ("runs on cpu", f"nothing: {str(error).splitlines()[0]}")]
 
@@ -112,7 +112,7 @@ def remedies() -> list[str]:
         found.append("the CPU engine is missing, and operators run in plain PyTorch. "
                      f"{cpu.remedy()}")
     try:
-        cpu.explain()
+        cpu.summary()
     except RuntimeError as error:
         found.append(str(error).splitlines()[0])
     if not torch.cuda.is_available() and torch.version.cuda is None and torch.version.hip is None \

@@ -17,7 +17,8 @@ from bitkernels_tests import ROOT, conftest
 @pytest.fixture
 def script(monkeypatch):
     def load(name):
-        monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+        for folder in ("", "gpu"):
+            monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
         return importlib.import_module(name)
 
     return load

@@ -169,6 +169,28 @@ def test_bench_tells_a_wrong_result(capsys, monkeypatch):
     assert status == 1 and out.rstrip().endswith("NO")
 
 
+def test_explain_of_a_network(capsys):
+    status, out, err = call(capsys, "explain", "quicknet", "--target", "cpu")
+    assert status == 0 and not err and out.startswith("on cpu\n")
+    assert re.search(r"^sections\.0\.0\.conv +BinaryConv2d +latent ", out, re.M)
+    status, out, _ = call(capsys, "explain", "quicknet", "--packed", "--target", "sm_80", "--json")
+    layers = {layer["name"]: layer for layer in json.loads(out)["layers"]}
+    assert status == 0 and layers["sections.0.0.conv"]["form"] == "packed"
+    assert layers["sections.0.0.conv"]["calls"][0]["backend"] == "triton"
+
+
+def test_explain_of_every_operator(capsys):
+    from bitkernels.cli.explain import ARGUMENTS
+
+    for name in ARGUMENTS:
+        status, out, err = call(capsys, "explain", name, "--target", "sm_90", "--kernel", 1,
+                                "--size", 14, "--batch", 64)
+        assert status == 0 and not err and re.search("triton:|cuda:", out), name
+    out = call(capsys, "explain", "packed_conv2d", "--channels", 256, "--size", 14, "--batch", 256,
+               "--target", "sm_90")[1]
+    assert "cuda: resident_64x128" in out and "NVIDIA H200" in out
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["banana"], "invalid choice: 'banana'"),
     (["--banana"], "unrecognized arguments: --banana"),
@@ -177,6 +199,11 @@ def test_bench_tells_a_wrong_result(capsys, monkeypatch):
     (["models", "--size", "0"], "--size must be at least 1, got 0"),
     (["models", "--num-classes", "ten"], "--num-classes: invalid int value: 'ten'"),
     (["models", "binarynet", "--size", "1"], "binarynet with --in-channels 3 --size 1"),
+    (["explain"], "required: MODEL_OR_OP"),
+    (["explain", "resnet"], "no network or operator is called 'resnet'; there are binarynet, "),
+    (["explain", "reactnet", "--target", "H100"], "target must be 'cpu' or an architecture"),
+    (["explain", "reactnet", "--batch", "0"], "--batch must be at least 1, got 0"),
+    (["explain", "quicknet", "--packed", "--train"], "give one of --packed and --train"),
     (["bench", "--device", "banana"], "--device must be cpu"),
     (["bench", "--threads", "0"], "--threads must be at least 1, got 0"),
     (["bench", "--batch", "-1"], "--batch must be at least 1, got -1"),

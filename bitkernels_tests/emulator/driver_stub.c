@@ -4,14 +4,16 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { INVALID = 1, NO_CONTEXT = 201, INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700 };
-enum { DEVICES = 2, DEVICE = 5, FUNCTIONS = 1024, RANGES = 1024, POINTERS = 13 };
+enum { INVALID = 1, NO_CONTEXT = 201, INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, CAPTURING = 900 };
+enum { DEVICES = 2, DEVICE = 5, FUNCTIONS = 1024, RANGES = 1024, POINTERS = 13, DEPTH = 8 };
 
 typedef int CUresult;
-static char contexts[DEVICES], modules[DEVICES];  // their addresses are the handles
+static char contexts[DEVICES];  // their addresses are the handles, as those of the functions
+// Each has a module of its own, whose handle is the address of `module`.
 static struct {
-  const void* context;
-  int shared;
+  const void* context;  // null once the module is unloaded
+  int shared, launched;
+  char module;
 } functions[FUNCTIONS];
 static int loaded;
 static struct {
@@ -20,9 +22,13 @@ static struct {
 static int ranges;
 static uint64_t seen[16];
 static _Thread_local const char* current;
+static _Thread_local const char* pushed[DEPTH];
+static _Thread_local int depth, relaxed;
+static int capturing;  // a stream of another thread
 
 uint64_t stub_seen(int i) { return seen[i]; }
 uint64_t stub_context(void) { return (uint64_t)current; }
+void stub_capture(int on) { capturing = on; }
 void stub_forget_memory(void) { ranges = 0; }
 int stub_memory(uint64_t begin, uint64_t size) {
   if (ranges == RANGES) return INVALID;
@@ -66,28 +72,79 @@ CUresult cuCtxSetCurrent(void* context) {
   return current && (current < contexts || current >= contexts + DEVICES);
 }
 
+CUresult cuCtxPushCurrent_v2(void* context) {
+  if (depth == DEPTH) return INVALID;
+  pushed[depth++] = current;
+  return cuCtxSetCurrent(context);
+}
+
+CUresult cuCtxPopCurrent_v2(void** context) {
+  if (!depth) return INVALID;
+  *context = (void*)current;
+  current = pushed[--depth];
+  return 0;
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = relaxed;
+  relaxed = *mode;
+  *mode = before;
+  return 0;
+}
+
+// What a launch left running is over.
+CUresult cuCtxSynchronize(void) {
+  if (!current) return NO_CONTEXT;
+  if (capturing) return CAPTURING;
+  for (int i = 0; i < loaded; ++i)
+    if (functions[i].context == current) functions[i].launched = 0;
+  return 0;
+}
+
 CUresult cuModuleLoadData(void** module, const void* image) {
   if (!current) return NO_CONTEXT;
-  *module = modules + (current - contexts);
-  return memcmp(image,
-                "\x7f"
-                "ELF",
-                4) != 0;
+  if (capturing && relaxed != 2) return CAPTURING;
+  if (loaded == FUNCTIONS || memcmp(image,
+                                    "\x7f"
+                                    "ELF",
+                                    4))
+    return INVALID;
+  functions[loaded].context = current;
+  functions[loaded].shared = 48 * 1024;  // what a function gets without asking
+  *module = &functions[loaded++].module;
+  return 0;
+}
+
+static int module_of(const void* module) {
+  for (int i = 0; i < loaded; ++i)
+    if (module == &functions[i].module && functions[i].context == current) return i;
+  return -1;
 }
 
 CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
   if (!current) return NO_CONTEXT;
-  if (module != modules + (current - contexts)) return INVALID_HANDLE;
-  if (loaded == FUNCTIONS || strcmp(name, "bitkernels_kernel")) return INVALID;
-  functions[loaded].context = current;
-  functions[loaded].shared = 48 * 1024;  // what a function gets without asking
-  *function = functions + loaded++;
+  const int i = module_of(module);
+  if (i < 0) return INVALID_HANDLE;
+  if (strcmp(name, "bitkernels_kernel")) return INVALID;
+  *function = functions + i;
+  return 0;
+}
+
+// Refuses what a driver may not notice: a kernel that still runs.
+CUresult cuModuleUnload(void* module) {
+  if (!current) return NO_CONTEXT;
+  const int i = module_of(module);
+  if (i < 0) return INVALID_HANDLE;
+  if (functions[i].launched) return INVALID;
+  functions[i].context = 0;
+  ++seen[8];
   return 0;
 }
 
 static int index_of(const void* function) {
   for (int i = 0; i < loaded; ++i)
-    if (function == functions + i && functions[i].context == current) return i;
+    if (function == functions + i && functions[i].context && functions[i].context == current)
+      return i;
   return -1;
 }
 
@@ -132,6 +189,7 @@ CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, u
   memcpy(pointers, params[0], sizeof(pointers));
   for (int p = 0; p < POINTERS; ++p)
     if (pointers[p] && !is_live(pointers[p])) return ILLEGAL_ADDRESS;
+  functions[i].launched = 1;
   seen[1] = gx;
   seen[2] = bx;
   seen[3] = shared;

@@ -4,6 +4,7 @@
 // Filter tiles: 16 output channels innermost, (tile, tap, word, 16); lanes past the last channel 0.
 // No kernel reads or writes outside the ranges its arguments state.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace bitkernels {
@@ -12,6 +13,7 @@ constexpr int kTile = 16;      // output channels in a filter tile
 constexpr int kMaxPixels = 8;  // output pixels in a register tile
 
 enum class DType { kF32, kF16, kBF16, kF64 };
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t size_of(DType t) { return t == DType::kF64 ? 8 : t == DType::kF32 ? 4 : 2; }
 
 // popcount(a xor w) of `pixels` x (16 * tiles) dot products over a rectangle of filter taps.
@@ -167,6 +169,20 @@ struct Kernel {
   // `iterations` rounds of 16 register-only xor + popcount + add; returns products computed.
   int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
 };
+
+// The functions of a Kernel that go by the field's name in each instruction set's namespace: all
+// but `dot`. isa_common.inc fills a row by it, so that no function can come to another's place.
+#define BK_KERNEL_FUNCTIONS(DO)                                                                   \
+  DO(supported), DO(epilogue), DO(pack_rows), DO(pack_planes), DO(unpack_rows), DO(mask_rows),    \
+      DO(mask_planes), DO(rsign), DO(rprelu), DO(rprelu_backward), DO(sign_backward),             \
+      DO(block_forward), DO(block_backward), DO(norm_backward), DO(subset_offsets),               \
+      DO(table_sums), DO(transpose_bits), DO(plane_sums), DO(rows_to_planes), DO(planes_to_rows), \
+      DO(popcount_loop)
+#define BK_SIZE(FUNCTION) sizeof(Kernel::FUNCTION)
+constexpr std::size_t kFunctionSizes[] = {BK_KERNEL_FUNCTIONS(BK_SIZE)};
+#undef BK_SIZE
+static_assert(sizeof(Kernel) == sizeof(Kernel::name) + sizeof(Kernel::dot) + sizeof(kFunctionSizes),
+              "BK_KERNEL_FUNCTIONS lacks a function of Kernel");
 
 // Best first; every machine supports the last.
 extern const Kernel* const kKernels[];

@@ -7,8 +7,6 @@
 
 namespace bitkernels {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Conv {
   int64_t batch, height, width;
   int64_t groups, channels, out_channels;  // channels and out_channels of one group
@@ -27,9 +25,5 @@ struct Strides {
 // Words are written as (batch, out_h, out_w, ceil(groups * out_channels / 32)).
 void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides out,
                    Strides residual);
-
-// (groups * out_channels, taps) words to tiles, taps = kh * kw * words.
-void tile_weight(const uint32_t* weight, int64_t groups, int64_t out_channels, int64_t taps,
-                 uint32_t* tiles);
 
 }  // namespace bitkernels

@@ -1,5 +1,5 @@
-// Threads, provided by whoever links the engine: torch's pool in torch/register_conv.cpp, one thread in the
-// stand-alone kernel test.
+// Threads, provided by whoever links the engine: torch's pool in torch/register_engine.cpp, its own
+// in the stand-alone kernel test.
 #pragma once
 #include <cstdint>
 

@@ -1,13 +1,9 @@
-// RSign and RPReLU on tensors seen as (outer, channels, inner). Per-channel parameters are float,
-// or double for kF64, and readable 16 past the last channel. The shift of rsign is (samples,
-// channels): each sample's outer / samples rows have one of their own.
+// RPReLU on tensors seen as (outer, channels, inner). Per-channel parameters are float, or double
+// for kF64, and readable 16 past the last channel.
 #pragma once
 #include "kernels.h"
 
 namespace bitkernels {
-
-void rsign(const Kernel& kernel, const void* x, DType type, int64_t outer, int64_t channels,
-           int64_t inner, const void* shift, int64_t samples, void* out);
 
 void rprelu(const Kernel& kernel, const void* x, DType type, int64_t outer, int64_t channels,
             int64_t inner, const void* shift_in, const void* slope, const void* shift_out,

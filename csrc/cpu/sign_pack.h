@@ -1,5 +1,4 @@
-// Bits in and out of real tensors seen as (outer, channels, inner); words are (outer, inner,
-// words).
+// Signs of real tensors seen as (outer, channels, inner); words are (outer, inner, words).
 #pragma once
 #include "kernels.h"
 
@@ -10,13 +9,5 @@ namespace bitkernels {
 void sign_pack(const Kernel& kernel, const void* x, DType type, int64_t outer, int64_t channels,
                int64_t inner, const void* shift, int64_t samples, double clip, uint32_t* signs,
                uint32_t* mask);
-
-// out = grad where the mask bit is set, else 0; same layout as grad.
-void mask_grad(const Kernel& kernel, const void* grad, DType type, int64_t outer, int64_t channels,
-               int64_t inner, const uint32_t* mask, void* out);
-
-// +-1 with the channels innermost.
-void unpack(const Kernel& kernel, const uint32_t* words, DType type, int64_t rows, int64_t channels,
-            void* out);
 
 }  // namespace bitkernels

@@ -4,11 +4,16 @@
 
 #include <thread>
 
+#include "cpu/mask_grad.h"
 #include "cpu/packed_max_pool2d.h"
 #include "cpu/parallel.h"
 #include "cpu/residual_block.h"
 #include "cpu/rprelu.h"
+#include "cpu/rsign.h"
+#include "cpu/sign_backward.h"
 #include "cpu/sign_pack.h"
+#include "cpu/tile_weight.h"
+#include "cpu/unpack.h"
 
 namespace bitkernels {
 

@@ -1,6 +1,8 @@
 // The passes of a residual block, and the sums that a convolution takes on its way out, against
 // loops over single elements.
 #include "cpu/residual_block.h"
+#include "cpu/sign_backward.h"
+#include "cpu/tile_weight.h"
 #include "kernel_test.h"
 
 namespace bitkernels {

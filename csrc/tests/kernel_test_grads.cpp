@@ -1,7 +1,7 @@
 // Gradients of convolutions from bits. Output gradients are multiples of 1/4, so that sums are
 // exact in every order.
-#include "cpu/sign_input_grad.h"
-#include "cpu/sign_weight_grad.h"
+#include "cpu/packed_conv2d_input_grad.h"
+#include "cpu/packed_conv2d_weight_grad.h"
 #include "kernel_test.h"
 
 namespace bitkernels {
@@ -42,7 +42,7 @@ void test_weight_grad(const Kernel& k, DType type, Conv c) {
     want.set(i, sum);
   }
   c.input = in.data.get();
-  sign_weight_grad(k, c, grad.data(), type, out.as<float>());
+  packed_conv2d_weight_grad(k, c, grad.data(), type, out.as<float>());
   check("weight gradient", out.size,
         [&](int64_t i) { return std::pair(out.get(i) + 0.0, want.get(i) + 0.0); });
 }
@@ -70,8 +70,8 @@ void test_input_grad(const Kernel& k, DType type, Conv c, bool scaled) {
     });
   Real out(type, static_cast<int64_t>(sums.size())), want(type, out.size);
   for (int64_t i = 0; i < want.size; ++i) want.set(i, sums[i]);
-  sign_input_grad(k, c, weight.data.get(), scaled ? scale.data() : nullptr, grad.data(), type,
-                  out.data());
+  packed_conv2d_input_grad(k, c, weight.data.get(), scaled ? scale.data() : nullptr, grad.data(),
+                           type, out.data());
   check("input gradient", out.size,
         [&](int64_t i) { return std::pair(out.get(i) + 0.0, want.get(i) + 0.0); });
 }

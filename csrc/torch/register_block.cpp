@@ -1,5 +1,5 @@
-// torch.ops.bitkernels.residual_block_* and sign_backward on CPU tensors: checks and allocation
-// around cpu/residual_block.h.
+// torch.ops.bitkernels.residual_block_* on CPU tensors: checks and allocation around
+// cpu/residual_block.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -120,68 +120,6 @@ Tensor op_norm_backward(Tensor grad, Tensor dot, Tensor p, Tensor q, Tensor r, T
   return out;
 }
 
-Estimator estimator_of(const char* op, const std::string& name, const OptFloat& clip) {
-  if (name == "ste_sign") return clip ? Estimator::kSte : Estimator::kIdentity;
-  if (name == "approx_sign") return Estimator::kApprox;
-  if (name == "swish_sign") return Estimator::kSwish;
-  if (name != "identity")
-    fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity",
-         text("'", name, "'"));
-  return Estimator::kIdentity;
-}
-
-std::tuple<Tensor, Tensor> op_sign_backward(Tensor grad, Tensor input, OptTensor shift,
-                                            OptTensor add, std::string estimator, OptFloat clip,
-                                            double beta) {
-  const char* op = "sign_backward";
-  check_real(op, "input", input);
-  check_real(op, "grad", grad);
-  if (input.dim() < 2) fail(op, "input", "(N, C, ...)", describe(input));
-  const int64_t channels = input.size(1);
-  check_channel_vector(op, "shift", shift, channels);
-  if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
-  const ScalarType type = input.scalar_type();
-  const bool wide = type == ScalarType::Double;
-  const Sizes shape(input.sizes().begin(), input.sizes().end());
-  const auto same = [&](const char* name, const Tensor& t, bool any_type) {
-    check_cpu(op, name, t);
-    if (Sizes(t.sizes().begin(), t.sizes().end()) != shape ||
-        (any_type ? (t.scalar_type() == ScalarType::Double) != wide : t.scalar_type() != type))
-      fail(op, name, describe(input), describe(t));
-  };
-  same("grad", grad, true);
-  if (add) same("add", *add, false);
-
-  const Around x = around(input, 1);
-  const auto in_order = [&](const Tensor& t) {  // in the memory order of the input
-    const auto a = t.strides(), b = x.tensor.strides();
-    if (Sizes(a.begin(), a.end()) == Sizes(b.begin(), b.end())) return t;
-    Tensor copy = empty_strided(shape, {b.begin(), b.end()}, t.scalar_type());
-    torch::stable::copy_(copy, t);
-    return copy;
-  };
-  const Tensor g = in_order(grad);
-  const OptTensor extra = add ? OptTensor(in_order(*add)) : std::nullopt;
-  const WideVector vector(shift, wide);
-  Tensor out = dense_like(x.tensor);
-  Tensor sum = empty({channels}, ScalarType::Double);
-  auto* to = static_cast<double*>(sum.mutable_data_ptr());
-  std::fill(to, to + channels, 0.0);
-  SignBackward s;
-  s.estimator = estimator_of(op, estimator, clip);
-  s.grad = g.const_data_ptr();
-  s.x = x.tensor.const_data_ptr();
-  s.add = extra ? extra->const_data_ptr() : nullptr;
-  s.grad_type = dtype_of(g.scalar_type());
-  s.type = dtype_of(type);
-  s.shift = vector.get();
-  s.clip = clip.value_or(0);
-  s.beta = beta;
-  s.out = out.mutable_data_ptr();
-  if (input.numel() > 0) sign_backward(kernel(), s, x.outer, channels, x.inner, to);
-  return {out, sum};
-}
-
 }  // namespace
 }  // namespace bitkernels
 
@@ -189,5 +127,4 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("residual_block_forward", TORCH_BOX(&bitkernels::op_block_forward));
   m.impl("residual_block_backward", TORCH_BOX(&bitkernels::op_block_backward));
   m.impl("residual_block_norm_backward", TORCH_BOX(&bitkernels::op_norm_backward));
-  m.impl("sign_backward", TORCH_BOX(&bitkernels::op_sign_backward));
 }

@@ -1,7 +1,5 @@
-// torch.ops.bitkernels.* on CPU tensors: checks, allocation and threads around the torch-free
-// engine in cpu/. Built on the LibTorch stable ABI, so that one binary serves every torch from 2.11
-// on.
-#include <Python.h>
+// torch.ops.bitkernels.packed_conv2d*, packed_linear* and binary_conv2d_forward on CPU tensors:
+// checks and allocation around cpu/packed_conv2d.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,75 +8,10 @@
 #include <tuple>
 
 #include "cpu/packed_conv2d.h"
-#include "cpu/parallel.h"
-#include "cpu/sign_pack.h"
-#include "tensors.h"
+#include "words.h"
 
 namespace bitkernels {
-
-int parallel_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
-
-void parallel_run(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, n, grain,
-                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
 namespace {
-
-std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat clip,
-                                   const OptTensor& shift, int64_t dim) {
-  check_real(op, "input", input);
-  dim = normalize_dim(op, input, dim);
-  const int64_t channels = input.size(dim);
-  if (channels < 1) fail(op, "input", "at least 1 channel wide", describe(input));
-  const int64_t samples = check_shift(op, input, shift, dim);
-  if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
-  const Kernel& k = kernel();
-  const Around x = around(input, dim);
-  const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
-  Tensor signs = empty(packed_shape(input, dim), ScalarType::Int);
-  OptTensor mask;
-  if (clip) mask = empty(packed_shape(input, dim), ScalarType::Int);
-  if (input.numel() > 0)
-    sign_pack(k, x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, channels,
-              x.inner, wide.get(), samples, clip.value_or(0), mutable_words(signs),
-              mask ? mutable_words(*mask) : nullptr);
-  return {signs, mask};
-}
-
-Tensor op_sign_pack(Tensor input, OptTensor shift, int64_t dim) {
-  return std::get<0>(pack("sign_pack", input, std::nullopt, shift, dim));
-}
-
-std::tuple<Tensor, Tensor> op_sign_pack_mask(Tensor input, double clip, OptTensor shift,
-                                             int64_t dim) {
-  auto [signs, mask] = pack("sign_pack_mask", input, clip, shift, dim);
-  return {signs, *mask};
-}
-
-Tensor tiled(const Tensor& weight_words, int64_t out_channels, int64_t groups) {
-  const Tensor w = dense(weight_words);
-  Sizes shape(w.sizes().begin(), w.sizes().end());
-  const int64_t per_group = out_channels / groups;
-  shape[0] = groups * ((per_group + kTile - 1) / kTile);
-  shape.push_back(kTile);
-  Tensor out = empty(shape, ScalarType::Int);
-  tile_weight(words_of(w), groups, per_group, out_channels ? w.numel() / out_channels : 0,
-              mutable_words(out));
-  return out;
-}
-
-Tensor op_tile_weight(Tensor weight_words, int64_t groups) {
-  const char* op = "tile_weight";
-  if (weight_words.scalar_type() != ScalarType::Int ||
-      (weight_words.dim() != 2 && weight_words.dim() != 4))
-    fail(op, "weight_words", "int32 words of shape (Cout, kh, kw, words) or (Cout, words)",
-         describe(weight_words));
-  const int64_t cout = weight_words.size(0);
-  if (groups < 1 || cout % groups)
-    fail(op, "groups", text("a divisor of ", cout, " output channels"), text(groups));
-  return tiled(weight_words, cout, groups);
-}
 
 // The epilogue's arguments as the schemas give them, one struct for all six entry points.
 struct Parts {
@@ -373,41 +306,10 @@ std::tuple<Tensor, Tensor> op_linear_both(BK_LINEAR_ARGS, OptType dtype, OptTens
   return {*o.real, *o.words};
 }
 
-// "name supported" a line, best first.
-std::string op_kernels() {
-  std::string lines;
-  for (int i = 0; i < kKernelCount; ++i)
-    lines += text(kKernels[i]->name, " ", kKernels[i]->supported() ? 1 : 0, "\n");
-  return lines;
-}
-std::string op_active() { return kernel().name; }
-int64_t op_popcount_loop(int64_t iterations) {
-  volatile uint32_t seed = 0x12345678;  // unknown to the compiler, and so is the result
-  uint32_t sink = seed;
-  const int64_t products = kernel().popcount_loop(iterations, &sink);
-  seed = sink;
-  return products;
-}
-
 }  // namespace
 }  // namespace bitkernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bitkernels, m) {
-  m.def("_cpu_kernels() -> str");
-  m.def("_cpu_active() -> str");
-  m.def("_cpu_popcount_loop(int iterations) -> int");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(bitkernels, CompositeExplicitAutograd, m) {
-  m.impl("_cpu_kernels", TORCH_BOX(&bitkernels::op_kernels));
-  m.impl("_cpu_active", TORCH_BOX(&bitkernels::op_active));
-  m.impl("_cpu_popcount_loop", TORCH_BOX(&bitkernels::op_popcount_loop));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("sign_pack", TORCH_BOX(&bitkernels::op_sign_pack));
-  m.impl("sign_pack_mask", TORCH_BOX(&bitkernels::op_sign_pack_mask));
-  m.impl("tile_weight", TORCH_BOX(&bitkernels::op_tile_weight));
   m.impl("packed_conv2d", TORCH_BOX(&bitkernels::op_conv2d));
   m.impl("packed_conv2d.packed", TORCH_BOX(&bitkernels::op_conv2d_packed));
   m.impl("packed_conv2d.both", TORCH_BOX(&bitkernels::op_conv2d_both));
@@ -416,10 +318,4 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&bitkernels::op_linear));
   m.impl("packed_linear.packed", TORCH_BOX(&bitkernels::op_linear_packed));
   m.impl("packed_linear.both", TORCH_BOX(&bitkernels::op_linear_both));
-}
-
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
 }

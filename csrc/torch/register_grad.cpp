@@ -1,10 +1,10 @@
 // torch.ops.bitkernels.packed_conv2d_input_grad and _weight_grad on CPU tensors: checks and
-// allocation around cpu/sign_input_grad.h and cpu/sign_weight_grad.h.
+// allocation around cpu/packed_conv2d_input_grad.h and cpu/packed_conv2d_weight_grad.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/sign_input_grad.h"
-#include "cpu/sign_weight_grad.h"
+#include "cpu/packed_conv2d_input_grad.h"
+#include "cpu/packed_conv2d_weight_grad.h"
 #include "tensors.h"
 
 namespace bitkernels {
@@ -61,8 +61,8 @@ Tensor op_weight_grad(Tensor grad, Tensor words, int64_t channels, Sizes kernel_
   Tensor out = empty_strided({conv.out_channels, channels, conv.kh, conv.kw},
                              {channels * taps, 1, conv.kw * channels, channels}, ScalarType::Float);
   if (out.numel() > 0)
-    sign_weight_grad(kernel(), conv, g.const_data_ptr(), dtype_of(g.scalar_type()),
-                     static_cast<float*>(out.mutable_data_ptr()));
+    packed_conv2d_weight_grad(kernel(), conv, g.const_data_ptr(), dtype_of(g.scalar_type()),
+                              static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -81,8 +81,8 @@ Tensor op_input_grad(Tensor grad, Tensor weight_words, int64_t channels, OptTens
   Tensor out = empty_strided({conv.batch, channels, h, w},
                              {h * w * channels, 1, w * channels, channels}, g.scalar_type());
   if (out.numel() > 0)
-    sign_input_grad(kernel(), conv, words_of(weight), factors.floats(), g.const_data_ptr(),
-                    dtype_of(g.scalar_type()), out.mutable_data_ptr());
+    packed_conv2d_input_grad(kernel(), conv, words_of(weight), factors.floats(), g.const_data_ptr(),
+                             dtype_of(g.scalar_type()), out.mutable_data_ptr());
   return out;
 }
 

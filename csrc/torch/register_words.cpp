@@ -1,14 +1,72 @@
-// torch.ops.bitkernels.mask_grad, unpack and packed_max_pool2d on CPU tensors: checks and
-// allocation around cpu/sign_pack.h and cpu/packed_max_pool2d.h.
+// torch.ops.bitkernels.sign_pack, sign_pack_mask, mask_grad, unpack and tile_weight on CPU tensors:
+// checks and allocation around the engine's sources of these names.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/packed_max_pool2d.h"
+#include "cpu/mask_grad.h"
 #include "cpu/sign_pack.h"
-#include "tensors.h"
+#include "cpu/tile_weight.h"
+#include "cpu/unpack.h"
+#include "words.h"
 
 namespace bitkernels {
+
+std::tuple<Tensor, OptTensor> pack(const char* op, const Tensor& input, OptFloat clip,
+                                   const OptTensor& shift, int64_t dim) {
+  check_real(op, "input", input);
+  dim = normalize_dim(op, input, dim);
+  const int64_t channels = input.size(dim);
+  if (channels < 1) fail(op, "input", "at least 1 channel wide", describe(input));
+  const int64_t samples = check_shift(op, input, shift, dim);
+  if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
+  const Kernel& k = kernel();
+  const Around x = around(input, dim);
+  const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
+  Tensor signs = empty(packed_shape(input, dim), ScalarType::Int);
+  OptTensor mask;
+  if (clip) mask = empty(packed_shape(input, dim), ScalarType::Int);
+  if (input.numel() > 0)
+    sign_pack(k, x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, channels,
+              x.inner, wide.get(), samples, clip.value_or(0), mutable_words(signs),
+              mask ? mutable_words(*mask) : nullptr);
+  return {signs, mask};
+}
+
+Tensor tiled(const Tensor& weight_words, int64_t out_channels, int64_t groups) {
+  const Tensor w = dense(weight_words);
+  Sizes shape(w.sizes().begin(), w.sizes().end());
+  const int64_t per_group = out_channels / groups;
+  shape[0] = groups * ((per_group + kTile - 1) / kTile);
+  shape.push_back(kTile);
+  Tensor out = empty(shape, ScalarType::Int);
+  tile_weight(words_of(w), groups, per_group, out_channels ? w.numel() / out_channels : 0,
+              mutable_words(out));
+  return out;
+}
+
 namespace {
+
+Tensor op_sign_pack(Tensor input, OptTensor shift, int64_t dim) {
+  return std::get<0>(pack("sign_pack", input, std::nullopt, shift, dim));
+}
+
+std::tuple<Tensor, Tensor> op_sign_pack_mask(Tensor input, double clip, OptTensor shift,
+                                             int64_t dim) {
+  auto [signs, mask] = pack("sign_pack_mask", input, clip, shift, dim);
+  return {signs, *mask};
+}
+
+Tensor op_tile_weight(Tensor weight_words, int64_t groups) {
+  const char* op = "tile_weight";
+  if (weight_words.scalar_type() != ScalarType::Int ||
+      (weight_words.dim() != 2 && weight_words.dim() != 4))
+    fail(op, "weight_words", "int32 words of shape (Cout, kh, kw, words) or (Cout, words)",
+         describe(weight_words));
+  const int64_t cout = weight_words.size(0);
+  if (groups < 1 || cout % groups)
+    fail(op, "groups", text("a divisor of ", cout, " output channels"), text(groups));
+  return tiled(weight_words, cout, groups);
+}
 
 Tensor op_mask_grad(Tensor grad, Tensor mask_words, int64_t dim) {
   const char* op = "mask_grad";
@@ -51,42 +109,13 @@ Tensor op_unpack(Tensor words, int64_t channels, ScalarType dtype, int64_t dim) 
   return out;
 }
 
-Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes padding, Sizes dilation,
-                     bool ceil_mode) {
-  const char* op = "packed_max_pool2d";
-  if (words.scalar_type() != ScalarType::Int || words.dim() != 4)
-    fail(op, "words", "int32 words of shape (N, H, W, words)", describe(words));
-  const auto k = pair(op, "kernel_size", kernel_size, 1);
-  const auto s = stride.empty() ? k : pair(op, "stride", stride, 1);
-  const auto p = pair(op, "padding", padding, 0);
-  const auto d = pair(op, "dilation", dilation, 1);
-  const auto out_size = [&](int64_t size, int64_t kernel, int64_t step, int64_t pad, int64_t dil) {
-    if (2 * pad > kernel)
-      fail(op, "padding", "at most half of kernel_size", list_text(Sizes{p.first, p.second}));
-    const int64_t reach = dil * (kernel - 1) + 1, padded = size + 2 * pad;
-    if (padded < reach)
-      fail(op, "kernel_size", text("at most the padded input size ", padded),
-           text("a reach of ", reach));
-    int64_t o = (padded - reach + (ceil_mode ? step - 1 : 0)) / step + 1;
-    if (ceil_mode && (o - 1) * step >= size + pad) --o;
-    return o;
-  };
-  const Tensor in = dense(words);
-  Pool pool = {
-      words.size(0), words.size(1), words.size(2), words.size(3), k.first,  k.second, s.first,
-      s.second,      p.first,       p.second,      d.first,       d.second, 0,        0};
-  pool.out_h = out_size(pool.height, k.first, s.first, p.first, d.first);
-  pool.out_w = out_size(pool.width, k.second, s.second, p.second, d.second);
-  Tensor out = empty({pool.batch, pool.out_h, pool.out_w, pool.words}, ScalarType::Int);
-  packed_max_pool2d(pool, words_of(in), mutable_words(out));
-  return out;
-}
-
 }  // namespace
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
+  m.impl("sign_pack", TORCH_BOX(&bitkernels::op_sign_pack));
+  m.impl("sign_pack_mask", TORCH_BOX(&bitkernels::op_sign_pack_mask));
+  m.impl("tile_weight", TORCH_BOX(&bitkernels::op_tile_weight));
   m.impl("mask_grad", TORCH_BOX(&bitkernels::op_mask_grad));
   m.impl("unpack", TORCH_BOX(&bitkernels::op_unpack));
-  m.impl("packed_max_pool2d", TORCH_BOX(&bitkernels::op_max_pool2d));
 }

@@ -13,20 +13,36 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 
+from bitkernels.backends import gpus
+from bitkernels.backends.answer import Answer
 from bitkernels.backends.cuda import kernels, plan
+from bitkernels.backends.cuda.recent import Recent
 from bitkernels.backends.cuda.spec import Spec
 from bitkernels.backends.trust import Capturing, Trust, Usable, index
 
 MOST_PLANS = 4096
-# Shapes that kernels are compiled for unasked. Each takes seconds once and stays loaded, which a
-# network with free image sizes must not do for ever.
+# Shapes that kernels are compiled for unasked. Each takes seconds once, which a network with free
+# image sizes must not spend for ever: after so many Triton runs new ones, whose kernels take the
+# sizes of an image as arguments.
 MOST_UNASKED = 128
 OPS = ("packed_conv2d", "packed_linear")
+
+
+class Plan(NamedTuple):
+    """candidates: to try, the preferred first; empty where the next backend runs. reason: why, in
+    words. unasked: the shape, where it counts among `MOST_UNASKED` once it runs."""
+
+    candidates: tuple[kernels.Kernel, ...]
+    reason: str
+    unasked: Spec | None = None
+
+
 _unasked: set[Spec] = set()
-_plans: dict[tuple, tuple[tuple[kernels.Kernel, ...], str]] = {}
+_plans: Recent[tuple, Plan] = Recent(MOST_PLANS)
 
 
 def clear() -> None:
@@ -48,13 +64,16 @@ def why_unusable(device: torch.device) -> str | None:
     """Why no kernel of csrc/cuda runs on this device, or None."""
     from bitkernels.backends.cuda import compiler, launch
 
-    if torch.version.hip:
+    gpu = gpus.of(device)
+    if gpu is not None and gpu.capability is None:
         return "these kernels are for NVIDIA GPUs"
     arch = launch.architecture(device)
     if arch is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor} has no 1-bit tensor core" + (
-            " (it is emulated there)" if major > 9 else "")
+        assert gpu is not None and gpu.capability is not None
+        return f"{gpu.architecture} has no 1-bit tensor core" + (
+            " (it is emulated there)" if gpu.capability[0] > 9 else "")
+    if gpus.planned():
+        return None
     if importlib.util.find_spec("cupy_backends") is None:
         return "CuPy is not installed (pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14')"
     try:
@@ -79,10 +98,10 @@ def attempt(op: str, args, kw):
     if op not in OPS or mode() == "0" or (mode() != "1" and not plan.table()):
         return None
     device = args[0].device
-    found, _ = _plan(op, args, kw, device)
+    found = _plan(op, args, kw, device)
     from bitkernels.backends.cuda import launch
 
-    for kernel in found:
+    for kernel in found.candidates:
         if not _trusted(op, kernel, device):
             continue
         try:
@@ -94,35 +113,35 @@ def attempt(op: str, args, kw):
     return None
 
 
-def explain(op: str, *args, **kw) -> str:
-    """Which kernel a call would run and why, in one line; runs nothing but the self-check."""
+def explain(op: str, *args, **kw) -> Answer:
+    """Which kernel a call with checked arguments would run, and why; runs and checks nothing."""
     if op not in OPS:
-        return f"{op} has no kernel in csrc/cuda"
+        return Answer("cuda", None, f"{op} has no kernel in csrc/cuda")
     device = args[0].device
-    found, reason = _plan(op, args, kw, device)
-    for kernel in found:
-        if _trusted(op, kernel, device):
-            return f"cuda: {kernel.name}, {reason}"
-        reason = f"{kernel.name} {trust.verdict((op, kernel.name), device)}"
-    return f"the next backend: {reason}"
+    found = decide(op, args, kw, device)
+    wrong = ""
+    for kernel in found.candidates:
+        tried, known = trust.state((op, kernel.name), device)
+        if tried:
+            return Answer("cuda", kernel.name, wrong + found.reason, wrong + known)
+        wrong += f"{kernel.name} {known}; "
+    return Answer("cuda", None, wrong.removesuffix("; ") or found.reason)
 
 
-def _reason(device: torch.device) -> str | None:
-    asked = mode() == "1"
-    return usable.obstacle(
-        device, why_unusable,
-        lambda why: f"{why}; BITKERNELS_CUDA=1 has no effect on {device}" if asked else None)
-
-
-def _plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
-    """Kernels to try, and why they (or none) are chosen. Made once for calls that look alike."""
+def _plan(op: str, args, kw, device) -> Plan:
+    """`decide`, made once for calls that look alike; its shape counts from here on."""
     key = (op, index(device), mode(), os.environ.get("BITKERNELS_CUDA_KERNEL"),
            *map(_look, args), *((name, _look(value)) for name, value in kw.items()))
     found = _plans.get(key)
     if found is None:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        found = _plans[key] = _new_plan(op, args, kw, device)
+        asked = mode() == "1"
+        usable.obstacle(
+            device, why_unusable,
+            lambda why: f"{why}; BITKERNELS_CUDA=1 has no effect on {device}" if asked else None)
+        found = decide(op, args, kw, device)
+        _plans.put(key, found)
+        if found.unasked is not None:
+            _unasked.add(found.unasked)
     return found
 
 
@@ -133,45 +152,49 @@ def _look(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def _new_plan(op: str, args, kw, device) -> tuple[tuple[kernels.Kernel, ...], str]:
-    reason = _reason(device)
+def decide(op: str, args, kw, device) -> Plan:
+    """Of a call of `OPS` with checked arguments: what `attempt` goes by and `explain` reports."""
+    if mode() == "0":
+        return Plan((), "BITKERNELS_CUDA is 0")
+    reason = usable.reason(device, why_unusable)
     if reason is not None:
-        return (), reason
+        return Plan((), reason)
     from bitkernels.backends.cuda import launch
 
     arch = launch.architecture(device)
     assert arch is not None
-    if mode() == "0":
-        return (), "BITKERNELS_CUDA is 0"
     reason = launch.outside(op, args, kw)
     if reason is not None:
-        return (), f"these kernels do not take {reason}"
+        return Plan((), f"these kernels do not take {reason}")
     problem = launch.problem(op, args, kw)
     measured = plan.nearest(arch, problem)
     found = plan.modelled(kernels.FAMILIES[arch], problem, launch.multiprocessors(device))
+    unasked = None
     if mode() != "1":
         if measured is None:
-            return (), (f"no kernel of csrc/cuda has been proven near this shape on {arch} yet; "
-                        "BITKERNELS_CUDA=1 opts in")
+            return Plan((), "no kernel of csrc/cuda has been proven near this shape on "
+                            f"{arch} yet; BITKERNELS_CUDA=1 opts in")
         found = measured.faster(found)
         if not found:
-            return (), f"{plan.NEXT} was measured to be faster near this shape"
-        if problem.spec not in _unasked and len(_unasked) >= MOST_UNASKED:
-            return (), (f"kernels for {MOST_UNASKED} shapes have been compiled in this process; "
-                        "BITKERNELS_CUDA=1 lifts the limit")
-        _unasked.add(problem.spec)
+            return Plan((), f"{plan.NEXT} was measured to be faster near this shape")
+        unasked = problem.spec
+        if unasked not in _unasked and len(_unasked) >= MOST_UNASKED and not gpus.planned():
+            return Plan((), f"kernels for {MOST_UNASKED} shapes have been compiled in this process"
+                            f", and {plan.NEXT}'s takes every image size; BITKERNELS_CUDA=1 lifts "
+                            "the limit")
     forced = os.environ.get("BITKERNELS_CUDA_KERNEL")
     if forced:
         if forced not in kernels.ALL or forced == kernels.PREPARE.name:
             names = ", ".join(n for n in kernels.ALL if n != kernels.PREPARE.name)
             raise RuntimeError(f"BITKERNELS_CUDA_KERNEL must be one of {names}, got {forced!r}")
         found = tuple(k for k in found if k.name == forced)
-        return found, ("BITKERNELS_CUDA_KERNEL names it" if found else
-                       f"{forced}, which BITKERNELS_CUDA_KERNEL names, does not take this call")
+        said = ("BITKERNELS_CUDA_KERNEL names it" if found else
+                f"{forced}, which BITKERNELS_CUDA_KERNEL names, does not take this call")
+        return Plan(found, said, unasked)
     if measured is None:
-        return found, "unproven, by BITKERNELS_CUDA=1"
+        return Plan(found, "unproven, by BITKERNELS_CUDA=1")
     found = measured.order(found)
-    return found, measured.said(found[0])
+    return Plan(found, measured.said(found[0]), unasked)
 
 
 def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:

@@ -6,7 +6,11 @@ put an emulator in the place of `Driver`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import weakref
+from collections.abc import Iterator
+from typing import ClassVar
 
 from bitkernels.backends.cuda import compiler
 from bitkernels.backends.cuda.kernels import Kernel
@@ -16,6 +20,7 @@ MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # Values of the enumerations that cuTensorMapEncodeTiled takes: element type, swizzle, promotion.
 UINT8, SWIZZLE_128B, PROMOTE_256B = 0, 3, 3
 ENTRY = b"bitkernels_kernel"
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class TensorMap(ctypes.Structure):
@@ -26,6 +31,25 @@ class TensorMap(ctypes.Structure):
 
 class DriverError(RuntimeError):
     pass
+
+
+class Loaded:
+    """A kernel in a module of its own, which is unloaded when nobody holds this any more.
+
+    A CUDA graph holds the function alone: what a graph has captured is kept for ever.
+    """
+
+    _kept: ClassVar[set[Loaded]] = set()
+
+    def __init__(self, driver: Driver, module: int, function: int, context: int) -> None:
+        self.function, self.captured = function, False
+        self._end = weakref.finalize(self, driver.unload, module, context)
+        self._end.atexit = False  # the process takes its modules with it
+
+    def keep(self) -> None:
+        """Stay loaded: a graph is about to capture a launch."""
+        self.captured = True
+        self._kept.add(self)
 
 
 class Driver:
@@ -58,16 +82,19 @@ class Driver:
                         "cuDevicePrimaryCtxRetain")
             self._check(self.lib.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
-    def build(self, kernel: Kernel, spec: Spec, arch: str) -> int:
-        """A handle of the kernel compiled for a shape and loaded in the current context."""
+    def build(self, kernel: Kernel, spec: Spec, arch: str) -> Loaded:
+        """The kernel compiled for a shape and loaded in the current context."""
         source = kernel.source, spec.header(), arch
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        context, module, function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self.lib.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
         for renew in (False, True):  # the cache may have what this driver does not load
             binary = compiler.compile(*source, renew=renew)
-            status = self.lib.cuModuleLoadData(ctypes.byref(module), binary.code)
+            with self._beside_captures():
+                status = self.lib.cuModuleLoadData(ctypes.byref(module), binary.code)
             if not status or binary.log:
                 break
         self._check(status, "cuModuleLoadData")
+        assert context.value is not None and module.value is not None
         self._check(self.lib.cuModuleGetFunction(ctypes.byref(function), module, ENTRY),
                     "cuModuleGetFunction")
         shared = kernel.shared_bytes(spec)
@@ -75,7 +102,32 @@ class Driver:
             self._check(self.lib.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared),
                         f"{shared} bytes of shared memory")
         assert function.value is not None
-        return function.value
+        return Loaded(self, module.value, function.value, context.value)
+
+    def unload(self, module: int, context: int) -> None:
+        """Takes a module out of its context, from any thread, once what was launched of it has run.
+
+        Where the context cannot be waited for (it is broken, or another thread captures a graph in
+        it) the module stays.
+        """
+        with contextlib.suppress(DriverError), self._beside_captures():
+            self._check(self.lib.cuCtxPushCurrent_v2(ctypes.c_void_p(context)), "cuCtxPushCurrent")
+            try:
+                self._check(self.lib.cuCtxSynchronize(), "cuCtxSynchronize")
+                self._check(self.lib.cuModuleUnload(ctypes.c_void_p(module)), "cuModuleUnload")
+            finally:
+                self.lib.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+    @contextlib.contextmanager
+    def _beside_captures(self) -> Iterator[None]:
+        """Inside, this thread's calls do not end captures of other threads."""
+        mode = ctypes.c_int(RELAXED)
+        exchange = self.lib.cuThreadExchangeStreamCaptureMode
+        self._check(exchange(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
+        try:
+            yield
+        finally:
+            exchange(ctypes.byref(mode))
 
     def tensor_map(self, tensor, rows: int, width: int, box: int) -> TensorMap:
         """Boxes of `box` rows by 128 bytes of a (rows, width bytes) matrix, swizzled by 128 bytes
@@ -92,8 +144,8 @@ class Driver:
         ctypes.memmove(ctypes.addressof(map), ctypes.addressof(space) + start, 128)
         return map
 
-    def launch(self, function: int, grid: int, block: int, shared: int, stream: int,
+    def launch(self, kernel: Loaded, grid: int, block: int, shared: int, stream: int,
                *params: ctypes.Structure) -> None:
         pointers = (ctypes.c_void_p * len(params))(*map(ctypes.addressof, params))
-        self._check(self.lib.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared, stream,
-                                            pointers, None), "cuLaunchKernel")
+        self._check(self.lib.cuLaunchKernel(kernel.function, grid, 1, 1, block, 1, 1, shared,
+                                            stream, pointers, None), "cuLaunchKernel")

@@ -2,7 +2,8 @@
 
 A resident kernel is one launch. For the others a first one (`prepare`) counts bits of the filters
 per border class, the second does the rest. All are compiled for the shape at its first call, which
-a CUDA graph cannot capture.
+a CUDA graph cannot capture. Of the loaded ones the least recently used are unloaded, but never one
+that a graph has captured.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor
 from bitkernels import reference
 from bitkernels._checks import TILE, conv_geometry, linear_geometry
 from bitkernels._ops import empty_real, empty_words
+from bitkernels.backends import gpus
 from bitkernels.backends.cuda import kernels
-from bitkernels.backends.cuda.driver import Driver, TensorMap
+from bitkernels.backends.cuda.driver import Driver, Loaded, TensorMap
 from bitkernels.backends.cuda.plan import Problem, modelled
+from bitkernels.backends.cuda.recent import Recent
 from bitkernels.backends.cuda.spec import (
     TYPES,
     VECTORS,
@@ -30,7 +33,10 @@ from bitkernels.backends.trust import Capturing, capturing
 
 _lock = threading.Lock()
 _driver: Driver | None = None
-_loaded: dict[tuple[str, Spec, int], int] = {}
+# Twice what runs unasked (`dispatch.MOST_UNASKED` shapes of a kernel and its `prepare`), so that
+# only shapes by BITKERNELS_CUDA=1 displace others.
+MOST_LOADED = 256
+_loaded: Recent[tuple[str, Spec, int], Loaded] = Recent(MOST_LOADED, lambda k: k.captured)
 MOST_CLASSES = 256
 MOST_PRODUCTS = 1 << 29  # 4 popcount(a and w) stays in int32
 MOST_ROWS = 2**31 - 2**16  # rows, and those of tiles past the last, are counted in int32
@@ -44,11 +50,11 @@ def driver() -> Driver:
 
 
 def clear() -> None:
-    """Forgets the loaded kernels and the driver."""
+    """Forgets the driver and the loaded kernels, which are unloaded but for captured ones."""
     global _driver
     with _lock:
-        _driver = None
         _loaded.clear()
+        _driver = None
 
 
 def _index(device: torch.device) -> int:
@@ -58,18 +64,19 @@ def _index(device: torch.device) -> int:
 
 
 def architecture(device: torch.device) -> str | None:
-    if device.type != "cuda":  # the emulator's
+    gpu = gpus.of(device)
+    if gpu is None:  # the emulator's
         return "sm_90a"
-    return kernels.architecture(torch.cuda.get_device_capability(device))
+    return None if gpu.capability is None else kernels.architecture(gpu.capability)
 
 
 def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    gpu = gpus.of(device)
+    return 4 if gpu is None else gpu.multiprocessors
 
 
-def _function(kernel: kernels.Kernel, spec: Spec, device: torch.device) -> int:
+def _function(kernel: kernels.Kernel, spec: Spec, device: torch.device) -> Loaded:
+    """The kernel, compiled and loaded; it stays loaded for as long as the caller holds it."""
     key = kernel.name, spec, _index(device)
     found = _loaded.get(key)
     if found is None:
@@ -79,10 +86,13 @@ def _function(kernel: kernels.Kernel, spec: Spec, device: torch.device) -> int:
         arch = architecture(device)
         assert arch is not None
         with _lock:
-            if key not in _loaded:
+            found = _loaded.get(key)
+            if found is None:
                 driver().bind(key[2])
-                _loaded[key] = driver().build(kernel, spec, arch)
-            found = _loaded[key]
+                found = driver().build(kernel, spec, arch)
+                _loaded.put(key, found)
+    if not found.captured and capturing(device):
+        found.keep()
     return found
 
 

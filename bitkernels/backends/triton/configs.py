@@ -12,11 +12,12 @@ docs/performance.md); no other GPU has.
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import dataclass
 
 import torch
+
+from bitkernels.backends import gpus
 
 INNER = ("b1", "int8", "popc")
 
@@ -41,21 +42,17 @@ def forced_inner() -> str | None:
     return forced or None
 
 
-@functools.cache
-def _family(index: int) -> str:
-    if torch.version.hip:
+def family(device: torch.device) -> str:
+    """sm80, sm86, sm89, sm90, sm100, sm120, ..., hip, old (before sm_80) or interpret."""
+    gpu = gpus.of(device)
+    if gpu is None:
+        return "interpret"
+    if gpu.capability is None:
         return "hip"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = gpu.capability
     if major < 8:
         return "old"
     return f"sm{major}{minor}" if major < 9 else f"sm{major}0"
-
-
-def family(device: torch.device) -> str:
-    """sm80, sm86, sm89, sm90, sm100, sm120, ..., hip, old (before sm_80) or interpret."""
-    if device.type == "cpu":
-        return "interpret"
-    return _family(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def has_b1(family: str) -> bool:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+from typing import cast
 
 import torch
 
-from bitkernels.backends import reference
-from bitkernels.backends.triton import configs
+from bitkernels.backends import gpus, reference
+from bitkernels.backends.answer import Answer
+from bitkernels.backends.triton import configs, plan
 from bitkernels.backends.trust import Trust, Usable
 
 OLDEST = (3, 4)
@@ -26,7 +28,6 @@ MODULES = {  # where not its own name
     "residual_block_backward": "residual_block",
     "residual_block_norm_backward": "residual_block",
 }
-PRODUCTS = ("packed_conv2d", "packed_conv2d_moments", "packed_linear")
 
 
 def clear() -> None:
@@ -37,8 +38,11 @@ def clear() -> None:
 
 def why_unusable(device: torch.device) -> str | None:
     """Why no Triton kernel runs on this device, or None."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None:
+    if configs.family(device) == "old":
+        return f"{cast(gpus.Gpu, gpus.of(device)).name} is older than sm_80"
+    if gpus.planned():
+        return None
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     from importlib.metadata import PackageNotFoundError, version
 
@@ -48,8 +52,6 @@ def why_unusable(device: torch.device) -> str | None:
             if tuple(int(p) for p in found.split(".")[:2]) < OLDEST:
                 return f"triton {found} is older than {'.'.join(map(str, OLDEST))}"
             break
-    if configs.family(device) == "old":
-        return f"{torch.cuda.get_device_name(device)} is older than sm_80"
     return None
 
 
@@ -58,17 +60,11 @@ def kernel(op: str):
     return getattr(module, op)
 
 
-def inner_products(op: str, args, kw) -> tuple[str | None, ...]:
-    if op not in PRODUCTS:
-        return (None,)
-    module = importlib.import_module(f"bitkernels.backends.triton.{op}")
-    return module.inner_products(*args, **kw)
-
-
 def run(op: str, *args, **kw):
     device = args[0].device
-    if configs.enabled() and _usable(device):
-        for inner in inner_products(op, args, kw):
+    inners = plan.decide(op, args, kw, device).inners
+    if inners and _usable(device):
+        for inner in inners:
             if not _trusted(op, inner, device):
                 continue
             found = trust.run((op, inner), device, _launch, op, *args, **kw,
@@ -76,6 +72,34 @@ def run(op: str, *args, **kw):
             if found is not None:
                 return found
     return reference.run(op, *args, **kw)
+
+
+def explain(op: str, *args, **kw) -> Answer:
+    """Which kernel a call with checked arguments would run, and why; runs and checks nothing."""
+    device = args[0].device
+    found = plan.decide(op, args, kw, device)
+    reason = usable.reason(device, why_unusable) if found.inners else None
+    if reason is not None:
+        return Answer("triton", None, reason)
+    wrong = ""
+    for inner in found.inners:
+        tried, known = trust.state((op, inner), device)
+        if tried:
+            tiles = _tiles(inner, device)
+            name = f"{inner or op} {tiles[0]}" if len(tiles) == 1 else inner or op
+            timed = f"; the fastest of {len(tiles)} tiles, timed once" if len(tiles) > 1 else ""
+            return Answer("triton", name, f"{wrong}{found.reason}{timed}", wrong + known)
+        wrong += f"{inner or op} {known}; "
+    return Answer("triton", None, wrong.removesuffix("; ") or found.reason)
+
+
+def _tiles(inner: str | None, device: torch.device) -> list[str]:
+    """Rows x columns of a product's tile, or of those that tuning chooses among."""
+    if inner is None:
+        return []
+    table = configs.table(inner, configs.family(device))
+    sizes = [f"{t.tile['BLOCK_M']}x{t.tile.get('BLOCK_N', configs.COLUMNS)}" for t in table]
+    return sizes if configs.autotuning() else sizes[:1]
 
 
 def _launch(op: str, *args, **kw):

@@ -38,6 +38,19 @@ def collapse(dim: int, *tensors: Tensor) -> tuple[int, int, list[tuple[int, ...]
     return sizes[0], sizes[1], strides
 
 
+def together(dim: int, out: Tensor, *tensors: Tensor
+             ) -> tuple[tuple[Tensor, ...], int, int, list[tuple[int, ...]]]:
+    """(tensors, outer, inner, strides of each and of `out`): `collapse`, of copies in the order of
+    `out` where the tensors need more than two row dimensions. `out` is of `empty_around`.
+    """
+    found = collapse(dim, *tensors, out)
+    if found is None:
+        tensors = tuple(torch.empty_like(out, dtype=t.dtype).copy_(t) for t in tensors)
+        found = collapse(dim, *tensors, out)
+        assert found is not None
+    return tensors, *found
+
+
 def tile_shape(channel_stride: int, channels: int) -> tuple[int, int]:
     """(BLOCK_R, BLOCK_C): 2048 elements, long along what is contiguous in memory."""
     if channel_stride != 1:
@@ -53,8 +66,3 @@ def wide(*tensors: Tensor | None) -> bool:
         and sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 2**14 >= 2**31
         for t in tensors
     )
-
-
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these types: float64 runs in the reference."""
-    return not any(t is not None and t.dtype == torch.float64 for t in tensors)

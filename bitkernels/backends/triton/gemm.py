@@ -1,4 +1,4 @@
-"""One contraction: picks the inner product, prepares its tables, launches its kernel."""
+"""One contraction: prepares the tables of its inner product, launches its kernel."""
 
 from __future__ import annotations
 
@@ -9,34 +9,7 @@ import triton
 
 from bitkernels.backends.triton import configs, elementwise, tuning
 from bitkernels.backends.triton.contraction import filter_kernel, window_kernel
-
-VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
-SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all
-
-
-def takes(dtype=None, residual=None, **parts) -> bool:
-    """Whether the kernels take these types: with float64 the reference runs."""
-    vectors = (parts.get(name) for name in VECTORS)
-    return dtype != torch.float64 and elementwise.takes(residual, *vectors)
-
-
-def choose(family: str, rows: int, columns: int, depth: int, whole: bool, taps: int,
-           addressable: bool) -> tuple[str, ...]:
-    """Inner products that take this contraction, the preferred first; popc takes everything.
-
-    `whole`: one group, or groups of whole words in and whole tiles out.
-    """
-    forced = configs.forced_inner()
-    fitting = ["popc"]
-    if whole and addressable:
-        fitting.insert(0, "int8")
-        if configs.has_b1(family) and taps <= 32:
-            fitting.insert(0, "b1")
-    if forced in fitting:
-        return (forced,)
-    if family == "interpret" or rows * columns * depth < SMALL:
-        return ("popc",)
-    return tuple(fitting)
+from bitkernels.backends.triton.plan import VECTORS
 
 
 def outside(size: int, out: int, kernel: int, stride: int, pad: int, step: int) -> tuple[int, int]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels import reference
 from bitkernels._checks import empty_around
-from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
+from bitkernels.backends.triton.elementwise import tile_shape, together, wide
 from bitkernels.backends.triton.jit import block_index
 
 
@@ -27,10 +26,7 @@ def mask_grad_kernel(grad, masks, out, rows, inner, channels, words, so, si, sc,
 
 def mask_grad(grad, mask_words, dim=-1):
     out = empty_around(grad, dim)
-    view = collapse(dim, grad, out)
-    if view is None or not takes(grad):
-        return out.copy_(reference.mask_grad(grad, mask_words, dim))
-    outer, inner, [strides, out_strides] = view
+    (grad,), outer, inner, [strides, out_strides] = together(dim, out, grad)
     channels = grad.shape[dim]
     if outer * inner:
         block_r, block_c = tile_shape(strides[2], channels)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, sums
 from bitkernels.backends.triton.jit import block_index
-from bitkernels.backends.triton.packed_conv2d import inner_products as inner_products
 from bitkernels.backends.triton.packed_conv2d import packed_conv2d
 from bitkernels.backends.triton.residual_block import positive, size_of
 
@@ -59,7 +58,7 @@ def moments(dot: Tensor, relu: bool) -> Tensor:
 
 
 def packed_conv2d_moments(words, weight_words, channels, stride, padding, dilation, groups, *,
-                          pad_value, out_channels, relu, dtype, inner=None):
+                          pad_value, out_channels, relu, dtype, inner):
     dot, _ = packed_conv2d(words, weight_words, channels, stride, padding, dilation, groups,
                            pad_value=pad_value, out_channels=out_channels, dtype=dtype, inner=inner)
     return dot, moments(dot, relu)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels import reference
 from bitkernels._ops import empty_real
 from bitkernels.backends.triton import elementwise, sums
 from bitkernels.backends.triton.jit import block_index, vector
@@ -149,21 +148,14 @@ def _elementwise(kernel, dot: Tensor, real: Tensor, vectors, dtype: torch.dtype,
 
 def residual_block_forward(dot, residual, scale, bias, shift_in, slope, shift_out, relu):
     vectors = (scale, bias, shift_in, slope, shift_out)
-    if not elementwise.takes(residual):
-        return reference.residual_block_forward(dot, residual, *vectors, relu)
     return _elementwise(block_forward_kernel, dot, residual, vectors, residual.dtype, relu)
 
 
 def residual_block_norm_backward(grad, dot, p, q, r, center, relu, dtype):
-    if not elementwise.takes(grad):
-        return reference.residual_block_norm_backward(grad, dot, p, q, r, center, relu, dtype)
     return _elementwise(norm_backward_kernel, dot, grad, (p, q, r, center), dtype, relu)
 
 
 def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, center, relu):
-    if not elementwise.takes(grad):
-        return reference.residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope,
-                                                 center, relu)
     rows, channels = size_of(dot)
     out = grad.new_empty(0) if slope is None else empty_real(dot, dot.shape, grad.dtype, True)
     if not rows or not channels:

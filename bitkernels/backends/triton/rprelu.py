@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bitkernels import reference
 from bitkernels._checks import empty_around
-from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
+from bitkernels.backends.triton.elementwise import tile_shape, together, wide
 from bitkernels.backends.triton.jit import block_index
 
 PARTIALS = 512  # partial rows a channel at most: about four programs for each of 132 processors
@@ -89,10 +88,7 @@ def rprelu_reduce_kernel(partial, grad_in, grad_slope, grad_out, programs, chann
 
 def rprelu(input, shift_in, slope, shift_out):
     out = empty_around(input, 1)
-    view = collapse(1, input, out)
-    if view is None or not takes(input, shift_in, slope, shift_out):
-        return out.copy_(reference.rprelu(input, shift_in, slope, shift_out))
-    outer, inner, [strides, out_strides] = view
+    (input,), outer, inner, [strides, out_strides] = together(1, out, input)
     channels = input.shape[1]
     if outer * inner and channels:
         block_r, block_c = tile_shape(strides[2], channels)
@@ -106,11 +102,8 @@ def rprelu(input, shift_in, slope, shift_out):
 
 def rprelu_backward(grad, input, shift_in, slope):
     out = empty_around(input, 1)
-    view = collapse(1, grad, input, out)
-    if view is None or not takes(grad, input, shift_in, slope):
-        grad_input, *vectors = reference.rprelu_backward(grad, input, shift_in, slope)
-        return (out.copy_(grad_input), *vectors)
-    outer, inner, [grad_strides, strides, out_strides] = view
+    (grad, input), outer, inner, [grad_strides, strides, out_strides] = together(
+        1, out, grad, input)
     rows, channels = outer * inner, input.shape[1]
     new = input.new_empty if rows and channels else input.new_zeros
     # Three allocations: compiled graphs take outputs to be 16-byte aligned.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels import reference
 from bitkernels._checks import empty_around
-from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
+from bitkernels.backends.triton.elementwise import tile_shape, together, wide
 from bitkernels.backends.triton.jit import block_index, shift_tile
 
 
@@ -28,10 +27,7 @@ def rsign_kernel(x, shift, out, rows, inner, channels, so, si, sc, oo, oi, oc,
 
 def rsign(input, shift):
     out = empty_around(input, 1)
-    view = collapse(1, input, out)
-    if view is None or not takes(input, shift):
-        return out.copy_(reference.rsign(input, shift))
-    outer, inner, [strides, out_strides] = view
+    (input,), outer, inner, [strides, out_strides] = together(1, out, input)
     channels = input.shape[1]
     if outer * inner and channels:
         block_r, block_c = tile_shape(strides[2], channels)

@@ -7,13 +7,10 @@ which takes its exponentials from the library; the other estimators are equal to
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import triton
 import triton.language as tl
 
-from bitkernels import reference
 from bitkernels._checks import empty_around
 from bitkernels.backends.triton import elementwise, sums
 from bitkernels.backends.triton.jit import block_index, vector
@@ -73,18 +70,11 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
 
 def sign_backward(grad, input, shift, add, estimator, clip, beta):
     out = empty_around(input, 1)
-    operands = [t for t in (grad, input, add) if t is not None]
-    if not elementwise.takes(*operands):
-        total, sum = reference.sign_backward(grad, input, shift, add, estimator, clip, beta)
-        return out.copy_(total), sum
+    operands = tuple(t for t in (grad, input, add) if t is not None)
     channels = input.shape[1]
     if not input.numel():
         return out, input.new_zeros((channels,), dtype=torch.float64)
-    view = elementwise.collapse(1, *operands, out)
-    if view is None:
-        operands = [torch.empty_like(out, dtype=t.dtype).copy_(t) for t in operands]
-        view = elementwise.collapse(1, *operands, out)
-    outer, inner, strides = cast(tuple, view)
+    operands, outer, inner, strides = elementwise.together(1, out, *operands)
     if add is None:
         strides.insert(2, (0, 0, 0))
     else:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels import reference
 from bitkernels._checks import word_count
 from bitkernels._ops import empty_words
-from bitkernels.backends.triton.elementwise import collapse, takes, wide
+from bitkernels.backends.triton.elementwise import collapse, wide
 from bitkernels.backends.triton.jit import block_index, pack_signs, shift_tile
 
 
@@ -97,12 +96,8 @@ def _launch(input, shift, clip, dim, with_mask):
 
 
 def sign_pack(input, shift=None, dim=-1):
-    if not takes(input, shift):
-        return reference.sign_pack(input, shift, dim)
     return _launch(input, shift, 0.0, dim, False)[0]
 
 
 def sign_pack_mask(input, clip, shift=None, dim=-1):
-    if not takes(input, shift):
-        return reference.sign_pack_mask(input, clip, shift, dim)
     return _launch(input, shift, float(clip), dim, True)

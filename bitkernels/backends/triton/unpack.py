@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from bitkernels import reference
 from bitkernels.backends.triton.elementwise import wide
 from bitkernels.backends.triton.jit import block_index
 
@@ -23,8 +22,6 @@ def unpack_kernel(words, out, rows, channels, width, BLOCK_R: tl.constexpr, BLOC
 
 
 def unpack(words, channels, dtype=torch.float32, dim=-1):
-    if dtype == torch.float64:
-        return reference.unpack(words, channels, dtype, dim)
     words = words.contiguous()
     out = words.new_empty((*words.shape[:-1], channels), dtype=dtype)
     rows, width = out.numel() // channels, words.shape[-1]

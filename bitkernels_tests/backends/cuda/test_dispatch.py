@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bitkernels import reference
-from bitkernels.backends import gpu
+from bitkernels.backends import gpu, gpus
 from bitkernels.backends.cuda import dispatch, kernels, launch, plan, selfcheck
 from bitkernels.backends.cuda.spec import conv_spec, linear_spec
 from bitkernels.cli import doctor
@@ -40,7 +40,7 @@ def linear(rows=40, cout=64, channels=256):
 
 def test_a_call_unlike_any_measured_one_does_not_run_unasked(usable):
     assert dispatch.attempt("packed_linear", linear(), {}) is None
-    assert "BITKERNELS_CUDA=1 opts in" in dispatch.explain("packed_linear", *linear())
+    assert "BITKERNELS_CUDA=1 opts in" in str(dispatch.explain("packed_linear", *linear()))
 
 
 def measured(monkeypatch, op, us, **sizes):
@@ -60,22 +60,22 @@ def test_a_measured_kernel_runs_unasked(usable, monkeypatch):
     monkeypatch.setattr(launch, "packed_linear", lambda kernel, *a, **k: ran.append(kernel) or "r")
     assert dispatch.attempt("packed_linear", linear(), {}) == "r"
     assert ran[0].name == "mma_64x64"
-    assert dispatch.explain("packed_linear", *linear()) == (
+    assert str(dispatch.explain("packed_linear", *linear())) == (
         "cuda: mma_64x64, measured near this shape at 7 us, triton 9 us (a GPU, 2027-01-01)")
     assert "sm_90a (a GPU, 2027-01-01)" in dict(doctor.report())["cuda kernels"]
     monkeypatch.setenv("BITKERNELS_CUDA", "0")
     dispatch.clear()
     assert dispatch.attempt("packed_linear", linear(), {}) is None
-    assert "BITKERNELS_CUDA is 0" in dispatch.explain("packed_linear", *linear())
+    assert "BITKERNELS_CUDA is 0" in dispatch.explain("packed_linear", *linear()).reason
 
 
 def test_the_next_backend_runs_where_it_was_faster(usable, monkeypatch):
     measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 10}, **LINEAR)
     assert dispatch.attempt("packed_linear", linear(), {}) is None
-    assert dispatch.explain("packed_linear", *linear()) == (
+    assert str(dispatch.explain("packed_linear", *linear())) == (
         "the next backend: triton was measured to be faster near this shape")
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
-    found, why = dispatch._plan("packed_linear", linear(), {}, CPU)
+    found, why, _ = dispatch._plan("packed_linear", linear(), {}, CPU)
     assert found[0].name == "mma_64x64" and len(found) > 5 and "at 10 us" in why
 
 
@@ -83,14 +83,14 @@ def test_the_next_backend_runs_where_it_was_faster(usable, monkeypatch):
 def test_nothing_runs_unasked_far_from_what_was_measured(far, usable, monkeypatch):
     measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 7}, **{**LINEAR, **far})
     assert dispatch.attempt("packed_linear", linear(), {}) is None
-    assert "proven near this shape" in dispatch.explain("packed_linear", *linear())
+    assert "proven near this shape" in dispatch.explain("packed_linear", *linear()).reason
 
 
 def test_other_outputs_are_other_calls(usable, monkeypatch):
     measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 7}, **LINEAR)
-    found, _ = dispatch._plan("packed_linear", linear(), dict(real=True), CPU)
+    found, *_ = dispatch._plan("packed_linear", linear(), dict(real=True), CPU)
     assert found
-    found, _ = dispatch._plan("packed_linear", linear(), dict(real=False, packed=True), CPU)
+    found, *_ = dispatch._plan("packed_linear", linear(), dict(real=False, packed=True), CPU)
     assert not found
 
 
@@ -118,7 +118,7 @@ def test_calls_outside_the_class(what, usable, monkeypatch):
     args = (*case.words(), case.channels, *case.args)
     assert what in launch.outside("packed_conv2d", args, kw)
     assert dispatch.attempt("packed_conv2d", args, kw) is None
-    assert what in dispatch.explain("packed_conv2d", *args, **kw)
+    assert what in dispatch.explain("packed_conv2d", *args, **kw).reason
 
 
 def test_a_kernel_that_fails_is_named_once_and_the_next_runs(usable, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_kernel_that_fails_is_named_once_and_the_next_runs(usable, monkeypatch
     with pytest.warns(UserWarning, match="no room; the next kernel runs instead"):
         out = dispatch.attempt("packed_linear", linear(1000, 256), dict(dtype=torch.int32))
     assert out[0].dtype == torch.int32
-    assert dispatch.explain("packed_linear", *linear(1000, 256)).startswith("cuda: mma_")
+    assert str(dispatch.explain("packed_linear", *linear(1000, 256))).startswith("cuda: mma_")
     ran.clear()
     dispatch.attempt("packed_linear", linear(1000, 256), dict(dtype=torch.int32))
     assert all(name.startswith("mma") for name in ran)
@@ -148,14 +148,14 @@ def test_a_wrong_kernel_is_not_used(usable, monkeypatch):
         None if t is None else t + 1 for t in reference.packed_linear(*a, **k)))
     with pytest.warns(UserWarning, match="differs from the reference"):
         assert dispatch.attempt("packed_linear", linear(), {}) is None
-    assert "differs from the reference" in dispatch.explain("packed_linear", *linear())
+    assert "differs from the reference" in dispatch.explain("packed_linear", *linear()).reason
 
 
 def test_reasons_of_the_machine(monkeypatch):
-    monkeypatch.setattr(launch, "architecture", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert "sm_100 has no 1-bit tensor core" in dispatch.why_unusable(CPU)
-    monkeypatch.undo()
+    with gpus.planning_for(gpus.named("sm_100")):
+        assert "sm_100 has no 1-bit tensor core" in dispatch.why_unusable(CPU)
+    with gpus.planning_for(gpus.named("hip")):
+        assert "NVIDIA" in dispatch.why_unusable(CPU)
     find_spec = dispatch.importlib.util.find_spec
     monkeypatch.setattr(dispatch.importlib.util, "find_spec",
                         lambda name: None if name.startswith("cupy") else find_spec(name))
@@ -201,7 +201,7 @@ def test_asking_for_it_where_it_cannot_run_warns_once(monkeypatch):
 def test_one_kernel_can_be_named(usable, monkeypatch):
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
     monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", "mma_64x64")
-    found, why = dispatch._plan("packed_linear", linear(), {}, CPU)
+    found, why, _ = dispatch._plan("packed_linear", linear(), {}, CPU)
     assert [k.name for k in found] == ["mma_64x64"] and "names it" in why
     monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", "mma_1x1")
     with pytest.raises(RuntimeError, match="BITKERNELS_CUDA_KERNEL must be one of .*mma_64x64"):
@@ -241,7 +241,7 @@ def test_on_hopper_the_layers_of_a_resnet_run_unasked(usable):
         for batch, real in itertools.product((1, 256), (False, True)):
             words = torch.zeros(batch, size, size, channels // 32, dtype=torch.int32)
             args = words, words_of(channels, 3, 3, channels), channels, (1, 1), (1, 1)
-            found, why = dispatch._plan("packed_conv2d", args, dict(real=real, packed=not real),
+            found, why, _ = dispatch._plan("packed_conv2d", args, dict(real=real, packed=not real),
                                         CPU)
             assert found[0].name.startswith("resident_"), (channels, batch, real, why)
             assert "NVIDIA H200" in why
@@ -256,11 +256,31 @@ def test_free_image_sizes_do_not_compile_for_ever(usable, monkeypatch):
         return dispatch._plan("packed_conv2d", args, dict(real=True, packed=False), CPU)
 
     assert chosen(28)[0] and chosen(30)[0]
-    found, why = chosen(32)
+    found, why, _ = chosen(32)
     assert not found and "kernels for 2 shapes have been compiled" in why
     assert chosen(28)[0], "what is there goes on"
+    assert "triton's takes every image size" in why
     monkeypatch.setenv("BITKERNELS_CUDA", "1")
     assert chosen(32)[0]
+
+
+def test_after_so_many_shapes_triton_runs_the_new_ones(usable, monkeypatch):
+    """Its kernels take an image's size as arguments (backends/triton/test_launch.py)."""
+    monkeypatch.setattr(dispatch, "MOST_UNASKED", 2)
+    monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
+    monkeypatch.setattr(launch, "packed_conv2d", lambda kernel, *a, **k: kernel.family)
+    monkeypatch.setattr(gpu, "run_triton", lambda op, *a, **k: "triton")
+    weight = words_of(256, 3, 3, 256)
+
+    def ran(size):
+        words = torch.zeros(4, size, size, 8, dtype=torch.int32)
+        return gpu.run("packed_conv2d", words, weight, 256, (1, 1), (1, 1), real=True,
+                       packed=False)
+
+    assert [ran(size) for size in (28, 30, 32, 34, 28, 30)] == [
+        "resident", "resident", "triton", "triton", "resident", "resident"]
+    launch.clear()  # what is displaced and comes again is no new shape
+    assert ran(30) == "resident"
 
 
 def test_the_report_says_why(monkeypatch):

@@ -177,7 +177,7 @@ def chosen(driver, monkeypatch):
         for got, want in zip(dispatch.attempt(op, args, kw), getattr(reference, op)(*args, **kw),
                              strict=True):
             assert torch.equal(got, want)
-        return driver.launched[before:], dispatch.explain(op, *args, real=True)
+        return driver.launched[before:], str(dispatch.explain(op, *args, real=True))
 
     return run
 

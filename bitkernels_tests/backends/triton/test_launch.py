@@ -27,9 +27,11 @@ class NoGpu:
 
     def __init__(self) -> None:
         self.launched: list[tuple[str, tuple[int, int, int]]] = []
+        self.loaded: list[str] = []
         self.utils = self
 
     def load_binary(self, name, kernel, shared, device):
+        self.loaded.append(name)
         return 1, 1, 128, 0, 1024  # module, function, registers, spills, most threads
 
     def get_device_properties(self, device):
@@ -108,3 +110,14 @@ def test_a_product_is_tuned_and_then_runs_in_its_fastest_tile(launched, monkeypa
     assert len(timed) == 3 and launched == 5 * [("popc_kernel", (1, 3, 1))]
     best = tuning.tuner("popc", "sm90", None).best_config
     assert best.kwargs == {"BLOCK_M": 16, "BLOCK_N": 32} and best.num_warps == 2
+
+
+def test_image_sizes_are_arguments(launched, monkeypatch):
+    """One kernel for all: what runs once csrc/cuda has been compiled for enough shapes."""
+    monkeypatch.setenv("BITKERNELS_TRITON_AUTOTUNE", "0")
+    loaded = driver.active.loaded
+    for height, width in ((17, 19), (21, 33), (23, 41), (35, 7)):
+        words = torch.zeros(1, height, width, 3, dtype=torch.int32)
+        dispatch.kernel("packed_conv2d")(
+            words, torch.zeros(9, 3, 3, 3, dtype=torch.int32), 96, (1, 1), (1, 1), inner="popc")
+    assert len(launched) == 4 and loaded == ["popc_kernel"]

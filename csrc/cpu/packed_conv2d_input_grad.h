@@ -9,7 +9,7 @@ namespace bitkernels {
 // conv: one group, stride 1; its input and tiles are not read. weight: (out_channels, kh, kw,
 // words) packed signs. scale: a factor per output channel, or null. grad: (batch, out_h, out_w,
 // out_channels); out: (batch, height, width, channels); both dense and of `type`, not kF64.
-void sign_input_grad(const Kernel& kernel, const Conv& conv, const uint32_t* weight,
-                     const float* scale, const void* grad, DType type, void* out);
+void packed_conv2d_input_grad(const Kernel& kernel, const Conv& conv, const uint32_t* weight,
+                              const float* scale, const void* grad, DType type, void* out);
 
 }  // namespace bitkernels

@@ -3,7 +3,7 @@
 // chunk of 36 pixels and 16 output channels fit the first-level cache; every weight (input channel
 // and tap) then costs 6 loads and additions of 16 channels for 576 products. Entries that stand for
 // "this tap is inside the image" give sum g, with zero padding at the border left out.
-#include "sign_weight_grad.h"
+#include "packed_conv2d_weight_grad.h"
 
 #include <algorithm>
 #include <cstring>
@@ -78,8 +78,8 @@ void write(const Shape& shape, const float* acc, int64_t channel, float* out) {
 
 }  // namespace
 
-void sign_weight_grad(const Kernel& kernel, const Conv& conv, const void* grad, DType type,
-                      float* out) {
+void packed_conv2d_weight_grad(const Kernel& kernel, const Conv& conv, const void* grad, DType type,
+                               float* out) {
   const Shape shape(conv);
   const int64_t groups = ceil_div(conv.out_channels, 16);
   const int64_t chunks = ceil_div(shape.pixels, kTablePixels);

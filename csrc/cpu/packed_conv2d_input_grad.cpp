@@ -1,8 +1,9 @@
-// As sign_weight_grad.cpp with the roles exchanged: the weights are bits, so that the sum over 4
-// output channels of gradient times weight is one of 16 values a pixel. Gradients are laid out as
-// planes of padded rows, in which a filter tap is a fixed offset: one table of 32 neighbouring
-// pixels then serves every input channel, 8 loads and additions of 32 pixels for 1024 products.
-#include "sign_input_grad.h"
+// As packed_conv2d_weight_grad.cpp with the roles exchanged: the weights are bits, so that the sum
+// over 4 output channels of gradient times weight is one of 16 values a pixel. Gradients are laid
+// out as planes of padded rows, in which a filter tap is a fixed offset: one table of 32
+// neighbouring pixels then serves every input channel, 8 loads and additions of 32 pixels for 1024
+// products.
+#include "packed_conv2d_input_grad.h"
 
 #include <algorithm>
 #include <cstring>
@@ -98,8 +99,8 @@ void run_rows(const Kernel& kernel, const Conv& conv, const Layout& layout, cons
 
 }  // namespace
 
-void sign_input_grad(const Kernel& kernel, const Conv& conv, const uint32_t* weight,
-                     const float* scale, const void* grad, DType type, void* out) {
+void packed_conv2d_input_grad(const Kernel& kernel, const Conv& conv, const uint32_t* weight,
+                              const float* scale, const void* grad, DType type, void* out) {
   const int64_t words = ceil_div(conv.channels, 32);
   const std::vector<uint32_t> bits = by_output(kernel, conv, weight, words);
   const Layout layout(conv);

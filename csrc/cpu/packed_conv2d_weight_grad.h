@@ -8,7 +8,7 @@ namespace bitkernels {
 
 // conv: one group; its tiles are not read. grad: (batch, out_h, out_w, out_channels) dense. out:
 // (out_channels, kh, kw, channels) float. The same for every number of threads.
-void sign_weight_grad(const Kernel& kernel, const Conv& conv, const void* grad, DType type,
-                      float* out);
+void packed_conv2d_weight_grad(const Kernel& kernel, const Conv& conv, const void* grad, DType type,
+                               float* out);
 
 }  // namespace bitkernels

@@ -1,0 +1,111 @@
+"""Which kernel of this backend takes a call, decided from shapes and types, without Triton.
+
+`decide` is what `dispatch.run` launches by and what `dispatch.explain` reports.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from bitkernels._checks import conv_geometry, linear_geometry
+from bitkernels.backends.triton import configs
+
+VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
+SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all
+PRODUCTS = ("packed_conv2d", "packed_conv2d_moments", "packed_linear")
+
+
+class Plan(NamedTuple):
+    """inners: what to try, the preferred first: inner products, or None of an operator that has
+    one kernel; empty where the reference runs. reason: why, in words."""
+
+    inners: tuple[str | None, ...]
+    reason: str
+
+
+_ONE_KERNEL = Plan((None,), "the operator's kernel")
+
+
+def decide(op: str, args, kw, device: torch.device) -> Plan:
+    """Of a call with checked arguments on a device that this backend runs on."""
+    if not configs.enabled():
+        return Plan((), "BITKERNELS_TRITON is 0")
+    if _is_double(op, args, kw):
+        return Plan((), "the kernels do not take float64")
+    if op not in PRODUCTS:
+        return _ONE_KERNEL
+    family = configs.family(device)
+    if op == "packed_linear":
+        return _linear(family, *args, **kw)
+    return _conv2d(family, *args, **kw)
+
+
+def _is_double(op: str, args, kw) -> bool:
+    """Whether arithmetic in float64 is asked for. A residual block's vectors may be of any type."""
+    if op in PRODUCTS:
+        found = [kw.get("dtype"), *(kw[n].dtype for n in (*VECTORS, "residual")
+                                    if kw.get(n) is not None)]
+    elif op == "unpack":
+        found = [args[2]]
+    elif op == "residual_block_forward":
+        found = [args[1].dtype]
+    elif op.startswith("residual_block"):
+        found = [args[0].dtype]
+    elif op == "sign_backward":  # not its shift
+        found = [t.dtype for t in (args[0], args[1], args[3]) if t is not None]
+    else:
+        return any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in args)
+    return torch.float64 in found
+
+
+def _conv2d(family: str, words, weight_words, channels, stride=(1,), padding=(0,), dilation=(1,),
+            groups=1, *, pad_value=0, out_channels=None, **kw) -> Plan:
+    shape, *_ = conv_geometry("packed_conv2d", words, weight_words, channels, stride, padding,
+                              dilation, groups, pad_value, out_channels)
+    shape = torch.Size(shape)
+    kh, kw_, depth = weight_words.shape[1:4]
+    addressable = max(4 * words.numel(), 4 * weight_words.numel(), shape.numel()) < 2**31
+    whole = groups == 1 or (channels // groups % 32 == 0
+                            and shape[1] // groups % configs.COLUMNS == 0)
+    return choose(family, shape[0] * shape[2] * shape[3], shape[1], kh * kw_ * depth, whole,
+                  kh * kw_, addressable)
+
+
+def _linear(family: str, words, weight_words, channels, *, out_channels=None, **kw) -> Plan:
+    columns = linear_geometry("packed_linear", words, weight_words, channels, out_channels)[-1]
+    width = words.shape[-1]
+    rows = words.numel() // width
+    addressable = max(4 * words.numel(), 4 * columns * width, rows * columns) < 2**31
+    return choose(family, rows, columns, width, True, 1, addressable)
+
+
+def choose(family: str, rows: int, columns: int, depth: int, whole: bool, taps: int,
+           addressable: bool) -> Plan:
+    """Inner products that take this contraction, the preferred first; popc takes everything.
+
+    `whole`: one group, or groups of whole words in and whole tiles out.
+    """
+    forced = configs.forced_inner()
+    fitting, reason = ["popc"], "groups that split words or tiles of channels"
+    if not addressable:
+        reason = "an operand of 2^31 bytes, which the tensor cores' kernels do not address"
+    elif whole:
+        fitting.insert(0, "int8")
+        if not configs.has_b1(family):
+            reason = "the tensor core on bytes: this GPU has no 1-bit one"
+        elif taps > 32:
+            reason = "the tensor core on bytes: the 1-bit kernel takes at most 32 taps"
+        else:
+            fitting.insert(0, "b1")
+            reason = "the 1-bit tensor core"
+    if forced in fitting:
+        return Plan((forced,), "BITKERNELS_TRITON_INNER names it")
+    if family == "interpret":
+        return Plan(("popc",), "interpreted")
+    if rows * columns * depth < SMALL:
+        return Plan(("popc",), "few products: one launch, with nothing to prepare")
+    if forced is not None:
+        reason += f"; BITKERNELS_TRITON_INNER={forced} does not take this call"
+    return Plan(tuple(fitting), reason)
