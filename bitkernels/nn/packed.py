@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels import _onnx
-from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.derived import Derived
+from bitkernels.ops.geometry import wants_channels_last, word_count
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default
 _tile_weight = torch.ops.bitkernels.tile_weight.default

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import bitkernels
 from bitkernels import ops
-from bitkernels._ops import SCHEMAS
+from bitkernels.ops._checks import SCHEMAS
 from bitkernels_tests import ROOT
 
 DOCS = ROOT / "docs"

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
-from bitkernels._checks import empty_around
 from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
 from bitkernels.backends.triton.jit import block_index
+from bitkernels.ops.geometry import empty_around
 
 PARTIALS = 512  # partial rows a channel at most: about four programs for each of 132 processors
 

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
-from bitkernels._checks import empty_around
 from bitkernels.backends.triton.elementwise import collapse, takes, tile_shape, wide
 from bitkernels.backends.triton.jit import block_index, shift_tile
+from bitkernels.ops.geometry import empty_around
 
 
 @triton.jit

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 
 from bitkernels import reference
-from bitkernels._checks import word_count
-from bitkernels._ops import empty_words
 from bitkernels.backends.triton.elementwise import collapse, takes, wide
 from bitkernels.backends.triton.jit import block_index, pack_signs, shift_tile
+from bitkernels.ops.geometry import empty_words, word_count
 
 
 @triton.jit

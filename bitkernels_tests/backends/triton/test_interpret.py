@@ -35,7 +35,7 @@ else:
     from triton.runtime import interpreter
 
     from bitkernels import reference
-    from bitkernels._checks import empty_around
+    from bitkernels.ops.geometry import empty_around
     from bitkernels.backends.triton import configs, dispatch, elementwise, gemm, selfcheck, tuning
     from bitkernels_tests import ptx_emulator
     from bitkernels_tests.cases import (
