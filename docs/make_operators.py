@@ -1,4 +1,4 @@
-"""Writes docs/operators.md from the schemas and the texts in `bitkernels/ops`."""
+"""Writes docs/operators.md from the records in `bitkernels/ops`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from bitkernels import ops
+from bitkernels.ops._record import GROUPS, OPERATORS
 
 PAGE = Path(__file__).with_name("operators.md")
 HEAD = """\
 # Operators
 
-Written by `python docs/make_operators.py` from the schemas and `bitkernels/ops`; do not edit.
+Written by `python docs/make_operators.py` from the records in `bitkernels/ops`; do not edit.
 
 Every operator is `torch.ops.bitkernels.NAME`, and the same object is `bitkernels.ops.NAME`, whose
 `help` shows what is here. The numeric contract is in [architecture.md](architecture.md). A failed
@@ -23,17 +24,20 @@ In the examples:
 import torch
 import torch.nn.functional as F
 from bitkernels import ops
+from bitkernels.ops._record import GROUPS, OPERATORS
 ```
 """
 
 
 def page() -> str:
     lines = [HEAD]
-    for group, texts in ops.GROUPS.items():
-        lines.append(f"- {group}: " + ", ".join(f"[{name}](#{name})" for name in texts))
-    for group, texts in ops.GROUPS.items():
+    groups = {group: [name for name, operator in OPERATORS.items() if operator.group == group]
+              for group in GROUPS}
+    for group, names in groups.items():
+        lines.append(f"- {group}: " + ", ".join(f"[{name}](#{name})" for name in names))
+    for group, names in groups.items():
         lines.append(f"\n## {group}")
-        for name in texts:
+        for name in names:
             lines += ["", section(name)]
     return "\n".join(lines) + "\n"
 

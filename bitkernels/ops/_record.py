@@ -66,9 +66,9 @@ class Operator:
     fake: Callable[..., Any]
     batched: Rule
     samples: Callable[[Values], list[Sample]]
-    reference: Callable[..., Any] | None = None
-    composed: Callable[..., Any] | None = None
-    autograd: Callable[..., Any] | None = None
+    reference: Any = None
+    composed: Any = None
+    autograd: Any = None
     engine: bool = True
     product: bool = False
 
@@ -152,7 +152,7 @@ def _fake(operator: Operator, overload: str) -> Callable[..., Any]:
 
 
 def _composed(operator: Operator) -> Callable[..., Any]:
-    return operator.launcher(lambda _, *args, **kw: operator.composed(*args, **kw))  # type: ignore
+    return operator.launcher(lambda _, *args, **kw: operator.composed(*args, **kw))
 
 
 def register(key: str, run: Callable[..., Any], names: tuple[str, ...] | None = None) -> None:

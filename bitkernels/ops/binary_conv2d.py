@@ -7,7 +7,7 @@ import torch
 from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
 from bitkernels.ops._batching import images
-from bitkernels.ops._checks import describe, fail
+from bitkernels.ops._checks import check_real, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
 from bitkernels.ops._record import Call, Operator, define
 from bitkernels.ops._samples import Sample, channels_last
@@ -157,6 +157,7 @@ def samples(v):
 def check_forward(input, weight, bias, scale, stride, padding, dilation, groups, pad_value, clip,
                   dtype, channels_last):
     """Errors are binary_conv2d's."""
+    check_real("binary_conv2d", "input", input, 4)
     conv, _ = check_conv("binary_conv2d", input, weight, bias, scale, stride, padding, dilation,
                          groups, pad_value, dict(input_clip=clip, dtype=dtype))
     return Call((input, weight, bias, scale, conv, clip, dtype, channels_last))

@@ -24,10 +24,6 @@ def leaf(t):
     return t.detach().requires_grad_()
 
 
-def channels_last(t):
-    return t.to(memory_format=torch.channels_last)
-
-
 def samples(device) -> dict[str, tuple]:
     """name -> (operator overload, args, kwargs): the samples of every record, on a device."""
     def move(t):

@@ -35,8 +35,8 @@ else:
     from triton.runtime import interpreter
 
     from bitkernels import reference
-    from bitkernels.ops.geometry import empty_around
     from bitkernels.backends.triton import configs, dispatch, elementwise, gemm, selfcheck, tuning
+    from bitkernels.ops.geometry import empty_around
     from bitkernels_tests import ptx_emulator
     from bitkernels_tests.cases import (
         CONV_CASES,
