@@ -105,8 +105,8 @@ class _PackedConvTranspose(_Packed):
                 words, weight_words, self.in_channels, stride, padding, output_padding, self.groups,
                 dilation, scale=self.scale, bias=self.bias, dtype=dtype,
                 channels_last=channels_last)
-        size, *_ = transposed_geometry("packed_conv_transpose2d", "input", input.shape[2:], kernel, stride,
-                            padding, output_padding, dilation)
+        size, *_ = transposed_geometry("packed_conv_transpose2d", "input", input.shape[2:], kernel,
+                                       stride, padding, output_padding, dilation)
         every = phases2d(kernel, stride, padding, output_padding, dilation)
         return by_phases(words, filters, every, self.in_channels, (self.out_channels, *size),
                          stride, self.groups, self.scale, self.bias, dtype, channels_last)

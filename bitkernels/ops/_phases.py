@@ -54,7 +54,8 @@ def _beyond(kernel: int, stride: int, padding: int, output_padding: int, dilatio
     return dilation * (kernel - 1) + 1 + output_padding - stride - 2 * padding
 
 
-def transposed_geometry(op: str, name: str, size, kernel, stride, padding, output_padding, dilation):
+def transposed_geometry(op: str, name: str, size, kernel, stride, padding, output_padding,
+                        dilation):
     """Checked (OH, OW) of an input `name` of (H, W), and stride, padding, output_padding, dilation
     as pairs."""
     stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
