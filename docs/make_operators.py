@@ -1,4 +1,4 @@
-"""Writes docs/operators.md from the records in `bitkernels/ops`."""
+"""Writes docs/operators.md, and the types of `bitkernels.ops`, from the records of the operators."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from bitkernels import ops
 from bitkernels.ops._record import GROUPS, OPERATORS
 
 PAGE = Path(__file__).with_name("operators.md")
+STUB = Path(ops.__file__).with_name("__init__.pyi")
 HEAD = """\
 # Operators
 
@@ -57,6 +58,19 @@ def _joined(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines())
 
 
+def stub() -> str:
+    """For type checkers, which else take the files of the operators for what the names mean."""
+    return "\n".join([
+        '"""Written by `python docs/make_operators.py`; do not edit."""', "",
+        "from typing import Any", "", "PARTS: tuple[str, ...]", "",
+        "def schemas(name: str) -> tuple[str, ...]: ...",
+        "def parts(name: str) -> dict[str, str]: ...",
+        "def arguments(name: str) -> dict[str, str]: ...", "",
+        *(f"{name}: Any" for name in ops.__all__), "", "__all__ = [",
+        *(f'    "{name}",' for name in ops.__all__), "]"]) + "\n"
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(f"wrote {PAGE}", file=sys.stderr)
+    for path, text in ((PAGE, page()), (STUB, stub())):
+        path.write_text(text)
+        print(f"wrote {path}", file=sys.stderr)

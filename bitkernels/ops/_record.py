@@ -22,9 +22,12 @@ from typing import Any, NamedTuple
 import torch
 
 from bitkernels._dispatch import autocast, refuse_grad
-from bitkernels.ops._batching import Rule, batched
-from bitkernels.ops._samples import Sample, Values
+from bitkernels.ops._batching import Rule, batched, each, images, per_sample, rows
+from bitkernels.ops._samples import Sample, Values, channels_last
 
+# What the files of operators need, in one import.
+__all__ = ["Call", "Operator", "Sample", "channels_last", "define", "each", "images", "per_sample",
+           "rows"]
 LIB = torch.library.Library("bitkernels", "DEF")
 KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
 # Of operators that have these overloads: whether kernels are asked for (real, packed) outputs.

@@ -6,10 +6,9 @@ import torch
 
 from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
-from bitkernels.ops._batching import images
 from bitkernels.ops._checks import check_real, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, images
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops._training import (
     TRAINING_SCHEMA,

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
-from bitkernels.ops._batching import images
 from bitkernels.ops._checks import check_channel_vector, check_same_device, describe, fail
 from bitkernels.ops._phases import transposed_geometry
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, images
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops._training import (
     TRAINING_SCHEMA,

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate
-from bitkernels.ops._batching import rows
 from bitkernels.ops._checks import describe, fail
 from bitkernels.ops._conv2d_backward import scaled_signs
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, rows
 from bitkernels.ops._samples import Sample
 from bitkernels.ops._training import (
     TRAINING_SCHEMA,

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
-from bitkernels.ops._batching import each
 from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, each
 from bitkernels.ops._samples import Sample
 from bitkernels.ops._training import TRAINING_SCHEMA, finish_weight_grad, memory_format
 from bitkernels.ops.binary_conv2d import check_conv

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitkernels.ops._batching import rows
 from bitkernels.ops._checks import check_real, check_same_device, describe, fail, normalize_dim
 from bitkernels.ops._contract import unpack_bits
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, rows
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops.geometry import check_words, empty_around, word_count
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from bitkernels.ops._batching import images
 from bitkernels.ops._contract import canonical, dot_conv2d, outputs
 from bitkernels.ops._epilogue import (
     EPILOGUE_SCHEMA,
@@ -15,7 +14,7 @@ from bitkernels.ops._epilogue import (
     REAL_SCHEMA,
     check_epilogue,
 )
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, images
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops.geometry import conv_geometry, empty_real, empty_words
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bitkernels.ops._batching import each, images
 from bitkernels.ops._checks import (
     check_channel_vector,
     check_real,
@@ -15,7 +14,7 @@ from bitkernels.ops._checks import (
     fail,
 )
 from bitkernels.ops._contract import as_rows, signs, wide
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, each, images
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops.geometry import check_words, conv_output_size, empty_real, padding4, pair
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitkernels.ops._batching import images
 from bitkernels.ops._checks import check_same_device, describe, fail
 from bitkernels.ops._epilogue import OUTPUTS_TEXT, REAL_SCHEMA, check_epilogue
 from bitkernels.ops._phases import Phase, phases, transposed_geometry
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, images
 from bitkernels.ops._samples import Sample
 from bitkernels.ops.geometry import check_groups, check_words, empty_real
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bitkernels.ops._batching import images
 from bitkernels.ops._checks import describe, fail
 from bitkernels.ops._contract import pack_bits, unpack_bits
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, images
 from bitkernels.ops._samples import Sample
 from bitkernels.ops.geometry import pair
 
@@ -16,7 +15,6 @@ from bitkernels.ops.geometry import pair
 def pool_geometry(words, kernel_size, stride, padding, dilation, ceil_mode,
                   op="packed_max_pool2d"):
     """Checked (kernel, stride, padding, dilation, (OH, OW))."""
-    op = "packed_max_pool2d"
     if words.dtype != torch.int32 or words.dim() != 4:
         fail(op, "words", "int32 words of shape (N, H, W, words)", describe(words))
     kernel = pair(op, "kernel_size", kernel_size, 1)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitkernels.ops._batching import each
 from bitkernels.ops._checks import (
     REAL,
     check_real,
@@ -16,7 +15,7 @@ from bitkernels.ops._checks import (
     fail,
 )
 from bitkernels.ops._contract import as_rows, per_channel, wide
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, each
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops.geometry import empty_real
 

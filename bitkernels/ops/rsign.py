@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
-from bitkernels.ops._batching import images, per_sample
 from bitkernels.ops._checks import (
     check_channels,
     check_clip,
@@ -14,7 +13,7 @@ from bitkernels.ops._checks import (
     check_shift,
 )
 from bitkernels.ops._contract import shifted, sign
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, images, per_sample
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops._training import Signs, memory_format
 from bitkernels.ops.geometry import empty_around

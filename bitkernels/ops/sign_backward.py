@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from bitkernels.ops._batching import each
 from bitkernels.ops._checks import (
     check_clip,
     check_real,
@@ -14,7 +13,7 @@ from bitkernels.ops._checks import (
     fail,
 )
 from bitkernels.ops._contract import estimator_grad, per_channel, wide
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, each
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops.geometry import empty_around
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bitkernels.ops._batching import per_sample, rows
 from bitkernels.ops._checks import (
     check_clip,
     check_real,
@@ -14,7 +13,7 @@ from bitkernels.ops._checks import (
     normalize_dim,
 )
 from bitkernels.ops._contract import pack_bits, shifted
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, per_sample, rows
 from bitkernels.ops._samples import Sample, channels_last
 from bitkernels.ops.geometry import empty_words
 

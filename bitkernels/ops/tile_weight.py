@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkernels.ops._batching import each
 from bitkernels.ops._checks import describe, fail
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, each
 from bitkernels.ops._samples import Sample
 from bitkernels.ops.geometry import TILE
 

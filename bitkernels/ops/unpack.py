@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from bitkernels.ops._batching import rows
 from bitkernels.ops._checks import REAL, fail, normalize_dim
 from bitkernels.ops._contract import signs
-from bitkernels.ops._record import Call, Operator, define
+from bitkernels.ops._record import Call, Operator, define, rows
 from bitkernels.ops._samples import Sample
 from bitkernels.ops.geometry import check_words
 

@@ -77,3 +77,4 @@ def test_the_page_is_up_to_date():
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
     assert maker.PAGE.read_text() == maker.page(), "run python docs/make_operators.py"
+    assert maker.STUB.read_text() == maker.stub(), "run python docs/make_operators.py"
