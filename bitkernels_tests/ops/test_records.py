@@ -18,8 +18,8 @@ from bitkernels_tests import ROOT, mutants
 TOY = "packed_min_pool2d"
 FILES = ROOT / "bitkernels_tests" / "data" / TOY
 # From below: a file imports from its own room and from those before it.
-ROOMS = ("_dispatch _files _fx", "ops _onnx", "backends reference", "thresholds _estimators",
-         "quantizers", "nn interop", "optim metrics models", "train", "cli __main__")
+ROOMS = ("_dispatch _files _fx _packages", "ops _onnx", "backends reference",
+         "thresholds _estimators", "quantizers", "nn interop", "optim metrics models", "train", "cli __main__")
 # Each whole package is above its rooms, and so is what stands for it.
 ABOVE = ("", "autograd", "residual_block")
 
@@ -179,12 +179,9 @@ def test_an_operator_is_at_most_five_files(with_toy):
     assert passed(tree, *CONTRACT, **engineless) >= GENERAL
     zero = ran(tree, ["-m", "bitkernels_tests.zero_sizes", TOY], **engineless).splitlines()
     assert len(zero) > 10 and not [line for line in zero if "failed" in line]
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        return
-    # The entry and the kernel are found by the build.
-    code = "import setup; print(setup.extension()['ext_modules'][0].sources)"
-    built = ran(tree, ["-c", f"import sys; sys.argv = ['setup.py', '--version']; {code}"])
-    assert built.count(TOY) == 2
+    # The build finds the entry and the kernel.
+    assert {f'glob("{path.parent}/*.cpp")' in (tree / "setup.py").read_text()
+            for path in added if path.suffix == ".cpp"} == {True}
 
 
 def test_its_triton_kernel_is_launched_and_checked(with_toy):
