@@ -30,7 +30,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from bitkernels._conv2d_backward import by_tables
+from bitkernels.ops._conv2d_backward import by_tables
 
 ops = torch.ops.bitkernels
 LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7", "1x1:64@56", "1x1:128@28",

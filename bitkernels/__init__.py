@@ -6,9 +6,9 @@
     quantizers  signs and their estimators
     optim       Bop, and groups of binary parameters
     metrics     flips, saturation, dead weights
+    ops         the operators, with their help
     train       recipes, image sets, `fit`          imported when first used
     interop     CuPy, NumPy, JAX, any DLPack        imported when first used
-    ops         the operators, with their help      imported when first used
     explain     which kernel each layer gets, and why
 """
 
@@ -21,25 +21,21 @@ with warnings.catch_warnings():  # torch says at import that NumPy is missing; n
     import torch
 
 from bitkernels import (
-    _batching,
-    _ops,
-    autograd,
     backends,
-    conv_transpose,
     metrics,
     models,
     nn,
+    ops,
     optim,
     quantizers,
     reference,
-    residual_block,
 )
 from bitkernels.explain import explain
 from bitkernels.packed import PackedTensor
 from bitkernels.thresholds import fold_threshold
 
 if TYPE_CHECKING:
-    from bitkernels import interop, ops, train
+    from bitkernels import autograd, interop, residual_block, train
 
 __version__ = "0.1.0"
 
@@ -57,7 +53,7 @@ __all__ = [
     "train",
 ]
 
-_LAZY = ("interop", "ops", "train")
+_LAZY = ("autograd", "interop", "residual_block", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -184,6 +184,20 @@ def record(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any) -> Any
         return function.call(*tensors, *rest)
 
 
+def differentiate(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any) -> Any:
+    """What a kernel of the Autograd key returns, of checked arguments.
+
+    The operator's Function where a gradient is recorded, the whole operator where a trace looks on,
+    else `function.below`, with the same arguments, whose result is the operator's.
+    """
+    if is_recorded(function.operator, *tensors):
+        return record(function, tensors, *rest)
+    if is_traced():
+        return unrecorded(function, tensors, *rest)
+    with below_autograd():
+        return function.below(*tensors, *rest)
+
+
 def with_gradient_of(value: Tensor, linear: Tensor) -> Tensor:
     """The value, to the bit, with the gradient of `linear`, which is finite."""
     return value.detach() + (linear - linear.detach())

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from bitkernels import reference
-from bitkernels._checks import is_channels_last
 from bitkernels._dispatch import FirstOrder, apply, is_recorded, with_gradient_of
+from bitkernels.ops._contract import estimator_grad, sign
+from bitkernels.ops._training import estimated_grad
+from bitkernels.ops.geometry import is_channels_last
 
 _sign_pack_mask = torch.ops.bitkernels.sign_pack_mask.default
 _mask_grad = torch.ops.bitkernels.mask_grad.default
-_sign_backward = torch.ops.bitkernels.sign_backward.default
 
 
 def _value(x: Tensor, kind: str, threshold: Tensor | None) -> Tensor:
     if kind == "sign":
-        return reference.sign(x)
+        return sign(x)
     if kind == "heaviside":
         return (x > 0).to(x.dtype)
     # sign(sign(x + t) + sign(x - t)) with sign(0) = 0, decided without rounding x + t and x - t.
@@ -76,16 +76,6 @@ def straight_through(x: Tensor, kind: str, clip: float | None, threshold: Tensor
     return _value(x, kind, threshold)
 
 
-def estimated_grad(grad: Tensor, x: Tensor, estimator: str, beta: float) -> Tensor:
-    """grad times the slope of approx_sign or swish_sign at x: `reference.estimator_grad` in one
-    pass in place of five and more."""
-    shape = x.shape
-    if not is_channels_last(x):  # the operator has channels, and is fastest with them innermost
-        columns = x[0].numel() if x.dim() > 1 and len(x) else x.numel()
-        grad, x = (t.reshape(-1, max(columns, 1)) for t in (grad, x))
-    return _sign_backward(grad, x, None, None, estimator=estimator, beta=beta)[0].view(shape)
-
-
 class EstimatedSign(FirstOrder):
     """Sign whose gradient needs x itself (approx_sign, swish_sign): a reference to x is saved."""
 
@@ -94,7 +84,7 @@ class EstimatedSign(FirstOrder):
 
     @staticmethod
     def forward(x, estimator, beta):
-        return reference.sign(x)
+        return sign(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -104,8 +94,8 @@ class EstimatedSign(FirstOrder):
     @staticmethod
     def exported(x, estimator, beta):
         at = x.detach()
-        slope = reference.estimator_grad(torch.ones_like(at), at, estimator, None, beta)
-        return with_gradient_of(reference.sign(x), torch.where(slope != 0, x * slope, 0.0))
+        slope = estimator_grad(torch.ones_like(at), at, estimator, None, beta)
+        return with_gradient_of(sign(x), torch.where(slope != 0, x * slope, 0.0))
 
     @staticmethod
     def backward(ctx, grad):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkernels.reference import sign
+from bitkernels.ops._contract import sign
 
 
 def is_exporting() -> bool:
@@ -25,23 +25,23 @@ def is_exporting() -> bool:
 
 
 def binary_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
-                  conf) -> Tensor:
-    return _conv2d(input, sign(weight).float(), bias, scale, conf["stride"], conf["pad"],
-                   conf["dilation"], conf["groups"], conf["pad_value"],
-                   conf["dtype"] or input.dtype)
+                  conv, train) -> Tensor:
+    return _conv2d(input, sign(weight).float(), bias, scale, conv.stride, conv.pad,
+                   conv.dilation, conv.groups, conv.pad_value,
+                   train.dtype or input.dtype)
 
 
 def binary_linear(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
-                  conf) -> Tensor:
-    return _linear(input, sign(weight).float(), bias, scale, conf["dtype"] or input.dtype)
+                  train) -> Tensor:
+    return _linear(input, sign(weight).float(), bias, scale, train.dtype or input.dtype)
 
 
 def binary_conv_transpose2d(input: Tensor, weight: Tensor, bias: Tensor | None,
-                            scale: Tensor | None, conf) -> Tensor:
+                            scale: Tensor | None, conv, train) -> Tensor:
     dot = F.conv_transpose2d(
-        sign(input).float(), sign(weight).float(), None, conf["stride"], conf["padding"],
-        conf["output_padding"], conf["groups"], conf["dilation"])
-    return epilogue(dot, scale, bias, (-1, 1, 1)).to(conf["dtype"] or input.dtype)
+        sign(input).float(), sign(weight).float(), None, conv.stride, conv.padding,
+        conv.output_padding, conv.groups, conv.dilation)
+    return epilogue(dot, scale, bias, (-1, 1, 1)).to(train.dtype or input.dtype)
 
 
 def packed_conv2d(input: Tensor, words: Tensor, channels: int, stride, pad, dilation, groups: int,

@@ -23,14 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bitkernels import backends
 from bitkernels._dispatch import below_autograd
-from bitkernels.backends import gpus, launchers
+from bitkernels.backends import gpus
 from bitkernels.backends.answer import registered
 from bitkernels.nn import BinaryResidualBlock
 from bitkernels.nn.layer import BinaryLayer
+from bitkernels.ops._record import OPERATORS
 
 _NAMESPACE = "bitkernels"
-_OUTPUTS = {"": (True, False), "packed": (False, True), "both": (True, True)}
-_LAUNCHERS = {fn.__name__: fn for fn in (*launchers.SINGLE, *launchers.BLOCK)}
 FUSED = "one operator"
 _patching = threading.Lock()
 _REAL = (nn.Linear, nn.modules.conv._ConvNd)
@@ -201,8 +200,7 @@ def _is_composed(operator: torch._ops.OpOverload, device: str) -> bool:
     """Whether the operator is made of others there."""
     name = _name(operator)
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return (name.partition(".")[0] not in (*_LAUNCHERS, "packed_conv2d", "packed_linear",
-                                           "tile_weight")
+    return (OPERATORS[name.partition(".")[0]].reference is None
             and not (key is not None and registered(name, key)))
 
 
@@ -256,10 +254,9 @@ class _Observer(TorchDispatchMode):
             answers.append(backends.explain(op, *args, device=self.device, **kw))
             return None, None
 
-        if name in _LAUNCHERS:
-            _LAUNCHERS[name](run, *args, **kw)
-        elif name in ("packed_conv2d", "packed_linear"):
-            getattr(launchers, name)(run, *_OUTPUTS[overload], *args, **kw)
+        record = OPERATORS.get(name)
+        if record is not None and record.reference is not None:
+            record.launcher(run, overload)(*args, **kw)
         else:
             run(name, *args, **kw)
         found = answers[0]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bitkernels._ops  # noqa: F401  the operators
+import bitkernels.ops  # noqa: F401  the operators
 
 ops = torch.ops.bitkernels
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bitkernels import reference
-from bitkernels._checks import INT_MAX, check_channel_vector, fail
+from bitkernels.ops._checks import INT_MAX, check_channel_vector, fail
 
 INT_MIN = -INT_MAX - 1
 

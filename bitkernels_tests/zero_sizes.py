@@ -5,6 +5,7 @@ A program of its own, since what it looks for ends a process: a division by 0, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -61,13 +62,13 @@ def outcome(op, args: tuple, kw: dict) -> str:
         for t in results)
 
 
-def main() -> None:
-    torch.manual_seed(20)
-    for name, (op, args, kw) in samples(torch.device("cpu")).items():
-        for what, new_args, new_kw in variants(args, kw):
+def main(only: str = "") -> None:
+    """only: the beginning of the operators' names."""
+    for name, (op, args, kw) in samples("cpu").items():
+        for what, new_args, new_kw in variants(args, kw) if name.startswith(only) else ():
             print(f"{name}, {what}", end=" -> ", flush=True)
             print(outcome(op, new_args, new_kw), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

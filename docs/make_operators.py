@@ -1,4 +1,4 @@
-"""Writes docs/operators.md from the schemas and the texts in `bitkernels/ops`."""
+"""Writes docs/operators.md, and the types of `bitkernels.ops`, from the records of the operators."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 from bitkernels import ops
+from bitkernels.ops._record import GROUPS, OPERATORS
 
 PAGE = Path(__file__).with_name("operators.md")
+STUB = Path(ops.__file__).with_name("__init__.pyi")
 HEAD = """\
 # Operators
 
-Written by `python docs/make_operators.py` from the schemas and `bitkernels/ops`; do not edit.
+Written by `python docs/make_operators.py` from the records in `bitkernels/ops`; do not edit.
 
 Every operator is `torch.ops.bitkernels.NAME`, and the same object is `bitkernels.ops.NAME`, whose
 `help` shows what is here. The numeric contract is in [architecture.md](architecture.md). A failed
@@ -23,17 +25,20 @@ In the examples:
 import torch
 import torch.nn.functional as F
 from bitkernels import ops
+from bitkernels.ops._record import GROUPS, OPERATORS
 ```
 """
 
 
 def page() -> str:
     lines = [HEAD]
-    for group, texts in ops.GROUPS.items():
-        lines.append(f"- {group}: " + ", ".join(f"[{name}](#{name})" for name in texts))
-    for group, texts in ops.GROUPS.items():
+    groups = {group: [name for name, operator in OPERATORS.items() if operator.group == group]
+              for group in GROUPS}
+    for group, names in groups.items():
+        lines.append(f"- {group}: " + ", ".join(f"[{name}](#{name})" for name in names))
+    for group, names in groups.items():
         lines.append(f"\n## {group}")
-        for name in texts:
+        for name in names:
             lines += ["", section(name)]
     return "\n".join(lines) + "\n"
 
@@ -53,6 +58,19 @@ def _joined(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines())
 
 
+def stub() -> str:
+    """For type checkers, which else take the files of the operators for what the names mean."""
+    return "\n".join([
+        '"""Written by `python docs/make_operators.py`; do not edit."""', "",
+        "from typing import Any", "", "PARTS: tuple[str, ...]", "",
+        "def schemas(name: str) -> tuple[str, ...]: ...",
+        "def parts(name: str) -> dict[str, str]: ...",
+        "def arguments(name: str) -> dict[str, str]: ...", "",
+        *(f"{name}: Any" for name in ops.__all__), "", "__all__ = [",
+        *(f'    "{name}",' for name in ops.__all__), "]"]) + "\n"
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(f"wrote {PAGE}", file=sys.stderr)
+    for path, text in ((PAGE, page()), (STUB, stub())):
+        path.write_text(text)
+        print(f"wrote {path}", file=sys.stderr)

@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 
 from bitkernels.backends.answer import Answer, registered
-from bitkernels.backends.launchers import BLOCK, SINGLE
+from bitkernels.ops._record import OPERATORS as RECORDS
 
 REFERENCE = "reference"
 # setup.py builds no engine there.
 NO_ENGINE = os.name == "nt" or bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-OPERATORS = (*(launcher.__name__ for launcher in (*SINGLE, *BLOCK)), "tile_weight",
-             "packed_conv2d", "packed_linear", "binary_conv2d_forward")
+OPERATORS = tuple(name for name, operator in RECORDS.items() if operator.engine)
 
 
 def _load() -> str | None:

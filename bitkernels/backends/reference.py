@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from bitkernels import _checks, reference
-from bitkernels._ops import LIB
 from bitkernels.backends import cpu
 from bitkernels.backends.answer import Answer
-from bitkernels.backends.launchers import register, register_block
-
-KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
+from bitkernels.ops._record import KEY, OPERATORS, register
 
 
 def run(op: str, *args, **kw):
     """The result in the layout that the fake kernels promise."""
     if args[0].device.type == "cpu":
         cpu.warn_slow()
-    out = getattr(reference, op)(*args, **kw)
-    if op == "mask_grad":
-        return _like(args[0], args[2], out)
-    if op in ("rsign", "rprelu"):
-        return _like(args[0], 1, out)
-    if op in ("rprelu_backward", "sign_backward"):
-        return _like(args[1], 1, out[0]), *out[1:]
-    return out
+    operator = OPERATORS[op]
+    results, promised = operator.reference(*args, **kw), operator.fake(*args, **kw)
+    if isinstance(results, Tensor):
+        return _like(promised, results)
+    return tuple(map(_like, promised, results))
 
 
 def explain(op: str, *args, **kw) -> Answer:
@@ -33,31 +25,10 @@ def explain(op: str, *args, **kw) -> Answer:
     return Answer("reference", "PyTorch", "plain PyTorch, slow")
 
 
-def _like(t: Tensor, dim: int, result: Tensor) -> Tensor:
-    """The result in the memory layout that the fake kernels promise."""
-    return _checks.empty_around(t, dim).copy_(result)
-
-
-def tile_weight(weight_words, groups=1):
-    _checks.check_tile_weight(weight_words, groups)
-    return reference.tile_weight(weight_words, groups)
-
-
-def binary_conv2d_forward(input, weight, bias, scale, stride, padding, dilation, groups, pad_value,
-                          clip, dtype, channels_last):
-    """By the packed operators, whatever backend they have on the device."""
-    ops = torch.ops.bitkernels
-    if clip is None:
-        words, mask = ops.sign_pack(input, None, 1), input.new_empty(0, dtype=torch.int32)
-    else:
-        words, mask = ops.sign_pack_mask(input, clip, None, 1)
-    out = ops.packed_conv2d(
-        words, ops.sign_pack(weight, None, 1), input.shape[1], stride, padding, dilation, groups,
-        pad_value=pad_value, scale=scale, bias=bias, dtype=dtype, channels_last=channels_last)
-    return out, words, mask
+def _like(promised: Tensor | None, result: Tensor | None) -> Tensor | None:
+    if promised is None or result is None or promised.stride() == result.stride():
+        return result
+    return promised.copy_(result)
 
 
 register(KEY, run)
-register_block(KEY, run)
-LIB.impl("tile_weight", tile_weight, KEY)
-LIB.impl("binary_conv2d_forward", binary_conv2d_forward, KEY)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._fx import traced_whole
-from bitkernels.conv_transpose import by_output, spread
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
+from bitkernels.ops.binary_conv_transpose2d import by_output, spread
 
 Zeros = Literal["zeros"]  # the only padding mode of transposed convolutions
 

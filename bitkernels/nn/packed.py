@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels import _onnx
-from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import FxLeaf, traced_whole
+from bitkernels.ops.geometry import wants_channels_last, word_count
 from bitkernels.packed import PackedTensor, WeightImage
 
 _sign_pack = torch.ops.bitkernels.sign_pack.default

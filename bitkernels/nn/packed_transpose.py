@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import _onnx
-from bitkernels._checks import wants_channels_last, word_count
 from bitkernels._fx import traced_whole
-from bitkernels._transposed import geometry
-from bitkernels.conv_transpose import by_output, by_phases, phase_filters, phases2d
 from bitkernels.nn.packed import _Packed, _sign_pack, _tile_weight
+from bitkernels.ops._phases import transposed_geometry
+from bitkernels.ops.binary_conv_transpose2d import by_output
+from bitkernels.ops.geometry import wants_channels_last, word_count
+from bitkernels.ops.packed_conv_transpose2d import by_phases, phase_filters, phases2d
 from bitkernels.packed import PackedTensor
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -87,8 +88,8 @@ class _PackedConvTranspose(_Packed):
                 words, weight_words, self.in_channels, stride, padding, output_padding, self.groups,
                 dilation, scale=self.scale, bias=self.bias, dtype=dtype,
                 channels_last=channels_last)
-        size, *_ = geometry("packed_conv_transpose2d", "input", words.shape[1:3], kernel, stride,
-                            padding, output_padding, dilation)
+        size, *_ = transposed_geometry("packed_conv_transpose2d", "input", words.shape[1:3],
+                                       kernel, stride, padding, output_padding, dilation)
         every = phases2d(kernel, stride, padding, output_padding, dilation)
         return by_phases(words, filters, every, self.in_channels, (self.out_channels, *size),
                          stride, self.groups, self.scale, self.bias, dtype, channels_last)

@@ -1,39 +1,37 @@
-"""The operators under short names, with their help.
+"""The operators: one file each, and here their short names with their help.
 
 `bitkernels.ops.packed_conv2d` is `torch.ops.bitkernels.packed_conv2d` itself, so a call costs
-nothing more; importing this module gives it a docstring. `help(bitkernels.ops.packed_conv2d)` shows
-schemas, arguments, shapes, errors and an example; docs/operators.md is made of the same text.
+nothing more; it has a docstring. `help(bitkernels.ops.packed_conv2d)` shows schemas, arguments,
+shapes, errors and an example; docs/operators.md is made of the same text. Within the package
+`from bitkernels.ops.packed_conv2d import ...` names the file.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 import torch
 
-from bitkernels._ops import SCHEMAS
-from bitkernels.ops import bits, block, packed, train
+from bitkernels.ops._record import GROUPS, OPERATORS
 
-# The sections of docs/operators.md.
-GROUPS = {
-    "Training": train.TEXTS,
-    "Bits": bits.TEXTS,
-    "Products of bits": packed.TEXTS,
-    "The residual block": block.TEXTS,
-}
-TEXTS = {name: text.strip("\n") for texts in GROUPS.values() for name, text in texts.items()}
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
 PARTS = ("Arguments", "Returns", "Errors", "Example")
 
 
-def schemas(name: str) -> list[str]:
+def schemas(name: str) -> tuple[str, ...]:
     """Of every overload of an operator."""
-    return [s for s in SCHEMAS if s.split("(")[0].split(".")[0] == name]
+    return OPERATORS[name].schemas
 
 
 def parts(name: str) -> dict[str, str]:
     """The text of an operator by part: "" for the description, and `PARTS`."""
     found: dict[str, list[str]] = {"": []}
-    for line in TEXTS[name].splitlines():
+    for line in OPERATORS[name].text.strip("\n").splitlines():
         if line.rstrip(":") in PARTS and line.endswith(":"):
             found[line[:-1]] = []
         else:
@@ -55,16 +53,16 @@ def arguments(name: str) -> dict[str, str]:
 
 def _document(name: str) -> Any:
     operator = getattr(torch.ops.bitkernels, name)
-    description, _, rest = TEXTS[name].partition("\nArguments:")
+    description, _, rest = OPERATORS[name].text.strip("\n").partition("\nArguments:")
     operator.__doc__ = "\n".join([description, *(f"    {s}" for s in schemas(name)), "",
                                   f"Arguments:{rest}"])
     return operator
 
 
-__all__ = list(TEXTS)
-globals().update({name: _document(name) for name in TEXTS})
+__all__ = sorted(OPERATORS)
+globals().update({name: _document(name) for name in OPERATORS})  # over the files of these names
 
 
-def __getattr__(name: str) -> Any:  # for an operator that has no text, and for type checkers
+def __getattr__(name: str) -> Any:  # for an operator that there is not, and for type checkers
     raise AttributeError(f"module 'bitkernels.ops' has no operator {name!r}; there are "
-                         f"{', '.join(TEXTS)}")
+                         f"{', '.join(__all__)}")

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.fx.experimental.optimization
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -22,7 +21,6 @@ from bitkernels.nn import (
     BinaryLinear,
     PackedConv2d,
     PackedLinear,
-    binarize,
     pack,
 )
 from bitkernels.nn.layer import BinaryLayer
@@ -421,32 +419,3 @@ def test_an_input_that_requires_grad_is_refused_at_the_layer(layer_and_input):
     assert torch.equal(packed(x.detach()), expected)
     with torch.no_grad():
         assert torch.equal(packed(x), expected)
-
-
-@pytest.mark.parametrize("by", ["binarize", "hand"])
-def test_packed_transformers_call_their_layers(by):
-    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
-    if by == "binarize":
-        binarize(model, skip_first=False, skip_last=False)
-    else:
-        for block in model.layers:
-            block.linear1, block.linear2 = BinaryLinear(32, 64).eval(), BinaryLinear(64, 32).eval()
-    packed = pack(model)
-    x = reals(2, 5, 32)
-    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    h = x
-    for block in model.layers:
-        h = block.norm1(h + block.self_attn(h, h, h, key_padding_mask=mask)[0])
-        h = block.norm2(h + block.linear2(F.relu(block.linear1(h))))
-    for one in (packed, copy.deepcopy(packed)):
-        assert isinstance(one.layers[0].linear1, PackedLinear)
-        with torch.no_grad():
-            torch.testing.assert_close(one(x, src_key_padding_mask=mask), h)
-
-
-def test_a_projection_that_attention_reads_is_refused():
-    model = nn.Sequential(nn.MultiheadAttention(4, 2))
-    model[0].out_proj = BinaryLinear(4, 4)
-    with pytest.raises(ValueError, match=r"cannot pack 0\.out_proj: its parent, nn\.Multihead"):
-        pack(model)

@@ -13,157 +13,37 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from bitkernels.backends import cpu
-from bitkernels_tests.cases import ConvCase, dyadic, reals, words_of
+from bitkernels.ops._record import OPERATORS
+from bitkernels.ops._samples import Values
+from bitkernels_tests.cases import dyadic, reals, words_of
 
 ops = torch.ops.bitkernels
-CONV = ConvCase(channels=37, out_channels=19, padding=(1, 0, 2, 1), stride=(2, 1))
 
 
 def leaf(t):
     return t.detach().requires_grad_()
 
 
-def channels_last(t):
-    return t.to(memory_format=torch.channels_last)
-
-
 def samples(device) -> dict[str, tuple]:
-    """name -> (operator overload, args, kwargs), several of each overload."""
-    kw = dict(device=device)
-    x, w = CONV.reals(**kw)
-    words, weight_words = CONV.words(**kw)
-    c19 = [dyadic(19, **kw) for _ in range(6)]
-    affine = dict(scale=c19[0], bias=c19[1])
-    conv = (words, weight_words, 37, *CONV.args)
-    residual = channels_last(dyadic(*CONV.output_shape, **kw))
-    parts = dict(affine, clamp_min=0.0, residual=residual, shift_in=c19[2], slope=c19[3],
-                 shift_out=c19[4])
-    threshold = torch.stack([torch.arange(-9, 10), torch.arange(-5, 14)]).int().to(device)
-    tiles = ops.tile_weight(weight_words)
-    vector, matrix = words_of(2, 3, 37, **kw), words_of(19, 37, **kw)
-    linear = (vector, matrix, 37)
-    mask = words_of(2, 5, 6, 37, **kw)
-    shift, samples = dyadic(37, **kw), dyadic(2, 37, 1, 1, **kw)
-    grouped = ConvCase(channels=6, out_channels=4, groups=2, pad_value=-1)
-    gx, gw = (leaf(t) for t in grouped.reals(**kw))
-    transposed = (gx, leaf(reals(6, 4, 3, 2, **kw)))
-    pair = (leaf(reals(2, 3, 37, **kw)), leaf(reals(19, 37, **kw)))
-    train = (leaf(x), leaf(w), leaf(c19[5]))
-    rprelu = tuple(leaf(t) for t in (x, shift, shift + 0.25, -shift))
-    dot = channels_last(torch.randint(-99, 99, CONV.output_shape, dtype=torch.int16, **kw))
-    wide_dot = dot.int().contiguous()
-    block = (leaf(x[:, :19]), leaf(reals(19, 19, 3, 3, **kw)))
-    block_vectors = [leaf(c) for c in c19]
-    return {
-        "sign_pack": (ops.sign_pack.default, (x, None, 1), {}),
-        "sign_pack_last": (ops.sign_pack.default, (x,), {}),
-        "sign_pack_strided": (ops.sign_pack.default, (channels_last(x)[:, :, ::2], shift, 1), {}),
-        "sign_pack_samples": (ops.sign_pack.default, (x, dyadic(2, 1, 1, 6, **kw)), {}),
-        "sign_pack_bfloat16": (ops.sign_pack.default, (x.bfloat16(), None, 0), {}),
-        "sign_pack_mask": (ops.sign_pack_mask.default, (x, 1.0, shift, 1), {}),
-        "sign_pack_mask_samples": (ops.sign_pack_mask.default, (x, 1.0, samples, 1), {}),
-        "sign_pack_mask_last": (ops.sign_pack_mask.default, (channels_last(x).half(), 1.25), {}),
-        "mask_grad": (ops.mask_grad.default, (x, mask, 1), {}),
-        "mask_grad_channels_last": (ops.mask_grad.default, (channels_last(x), mask, 1), {}),
-        "mask_grad_strided": (ops.mask_grad.default, (x.movedim(1, -1)[:, ::2], mask[:, ::2]), {}),
-        "unpack": (ops.unpack.default, (words, 37), {}),
-        "unpack_dim": (ops.unpack.default, (words, 37, torch.bfloat16, 1), {}),
-        "unpack_strided": (ops.unpack.default, (words.transpose(0, 1), 37, torch.float64, 0), {}),
-        "tile_weight": (ops.tile_weight.default, (weight_words,), {}),
-        "tile_weight_grouped": (ops.tile_weight.default, (weight_words[:18], 2), {}),
-        "tile_weight_linear": (ops.tile_weight.default, (matrix,), {}),
-        "conv": (ops.packed_conv2d.default, conv, {}),
-        "conv_int32": (ops.packed_conv2d.default, conv, dict(dtype=torch.int32)),
-        "conv_parts": (ops.packed_conv2d.default, conv, dict(parts, channels_last=False)),
-        "conv_tiled": (ops.packed_conv2d.default, (words, tiles, 37), dict(out_channels=19)),
-        "conv_packed": (ops.packed_conv2d.packed, conv, dict(parts, sign_shift=c19[5])),
-        "conv_threshold": (ops.packed_conv2d.packed, conv, dict(threshold=threshold)),
-        "conv_both": (ops.packed_conv2d.both, conv, dict(parts, dtype=torch.float16)),
-        "conv_both_int32": (ops.packed_conv2d.both, conv, dict(dtype=torch.int32, pad_value=1)),
-        "linear": (ops.packed_linear.default, linear, affine),
-        "linear_int32": (ops.packed_linear.default, linear, dict(dtype=torch.int32)),
-        "linear_vector": (ops.packed_linear.default, (vector[0, 0], matrix, 37), {}),
-        "linear_packed": (ops.packed_linear.packed, linear, dict(threshold=threshold)),
-        "linear_both": (ops.packed_linear.both, linear, dict(affine, dtype=torch.bfloat16)),
-        "conv_transpose": (ops.packed_conv_transpose2d.default, conv[:3], {}),
-        "conv_transpose_parts": (ops.packed_conv_transpose2d.default, (
-            *conv[:3], (2, 3), (0, 1), (1, 0), 1, (1, 2)),
-            dict(affine, dtype=torch.float16, channels_last=False)),
-        "pool": (ops.packed_max_pool2d.default, (words, (2, 2)), {}),
-        "pool_ceil": (ops.packed_max_pool2d.default, (words, (3,), (2,), (1,), (1,), True), {}),
-        "rsign": (ops.rsign.default, (leaf(x), leaf(shift)), {}),
-        "rsign_ste": (ops.rsign.default, (leaf(channels_last(x)), shift),
-                      dict(estimator="ste_sign")),
-        "rsign_matrix": (ops.rsign.default, (x[:, :, 0, 0], leaf(shift)),
-                         dict(estimator="identity")),
-        "rsign_samples": (ops.rsign.default, (leaf(channels_last(x)), leaf(samples)), {}),
-        "rsign_samples_matrix": (ops.rsign.default, (leaf(x[:, :, 0, 0]), leaf(x[:, :, 1, 1])),
-                                 dict(estimator="identity")),
-        "rprelu": (ops.rprelu.default, rprelu, {}),
-        "rprelu_half": (ops.rprelu.default, (leaf(channels_last(x).half()), *rprelu[1:]), {}),
-        "rprelu_backward": (ops.rprelu_backward.default, (x, channels_last(x), shift, shift), {}),
-        "conv_forward": (ops.binary_conv2d_forward.default, (
-            x, w, None, c19[0], (1, 1), (1, 1, 2, 0), (1, 1), 1, 0, 1.0, torch.float32, True), {}),
-        "conv_forward_no_mask": (ops.binary_conv2d_forward.default, (
-            x, w, c19[0], None, (2, 1), (0, 0), (1, 1), 1, 1, None, torch.bfloat16, False), {}),
-        "train_conv": (ops.binary_conv2d.default, (*train, *CONV.args), {}),
-        "train_conv_scale": (ops.binary_conv2d.default, (leaf(channels_last(x)), *train[1:]),
-                             dict(scale=leaf(c19[0]), scale_weight_grad=False)),
-        "train_conv_groups": (ops.binary_conv2d.default, (gx, gw, None, *grouped.args),
-                              dict(pad_value=-1, input_estimator="approx_sign")),
-        "train_conv_unbatched": (ops.binary_conv2d.default, (leaf(x[0]), *train[1:]), {}),
-        "train_conv_inference": (ops.binary_conv2d.default, (x, w), dict(dtype=torch.bfloat16)),
-        "train_conv_same": (ops.binary_conv2d.padding, (*train, (1,), "same"), {}),
-        "train_conv_valid": (ops.binary_conv2d.padding, (*train, (2,), "valid"),
-                             dict(weight_estimator="swish_sign")),
-        "moments": (ops.packed_conv2d_moments.default, conv, {}),
-        "moments_relu": (ops.packed_conv2d_moments.default, (words, tiles, 37),
-                         dict(out_channels=19, relu=True, pad_value=1)),
-        "block_forward": (ops.residual_block_forward.default,
-                          (dot, residual, *c19[:2], None, None, None, False), {}),
-        "block_forward_half": (ops.residual_block_forward.default,
-                               (wide_dot, residual.half(), *c19[:5], True), {}),
-        "block_backward": (ops.residual_block_backward.default,
-                           (residual, dot, None, *c19[:2], None, None, c19[2], True), {}),
-        "block_backward_slope": (ops.residual_block_backward.default, (
-            residual.contiguous(), wide_dot, residual, *c19[:5], False), {}),
-        "block_norm_backward": (ops.residual_block_norm_backward.default, (
-            residual.half(), dot, *c19[:4], True, torch.bfloat16), {}),
-        "weight_grad": (ops.packed_conv2d_weight_grad.default, (
-            residual, words, 37, CONV.kernel, *CONV.args[:3], 1), {}),
-        "weight_grad_bfloat16": (ops.packed_conv2d_weight_grad.default, (
-            dyadic(2, 3, 5, 6, **kw).bfloat16(), words, 37, (1,)), {}),
-        "input_grad": (ops.packed_conv2d_input_grad.default, (
-            dyadic(2, 19, 5, 6, **kw), weight_words, 37, c19[0], (5, 6), (1,)), {}),
-        "input_grad_half": (ops.packed_conv2d_input_grad.default, (
-            channels_last(dyadic(2, 19, 4, 5, **kw)).half(), weight_words, 37, None, (5, 6),
-            (1, 0, 0, 1), (1,)), {}),
-        "sign_backward": (ops.sign_backward.default, (x.half(), channels_last(x), shift, x), {}),
-        "sign_backward_approx": (ops.sign_backward.default, (x, x),
-                                 dict(estimator="approx_sign", clip=None)),
-        "train_block": (ops.binary_residual_block.default, (*block, None, None, *block_vectors[:5],
-                                                            (1,), (1,)), {}),
-        "train_block_residual": (ops.binary_residual_block.default, (
-            leaf(x.double()), leaf(w.double()), leaf(residual.double()), leaf(shift), None, None,
-            None, None, None, *CONV.args), dict(relu=True, scale=leaf(c19[5].abs()))),
-        "train_linear": (ops.binary_linear.default, (*pair, leaf(c19[0])), {}),
-        "train_transpose": (ops.binary_conv_transpose2d.default, (
-            *transposed, leaf(c19[5][:8]), (2,), (1,), (1,), 2), {}),
-        "train_transpose_scale": (ops.binary_conv_transpose2d.default, (
-            leaf(channels_last(gx).half()), transposed[1], None, (2, 3), (0, 1), (1, 0), 2, (1, 2)),
-            dict(scale=leaf(c19[0][:8]), input_estimator="approx_sign", input_clip=None)),
-        "train_transpose_unbatched": (ops.binary_conv_transpose2d.default, (
-            transposed[0][0], transposed[1].detach()), dict(dtype=torch.bfloat16)),
-        "train_linear_scale": (ops.binary_linear.default, pair,
-                               dict(scale=leaf(c19[0]), input_estimator="swish_sign")),
-    }
+    """name -> (operator overload, args, kwargs): the samples of every record, on a device."""
+    def move(t):
+        return t if device == t.device else t.detach().to(device).requires_grad_(t.requires_grad)
+
+    device = torch.device(device)
+    found = {}
+    for name, operator in OPERATORS.items():
+        for number, sample in enumerate(operator.samples(Values())):
+            args, kw = tree_map_only(torch.Tensor, move, (sample.args, sample.kw))
+            called = f"{name}.{sample.overload}".rstrip(".")
+            found[f"{called}-{number}"] = operator.overloads[sample.overload], args, kw
+    return found
 
 
-NAMES = tuple(samples(torch.device("cpu")))
+NAMES = tuple(samples("cpu"))
 
 
 def test_every_overload_has_a_sample():
-    sampled = {str(op) for op, _, _ in samples(torch.device("cpu")).values()}
+    sampled = {str(op) for op, _, _ in samples("cpu").values()}
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bitkernels::")
              and not n.startswith("bitkernels::_")]
     expected = {n.replace("::", ".") + ("" if "." in n else ".default") for n in names}
@@ -365,11 +245,8 @@ def test_shapes_beyond_int32():
     assert ops.sign_pack(wide).shape == (1, 2**27 + 1)
 
 
-RAW = tuple(name for name, (op, args, kw) in samples(torch.device("cpu")).items()
-            if "binary_conv2d" not in str(op) or "forward" in str(op)
-            if not str(op).startswith(tuple(f"bitkernels.{name}.default" for name in (
-                "binary_linear", "binary_conv_transpose2d", "binary_residual_block", "rsign",
-                "rprelu"))))
+RAW = tuple(name for name, (op, _, _) in samples("cpu").items()
+            if OPERATORS[op._opname].autograd is None)
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bitkernels import reference
-from bitkernels._transposed import phases
+from bitkernels.ops._phases import phases
 from bitkernels_tests import oracles
 from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, dyadic, reals, words_of
 from bitkernels_tests.properties import given, settings, st

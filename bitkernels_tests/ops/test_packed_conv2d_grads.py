@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitkernels.backends import launchers
+from bitkernels.ops._record import OPERATORS
 from bitkernels_tests.cases import ConvCase, reals, words_of
 
 ops = torch.ops.bitkernels
@@ -159,7 +159,7 @@ def test_wrong_arguments(name, text, args):
 
     op = getattr(ops, name)
     for call in (lambda: op(*args), lambda: op(*map(meta, args)),
-                 lambda: getattr(launchers, name)(reached, *args)):
+                 lambda: OPERATORS[name].launcher(reached)(*args)):
         with pytest.raises(RuntimeError) as caught:
             call()
         assert str(caught.value) == f"bitkernels::{name}: {text}"

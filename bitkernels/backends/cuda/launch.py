@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from bitkernels import reference
-from bitkernels._checks import TILE, conv_geometry, linear_geometry
-from bitkernels._ops import empty_real, empty_words
 from bitkernels.backends import gpus
 from bitkernels.backends.cuda import kernels
 from bitkernels.backends.cuda.driver import Driver, Loaded, TensorMap
@@ -30,6 +28,7 @@ from bitkernels.backends.cuda.spec import (
     linear_spec,
 )
 from bitkernels.backends.trust import Capturing, capturing
+from bitkernels.ops.geometry import TILE, conv_geometry, empty_real, empty_words, linear_geometry
 
 _lock = threading.Lock()
 _driver: Driver | None = None

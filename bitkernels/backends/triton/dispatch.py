@@ -11,23 +11,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import pkgutil
 from typing import cast
 
 import torch
 
 from bitkernels.backends import gpus, reference
+from bitkernels.backends import triton as package
 from bitkernels.backends.answer import Answer
 from bitkernels.backends.triton import configs, plan
 from bitkernels.backends.trust import Trust, Usable
+from bitkernels.ops._record import OPERATORS as RECORDS
 
 OLDEST = (3, 4)
-MODULES = {  # where not its own name
-    "sign_pack_mask": "sign_pack",
-    "rprelu_backward": "rprelu",
-    "residual_block_forward": "residual_block",
-    "residual_block_backward": "residual_block",
-    "residual_block_norm_backward": "residual_block",
-}
+_FILES = {module.name for module in pkgutil.iter_modules(package.__path__)}
+OPERATORS = tuple(name for name, operator in RECORDS.items() if operator.file in _FILES)
+PRODUCTS = tuple(name for name, operator in RECORDS.items() if operator.product)
 
 
 def clear() -> None:
@@ -56,7 +55,8 @@ def why_unusable(device: torch.device) -> str | None:
 
 
 def kernel(op: str):
-    module = importlib.import_module(f"bitkernels.backends.triton.{MODULES.get(op, op)}")
+    """Of the file that is named as the one of the operator's record."""
+    module = importlib.import_module(f"bitkernels.backends.triton.{RECORDS[op].file}")
     return getattr(module, op)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels._checks import empty_around
 from bitkernels.backends.triton.elementwise import tile_shape, together, wide
 from bitkernels.backends.triton.jit import block_index
+from bitkernels.ops.geometry import empty_around
 
 
 @triton.jit

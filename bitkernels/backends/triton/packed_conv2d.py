@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bitkernels import reference
-from bitkernels._checks import conv_geometry
-from bitkernels._ops import empty_real, empty_words
 from bitkernels.backends.triton import gemm
+from bitkernels.ops.geometry import conv_geometry, empty_real, empty_words
 
 
 def packed_conv2d(words, weight_words, channels, stride=(1,), padding=(0,), dilation=(1,), groups=1,

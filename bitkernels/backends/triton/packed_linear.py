@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bitkernels import reference
-from bitkernels._checks import linear_geometry
-from bitkernels._ops import empty_real, empty_words
 from bitkernels.backends.triton import gemm
+from bitkernels.ops.geometry import empty_real, empty_words, linear_geometry
 
 
 def packed_linear(words, weight_words, channels, *, out_channels=None, dtype=None, residual=None,

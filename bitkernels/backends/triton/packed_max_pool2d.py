@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels._checks import pool_geometry
 from bitkernels.backends.triton.elementwise import wide
 from bitkernels.backends.triton.jit import block_index
+from bitkernels.ops.packed_max_pool2d import pool_geometry
 
 
 @triton.jit

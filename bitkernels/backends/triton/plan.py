@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from bitkernels._checks import conv_geometry, linear_geometry
 from bitkernels.backends.triton import configs
+from bitkernels.ops.geometry import conv_geometry, linear_geometry
 
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
 SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all

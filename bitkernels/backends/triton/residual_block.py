@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels._ops import empty_real
 from bitkernels.backends.triton import elementwise, sums
 from bitkernels.backends.triton.jit import block_index, vector
+from bitkernels.ops.geometry import empty_real
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from bitkernels._checks import empty_around
 from bitkernels.backends.triton.elementwise import tile_shape, together, wide
 from bitkernels.backends.triton.jit import block_index
+from bitkernels.ops.geometry import empty_around
 
 PARTIALS = 512  # partial rows a channel at most: about four programs for each of 132 processors
 

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from bitkernels._checks import empty_around
 from bitkernels.backends.triton import elementwise, sums
 from bitkernels.backends.triton.jit import block_index, vector
+from bitkernels.ops.geometry import empty_around
 
 ESTIMATORS = {"identity": 0, "ste_sign": 1, "approx_sign": 2, "swish_sign": 3}
 IDENTITY, STE, APPROX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels._checks import word_count
-from bitkernels._ops import empty_words
 from bitkernels.backends.triton.elementwise import collapse, wide
 from bitkernels.backends.triton.jit import block_index, pack_signs, shift_tile
+from bitkernels.ops.geometry import empty_words, word_count
 
 
 @triton.jit

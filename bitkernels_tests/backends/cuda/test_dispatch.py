@@ -230,7 +230,7 @@ def test_large_calls_get_large_tiles():
 
 
 def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):
-    monkeypatch.setattr(gpu, "run_triton", lambda op, *a, **k: (op, a, k))
+    monkeypatch.setattr(gpu.triton, "run", lambda op, *a, **k: (op, a, k))
     assert gpu.run("sign_pack", 1, x=2) == ("sign_pack", (1,), {"x": 2})
     assert gpu.run("packed_linear", *linear())[0] == "packed_linear"
 
@@ -269,7 +269,7 @@ def test_after_so_many_shapes_triton_runs_the_new_ones(usable, monkeypatch):
     monkeypatch.setattr(dispatch, "MOST_UNASKED", 2)
     monkeypatch.setattr(dispatch, "_trusted", lambda *a: True)
     monkeypatch.setattr(launch, "packed_conv2d", lambda kernel, *a, **k: kernel.family)
-    monkeypatch.setattr(gpu, "run_triton", lambda op, *a, **k: "triton")
+    monkeypatch.setattr(gpu.triton, "run", lambda op, *a, **k: "triton")
     weight = words_of(256, 3, 3, 256)
 
     def ran(size):

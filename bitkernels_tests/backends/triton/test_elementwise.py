@@ -61,8 +61,7 @@ def decided(monkeypatch):
 
     def decide(op, *args, **kw):
         seen.clear()
-        module = importlib.import_module(
-            f"bitkernels.backends.triton.{dispatch.MODULES.get(op, op)}")
+        module = importlib.import_module(dispatch.kernel(op).__module__)
         with monkeypatch.context() as context:
             for name in vars(module).copy():
                 if name.endswith("_kernel"):

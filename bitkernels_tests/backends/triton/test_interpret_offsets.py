@@ -66,9 +66,7 @@ def test_offsets_beyond_32_bits(unbacked):
              reference.packed_conv2d(*args, residual=residual))
 
 
-@pytest.mark.parametrize("op", [*dispatch.MODULES, "sign_pack", "unpack", "mask_grad", "rsign",
-                                "rprelu", "sign_backward", "packed_max_pool2d",
-                                "packed_conv2d", "packed_conv2d_moments", "packed_linear"])
+@pytest.mark.parametrize("op", dispatch.OPERATORS)
 def test_every_kernel_takes_64_bit_offsets(op, monkeypatch):
     """The same results as with 32 bits, also where a loop carries the offset."""
     inner = "popc" if op in dispatch.PRODUCTS else None

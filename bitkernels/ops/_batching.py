@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitkernels._ops import LIB
-
 Places = dict[str, int]  # where the mapped dimension of an argument is
+Rule = Callable[[Any, dict[str, Any], Places, int], Any]
 _functorch: Any = torch._C._functorch
 
 
@@ -29,7 +28,7 @@ def _in_front(arguments: dict[str, Any], places: Places, names: tuple[str, ...],
                                else value.expand(size, *value.shape))
 
 
-def _each(op, arguments: dict[str, Any], places: Places, size: int):
+def each(op, arguments: dict[str, Any], places: Places, size: int):
     """A call for each element of the mapped dimension."""
     if size == 0:
         raise RuntimeError(f"{op}: torch.vmap over a dimension of size 0 has no result")
@@ -40,12 +39,12 @@ def _each(op, arguments: dict[str, Any], places: Places, size: int):
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
-def _all_rows(*names: str):
+def rows(*names: str) -> Rule:
     """For operators of tensors of any rank: the mapped dimension is one more leading dimension."""
 
     def rule(op, arguments: dict[str, Any], places: Places, size: int):
         if not set(places) <= set(names):
-            return _each(op, arguments, places, size)
+            return each(op, arguments, places, size)
         _in_front(arguments, places, names, size)
         if arguments.get("dim", -1) >= 0:
             arguments["dim"] += 1
@@ -55,19 +54,19 @@ def _all_rows(*names: str):
     return rule
 
 
-def _all_images(*names: str):
+def images(*names: str, unbatched: bool = False) -> Rule:
     """For operators of (N, ...) whose images do not meet: N of each image is N of all.
 
-    An image without N (`SINGLE`) gets one.
+    With `unbatched` there may be one image without N, which gets one.
     """
 
     def rule(op, arguments: dict[str, Any], places: Places, size: int):
         if not set(places) <= set(names):
-            return _each(op, arguments, places, size)
+            return each(op, arguments, places, size)
         first = arguments[names[0]]
-        single = op._opname in SINGLE and first.dim() - (names[0] in places) == 3
+        single = unbatched and first.dim() - (names[0] in places) == 3
         _in_front(arguments, places, names, size)
-        images = arguments[names[0]].shape[0 if single else 1]
+        count = arguments[names[0]].shape[0 if single else 1]
         if not single:
             for name in names:
                 if arguments.get(name) is not None:
@@ -75,7 +74,7 @@ def _all_images(*names: str):
         outputs = op(**arguments)
 
         def split(out: Tensor) -> Tensor:
-            return out if single else out.unflatten(0, (size, images))
+            return out if single else out.unflatten(0, (size, count))
 
         if isinstance(outputs, Tensor):
             return split(outputs), 0
@@ -87,58 +86,23 @@ def _all_images(*names: str):
     return rule
 
 
-def _shifted(rule: Callable):
+def per_sample(rule: Rule) -> Rule:
     """The rule, but where an operator's shift is one of each sample: samples are as images."""
-    images = _all_images("input", "shift")
+    per_image = images("input", "shift")
 
     def either(op, arguments: dict[str, Any], places: Places, size: int):
         shift = arguments.get("shift")
-        per_sample = shift is not None and shift.dim() - ("shift" in places) > 1
-        return (images if per_sample else rule)(op, arguments, places, size)
+        each_has_one = shift is not None and shift.dim() - ("shift" in places) > 1
+        return (per_image if each_has_one else rule)(op, arguments, places, size)
 
     return either
 
 
-SINGLE = ("binary_conv2d", "binary_conv_transpose2d")
-
-RULES: dict[str, Callable] = {
-    "sign_pack": _shifted(_all_rows("input")),
-    "sign_pack_mask": _shifted(_all_rows("input")),
-    "mask_grad": _all_rows("grad", "mask_words"),
-    "unpack": _all_rows("words"),
-    "tile_weight": _each,
-    "packed_conv2d": _all_images("words", "residual"),
-    "packed_conv2d.packed": _all_images("words", "residual"),
-    "packed_conv2d.both": _all_images("words", "residual"),
-    "packed_conv_transpose2d": _all_images("words"),
-    "packed_linear": _all_rows("words", "residual"),
-    "packed_linear.packed": _all_rows("words", "residual"),
-    "packed_linear.both": _all_rows("words", "residual"),
-    "packed_max_pool2d": _all_images("words"),
-    "binary_conv2d": _all_images("input"),
-    "binary_conv2d.padding": _all_images("input"),
-    "binary_conv2d_forward": _all_images("input"),
-    "binary_conv_transpose2d": _all_images("input"),
-    "binary_linear": _all_rows("input"),
-    "rsign": _shifted(_all_images("input")),
-    "rprelu": _all_images("input"),
-    "packed_conv2d_input_grad": _all_images("grad"),
-    # Sums over a batch, and statistics of one, are those of each element.
-    "rprelu_backward": _each,
-    "sign_backward": _each,
-    "packed_conv2d_weight_grad": _each,
-    "packed_conv2d_moments": _each,
-    "binary_residual_block": _each,
-    "residual_block_forward": _each,
-    "residual_block_backward": _each,
-    "residual_block_norm_backward": _each,
-}
-
-
-def _kernel(op: torch._ops.OpOverload, rule: Callable):
+def batched(op: torch._ops.OpOverload, rule: Rule) -> Callable[..., Any]:
+    """A kernel of the FuncTorchBatched key."""
     names = [a.name for a in op._schema.arguments]
 
-    def batched(*args, **kw):
+    def kernel(*args, **kw):
         level = _functorch.maybe_current_level()
         size, places = 0, {}
         arguments = dict(zip(names, args, strict=False), **kw)
@@ -161,10 +125,4 @@ def _kernel(op: torch._ops.OpOverload, rule: Callable):
             return wrapped(outputs, dims)
         return tuple(map(wrapped, outputs, dims))
 
-    return batched
-
-
-for _name, _rule in RULES.items():
-    _packet, _, _overload = _name.partition(".")
-    _op = getattr(getattr(torch.ops.bitkernels, _packet), _overload or "default")
-    LIB.impl(_name, _kernel(_op, _rule), "FuncTorchBatched")
+    return kernel

@@ -19,19 +19,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from torch import Tensor
-
-from bitkernels._checks import (
-    check_channel_vector,
-    check_epilogue,
-    check_groups,
-    check_same_device,
-    check_train,
-    check_words,
-    describe,
-    fail,
-    pair,
-)
+from bitkernels.ops._checks import fail
+from bitkernels.ops.geometry import pair
 
 
 class Phase(NamedTuple):
@@ -65,7 +54,8 @@ def _beyond(kernel: int, stride: int, padding: int, output_padding: int, dilatio
     return dilation * (kernel - 1) + 1 + output_padding - stride - 2 * padding
 
 
-def geometry(op: str, name: str, size, kernel, stride, padding, output_padding, dilation):
+def transposed_geometry(op: str, name: str, size, kernel, stride, padding, output_padding,
+                        dilation):
     """Checked (OH, OW) of an input `name` of (H, W), and stride, padding, output_padding, dilation
     as pairs."""
     stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
@@ -82,47 +72,3 @@ def geometry(op: str, name: str, size, kernel, stride, padding, output_padding, 
         fail(op, "padding", "small enough for an output of at least 1 x 1", f"{list(padding)} and "
              f"an output of {out[0]} x {out[1]}")
     return out, stride, padding, output_padding, dilation
-
-
-def check_binary_conv_transpose2d(
-        input: Tensor, weight: Tensor, bias, stride, padding, output_padding, groups, dilation, *,
-        scale, input_estimator, input_clip, weight_estimator, weight_clip, dtype):
-    """Checked ((..., Cout, OH, OW), stride, padding, output_padding, dilation)."""
-    op = "binary_conv_transpose2d"
-    check_train(op, input, weight, None, None, input_estimator, input_clip, weight_estimator,
-                weight_clip, dtype, 4)
-    if input.dim() not in (3, 4):
-        fail(op, "input", "(N, C, H, W) or (C, H, W)", describe(input))
-    channels, per_group, *kernel = weight.shape
-    if groups < 1 or channels % groups:
-        fail(op, "groups", f"a divisor of {channels} input channels", groups)
-    if input.shape[-3] != channels:
-        fail(op, "input", f"{channels} channels wide for a weight of shape {tuple(weight.shape)}",
-             f"{input.shape[-3]} channels in {describe(input)}")
-    if min(weight.shape) < 1:
-        fail(op, "weight", "of at least one channel and tap", describe(weight))
-    check_same_device(op, input, bias=bias, scale=scale)
-    check_channel_vector(op, "bias", bias, per_group * groups)
-    check_channel_vector(op, "scale", scale, per_group * groups)
-    size, *rest = geometry(op, "input", input.shape[-2:], kernel, stride, padding, output_padding,
-                           dilation)
-    return (*input.shape[:-3], per_group * groups, *size), *rest
-
-
-def check_packed_conv_transpose2d(
-        words: Tensor, weight_words: Tensor, channels: int, stride, padding, output_padding, groups,
-        dilation, *, scale, bias, dtype):
-    """Checked ((N, Cout, OH, OW), stride, padding, output_padding, dilation)."""
-    op = "packed_conv_transpose2d"
-    check_words(op, "words", words, channels, 4)
-    check_groups(op, channels, weight_words.shape[0] if weight_words.dim() else 1, groups)
-    check_words(op, "weight_words", weight_words, channels // groups, 4)
-    check_same_device(op, words, weight_words=weight_words)
-    cout, *kernel = weight_words.shape[:3]
-    if min(cout, *kernel) < 1:
-        fail(op, "weight_words", "of at least one channel and tap", describe(weight_words))
-    size, *rest = geometry(op, "words", words.shape[1:3], kernel, stride, padding, output_padding,
-                           dilation)
-    shape = (words.shape[0], cout, *size)
-    check_epilogue(op, words, shape, cout, scale=scale, bias=bias, dtype=dtype)
-    return shape, *rest

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels._dispatch import in_memory_format
+from bitkernels.ops.geometry import ConvSpec
 
 ops = torch.ops.bitkernels
 
@@ -19,7 +20,7 @@ def scaled_signs(weight: Tensor, words: Tensor, scale: Tensor | None, dtype) -> 
     return signs if scale is None else signs * scale.view(-1, *[1] * (signs.dim() - 1)).to(dtype)
 
 
-def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input: bool,
+def conv2d_backward(grad, words, weight, weight_words, scale, conv: ConvSpec, wants_input: bool,
                     wants_weight: bool):
     """Real gradients of (input's signs, weight's unscaled signs), None where not wanted.
 
@@ -27,20 +28,20 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conf, wants_input:
     gradient of the unscaled signs, from which every rule for the weight follows.
     """
     grad = in_memory_format(grad, torch.channels_last)  # as the words; once for both
-    by_input, by_weight = by_tables(grad, weight, conf)
-    channels = weight.shape[1] * conf["groups"]
+    by_input, by_weight = by_tables(grad, weight, conv)
+    channels = weight.shape[1] * conv.groups
     grad_input = grad_signs = None
     if wants_weight and by_weight:
         grad_signs = ops.packed_conv2d_weight_grad.default(
-            grad, words, channels, weight.shape[2:], conf["stride"], conf["pad"],
-            conf["dilation"], conf["pad_value"])
+            grad, words, channels, weight.shape[2:], conv.stride, conv.pad,
+            conv.dilation, conv.pad_value)
     elif wants_weight:
-        grad_signs = _weight_grad(grad, words, weight, conf)
+        grad_signs = _weight_grad(grad, words, weight, conv)
     if wants_input and by_input:
         grad_input = ops.packed_conv2d_input_grad.default(
-            grad, weight_words, channels, scale, words.shape[1:3], conf["pad"], conf["dilation"])
+            grad, weight_words, channels, scale, words.shape[1:3], conv.pad, conv.dilation)
     elif wants_input:
-        grad_input = _input_grad(grad, words, weight, weight_words, scale, conf)
+        grad_input = _input_grad(grad, words, weight, weight_words, scale, conv)
     return grad_input, grad_signs
 
 
@@ -49,14 +50,14 @@ def _has_amx() -> bool:
     return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
+def by_tables(grad: Tensor, weight: Tensor, conv: ConvSpec) -> tuple[bool, bool]:
     """Whether the operators on bits are faster than the library, for (input, weight): where a table
     is read often enough for the time to make it (measured, docs/performance.md)."""
-    if grad.device.type != "cpu" or grad.dtype == torch.float64 or conf["groups"] != 1:
+    if grad.device.type != "cpu" or grad.dtype == torch.float64 or conv.groups != 1:
         return False, False
     cout, cin, kh, kw = weight.shape
     taps = kh * kw
-    by_input = grad.dtype == torch.float32 and conf["stride"] == (1, 1) and cout >= 32 and (
+    by_input = grad.dtype == torch.float32 and conv.stride == (1, 1) and cout >= 32 and (
         cin >= 128 or (cin >= 64 and taps >= 9))
     by_weight = (cout >= 64 and cin * taps >= 512) or (cout >= 128 and cin * taps >= 128)
     if grad.dtype == torch.bfloat16 and _has_amx():
@@ -64,36 +65,36 @@ def by_tables(grad: Tensor, weight: Tensor, conf) -> tuple[bool, bool]:
     return by_input, by_weight
 
 
-def _library_backward(grad, x, weight, conf, padding, mask):
+def _library_backward(grad, x, weight, conv, padding, mask):
     if weight.shape[0] == 0:  # sums of nothing, which the library refuses
         return torch.zeros_like(x), torch.zeros_like(weight)
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, conf["stride"], padding, conf["dilation"], False, (0, 0),
-        conf["groups"], (*mask, False))
+        grad, x, weight, None, conv.stride, padding, conv.dilation, False, (0, 0),
+        conv.groups, (*mask, False))
 
 
-def _input_grad(grad, words, weight, weight_words, scale, conf) -> Tensor:
+def _input_grad(grad, words, weight, weight_words, scale, conv) -> Tensor:
     """Of the input's signs, by PyTorch's convolution backward; the same for any pad_value."""
-    top, bottom, left, right = conf["pad"]
-    size, channels = words.shape[1:3], weight.shape[1] * conf["groups"]
+    top, bottom, left, right = conv.pad
+    size, channels = words.shape[1:3], weight.shape[1] * conv.groups
     uneven = top != bottom or left != right
     shape = (size[0] + top + bottom, size[1] + left + right) if uneven else size
     x = torch.empty(grad.shape[0], channels, *shape, dtype=grad.dtype, device=grad.device,
                     memory_format=torch.channels_last)  # only its shape and layout are read
     scaled = scaled_signs(weight, weight_words, scale, grad.dtype)
-    grad_input = _library_backward(grad, x, scaled, conf, (0, 0) if uneven else (top, left),
+    grad_input = _library_backward(grad, x, scaled, conv, (0, 0) if uneven else (top, left),
                                    (True, False))[0]
     if uneven:
         grad_input = grad_input[:, :, top : top + size[0], left : left + size[1]]
     return grad_input
 
 
-def _weight_grad(grad, words, weight, conf) -> Tensor:
+def _weight_grad(grad, words, weight, conv) -> Tensor:
     """Of the weight's signs, by PyTorch's convolution backward."""
-    x = ops.unpack.default(words, weight.shape[1] * conf["groups"], grad.dtype, 1)
-    top, bottom, left, right = conf["pad"]
-    explicit = conf["pad_value"] != 0 or top != bottom or left != right
+    x = ops.unpack.default(words, weight.shape[1] * conv.groups, grad.dtype, 1)
+    top, bottom, left, right = conv.pad
+    explicit = conv.pad_value != 0 or top != bottom or left != right
     if explicit:
-        x = F.pad(x, (left, right, top, bottom), value=float(conf["pad_value"]))
-    return _library_backward(grad, x, grad.new_empty(weight.shape), conf,
+        x = F.pad(x, (left, right, top, bottom), value=float(conv.pad_value))
+    return _library_backward(grad, x, grad.new_empty(weight.shape), conv,
                              (0, 0) if explicit else (top, left), (False, True))[1]

@@ -1,0 +1,167 @@
+"""One record an operator, and all that is made of it.
+
+A file of this folder declares an operator by `define(Operator(...))`; `bitkernels.ops` imports
+every file, so there is no list. From the records come the schemas, the kernels of every dispatch
+key that Python registers (fake, autograd or its refusal, autocast, vmap, reference, GPU), the check
+of GPU kernels at first use, the tests' samples and wrong arguments, `bitkernels.ops.NAME` with its
+help, and docs/operators.md.
+
+Three forms of one operator:
+
+  arguments   those of the schema, as a caller gives them
+  call        what `check` makes of them: what every kernel gets, GPU kernels and reference alike
+  outputs     what `fake` allocates for a call, in the strides that every kernel's outputs have
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from bitkernels._dispatch import autocast, refuse_grad
+from bitkernels.ops._batching import Rule, batched, each, images, per_sample, rows
+from bitkernels.ops._samples import Sample, Values, channels_last
+
+# What the files of operators need, in one import.
+__all__ = ["Call", "Operator", "Sample", "channels_last", "define", "each", "images", "per_sample",
+           "rows"]
+LIB = torch.library.Library("bitkernels", "DEF")
+KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
+# Of operators that have these overloads: whether kernels are asked for (real, packed) outputs.
+OUTPUTS = {"": (True, False), "packed": (False, True), "both": (True, True)}
+GROUPS = ("Training", "Bits", "Products of bits", "The residual block")  # the page's sections
+
+
+class Call(NamedTuple):
+    """What kernels get: positional and keyword arguments."""
+
+    args: tuple
+    kw: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """An operator, declared.
+
+    schemas: of each overload, the default one first. A size is SymInt. Overloads .packed and .both
+        mean that kernels take `real` and `packed` and return both outputs, None where not asked.
+    group: the section of docs/operators.md, one of `GROUPS`.
+    text: the help: description, Arguments, Returns, Errors, Example (`ops/__init__.py` reads it).
+    check: arguments to `Call`. Raises RuntimeError by `_checks.fail`.
+    fake: a call to empty outputs.
+    reference: a call to outputs in plain PyTorch, of any strides: the specification.
+    composed: in place of a reference, a call to outputs by other operators.
+    autograd: arguments to outputs, differentiable: the kernel of the Autograd key, and where
+        neither of the two before is given, of all devices. None: the operator refuses gradients.
+    batched: the rule of `torch.vmap`, from `_batching.py`.
+    samples: calls by which the operator is tested, and its kernels are checked at first use.
+    engine: whether csrc/ has a kernel of it.
+    product: whether its Triton kernel has several inner products.
+    """
+
+    schemas: tuple[str, ...]
+    group: str
+    text: str
+    check: Callable[..., Call]
+    fake: Callable[..., Any]
+    batched: Rule
+    samples: Callable[[Values], list[Sample]]
+    reference: Any = None
+    composed: Any = None
+    autograd: Any = None
+    engine: bool = True
+    product: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.schemas[0].partition("(")[0]
+
+    @property
+    def file(self) -> str:
+        """Of the record; the operator's file in every backend has the same name."""
+        return self.fake.__module__.rpartition(".")[2]
+
+    @property
+    def overloads(self) -> dict[str, torch._ops.OpOverload]:
+        """By name, "" for the default one."""
+        packet = getattr(torch.ops.bitkernels, self.name)
+        names = [schema.partition("(")[0].partition(".")[2] for schema in self.schemas]
+        return {name: getattr(packet, name or "default") for name in names}
+
+    def launcher(self, run: Callable[..., Any], overload: str = "") -> Callable[..., Any]:
+        """An overload on a backend: its arguments checked, then `run(name, *args, **kw)`."""
+        name, check = self.name, self.check
+        if not any(".both(" in schema for schema in self.schemas):
+            def launch(*args, **kw):
+                call = check(*args, **kw)
+                return run(name, *call.args, **call.kw)
+
+            return launch
+        real, packed = OUTPUTS[overload]
+
+        def launch_product(*args, **kw):
+            call = check(*args, **kw)
+            outputs = run(name, *call.args, real=real, packed=packed, **call.kw)
+            return outputs if real and packed else outputs[0] if real else outputs[1]
+
+        return launch_product
+
+    def cases(self) -> list[Call]:
+        """The samples that kernels are checked by, as calls, without gradients."""
+        found = []
+        for sample in self.samples(Values()):
+            if sample.kernel is not None:
+                args, kw = self.check(*map(_detached, sample.args), **{
+                    name: _detached(value) for name, value in sample.kw.items()})
+                if sample.overload:
+                    kw = dict(zip(("real", "packed"), OUTPUTS[sample.overload], strict=True), **kw)
+                found.append(Call(args, {**kw, **sample.kernel}))
+        return found
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def define(operator: Operator) -> None:
+    """Makes the operator known to torch, but for its kernels in `bitkernels.backends`."""
+    OPERATORS[operator.name] = operator
+    for schema in operator.schemas:
+        LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for overload, op in operator.overloads.items():
+        name = f"{operator.name}.{overload}".rstrip(".")
+        torch.library.register_fake(f"bitkernels::{name}", _fake(operator, overload), lib=LIB)
+        LIB.impl(name, batched(op, operator.batched), "FuncTorchBatched")
+        LIB.impl(name, operator.autograd or refuse_grad(op), "Autograd")
+        if operator.composed is not None:
+            LIB.impl(name, _composed(operator), KEY)
+        elif operator.reference is None:
+            assert operator.autograd is not None, f"{name} computes nothing"
+            # Below autograd (inference mode) the same function finds no gradient to record.
+            LIB.impl(name, operator.autograd, KEY)
+        if operator.autograd and any(a.name == "dtype" for a in op._schema.arguments):
+            for device in ("cpu", "cuda"):
+                LIB.impl(name, autocast(op, device), f"Autocast{device.upper()}")
+
+
+def _fake(operator: Operator, overload: str) -> Callable[..., Any]:
+    return operator.launcher(lambda _, *args, **kw: operator.fake(*args, **kw), overload)
+
+
+def _composed(operator: Operator) -> Callable[..., Any]:
+    return operator.launcher(lambda _, *args, **kw: operator.composed(*args, **kw))
+
+
+def register(key: str, run: Callable[..., Any], names: tuple[str, ...] | None = None) -> None:
+    """Makes `run(name, *args, **kw)` the kernel, under a dispatch key, of the operators that have a
+    reference: of all, or of those in `names`."""
+    for name, operator in OPERATORS.items():
+        if operator.reference is not None and (names is None or name in names):
+            for overload in operator.overloads:
+                LIB.impl(f"{name}.{overload}".rstrip("."), operator.launcher(run, overload), key)

@@ -1,0 +1,168 @@
+"""What the trained operators share: signs in the backward, estimators, gradients of weights.
+
+For the backward they keep packed bits (the signs of the input and the mask |x| <= clip: 2 bits an
+element), never a real copy; only estimators that need |x| itself (approx_sign, swish_sign) keep a
+reference to the input. The real part of the backward reads those bits by tables on CPUs where that
+is faster (`_conv2d_backward.py`), else it is `aten.convolution_backward` on operands expanded from
+them.
+
+Estimators of d sign(x) / dx (Larq's names, plus the two trivial ones):
+  ste_sign     1 where |x| <= clip (clip None: everywhere)
+  approx_sign  2 - 2|x| where |x| <= 1 (Bi-Real Net)
+  swish_sign   beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta x)) (BNN+)
+  identity     1
+  none         no gradient
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitkernels.ops._checks import (
+    REAL,
+    check_channel_vector,
+    check_clip,
+    check_estimator,
+    check_real,
+    check_same_device,
+    fail,
+)
+from bitkernels.ops.geometry import is_channels_last
+
+ops = torch.ops.bitkernels
+
+TRAINING_SCHEMA = (
+    "Tensor? scale=None, str input_estimator='ste_sign', float? input_clip=1.0, "
+    "str weight_estimator='ste_sign', float? weight_clip=1.0, float beta=5.0, "
+    "bool scale_weight_grad=True, ScalarType? dtype=None"
+)
+TRAINING_TEXT = """\
+  scale: (Cout,) real, a factor of each output channel; None: none.
+  input_estimator: the slope of the input's sign in the backward: ste_sign, approx_sign,
+    swish_sign, identity or none.
+  input_clip: of ste_sign: the slope is 1 where |input| <= input_clip; None: everywhere.
+  weight_estimator: the same for the weight.
+  weight_clip: the same for the weight.
+  beta: of swish_sign.
+  scale_weight_grad: multiply the weight's gradient with scale too.
+  dtype: of the result; None: the input's.
+"""
+
+
+class Estimators(NamedTuple):
+    """How an operator trains, and the type of its result; checked where it is entered."""
+
+    input_estimator: str = "ste_sign"
+    input_clip: float | None = 1.0
+    weight_estimator: str = "ste_sign"
+    weight_clip: float | None = 1.0
+    beta: float = 5.0
+    scale_weight_grad: bool = True
+    dtype: torch.dtype | None = None
+
+    def keywords(self) -> dict[str, Any]:
+        """As the operators take them."""
+        return self._asdict()
+
+    def of_input(self, wanted: bool) -> str:
+        return self.input_estimator if wanted else "none"
+
+
+def check_training(op: str, input, weight, bias, scale, ndim: int, estimators) -> Estimators:
+    """Checks what all trained operators take; estimators: their keywords."""
+    train = Estimators(**estimators)
+    check_real(op, "input", input)
+    check_real(op, "weight", weight, ndim)
+    check_same_device(op, input, weight=weight)
+    if bias is not None or scale is not None:
+        check_same_device(op, input, bias=bias, scale=scale)
+        check_channel_vector(op, "bias", bias, weight.shape[0])
+        check_channel_vector(op, "scale", scale, weight.shape[0])
+    check_estimator(op, "input_estimator", train.input_estimator)
+    check_estimator(op, "weight_estimator", train.weight_estimator)
+    check_clip(op, "input_clip", train.input_clip)
+    check_clip(op, "weight_clip", train.weight_clip)
+    if train.dtype is not None and train.dtype not in REAL:
+        fail(op, "dtype", "float32, float16, bfloat16 or float64", train.dtype)
+    return train
+
+
+class Signs:
+    """What one input of a binary operator keeps: its packed signs, and what its estimator needs."""
+
+    @staticmethod
+    def pack(x: Tensor, name: str, clip: float | None, dim: int) -> tuple[Tensor, Tensor | None]:
+        """(words, saved): saved is packed mask bits, a reference to x, or None."""
+        if name == "ste_sign" and clip is not None:
+            return ops.sign_pack_mask.default(x, clip, None, dim)
+        saved = x if name in ("approx_sign", "swish_sign") else None
+        return ops.sign_pack.default(x, None, dim), saved
+
+    @staticmethod
+    def grad(grad: Tensor, saved: Tensor | None, name: str, beta: float, dim: int) -> Tensor:
+        if saved is None:
+            return grad
+        if name == "ste_sign":
+            return ops.mask_grad.default(grad, saved, dim)
+        return estimated_grad(grad, saved, name, beta)
+
+
+def estimated_grad(grad: Tensor, x: Tensor, estimator: str, beta: float) -> Tensor:
+    """grad times the slope of approx_sign or swish_sign at x: `estimator_grad` of the contract in
+    one pass in place of five and more."""
+    shape = x.shape
+    if not is_channels_last(x):  # the operator has channels, and is fastest with them innermost
+        columns = x[0].numel() if x.dim() > 1 and len(x) else x.numel()
+        grad, x = (t.reshape(-1, max(columns, 1)) for t in (grad, x))
+    return ops.sign_backward.default(
+        grad, x, None, None, estimator=estimator, beta=beta)[0].view(shape)
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Channels-last if `t` is, else contiguous; its gradient gets the same."""
+    # PyTorch's batch norm takes ten times as long for mixed formats (docs/notebook/performance.md).
+    return torch.channels_last if is_channels_last(t) else torch.contiguous_format
+
+
+def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tensor | None,
+                       train: Estimators, wants_weight: bool, wants_scale: bool):
+    """(dweight, dscale) from the gradient with respect to the unscaled signs of the weight.
+
+    words: the weight's packed signs.
+    """
+    grad_weight = grad_scale = None
+    rows = (-1, *[1] * (weight.dim() - 1))
+    if scale is not None and wants_scale:
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        signs = ops.unpack.default(words, weight.shape[1], grad.dtype, 1)
+        grad_scale = (grad * signs).flatten(1).sum(1, dtype=wide).to(scale.dtype)
+    if wants_weight:
+        grad_weight = latent_grad(grad, weight, None if scale is None else scale.view(rows), train)
+    return grad_weight, grad_scale
+
+
+def latent_grad(grad: Tensor, weight: Tensor, factor: Tensor | None,
+                train: Estimators) -> Tensor | None:
+    """The latent weight's gradient from that of its unscaled signs; None if it does not train.
+
+    factor: the scale, shaped to multiply the weight.
+    """
+    if train.weight_estimator == "none":
+        return None
+    if factor is not None and train.scale_weight_grad:
+        grad = grad * factor.to(grad.dtype)
+    if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
+        grad = grad.to(weight.dtype)
+    return ops.sign_backward.default(
+        grad, weight, None, None, estimator=train.weight_estimator, clip=train.weight_clip,
+        beta=train.beta)[0]
+
+
+def wanted(ctx) -> tuple[bool, bool]:
+    """Whether the real backward must compute the input's and the weight's gradients."""
+    wants_input = ctx.needs_input_grad[0] and ctx.train.input_estimator != "none"
+    trains_weight = ctx.needs_input_grad[1] and ctx.train.weight_estimator != "none"
+    return wants_input, trains_weight or ctx.needs_input_grad[3]

@@ -1,0 +1,333 @@
+"""binary_residual_block: a residual block in training as one differentiable operator.
+
+    dot    = binary convolution of sign(input + sign_shift) with sign(weight)
+    value  = batch norm of scale * dot (of its positive part with relu) + residual
+    output = value > -shift_in ? value + shift_in : slope (value + shift_in), plus shift_out
+
+The convolution is written once, as int16, while its integer sums and sums of squares are taken: the
+statistics of the batch are exact. One more pass normalizes, adds and activates. For the backward it
+keeps the packed signs, the residual where there is an activation (the residual stream, which a
+chain of blocks shares), and what the sign's estimator needs: the input itself, or one bit an
+element. The dot products are computed again from the bits, and everything else from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
+from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
+from bitkernels.ops._conv2d_backward import conv2d_backward
+from bitkernels.ops._record import Call, Operator, define, each
+from bitkernels.ops._samples import Sample
+from bitkernels.ops._training import TRAINING_SCHEMA, finish_weight_grad, memory_format
+from bitkernels.ops.binary_conv2d import check_conv
+from bitkernels.ops.geometry import ConvSpec, empty_real
+
+ops = torch.ops.bitkernels
+
+
+class PerTensor(NamedTuple):
+    """The operator's tensors, or something of each: its gradient, whether it needs one."""
+
+    input: Any
+    weight: Any
+    residual: Any = None
+    sign_shift: Any = None
+    norm_weight: Any = None
+    norm_bias: Any = None
+    shift_in: Any = None
+    slope: Any = None
+    shift_out: Any = None
+    scale: Any = None
+
+
+class NormSpec(NamedTuple):
+    """What stands between convolution and residual."""
+
+    relu: bool
+    eps: float
+    group: str | None
+
+
+def check(input, weight, residual=None, sign_shift=None, norm_weight=None, norm_bias=None,
+          shift_in=None, slope=None, shift_out=None, stride=(1,), padding=(0,), dilation=(1,),
+          groups=1, *, pad_value=0, relu=False, eps=1e-5, group=None, scale=None, **estimators):
+    op = "binary_residual_block"
+    check_real(op, "input", input, 4)
+    conv, train = check_conv(op, input, weight, None, scale, stride, padding, dilation, groups,
+                             pad_value, estimators)
+    check_same_device(op, input, residual=residual)
+    shape = _output_shape(input, weight, conv)
+    stream = input if residual is None else residual
+    if stream.shape != shape or stream.dtype != input.dtype:
+        fail(op, "residual", f"{str(input.dtype)[6:]} of shape {tuple(shape)}", describe(stream))
+    if group is None and shape[0] * shape[2] * shape[3] < 2:
+        fail(op, "input", "of more than 1 value per channel in the output", describe(input))
+    check_vectors(op, input, shape[1], norm_weight=norm_weight, norm_bias=norm_bias,
+                  shift_in=shift_in, slope=slope, shift_out=shift_out)
+    check_vectors(op, input, input.shape[1], sign_shift=sign_shift)
+    if slope is None and (shift_in is not None or shift_out is not None):
+        fail(op, "slope", "given with shift_in or shift_out", "None")
+    if not eps >= 0:
+        fail(op, "eps", "at least 0", f"{eps:g}")
+    if train.dtype is not None and (train.dtype == torch.float64) != (input.dtype == torch.float64):
+        fail(op, "dtype", "a real type, float64 for float64 only", train.dtype)
+    tensors = PerTensor(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in,
+                        slope, shift_out, scale)
+    return Call((*tensors, conv, NormSpec(relu, eps, group), train))
+
+
+def _output_shape(input: Tensor, weight: Tensor, conv: ConvSpec) -> tuple[int, ...]:
+    size = conv.output_size(input.shape[-2:], weight.shape[2:])
+    return (input.shape[0], weight.shape[0], *size)
+
+
+def fake(input, weight, *rest):
+    shape = _output_shape(input, weight, rest[-3])
+    vector = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (empty_real(input, shape, input.dtype, True),
+            *(input.new_empty(shape[1], dtype=vector) for _ in range(2)))
+
+
+def _all_reduce(t: Tensor, group: str | None) -> Tensor:
+    """The sum of `t` over the processes of a group, given by name."""
+    if group is None:
+        return t
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_reduce(t, "sum", group))
+
+
+class _Norm:
+    """Batch statistics of scale * dot and the affine function of dot that they make."""
+
+    def __init__(self, moments: Tensor, scale, weight, bias, eps: float,
+                 group: str | None) -> None:
+        sums = _all_reduce(moments.double(), group)
+        self.count = total = sums[2]
+        self.center = sums[0] / total  # mean of dot
+        variance = (sums[1] / total - self.center * self.center).clamp_min(0)
+        self.mean = self.center
+        if scale is not None:
+            alpha = scale.double()
+            self.mean, variance = self.mean * alpha, variance * alpha * alpha
+        inverse = (variance + eps).rsqrt()
+        self.factor = inverse if weight is None else inverse * weight.double()  # of scale * dot
+        # of dot - center, to give the normalized value
+        self.normal = inverse if scale is None else inverse * alpha
+        self.slope = self.factor if scale is None else self.factor * alpha  # of dot
+        self.offset = -self.slope * self.center
+        if bias is not None:
+            self.offset = self.offset + bias.double()
+        self.variance = variance * (total / (total - 1).clamp_min(1))  # unbiased
+
+
+def _moments(words: Tensor, weight_words: Tensor, channels: int, conv: ConvSpec,
+             relu: bool) -> tuple[Tensor, Tensor]:
+    return ops.packed_conv2d_moments.default(
+        words, weight_words, channels, conv.stride, conv.pad, conv.dilation, conv.groups,
+        pad_value=conv.pad_value, relu=relu)
+
+
+def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
+    """(output, packed signs, packed mask or None, statistics)."""
+    mask, weight_words = None, ops.sign_pack.default(t.weight, None, 1)
+    if clip is None:
+        words = ops.sign_pack.default(t.input, t.sign_shift, 1)
+    else:
+        words, mask = ops.sign_pack_mask.default(t.input, clip, t.sign_shift, 1)
+    dot, moments = _moments(words, weight_words, t.input.shape[1], conv, spec.relu)
+    norm = _Norm(moments, t.scale, t.norm_weight, t.norm_bias, spec.eps, spec.group)
+    out = ops.residual_block_forward.default(
+        dot, t.input if t.residual is None else t.residual, norm.slope, norm.offset, t.shift_in,
+        t.slope, t.shift_out, spec.relu)
+    return out, words, mask, norm
+
+
+class _ResidualBlock(FirstOrder):
+    operator = "binary_residual_block"
+
+    @staticmethod
+    def call(*args):
+        *tensors, scale, conv, spec, train = args
+        return ops.binary_residual_block.default(
+            *tensors, conv.stride, conv.pad, conv.dilation, conv.groups, pad_value=conv.pad_value,
+            scale=scale, **spec._asdict(), **train.keywords())
+
+    @staticmethod
+    def below(*args):
+        *tensors, conv, spec, _ = args
+        out, *_, norm = _forward(PerTensor(*tensors), conv, spec, None)
+        if out.dtype == torch.float64:
+            return out, norm.mean, norm.variance
+        return out, norm.mean.float(), norm.variance.float()
+
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, conv, spec, train = args
+        t, needs = PerTensor(*tensors), PerTensor(*ctx.needs_input_grad[:len(tensors)])
+        estimator = train.of_input(needs.input or needs.sign_shift)
+        if estimator == "ste_sign" and train.input_clip is None:
+            estimator = "identity"
+        # The stream is kept for the activation; where it is the input, no mask is needed.
+        stream = None if t.slope is None else t.input if t.residual is None else t.residual
+        from_input = estimator in ("approx_sign", "swish_sign") or stream is t.input
+        clip = train.input_clip if estimator == "ste_sign" and not from_input else None
+        with below_autograd():
+            out, words, mask, norm = _forward(t, conv, spec, clip)
+        kept = t.input if from_input and estimator not in ("identity", "none") else None
+        ctx.save_for_backward(words, t.weight, t.scale, stream, kept, mask, t.sign_shift,
+                              t.shift_in, t.slope, norm.slope, norm.offset, norm.center,
+                              norm.factor, norm.normal, norm.count)
+        ctx.conv, ctx.spec, ctx.train, ctx.estimator = conv, spec, train, estimator
+        ctx.input_dtype, ctx.memory_format = t.input.dtype, memory_format(t.input)
+        ctx.residual_format = None if t.residual is None else memory_format(t.residual)
+        ctx.dtypes = PerTensor(*(None if x is None else x.dtype for x in t))
+        mean, variance = norm.mean, norm.variance
+        if t.input.dtype != torch.float64:
+            mean, variance = mean.float(), variance.float()
+        else:  # outputs of a Function must not alias what it keeps
+            mean = mean.clone()
+        ctx.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx, grad, _mean, _variance):
+        (words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
+         norm_slope, offset, center, factor, normal, count) = ctx.saved_tensors
+        conv, spec, train, estimator = ctx.conv, ctx.spec, ctx.train, ctx.estimator
+        needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
+        weight_words = ops.sign_pack.default(weight, None, 1)
+        dot, _ = _moments(words, weight_words, weight.shape[1] * conv.groups, conv, spec.relu)
+        grad_value, sums = ops.residual_block_backward.default(
+            grad, dot, stream, norm_slope, offset, shift_in, slope, center, spec.relu)
+        if slope is None:
+            grad_value = grad
+
+        def vector(name: str, value: Tensor) -> Tensor | None:
+            return value.to(getattr(ctx.dtypes, name)) if getattr(needs, name) else None
+
+        grads = PerTensor(
+            None, None, norm_weight=vector("norm_weight", sums[1] * normal),
+            norm_bias=vector("norm_bias", sums[0]), shift_in=vector("shift_in", sums[0]),
+            slope=vector("slope", sums[2]), shift_out=vector("shift_out", sums[3]))
+        wants_input = estimator != "none" and (needs.input or needs.sign_shift)
+        wants_scale = scale is not None and needs.scale
+        wants_weight = (needs.weight and train.weight_estimator != "none") or wants_scale
+        if wants_input or wants_weight:
+            total = _all_reduce(sums[:2].contiguous(), spec.group) / count
+            dtype = train.dtype or grad.dtype
+            if (scale is not None and train.scale_weight_grad and not wants_scale
+                    and dtype != torch.float16):  # which it might bring below the normal numbers
+                factor, scale = factor * scale.double(), None  # where it costs no pass
+            grad_dot = ops.residual_block_norm_backward.default(
+                grad_value, dot, factor, -factor * normal * normal * total[1],
+                -factor * total[0], center, spec.relu, dtype)
+            grad_signs, grad_weight_signs = conv2d_backward(
+                grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
+            if wants_weight:
+                of_weight, of_scale = finish_weight_grad(
+                    grad_weight_signs, weight, weight_words, scale, train, needs.weight,
+                    wants_scale)
+                grads = grads._replace(weight=of_weight, scale=of_scale)
+        # Without a residual the input is that too.
+        own = grad_value if ctx.residual_format is None else None
+        if wants_input:
+            of_input, of_shift = _sign_backward(ctx, grad_signs, kept, mask, sign_shift, own)
+            grads = grads._replace(input=of_input, sign_shift=of_shift)
+        elif needs.input and own is not None:
+            grads = grads._replace(input=in_memory_format(own, ctx.memory_format))
+        if needs.residual:
+            grads = grads._replace(residual=in_memory_format(grad_value, ctx.residual_format))
+        return (*grads, None, None, None)
+
+
+def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the input, with `add`, and of the shift."""
+    wants_shift = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)]).sign_shift
+    if kept is not None:
+        out, total = ops.sign_backward.default(
+            grad, kept, shift, add, estimator=ctx.estimator, clip=ctx.train.input_clip,
+            beta=ctx.train.beta)
+    else:
+        grad = in_memory_format(grad.to(ctx.input_dtype), ctx.memory_format)
+        if mask is not None:
+            grad = ops.mask_grad.default(grad, mask, 1)
+        total = grad.sum((0, 2, 3), dtype=torch.float64) if wants_shift else None
+        out = grad if add is None else grad + add
+    return out, total.to(shift.dtype) if wants_shift else None
+
+
+def autograd(*args, **kw):
+    *tensors, conv, spec, train = check(*args, **kw).args
+    return differentiate(_ResidualBlock, tuple(tensors), conv, spec, train)
+
+
+def samples(v):
+    x, vectors = v.leaf(2, 19, 5, 6), [v.leaf(19) for _ in range(5)]
+    wide = dict(dtype=torch.float64)
+    return [
+        Sample((x, v.leaf(19, 19, 3, 3), None, None, *vectors, (1,), (1,))),
+        Sample((v.leaf(2, 37, 5, 6, **wide), v.leaf(19, 37, 3, 3, **wide),
+                v.leaf(2, 19, 2, 7, **wide), v.leaf(37), None, None, None, None, None,
+                (2, 1), (1, 0, 2, 1), (1, 1), 1),
+               dict(relu=True, scale=v.real(19).abs().requires_grad_()))]
+
+
+define(Operator(
+    # It returns the activation, and the mean and unbiased variance for running statistics.
+    schemas=("binary_residual_block(Tensor input, Tensor weight, Tensor? residual=None, "
+             "Tensor? sign_shift=None, Tensor? norm_weight=None, Tensor? norm_bias=None, "
+             "Tensor? shift_in=None, Tensor? slope=None, Tensor? shift_out=None, "
+             "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, "
+             "int pad_value=0, bool relu=False, float eps=1e-05, str? group=None, "
+             f"{TRAINING_SCHEMA}) -> (Tensor, Tensor, Tensor)",),
+    group="The residual block", check=check, fake=fake, autograd=autograd, samples=samples,
+    batched=each, engine=False,
+    text="""
+A residual block in training, as one differentiable operator: sign(input + sign_shift), binary
+convolution, ReLU, batch norm with the batch's statistics, plus residual, (RP)PReLU; all but
+convolution, norm and residual optional. bitkernels.nn.BinaryResidualBlock calls it.
+
+Arguments:
+  input: real (N, Cin, H, W).
+  weight: real (Cout, Cin / groups, kh, kw), the latent weights.
+  residual: real (N, Cout, OH, OW), the input's dtype; None: the input.
+  sign_shift: (Cin,) real; None: none.
+  norm_weight: (Cout,) real, the norm's factor; None: 1.
+  norm_bias: (Cout,) real, the norm's shift; None: 0.
+  shift_in: (Cout,) real, of the activation; it needs slope.
+  slope: (Cout,) real; None: no activation.
+  shift_out: (Cout,) real; it needs slope.
+  stride: as of packed_conv2d.
+  padding: as of packed_conv2d.
+  dilation: as of packed_conv2d.
+  groups: as of packed_conv2d.
+  pad_value: as of packed_conv2d.
+  relu: a ReLU between convolution and norm.
+  eps: of the norm, at least 0.
+  group: the name of a process group whose batches are normalized together; None: this process.
+  scale: (Cout,) real, a factor of the weight; None: none.
+  input_estimator: as of binary_conv2d.
+  input_clip: as of binary_conv2d.
+  weight_estimator: as of binary_conv2d.
+  weight_clip: as of binary_conv2d.
+  beta: as of binary_conv2d.
+  scale_weight_grad: as of binary_conv2d.
+  dtype: of the gradient that enters the convolution's backward; None: the input's.
+Returns:
+  (output (N, Cout, OH, OW) in the input's dtype, channels-last; mean and unbiased variance of the
+  batch, (Cout,), for running statistics).
+Errors:
+  those of binary_conv2d; a residual of another shape or dtype, fewer than two values a channel,
+  shift_in or shift_out without slope, an eps below 0.
+Example:
+  >>> x, weight = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(16, 16, 3, 3)
+  >>> y, mean, variance = ops.binary_residual_block(x, weight, padding=1)
+  >>> y.sum().backward()
+  >>> y.shape, mean.shape, x.grad.shape
+  (torch.Size([2, 16, 8, 8]), torch.Size([16]), torch.Size([2, 16, 8, 8]))
+"""))
