@@ -96,9 +96,8 @@ class PackedTensor:
         if self.dim != -3:
             raise ValueError("PackedTensor.max_pool2d: takes images, with channels in dimension "
                              f"-3, got dim={self.dim}")
-        pair, step, pad = (list(n) if isinstance(n, tuple) else [n, n]
-                           for n in (kernel_size, stride or kernel_size, padding))
-        words = torch.ops.bitkernels.packed_max_pool2d.default(self.words, pair, step, pad)
+        words = torch.ops.bitkernels.packed_max_pool2d.default(
+            self.words, kernel_size, [] if stride is None else stride, padding)
         return PackedTensor(words, self.channels, self.dim, self.dtype)
 
 
@@ -108,9 +107,7 @@ def _flatten(packed: PackedTensor) -> tuple[list[Any], tuple[int, int, torch.dty
 
 def _unflatten(children: Any, context: Any) -> PackedTensor:
     (words,), (channels, dim, dtype) = children, context
-    if isinstance(words, Tensor):
-        return PackedTensor(words, channels, dim, dtype)
-    packed = object.__new__(PackedTensor)  # a tree of something else, such as of names
+    packed = object.__new__(PackedTensor)  # unchecked: a tree may be of anything, as of shapes
     for name, value in dict(words=words, channels=channels, dim=dim, dtype=dtype).items():
         object.__setattr__(packed, name, value)
     return packed

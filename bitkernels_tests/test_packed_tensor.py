@@ -128,9 +128,12 @@ def test_graphs_and_transforms_see_the_words():
     assert torch.equal(torch.compile(lambda x: PackedTensor.from_real(x).max_pool2d(2).unpack(),
                                      fullgraph=True, backend="aot_eager")(x),
                        packed.max_pool2d(2).unpack())
+    negated = torch.compile(lambda packed: _pytree.tree_map(lambda t: ~t, packed).unpack(),
+                            fullgraph=True, backend="aot_eager")
+    assert torch.equal(negated(packed), -packed.unpack())
     (words,), spec = _pytree.tree_flatten(packed)
-    assert words is packed.words
-    assert _pytree.tree_unflatten([None], spec).words is None
+    assert words is packed.words and _pytree.tree_unflatten([None], spec).words is None
+    assert _pytree.tree_map(torch.Tensor.float, packed).words.dtype == torch.float32
 
 
 def test_copies():

@@ -153,7 +153,8 @@ def test_operator_arguments_reach_the_operator():
 @pytest.mark.parametrize("options", [
     dict(input_quantizer=NormSign(8, 2), weight_scale="xnor"),
     dict(weight_quantizer="magnitude_aware_sign"), dict(input_quantizer=torch.sign),
-    dict(input_quantizer="dorefa_quantizer", weight_quantizer=Learned())], ids=str)
+    dict(input_quantizer="dorefa_quantizer", weight_quantizer=Learned())],
+    ids=["norm_sign", "magnitude_aware", "function", "real"])
 def test_layers_pickled_before_there_was_one(options):
     layer, x = BinaryConv2d(8, 4, 3, **options).eval(), reals(2, 8, 5, 5)
     old = copy.deepcopy(layer)
