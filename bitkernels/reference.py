@@ -9,16 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from bitkernels.ops._contract import (
+    dot_conv2d,
     epilogue,
     estimator_grad,
     pack_bits,
+    per_channel,
     sign,
     unpack_bits,
     untile_weight,
 )
 from bitkernels.ops._record import OPERATORS
 
-__all__ = ["epilogue", "estimator_grad", "pack_bits", "sign", "unpack_bits", "untile_weight"]
+__all__ = ["dot_conv2d", "epilogue", "estimator_grad", "pack_bits", "per_channel", "sign",
+           "unpack_bits", "untile_weight"]
 
 
 def __getattr__(name: str) -> Any:

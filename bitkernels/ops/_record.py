@@ -53,7 +53,7 @@ class Operator:
     check: arguments to `Call`. Raises RuntimeError by `_checks.fail`.
     fake: a call to empty outputs.
     reference: a call to outputs in plain PyTorch, of any strides: the specification.
-    composed: in place of a reference, a call to outputs by other operators.
+    composed: a call to outputs by other operators. It runs in place of the reference.
     autograd: arguments to outputs, differentiable: the kernel of the Autograd key, and where
         neither of the two before is given, of all devices. None: the operator refuses gradients.
     batched: the rule of `torch.vmap`, from `_batching.py`.
@@ -83,6 +83,11 @@ class Operator:
     def file(self) -> str:
         """Of the record; the operator's file in every backend has the same name."""
         return self.fake.__module__.rpartition(".")[2]
+
+    @property
+    def launched(self) -> bool:
+        """Whether backends have kernels of it: the reference where nothing faster is."""
+        return self.reference is not None and self.composed is None
 
     @property
     def overloads(self) -> dict[str, torch._ops.OpOverload]:
@@ -141,7 +146,7 @@ def define(operator: Operator) -> None:
         LIB.impl(name, operator.autograd or refuse_grad(op), "Autograd")
         if operator.composed is not None:
             LIB.impl(name, _composed(operator), KEY)
-        elif operator.reference is None:
+        elif not operator.launched:
             assert operator.autograd is not None, f"{name} computes nothing"
             # Below autograd (inference mode) the same function finds no gradient to record.
             LIB.impl(name, operator.autograd, KEY)
@@ -159,9 +164,9 @@ def _composed(operator: Operator) -> Callable[..., Any]:
 
 
 def register(key: str, run: Callable[..., Any], names: tuple[str, ...] | None = None) -> None:
-    """Makes `run(name, *args, **kw)` the kernel, under a dispatch key, of the operators that have a
-    reference: of all, or of those in `names`."""
+    """Makes `run(name, *args, **kw)` the kernel, under a dispatch key, of the operators that are
+    launched: of all, or of those in `names`."""
     for name, operator in OPERATORS.items():
-        if operator.reference is not None and (names is None or name in names):
+        if operator.launched and (names is None or name in names):
             for overload in operator.overloads:
                 LIB.impl(f"{name}.{overload}".rstrip("."), operator.launcher(run, overload), key)

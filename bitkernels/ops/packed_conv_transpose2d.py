@@ -7,9 +7,11 @@ backend that the device has, and writes every stride-th pixel.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels.ops._checks import check_same_device, describe, fail
+from bitkernels.ops._contract import exact_dtype, outputs, signs
 from bitkernels.ops._epilogue import OUTPUTS_TEXT, REAL_SCHEMA, check_epilogue
 from bitkernels.ops._phases import Phase, phases, transposed_geometry
 from bitkernels.ops._record import Call, Operator, define, images
@@ -30,22 +32,46 @@ def check(words, weight_words, channels, stride=(1,), padding=(0,), output_paddi
     if min(cout, *kernel) < 1:
         fail(op, "weight_words", "of at least one channel and tap", describe(weight_words))
     size, *axes = transposed_geometry(op, "words", words.shape[1:3], kernel, stride, padding,
-                              output_padding, dilation)
-    shape = (words.shape[0], cout, *size)
-    check_epilogue(op, words, shape, cout, scale=scale, bias=bias, dtype=dtype)
-    return Call((words, weight_words, channels, shape, axes, groups),
+                                      output_padding, dilation)
+    check_epilogue(op, words, (words.shape[0], cout, *size), cout, scale=scale, bias=bias,
+                   dtype=dtype)
+    stride, padding, output_padding, dilation = axes
+    return Call((words, weight_words, channels, stride, padding, output_padding, groups, dilation),
                 dict(scale=scale, bias=bias, dtype=dtype, channels_last=channels_last))
 
 
-def fake(words, weight_words, channels, shape, axes, groups, *, dtype, channels_last, **_):
-    return empty_real(words, shape, dtype, channels_last)
+def _size(words, weight_words, stride, padding, output_padding, dilation):
+    return transposed_geometry("packed_conv_transpose2d", "words", words.shape[1:3],
+                               weight_words.shape[1:3], stride, padding, output_padding,
+                               dilation)[0]
 
 
-def composed(words, weight_words, channels, shape, axes, groups, *, scale, bias, dtype,
-             channels_last):
-    every = phases2d(weight_words.shape[1:3], *axes)
-    return by_phases(words, phase_filters(weight_words, every), every, channels, shape[1:],
-                     axes[0], groups, scale, bias, dtype or torch.float32, channels_last)
+def fake(words, weight_words, channels, stride, padding, output_padding, groups, dilation, *,
+         dtype, channels_last, **_):
+    size = _size(words, weight_words, stride, padding, output_padding, dilation)
+    return empty_real(words, (words.shape[0], weight_words.shape[0], *size), dtype, channels_last)
+
+
+def composed(words, weight_words, channels, stride, padding, output_padding, groups, dilation, *,
+             scale, bias, dtype, channels_last):
+    size = _size(words, weight_words, stride, padding, output_padding, dilation)
+    every = phases2d(weight_words.shape[1:3], stride, padding, output_padding, dilation)
+    return by_phases(words, phase_filters(weight_words, every), every, channels,
+                     (weight_words.shape[0], *size), stride, groups, scale, bias,
+                     dtype or torch.float32, channels_last)
+
+
+def reference(words, weight_words, channels, stride=(1,), padding=(0,),
+              output_padding=(0,), groups=1, dilation=(1,), *, scale=None, bias=None,
+              dtype=None, channels_last=True):
+    exact = exact_dtype(words, channels // groups * weight_words[0, :, :, 0].numel())
+    w = signs(weight_words, channels // groups, exact, dim=1)
+    w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # input channels first
+    a, w = (t.contiguous().view(-1).view(t.shape) for t in (signs(words, channels, exact, 1), w))
+    dot = F.conv_transpose2d(a, w, None, stride, padding, output_padding, groups, dilation)
+    y, _ = outputs(dot.round().int(), 1, True, False, dtype, None, None, scale=scale, bias=bias)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=format).copy_(y)
 
 
 def phases2d(kernel, stride, padding, output_padding, dilation) -> list[tuple[Phase, Phase]]:
@@ -126,7 +152,8 @@ define(Operator(
              "int[2] stride=1, int[2] padding=0, int[2] output_padding=0, int groups=1, "
              "int[2] dilation=1, *, Tensor? scale=None, Tensor? bias=None, "
              f"{REAL_SCHEMA}, bool channels_last=True) -> Tensor",),
-    group="Products of bits", check=check, fake=fake, composed=composed, samples=samples,
+    group="Products of bits", check=check, fake=fake, composed=composed,
+    reference=reference, samples=samples,
     batched=images("words"), engine=False,
     text=f"""
 Transposed convolution of packed activations with packed filters: dot products of signs, exact in
