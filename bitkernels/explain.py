@@ -7,10 +7,11 @@ calls there are is seen where the model makes them. `python -m bitkernels explai
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -196,11 +197,19 @@ def _name(operator: torch._ops.OpOverload) -> str:
     return name if operator._overloadname == "default" else f"{name}.{operator._overloadname}"
 
 
+def _launcher(operator: torch._ops.OpOverload, run: Callable[..., Any]
+              ) -> Callable[..., Any] | None:
+    """The operator on a backend `run`, its arguments checked; None where there is no such thing."""
+    name, _, overload = _name(operator).partition(".")
+    record = OPERATORS.get(name)
+    return record.launcher(run, overload) if record and record.launched else None
+
+
 def _is_composed(operator: torch._ops.OpOverload, device: str) -> bool:
     """Whether the operator is made of others there."""
     name = _name(operator)
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return (OPERATORS[name.partition(".")[0]].reference is None
+    return (_launcher(operator, backends.explain) is None
             and not (key is not None and registered(name, key)))
 
 
@@ -247,18 +256,14 @@ class _Observer(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self, operator: torch._ops.OpOverload, args: tuple, kw: dict[str, Any]) -> None:
-        name, _, overload = _name(operator).partition(".")
         answers = []
 
         def run(op: str, *args, **kw):
             answers.append(backends.explain(op, *args, device=self.device, **kw))
             return None, None
 
-        record = OPERATORS.get(name)
-        if record is not None and record.reference is not None:
-            record.launcher(run, overload)(*args, **kw)
-        else:
-            run(name, *args, **kw)
+        launcher = _launcher(operator, run) or functools.partial(run, _name(operator))
+        launcher(*args, **kw)
         found = answers[0]
         self.calls[self.scope[-1]].append(Call(_name(operator), found.backend, found.kernel or "",
                                                found.reason, found.trust))

@@ -214,6 +214,16 @@ def test_a_call_on_the_cpu():
     assert (call.operator, call.backend) == ("packed_conv2d.packed", CPU_KERNEL[0])
 
 
+def test_a_device_without_a_backend():
+    answer = bitkernels.backends.explain("sign_pack", torch.zeros(1, 3), device="mps")
+    assert answer.backend == "reference"
+    assert "no other backend has sign_pack for mps" in answer.reason
+    x = torch.empty(2, 64, 5, 5, device="meta")
+    call = only(bitkernels.explain("packed_conv2d_weight_grad", x, words(2, 5, 5, 64), 64, 1,
+                                   target="sm_90"))
+    assert call.backend == "reference" and "no other backend" in call.reason
+
+
 @pytest.mark.skipif(bool(cpu.why_not), reason="the engine is off")
 def test_what_names_the_cpu_kernel(monkeypatch):
     monkeypatch.delenv("BITKERNELS_CPU", raising=False)

@@ -14,7 +14,7 @@ V = TypeVar("V")
 class Recent(Generic[K, V]):
     """At most `most` entries, beside those that `keep` holds back. Threads may share it."""
 
-    def __init__(self, most: int, keep: Callable[[V], bool] = lambda value: False) -> None:
+    def __init__(self, most: int, keep: Callable[[V], bool] | None = None) -> None:
         self.most, self._keep = most, keep
         self._entries: OrderedDict[K, V] = OrderedDict()
         self._lock = threading.Lock()
@@ -35,11 +35,11 @@ class Recent(Generic[K, V]):
         with self._lock:
             self._entries[key] = value
             self._entries.move_to_end(key)
-            excess = len(self._entries) - self.most
-            for old in list(self._entries) if excess > 0 else ():
-                if excess and old != key and not self._keep(self._entries[old]):
-                    gone.append(self._entries.pop(old))
-                    excess -= 1
+            keep = self._keep
+            held = sum(map(keep, self._entries.values())) if keep else 0
+            for _ in range(len(self._entries) - held - self.most):
+                oldest = next(k for k, v in self._entries.items() if not (keep and keep(v)))
+                gone.append(self._entries.pop(oldest))
         del gone
 
     def clear(self) -> None:
