@@ -1,0 +1,22 @@
+"""A trained network as one graph on bits: `convert`.
+
+What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al. 2021, arXiv
+2011.09398): between binary layers nothing is real that need not be. One pass a file:
+
+  capture   the model as a graph of operators, by torch.export
+  recognise products of signs in code that computes on real numbers
+  lower     binary operators to products of packed bits; weights to words
+  epilogue  batch norm, clamp, residual, activation into the product before them
+  joins     steps behind a concatenation of products, in front of it
+  signs     signs taken early: through pools, joins and norms, and written by the product itself
+  real      batch norms into real convolutions; bfloat16
+  report    what became of each layer
+  file      a converted network in one file, without pickle and without the model's code
+"""
+
+from bitkernels.converter.converted import Converted, convert
+from bitkernels.converter.file import load_converted, save_converted
+from bitkernels.converter.report import ConvertReport, Product
+
+__all__ = ["ConvertReport", "Converted", "Product", "convert", "load_converted",
+           "save_converted"]

@@ -1,0 +1,167 @@
+"""`convert` and the module that it returns."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from bitkernels.converter.capture import capture
+from bitkernels.converter.epilogue import fuse_epilogues
+from bitkernels.converter.joins import split_joins
+from bitkernels.converter.lower import lower
+from bitkernels.converter.net import WITH_WORDS, Net, ops
+from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
+from bitkernels.converter.recognise import recognise
+from bitkernels.converter.report import ConvertReport, report
+from bitkernels.converter.signs import move_signs, write_signs
+
+REALS = ("float32", "bfloat16")
+tile_weight = ops.tile_weight.default
+
+
+class Converted(nn.Module):
+    """A converted network: what the model computes in evaluation, without gradients.
+
+    Called as the model was. Its buffers are packed words and what is left of the real weights.
+    `report` says what became of each layer; `graph_module` is the graph, of
+    `torch.ops.bitkernels` and ATen operators, which torch.compile and torch.export take.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, report: ConvertReport, in_spec: TreeSpec,
+                 out_spec: TreeSpec) -> None:
+        super().__init__()
+        self.graph_module, self.report = graph_module, report
+        self.in_spec, self.out_spec = in_spec, out_spec  # of (args, kwargs) and the result
+        self.training = False
+        self._read: dict[str, tuple[str, int]] = {}  # buffer that a product reads: (words, groups)
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and node.target in WITH_WORDS:
+                self._give_image(node)
+        graph_module.recompile()
+        self._arrange()
+        self.register_load_state_dict_post_hook(_arrange)
+
+    def _give_image(self, product: fx.Node) -> None:
+        """A product reads its words in the order that the device's kernels like best, which is
+        kept beside the words and not in the state."""
+        words = product.kwargs["weight_words"]
+        assert isinstance(words, fx.Node)
+        name = f"{words.target}_image"
+        if name not in self._read:
+            self._read[name] = str(words.target), int(product.kwargs.get("groups", 1))  # type: ignore
+            self.graph_module.register_buffer(name, None, persistent=False)
+        with self.graph_module.graph.inserting_before(words):
+            image = self.graph_module.graph.get_attr(name)
+        product.replace_input_with(words, image)
+
+    def _arrange(self) -> None:
+        for name, (words, groups) in self._read.items():
+            source = getattr(self.graph_module, words)
+            setattr(self.graph_module, name, tile_weight(source, groups) if source.is_cpu
+                    else source)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Converted:
+        if fn(torch.zeros(1)).dtype is not torch.float32:
+            raise RuntimeError("Converted: a converted network keeps its types; convert the model "
+                               "of another type")
+        super()._apply(fn, recurse)
+        self._arrange()
+        return self
+
+    def words_of(self, buffer: str) -> str:
+        """The buffer of the state behind one that a product reads; any other is itself."""
+        return self._read[buffer][0] if buffer in self._read else buffer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs, spec = tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
+                               f"convert, {self.in_spec}, got {spec}")
+        return tree_unflatten(self.graph_module(*inputs), self.out_spec)
+
+    def train(self, mode: bool = True) -> Converted:
+        """A converted network has no training: raises RuntimeError for mode=True."""
+        if mode:
+            raise RuntimeError("Converted: a converted network cannot be trained; train the model "
+                               "and convert it again")
+        return self
+
+
+def _arrange(module: Converted, _: Any) -> None:
+    module._arrange()
+
+
+def convert(model: nn.Module, example_inputs: Any = None, *,
+            real: Literal["float32", "bfloat16"] = "float32",
+            sign_of_zero: Literal[1] | None = None,
+            dynamic_shapes: Any = None, verbose: bool = False) -> Converted:
+    """A network that computes on bits what the model computes in evaluation.
+
+    example_inputs: a tensor or a tuple of arguments, as the model will get them. The first size of
+      each tensor, the batch, may be another later; the others may not.
+    real: "bfloat16" runs real convolutions and linear layers in bfloat16.
+    sign_of_zero: 1 takes signs of 0 in code that computes on real numbers as +1, where it has 0
+      (torch.sign) or -1. None: what has another sign of 0 stays real, and the report says so.
+    dynamic_shapes: as of `torch.export.export`, for other sizes that may change.
+    verbose: print the report.
+
+    Binary layers become products of packed bits, and so do real layers whose weights have one
+    magnitude a channel, within 0.5 %, and whose input is a sign. Batch norm, clamp, residual and
+    activation behind one move into its epilogue; a sign behind it is written by it as bits. Signs
+    move through max pooling, concatenation, batch norm and flattening. Factors are folded in
+    float64 and rounded once, so values differ from the model's by float32 rounding, and a sign
+    where its real value is that close to its threshold. What is not recognised stays as it is;
+    `report` names it.
+
+    The model is not changed. It has to be one that torch.export takes: control flow that depends on
+    values is not.
+
+    Raises ValueError for a model that cannot be exported, with the reason of torch.export, and for
+    arguments out of range.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    if real not in REALS:
+        raise ValueError(f"convert: real must be one of {', '.join(REALS)}, got {real!r}")
+    if sign_of_zero not in (None, 1):
+        raise ValueError(f"convert: sign_of_zero must be 1 or None, got {sign_of_zero!r}")
+    if example_inputs is None:
+        raise ValueError("convert: example_inputs must be given: a tensor or a tuple of arguments "
+                         "shaped as those of a call of the model")
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    before = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    net = capture(model, tuple(example_inputs), dynamic_shapes)
+    reasons = passes(net, real, sign_of_zero)
+    specs: Any = net.graph._codegen
+    info = specs.pytree_info
+    net.graph.set_codegen(fx.graph.CodeGen())
+    net.graph._tracer_cls = None  # torch.export's cannot be pickled
+    made = fx.GraphModule(net.module, net.graph, "Network")  # a plain one, which deepcopy takes
+    converted = Converted(made.eval(), report(net, before, reasons), info.in_spec, info.out_spec)
+    if verbose:
+        print(converted.report)
+    return converted
+
+
+def passes(net: Net, real: str, sign_of_zero: int | None) -> dict[fx.Node, str]:
+    """All passes, in their order; why some real layers are not products of bits."""
+    reasons = recognise(net, sign_of_zero)
+    lower(net)
+    fuse_epilogues(net)
+    while split_joins(net):
+        fuse_epilogues(net)
+    move_signs(net)
+    write_signs(net)
+    fold_norms(net)
+    channels_last(net)
+    if real == "bfloat16":
+        in_bfloat16(net)
+    net.flatten()
+    net.clean()
+    return reasons
+
+

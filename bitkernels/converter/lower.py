@@ -1,0 +1,86 @@
+"""Binary operators of training become products of packed bits."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from bitkernels.converter.net import CONV, LINEAR, PRODUCTS, Net, arguments, dtype, ops
+from bitkernels.ops.binary_conv_transpose2d import by_output
+from bitkernels.ops.geometry import same_padding, wants_channels_last
+
+_SIGN_PACK = ops.sign_pack.default
+_CONVS = (ops.binary_conv2d.default, ops.binary_conv2d.padding)
+
+
+def lower(net: Net) -> None:
+    """`binary_conv2d`, `binary_linear` and `binary_conv_transpose2d` with constant weights become
+    `sign_pack` and a packed product; weights are packed now."""
+    for node in list(net.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in (*_CONVS, ops.binary_linear.default):
+            _lower(net, node)
+        elif node.target is ops.binary_conv_transpose2d.default:
+            _lower_transposed(net, node)
+    for node in net.calls(*PRODUCTS):
+        node.args, node.kwargs = (), arguments(node)
+
+
+def _words(net: Net, weight: fx.Node) -> fx.Node | None:
+    real = net.value(weight)
+    if real is None:
+        return None
+    return net.constant(_SIGN_PACK(real, None, 1), net.origin(weight))
+
+
+def _lower(net: Net, node: fx.Node) -> None:
+    given = arguments(node)
+    conv = node.target in _CONVS
+    input, weight = given["input"], given["weight"]
+    words = _words(net, weight)
+    if words is None or given["bias"] is not None and net.value(given["bias"]) is None:
+        return
+    kept = dict(scale=given["scale"], bias=given["bias"],
+                dtype=given["dtype"] or dtype(node))
+    if conv:
+        kept |= {name: given[name] for name in ("stride", "padding", "dilation", "groups",
+                                                "pad_value")}
+        if isinstance(kept["padding"], str):
+            kept["padding"] = same_padding("binary_conv2d", kept["padding"],
+                                           weight.meta["val"].shape[2:], kept["stride"],
+                                           kept["dilation"])
+        kept["channels_last"] = wants_channels_last(input.meta["val"], weight.meta["val"])
+    with net.graph.inserting_before(node):
+        signs = net.graph.call_function(_SIGN_PACK, (input, None, 1 if conv else -1))
+        signs.meta["val"] = _fake(_SIGN_PACK, input.meta["val"], None, 1 if conv else -1)
+        made = net.graph.call_function(CONV if conv else LINEAR, (), dict(
+            words=signs, weight_words=words, out_channels=weight.meta["val"].shape[0],
+            channels=input.meta["val"].shape[1 if conv else -1], **kept))
+    net.replace(node, made)
+
+
+def _lower_transposed(net: Net, node: fx.Node) -> None:
+    given = arguments(node)
+    weight, groups = net.value(given["weight"]), given["groups"]
+    if weight is None:
+        return
+    words = net.constant(_SIGN_PACK(by_output(weight, groups), None, 1),
+                         net.origin(given["weight"]))
+    input = given["input"]
+    with net.graph.inserting_before(node):
+        signs = net.graph.call_function(_SIGN_PACK, (input, None, 1))
+        signs.meta["val"] = _fake(_SIGN_PACK, input.meta["val"], None, 1)
+        made = net.graph.call_function(ops.packed_conv_transpose2d.default, (
+            signs, words, input.meta["val"].shape[1], given["stride"], given["padding"],
+            given["output_padding"], groups, given["dilation"]), dict(
+            scale=given["scale"], bias=given["bias"], dtype=given["dtype"] or dtype(node),
+            channels_last=wants_channels_last(input.meta["val"], weight)))
+    net.replace(node, made)
+
+
+def _fake(op, value: Tensor, *rest) -> Tensor:
+    mode = getattr(value, "fake_mode", None)
+    if mode is None:
+        return op(value, *rest)
+    with mode:
+        return op(value, *rest)

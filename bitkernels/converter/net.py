@@ -1,0 +1,151 @@
+"""A captured network: its graph, its constants, and how passes change them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+ops = torch.ops.bitkernels
+aten = torch.ops.aten
+
+CONV, LINEAR = ops.packed_conv2d.default, ops.packed_linear.default
+PRODUCTS = (CONV, LINEAR)  # what the passes gather an epilogue in
+WITH_WORDS = (CONV, ops.packed_conv2d.packed, ops.packed_conv2d.both,
+              LINEAR, ops.packed_linear.packed, ops.packed_linear.both)
+VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out")
+
+
+class Net:
+    """The graph of a network in inference, functional, with constants as get_attr nodes.
+
+    A product of bits is one node, `packed_conv2d` or `packed_linear`, whose arguments all stand in
+    kwargs; a pass moves what follows it into them.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.graph = module, module.graph
+        self.names: dict[str, str] = {}  # of constants: from which parameter of the model
+
+    def value(self, node: Any) -> Tensor | None:
+        """The tensor of a constant, else None."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        found: Any = self.module
+        for part in str(node.target).split("."):
+            found = getattr(found, part)
+        return found.detach() if isinstance(found, Tensor) else None
+
+    def constant(self, tensor: Tensor, name: str) -> fx.Node:
+        """A new constant; `name` says what it is."""
+        stem = name.replace(".", "_")
+        key, count = stem, 1
+        while hasattr(self.module, key):
+            key, count = f"{stem}_{count}", count + 1
+        self.module.register_buffer(key, tensor.detach())
+        self.names[key] = name
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(key)
+        node.meta["val"] = tensor.detach()
+        return node
+
+    def origin(self, node: Any) -> str:
+        """The parameter of the model that a constant was made of."""
+        return self.names.get(str(node.target), str(node.target))
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        new.meta.setdefault("val", old.meta.get("val"))
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def calls(self, *targets: Any) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if is_call(n, *targets)]
+
+    def flatten(self) -> None:
+        """Constants as buffers of one module, whatever the model's modules were."""
+        flat: dict[str, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr" and str(node.target) not in dict(self.module._buffers):
+                value = self.value(node)
+                if value is None or not node.users:
+                    continue
+                if str(node.target) not in flat:
+                    flat[str(node.target)] = self.constant(value, self.origin(node))
+                self.replace(node, flat[str(node.target)])
+
+    def clean(self) -> None:
+        """Drops what nothing uses."""
+        self.graph.eliminate_dead_code()
+        kept = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        for name in [n for n, _ in (*self.module.named_parameters(remove_duplicate=False),
+                                    *self.module.named_buffers(remove_duplicate=False))]:
+            if name not in kept:
+                owner, _, key = name.rpartition(".")
+                delattr(self.module.get_submodule(owner), key)
+        self.module.delete_all_unused_submodules()
+        self.graph.lint()
+        self.module.recompile()
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name, with the schema's defaults."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    found = {a.name: a.default_value for a in schema.arguments}
+    found |= {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
+    return found | node.kwargs
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def channels(product: fx.Node) -> int:
+    return int(shape(product)[1 if product.target is CONV else -1])
+
+
+def keywords(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a product, to change and to give back as its kwargs."""
+    return dict(node.kwargs)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that alone uses this one, and uses it once."""
+    if len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    times = sum(n is node for n in _flat((user.args, user.kwargs)))
+    return user if times == 1 else None
+
+
+def _flat(tree: Any) -> Iterable[Any]:
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def fold_constants(net: Net) -> None:
+    """Computes what depends on constants alone."""
+    for node in list(net.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        inputs = node.all_input_nodes
+        if not inputs or node.target._schema.is_mutable or any(
+                net.value(n) is None for n in inputs):
+            continue
+        with torch.no_grad():
+            made = node.target(*fx.map_arg(node.args, net.value),
+                               **fx.map_arg(node.kwargs, net.value))
+        if isinstance(made, Tensor):
+            net.replace(node, net.constant(made, net.origin(inputs[0])))
+

@@ -1,0 +1,107 @@
+"""Code that computes with signs on real numbers, as most research code does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bitkernels.converter import convert
+from bitkernels_tests.converter.networks import norm, shuffled
+
+SIGNS = {
+    "where": lambda x: torch.where(x >= 0, torch.ones_like(x), -torch.ones_like(x)),
+    "where, scalars": lambda x: torch.where(x < 0, -1.0, 1.0),
+    "where, a scalar": lambda x: torch.where(x >= 0, 1.0, torch.full_like(x, -1.0)),
+    "a comparison": lambda x: (x >= 0).float() * 2 - 1,
+    "straight through": lambda x: x + (torch.where(x >= 0, 1.0, -1.0) - x).detach(),
+    "clipped": lambda x: (torch.where(x >= 0, 1.0, -1.0).detach() - x.clamp(-1, 1).detach()
+                          + x.clamp(-1, 1)),
+}
+OTHERS = {
+    "torch.sign": (torch.sign, r"torch.sign\(0\) is 0"),
+    "sign, straight through": (lambda x: x + (x.sign() - x).detach(), r"torch.sign\(0\) is 0"),
+    "greater": (lambda x: torch.where(x > 0, 1.0, -1.0), "its sign of 0 is -1"),
+}
+
+
+class Faked(nn.Module):
+    """A convolution and a linear layer of signs, their weights signs times a factor."""
+
+    def __init__(self, sign, scaled=True, **options):
+        super().__init__()
+        self.sign, self.scaled, self.options = sign, scaled, options
+        self.weight = nn.Parameter(torch.randn(48, 32 // options.get("groups", 1), 3, 3))
+        self.norm, self.last = norm(48), nn.Parameter(torch.randn(5, 48))
+
+    def forward(self, x):
+        weight = torch.sign(self.weight)
+        if self.scaled:
+            weight = weight * self.weight.abs().mean((1, 2, 3), keepdim=True)
+        x = self.norm(F.conv2d(self.sign(x), weight, **self.options))
+        return F.linear(self.sign(x.mean((2, 3))), self.last.sign())
+
+
+def both(model, **options):
+    model = shuffled(model)
+    x = torch.randn(3, 32, 6, 6, generator=torch.Generator().manual_seed(2))
+    converted = convert(model, x[:1], **options)
+    with torch.no_grad():
+        assert torch.allclose(converted(x), model(x), atol=1e-4, rtol=1e-4)
+    return converted.report
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_signs_are_recognised(name):
+    report = both(Faked(SIGNS[name], padding=1))
+    assert [(p.name, p.kind) for p in report.products] == [("weight", "conv2d"), ("last", "linear")]
+    assert not report.real
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_sign_of_zero_is_said(name):
+    sign, says = OTHERS[name]
+    report = both(Faked(sign, stride=2, groups=2))
+    assert not report.products and len(report.real) == 2
+    for _, why in report.real:
+        assert re.search(says, why)
+    assert len(both(Faked(sign, scaled=False), sign_of_zero=1).products) == 2
+
+
+def test_what_is_nearly_binary():
+    class Nearly(nn.Module):
+        def __init__(self, spread):
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            noise = 1 + spread * (2 * torch.rand(8, 32, 3, 3, generator=generator) - 1)
+            self.weight = nn.Parameter(noise * torch.randn(noise.shape).sign())
+
+        def forward(self, x):
+            return F.conv2d(SIGNS["where"](x), self.weight)
+
+    x = torch.randn(2, 32, 5, 5)
+    assert len(convert(Nearly(0.004), x).report.products) == 1
+    assert not convert(Nearly(0.02), x).report.products
+
+
+def test_signs_of_what_is_no_sign():
+    class Other(nn.Module):
+        def __init__(self, values):
+            super().__init__()
+            self.values, self.weight = values, nn.Parameter(torch.ones(8, 32))
+
+        def forward(self, x):
+            return F.linear(self.values(x), self.weight)
+
+    for values in (lambda x: torch.where(x >= 0, 1.0, 0.0),
+                   lambda x: torch.where(x >= 1, 1.0, -1.0),
+                   lambda x: torch.where(x >= 0, -1.0, 1.0), lambda x: (x >= 0).float() * 2 - 3,
+                   lambda x: x + (torch.where(x >= 0, 1.0, -1.0) - 2 * x)):
+        x = torch.randn(4, 32)
+        model = Other(values)
+        converted = convert(model, x)
+        assert not converted.report.products
+        assert torch.allclose(converted(x), model(x), atol=1e-5)
