@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,6 @@ def checked_pad_value(name: str, pad_value: int, padding_mode: str) -> int:
 
 
 class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
-    pad_value: int
-
-    def operator_arguments(self) -> dict[str, Any]:
-        arguments = super().operator_arguments()
-        if self.pad_value:
-            arguments["pad_value"] = self.pad_value
-        return arguments
-
     def _real_forward(self, input: Tensor, convolution) -> Tensor:
         """The PyTorch convolution of the quantized tensors, padded after quantization."""
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -120,6 +120,7 @@ class BinaryLayer(FxLeaf):
     input_quantizer: Quantize | None = _option("input_quantizer")
     weight_quantizer: Quantize | None = _option("weight_quantizer")
     weight_scale: WeightScale = _option("weight_scale")
+    pad_value = 0  # of the operators that have one
     _twin: Any = None  # class of the inference twin; without one a layer computes on reals
     _looked: Looked  # from the first binarization on
     __jit_unused_properties__ = (*_OPTIONS, "on_bits")
@@ -190,9 +191,11 @@ class BinaryLayer(FxLeaf):
     def operator_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the layer's operator that are not its defaults: estimators of
         the two signs, the scale of the weight as it is now, `pad_value`."""
-        arguments, scale = dict(self.binarization.estimators), self.scale()
-        if scale is not None:
-            arguments["scale"] = scale
+        arguments = dict(self.binarization.estimators)
+        if self.binarization.scale_rule is not None:
+            arguments["scale"] = self.scale()
+        if self.pad_value:
+            arguments["pad_value"] = self.pad_value
         return arguments
 
     def scale(self) -> Tensor | None:
@@ -230,7 +233,7 @@ class BinaryLayer(FxLeaf):
         sign: what they are taken by, where a module before the layer does that.
         """
         # In this order: the compiler must not make a graph for each state of the flag.
-        if (torch.compiler.is_compiling() or not self.training or self._looked.input
+        if (not self.training or torch.compiler.is_compiling() or self._looked.input
                 or not can_look_at(input) or "_is_replica" in self.__dict__):
             return
         self._looked.input = True
@@ -350,7 +353,7 @@ class BinaryLayer(FxLeaf):
                  f"weight_quantizer={describe(self.weight_quantizer)}"]
         if self.weight_scale is not None:
             parts.append(f"weight_scale={self.weight_scale!r}")
-        if getattr(self, "pad_value", 0):
+        if self.pad_value:
             parts.append(f"pad_value={self.pad_value}")
         return ", ".join(parts)
 
