@@ -133,13 +133,13 @@ MUTANTS = (
            "tl.program_id(0) * BLOCK", ("backends/triton/test_aot.py::test_64_bit_offsets",)),
     Mutant("narrow-launch-of-far-images", f"{TRITON}/rsign.py", "WIDE=wide(input, out)",
            "WIDE=False", OFFSETS),
-    Mutant("int8-beyond-its-offsets", f"{TRITON}/packed_conv2d.py",
+    Mutant("int8-beyond-its-offsets", f"{TRITON}/plan.py",
            "4 * weight_words.numel(), shape.numel()) < 2**31", "0) < 2**31", ELEMENTWISE),
-    Mutant("triton-takes-float64", f"{TRITON}/elementwise.py",
-           "t is not None and t.dtype == torch.float64", "False",
-           ("backends/triton/test_interpret.py::test_block_selfcheck_and_no_rows",)),
+    Mutant("triton-takes-float64", f"{TRITON}/plan.py", "if _is_double(op, args, kw):", "if False:",
+           ("test_explain.py::test_why_a_gpu_would_run_it",)),
     Mutant("unchecked-vectors", "bitkernels/ops/rprelu.py",
-           "    check_channels(op, input, shift_in=shift_in, slope=slope)\n",
+           "    check_channels(op, input, shift_in=shift_in, slope=slope)
+",
            "", ("backends/test_launchers.py",)),
     # Layers, and what is derived from their tensors.
     Mutant("backward-pre-hooks", "bitkernels/nn/residual_block.py",
