@@ -202,7 +202,7 @@ MUTANTS = (
            "return promised.copy_(result)", "return result",
            ("backends/test_reference_layout.py",)),
     Mutant("launcher-of-unchecked-products", "bitkernels/ops/packed_linear.py",
-           "    check_epilogue(\"packed_linear\", words, shape, shape[-1], **kw)\n", "",
+           "    _epilogue.check(\"packed_linear\", words, shape, shape[-1], **kw)\n", "",
            ("backends/test_launchers.py",)),
     Mutant("gradient-of-another-tensor", "bitkernels/ops/binary_residual_block.py",
            'norm_bias=vector("norm_bias", sums[0])', 'norm_bias=vector("norm_bias", sums[3])',

@@ -14,14 +14,14 @@ from bitkernels.ops._checks import (
     fail,
 )
 
-EPILOGUE_SCHEMA = (
+SCHEMA = (
     "float? clamp_min=None, float? clamp_max=None, Tensor? scale=None, Tensor? bias=None, "
     "Tensor? residual=None, Tensor? shift_in=None, Tensor? slope=None, Tensor? shift_out=None"
 )
-REAL_SCHEMA = "ScalarType? dtype=None"
-PACKED_SCHEMA = "Tensor? sign_shift=None"
+REAL_OUT = "ScalarType? dtype=None"
+PACKED_OUT = "Tensor? sign_shift=None"
 
-EPILOGUE_TEXT = """\
+TEXT = """\
   clamp_min: lower bound of the dot products, before everything else; None: none.
   clamp_max: upper bound.
   scale: (Cout,) real, a factor; with bias a folded batch norm.
@@ -42,7 +42,7 @@ PACKED_TEXT = """\
 """
 
 
-def check_epilogue(op: str, words: Tensor, out_shape, cout: int, *, clamp_min=None, clamp_max=None,
+def check(op: str, words: Tensor, out_shape, cout: int, *, clamp_min=None, clamp_max=None,
                    scale=None, bias=None, residual=None, shift_in=None, slope=None, shift_out=None,
                    dtype=None, sign_shift=None, threshold=None) -> None:
     vectors = dict(scale=scale, bias=bias, shift_in=shift_in, slope=slope, shift_out=shift_out,

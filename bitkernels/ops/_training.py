@@ -34,12 +34,12 @@ from bitkernels.ops.geometry import is_channels_last
 
 ops = torch.ops.bitkernels
 
-TRAINING_SCHEMA = (
+SCHEMA = (
     "Tensor? scale=None, str input_estimator='ste_sign', float? input_clip=1.0, "
     "str weight_estimator='ste_sign', float? weight_clip=1.0, float beta=5.0, "
     "bool scale_weight_grad=True, ScalarType? dtype=None"
 )
-TRAINING_TEXT = """\
+TEXT = """\
   scale: (Cout,) real, a factor of each output channel; None: none.
   input_estimator: the slope of the input's sign in the backward: ste_sign, approx_sign,
     swish_sign, identity or none.
@@ -71,7 +71,7 @@ class Estimators(NamedTuple):
         return self.input_estimator if wanted else "none"
 
 
-def check_training(op: str, input, weight, bias, scale, ndim: int, estimators) -> Estimators:
+def check(op: str, input, weight, bias, scale, ndim: int, estimators) -> Estimators:
     """Checks what all trained operators take; estimators: their keywords."""
     train = Estimators(**estimators)
     check_real(op, "input", input)

@@ -6,19 +6,10 @@ import torch
 
 from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
+from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, define, images
-from bitkernels.ops._samples import Sample, channels_last
-from bitkernels.ops._training import (
-    TRAINING_SCHEMA,
-    TRAINING_TEXT,
-    Signs,
-    check_training,
-    finish_weight_grad,
-    memory_format,
-    wanted,
-)
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, images
 from bitkernels.ops.geometry import (
     ConvSpec,
     check_padded,
@@ -37,7 +28,7 @@ ops = torch.ops.bitkernels
 def check_conv(op, input, weight, bias, scale, stride, padding, dilation, groups, pad_value,
                estimators):
     """Checked (`ConvSpec`, `Estimators`)."""
-    train = check_training(op, input, weight, bias, scale, 4, estimators)
+    train = training.check(op, input, weight, bias, scale, 4, estimators)
     if input.dim() not in (3, 4):
         fail(op, "input", "(N, C, H, W) or (C, H, W)", describe(input))
     channels, (cout, per_group, *kernel) = input.shape[-3], weight.shape
@@ -99,7 +90,7 @@ class _BinaryConv2d(FirstOrder):
         if estimator == "approx_sign" or estimator == "swish_sign":
             saved = input
         ctx.save_for_backward(words, saved, weight, scale)
-        ctx.conv, ctx.train, ctx.memory_format = conv, train, memory_format(input)
+        ctx.conv, ctx.train, ctx.memory_format = conv, train, training.memory_format(input)
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         return out
 
@@ -107,7 +98,7 @@ class _BinaryConv2d(FirstOrder):
     def backward(ctx, grad):
         words, saved, weight, scale = ctx.saved_tensors
         conv, train = ctx.conv, ctx.train
-        wants_input, wants_weight = wanted(ctx)
+        wants_input, wants_weight = training.wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
         if wants_input or wants_weight:
             weight_words = ops.sign_pack.default(weight, None, 1)
@@ -115,9 +106,10 @@ class _BinaryConv2d(FirstOrder):
                                                      wants_input, wants_weight)
             if wants_input:
                 grad_input = in_memory_format(grad_input.to(ctx.input_dtype), ctx.memory_format)
-                grad_input = Signs.grad(grad_input, saved, train.input_estimator, train.beta, 1)
+                grad_input = training.Signs.grad(grad_input, saved, train.input_estimator,
+                                                 train.beta, 1)
             if wants_weight:
-                grad_weight, grad_scale = finish_weight_grad(
+                grad_weight, grad_scale = training.finish_weight_grad(
                     grad_signs, weight, weight_words, scale, train, ctx.needs_input_grad[1],
                     ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
@@ -132,10 +124,10 @@ def _forward(input, weight, bias, scale, conv, train, clip):
 
 
 def autograd(*args, **kw):
-    input, *rest = check(*args, **kw).args
-    if input.dim() == 4:
-        return differentiate(_BinaryConv2d, (input, *rest[:3]), *rest[3:])
-    return differentiate(_BinaryConv2d, (input.unsqueeze(0), *rest[:3]), *rest[3:]).squeeze(0)
+    input, weight, bias, scale, conv, train = check(*args, **kw)[0]
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    out = differentiate(_BinaryConv2d, (batched, weight, bias, scale), conv, train)
+    return out if batched is input else out.squeeze(0)
 
 
 def samples(v):
@@ -190,7 +182,7 @@ def samples_forward(v):
 
 
 _ARGUMENTS = "Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1"
-_REST = f"int[2] dilation=1, int groups=1, *, int pad_value=0, {TRAINING_SCHEMA}) -> Tensor"
+_REST = f"int[2] dilation=1, int groups=1, *, int pad_value=0, {training.SCHEMA}) -> Tensor"
 
 define(Operator(
     schemas=(
@@ -247,7 +239,7 @@ Arguments:
   dilation: one or two integers, at least 1.
   groups: a divisor of both numbers of channels.
   pad_value: 0, or the sign -1 or 1 that the padding is.
-{TRAINING_TEXT}Returns:
+{training.TEXT}Returns:
   real (N, Cout, OH, OW) or (Cout, OH, OW).
 Errors:
   an input with another number of channels than the weight takes, integers, other shapes, unknown

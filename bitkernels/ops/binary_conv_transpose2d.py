@@ -17,19 +17,10 @@ from torch import Tensor
 
 from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
+from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_channel_vector, check_same_device, describe, fail
 from bitkernels.ops._phases import transposed_geometry
-from bitkernels.ops._record import Call, Operator, define, images
-from bitkernels.ops._samples import Sample, channels_last
-from bitkernels.ops._training import (
-    TRAINING_SCHEMA,
-    TRAINING_TEXT,
-    Signs,
-    check_training,
-    latent_grad,
-    memory_format,
-    wanted,
-)
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, images
 from bitkernels.ops.geometry import empty_real, wants_channels_last
 
 ops = torch.ops.bitkernels
@@ -48,7 +39,7 @@ class TransposedSpec(NamedTuple):
 def check(input, weight, bias=None, stride=(1,), padding=(0,), output_padding=(0,), groups=1,
           dilation=(1,), *, scale=None, **estimators):
     op = "binary_conv_transpose2d"
-    train = check_training(op, input, weight, None, None, 4, estimators)
+    train = training.check(op, input, weight, None, None, 4, estimators)
     if input.dim() not in (3, 4):
         fail(op, "input", "(N, C, H, W) or (C, H, W)", describe(input))
     channels, per_group, *kernel = weight.shape
@@ -108,11 +99,11 @@ class _BinaryConvTranspose2d(FirstOrder):
     @staticmethod
     def forward(ctx, input, weight, bias, scale, conv, train):
         with below_autograd():
-            words, saved = Signs.pack(input, train.of_input(ctx.needs_input_grad[0]),
-                                      train.input_clip, 1)
+            words, saved = training.Signs.pack(input, train.of_input(ctx.needs_input_grad[0]),
+                                               train.input_clip, 1)
             out = _on_words(words, input, weight, bias, scale, conv, train)
         ctx.save_for_backward(words, saved, weight, scale)
-        ctx.conv, ctx.train, ctx.memory_format = conv, train, memory_format(input)
+        ctx.conv, ctx.train, ctx.memory_format = conv, train, training.memory_format(input)
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         return out
 
@@ -120,7 +111,7 @@ class _BinaryConvTranspose2d(FirstOrder):
     def backward(ctx, grad):
         words, saved, weight, scale = ctx.saved_tensors
         conv, train = ctx.conv, ctx.train
-        wants_input, wants_weight = wanted(ctx)
+        wants_input, wants_weight = training.wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
         if wants_input or wants_weight:
             # In the weight's own memory order. Expanded from words by output channel they made this
@@ -137,7 +128,8 @@ class _BinaryConvTranspose2d(FirstOrder):
                 conv.groups, (wants_input, wants_weight, False))
             if wants_input:
                 grad_input = in_memory_format(grad_input.to(ctx.input_dtype), ctx.memory_format)
-                grad_input = Signs.grad(grad_input, saved, train.input_estimator, train.beta, 1)
+                grad_input = training.Signs.grad(grad_input, saved, train.input_estimator,
+                                                 train.beta, 1)
             if wants_weight:
                 grad_weight, grad_scale = _finish_weight_grad(
                     grad_signs, weight, signs, scale, conv, train, *ctx.needs_input_grad[1:4:2])
@@ -156,7 +148,7 @@ def _finish_weight_grad(grad, weight, signs, scale, conv, train, wants_weight: b
         grad_scale = per_input.unflatten(0, (conv.groups, -1)).sum(1).flatten().to(scale.dtype)
     if wants_weight:
         factor = None if scale is None else spread(scale, weight, conv.groups)
-        grad_weight = latent_grad(grad, weight, factor, train)
+        grad_weight = training.latent_grad(grad, weight, factor, train)
     return grad_weight, grad_scale
 
 
@@ -167,11 +159,10 @@ def _on_words(words, input, weight, bias, scale, conv, train) -> Tensor:
 
 
 def autograd(*args, **kw):
-    input, *rest = check(*args, **kw).args
-    if input.dim() == 4:
-        return differentiate(_BinaryConvTranspose2d, (input, *rest[:3]), *rest[3:])
-    return differentiate(_BinaryConvTranspose2d, (input.unsqueeze(0), *rest[:3]),
-                         *rest[3:]).squeeze(0)
+    input, weight, bias, scale, conv, train = check(*args, **kw)[0]
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    out = differentiate(_BinaryConvTranspose2d, (batched, weight, bias, scale), conv, train)
+    return out if batched is input else out.squeeze(0)
 
 
 def samples(v):
@@ -188,7 +179,7 @@ define(Operator(
     # The arguments in the order of torch.nn.functional.conv_transpose2d.
     schemas=("binary_conv_transpose2d(Tensor input, Tensor weight, Tensor? bias=None, "
              "int[2] stride=1, int[2] padding=0, int[2] output_padding=0, int groups=1, "
-             f"int[2] dilation=1, *, {TRAINING_SCHEMA}) -> Tensor",),
+             f"int[2] dilation=1, *, {training.SCHEMA}) -> Tensor",),
     group="Training", check=check, fake=fake, autograd=autograd, samples=samples,
     batched=images("input", unbatched=True), engine=False,
     text=f"""
@@ -206,7 +197,7 @@ Arguments:
   output_padding: one or two integers, smaller than stride or dilation: rows and columns more.
   groups: a divisor of both numbers of channels.
   dilation: one or two integers, at least 1.
-{TRAINING_TEXT}Returns:
+{training.TEXT}Returns:
   real (N, Cout, OH, OW) or (Cout, OH, OW), with
   OH = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding + 1.
 Errors:

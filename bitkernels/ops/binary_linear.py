@@ -7,18 +7,10 @@ from torch import Tensor
 
 from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate
+from bitkernels.ops import _training as training
 from bitkernels.ops._checks import describe, fail
 from bitkernels.ops._conv2d_backward import scaled_signs
-from bitkernels.ops._record import Call, Operator, define, rows
-from bitkernels.ops._samples import Sample
-from bitkernels.ops._training import (
-    TRAINING_SCHEMA,
-    TRAINING_TEXT,
-    Signs,
-    check_training,
-    finish_weight_grad,
-    wanted,
-)
+from bitkernels.ops._record import Call, Operator, Sample, define, rows
 from bitkernels.ops.geometry import empty_real
 
 ops = torch.ops.bitkernels
@@ -26,7 +18,7 @@ ops = torch.ops.bitkernels
 
 def check(input, weight, bias=None, *, scale=None, **estimators):
     op = "binary_linear"
-    train = check_training(op, input, weight, bias, scale, 2, estimators)
+    train = training.check(op, input, weight, bias, scale, 2, estimators)
     if input.dim() < 1 or input.shape[-1] != weight.shape[1] or weight.shape[1] < 1:
         fail(op, "input", f"(..., {weight.shape[1]}) for a weight of shape "
              f"{tuple(weight.shape)}", describe(input))
@@ -53,8 +45,8 @@ class _BinaryLinear(FirstOrder):
     @staticmethod
     def forward(ctx, input, weight, bias, scale, train):
         with below_autograd():
-            words, saved = Signs.pack(input, train.of_input(ctx.needs_input_grad[0]),
-                                      train.input_clip, -1)
+            words, saved = training.Signs.pack(input, train.of_input(ctx.needs_input_grad[0]),
+                                               train.input_clip, -1)
             out = _on_words(words, input, weight, bias, scale, train)
         ctx.save_for_backward(words, saved, weight, scale)
         ctx.train = train
@@ -65,17 +57,17 @@ class _BinaryLinear(FirstOrder):
     def backward(ctx, grad):
         words, saved, weight, scale = ctx.saved_tensors
         train = ctx.train
-        wants_input, wants_weight = wanted(ctx)
+        wants_input, wants_weight = training.wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
         weight_words = ops.sign_pack.default(weight, None, 1)
         if wants_input:
             scaled = scaled_signs(weight, weight_words, scale, grad.dtype)
-            grad_input = Signs.grad((grad @ scaled).to(ctx.input_dtype), saved,
-                                    train.input_estimator, train.beta, -1)
+            grad_input = training.Signs.grad((grad @ scaled).to(ctx.input_dtype), saved,
+                                             train.input_estimator, train.beta, -1)
         if wants_weight:
             x = ops.unpack.default(words, weight.shape[1], grad.dtype, -1)
             grad_signs = _as_matrix(grad).T @ _as_matrix(x)
-            grad_weight, grad_scale = finish_weight_grad(
+            grad_weight, grad_scale = training.finish_weight_grad(
                 grad_signs, weight, weight_words, scale, train, ctx.needs_input_grad[1],
                 ctx.needs_input_grad[3])
         if ctx.needs_input_grad[2]:
@@ -106,7 +98,7 @@ def samples(v):
 
 define(Operator(
     schemas=("binary_linear(Tensor input, Tensor weight, Tensor? bias=None, *, "
-             f"{TRAINING_SCHEMA}) -> Tensor",),
+             f"{training.SCHEMA}) -> Tensor",),
     group="Training", check=check, fake=fake, autograd=autograd, samples=samples,
     batched=rows("input"), engine=False,
     text=f"""
@@ -116,7 +108,7 @@ Arguments:
   input: float32, float16, bfloat16 or float64, (..., in).
   weight: real (out, in), the latent weights.
   bias: (out,) real; None: none.
-{TRAINING_TEXT}Returns:
+{training.TEXT}Returns:
   real (..., out).
 Errors:
   an input of another width than the weight, integers, unknown estimators, a clip below 0, devices

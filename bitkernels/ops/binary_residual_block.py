@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
+from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, define, each
-from bitkernels.ops._samples import Sample
-from bitkernels.ops._training import TRAINING_SCHEMA, finish_weight_grad, memory_format
+from bitkernels.ops._record import Call, Operator, Sample, define, each
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
 
@@ -183,8 +182,8 @@ class _ResidualBlock(FirstOrder):
                               t.shift_in, t.slope, norm.slope, norm.offset, norm.center,
                               norm.factor, norm.normal, norm.count)
         ctx.conv, ctx.spec, ctx.train, ctx.estimator = conv, spec, train, estimator
-        ctx.input_dtype, ctx.memory_format = t.input.dtype, memory_format(t.input)
-        ctx.residual_format = None if t.residual is None else memory_format(t.residual)
+        ctx.input_dtype, ctx.memory_format = t.input.dtype, training.memory_format(t.input)
+        ctx.residual_format = None if t.residual is None else training.memory_format(t.residual)
         ctx.dtypes = PerTensor(*(None if x is None else x.dtype for x in t))
         mean, variance = norm.mean, norm.variance
         if t.input.dtype != torch.float64:
@@ -229,7 +228,7 @@ class _ResidualBlock(FirstOrder):
             grad_signs, grad_weight_signs = conv2d_backward(
                 grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
             if wants_weight:
-                of_weight, of_scale = finish_weight_grad(
+                of_weight, of_scale = training.finish_weight_grad(
                     grad_weight_signs, weight, weight_words, scale, train, needs.weight,
                     wants_scale)
                 grads = grads._replace(weight=of_weight, scale=of_scale)
@@ -284,7 +283,7 @@ define(Operator(
              "Tensor? shift_in=None, Tensor? slope=None, Tensor? shift_out=None, "
              "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, "
              "int pad_value=0, bool relu=False, float eps=1e-05, str? group=None, "
-             f"{TRAINING_SCHEMA}) -> (Tensor, Tensor, Tensor)",),
+             f"{training.SCHEMA}) -> (Tensor, Tensor, Tensor)",),
     group="The residual block", check=check, fake=fake, autograd=autograd, samples=samples,
     batched=each, engine=False,
     text="""

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from bitkernels.ops._checks import check_real, check_same_device, describe, fail, normalize_dim
 from bitkernels.ops._contract import unpack_bits
-from bitkernels.ops._record import Call, Operator, define, rows
-from bitkernels.ops._samples import Sample, channels_last
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, rows
 from bitkernels.ops.geometry import check_words, empty_around, word_count
 
 

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from bitkernels.ops import _epilogue
 from bitkernels.ops._contract import canonical, dot_conv2d, outputs
-from bitkernels.ops._epilogue import (
-    EPILOGUE_SCHEMA,
-    EPILOGUE_TEXT,
-    OUTPUTS_TEXT,
-    PACKED_SCHEMA,
-    PACKED_TEXT,
-    REAL_SCHEMA,
-    check_epilogue,
-)
-from bitkernels.ops._record import Call, Operator, define, images
-from bitkernels.ops._samples import Sample, channels_last
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, images
 from bitkernels.ops.geometry import conv_geometry, empty_real, empty_words
 
 _CONV = (
     "Tensor words, Tensor weight_words, SymInt channels, int[2] stride=1, int[2] padding=0, "
     "int[2] dilation=1, int groups=1, *, int pad_value=0, SymInt? out_channels=None, "
-    + EPILOGUE_SCHEMA
+    + _epilogue.SCHEMA
 )
 
 
@@ -34,7 +25,7 @@ def output_shape(words, weight_words, channels, stride=(1,), padding=(0,), dilat
 
 def check(words, *args, pad_value=0, out_channels=None, channels_last=True, **kw):
     shape = output_shape(words, *args, pad_value=pad_value, out_channels=out_channels)
-    check_epilogue("packed_conv2d", words, shape, shape[1], **kw)
+    _epilogue.check("packed_conv2d", words, shape, shape[1], **kw)
     return Call((words, *args), dict(kw, pad_value=pad_value, out_channels=out_channels,
                                      channels_last=channels_last))
 
@@ -84,10 +75,10 @@ def samples(v):
 
 define(Operator(
     schemas=(
-        f"packed_conv2d({_CONV}, {REAL_SCHEMA}, bool channels_last=True) -> Tensor",
-        f"packed_conv2d.packed({_CONV}, {PACKED_SCHEMA}, Tensor? threshold=None) -> Tensor",
-        f"packed_conv2d.both({_CONV}, {REAL_SCHEMA}, bool channels_last=True, {PACKED_SCHEMA})"
-        " -> (Tensor, Tensor)"),
+        f"packed_conv2d({_CONV}, {_epilogue.REAL_OUT}, bool channels_last=True) -> Tensor",
+        f"packed_conv2d.packed({_CONV}, {_epilogue.PACKED_OUT}, Tensor? threshold=None) -> Tensor",
+        f"packed_conv2d.both({_CONV}, {_epilogue.REAL_OUT}, bool channels_last=True, "
+        f"{_epilogue.PACKED_OUT}) -> (Tensor, Tensor)"),
     group="Products of bits", check=check, fake=fake, reference=reference, samples=samples,
     batched=images("words", "residual"), product=True,
     text=f"""
@@ -108,8 +99,8 @@ Arguments:
   groups: a divisor of the input's and the output's channels.
   pad_value: 0: padding contributes nothing, as in nn.Conv2d; -1 or 1: it is that sign.
   out_channels: Cout, needed for tiled filters where it is no multiple of 16.
-{EPILOGUE_TEXT}{OUTPUTS_TEXT}  channels_last: the memory format of the real output.
-{PACKED_TEXT}Returns:
+{_epilogue.TEXT}{_epilogue.OUTPUTS_TEXT}  channels_last: the memory format of the real output.
+{_epilogue.PACKED_TEXT}Returns:
   real (N, Cout, OH, OW); .packed: int32 (N, OH, OW, ceil(Cout / 32)); .both: the two.
 Errors:
   a RuntimeError that names the argument for words of the wrong type, rank or width, filters, sizes

@@ -14,8 +14,7 @@ from bitkernels.ops._checks import (
     fail,
 )
 from bitkernels.ops._contract import as_rows, signs, wide
-from bitkernels.ops._record import Call, Operator, define, each, images
-from bitkernels.ops._samples import Sample, channels_last
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, each, images
 from bitkernels.ops.geometry import check_words, conv_output_size, empty_real, padding4, pair
 
 

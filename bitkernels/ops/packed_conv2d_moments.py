@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from bitkernels.ops._contract import as_rows, canonical, dot_conv2d
-from bitkernels.ops._record import Call, Operator, define, each
-from bitkernels.ops._samples import Sample
+from bitkernels.ops._record import Call, Operator, Sample, define, each
 from bitkernels.ops.geometry import empty_real
 from bitkernels.ops.packed_conv2d import output_shape
 

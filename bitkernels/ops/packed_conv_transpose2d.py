@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitkernels.ops import _epilogue
 from bitkernels.ops._checks import check_same_device, describe, fail
 from bitkernels.ops._contract import exact_dtype, outputs, signs
-from bitkernels.ops._epilogue import OUTPUTS_TEXT, REAL_SCHEMA, check_epilogue
 from bitkernels.ops._phases import Phase, phases, transposed_geometry
-from bitkernels.ops._record import Call, Operator, define, images
-from bitkernels.ops._samples import Sample
+from bitkernels.ops._record import Call, Operator, Sample, define, images
 from bitkernels.ops.geometry import check_groups, check_words, empty_real
 
 ops = torch.ops.bitkernels
@@ -33,7 +32,7 @@ def check(words, weight_words, channels, stride=(1,), padding=(0,), output_paddi
         fail(op, "weight_words", "of at least one channel and tap", describe(weight_words))
     size, *axes = transposed_geometry(op, "words", words.shape[1:3], kernel, stride, padding,
                                       output_padding, dilation)
-    check_epilogue(op, words, (words.shape[0], cout, *size), cout, scale=scale, bias=bias,
+    _epilogue.check(op, words, (words.shape[0], cout, *size), cout, scale=scale, bias=bias,
                    dtype=dtype)
     stride, padding, output_padding, dilation = axes
     return Call((words, weight_words, channels, stride, padding, output_padding, groups, dilation),
@@ -151,7 +150,7 @@ define(Operator(
     schemas=("packed_conv_transpose2d(Tensor words, Tensor weight_words, SymInt channels, "
              "int[2] stride=1, int[2] padding=0, int[2] output_padding=0, int groups=1, "
              "int[2] dilation=1, *, Tensor? scale=None, Tensor? bias=None, "
-             f"{REAL_SCHEMA}, bool channels_last=True) -> Tensor",),
+             f"{_epilogue.REAL_OUT}, bool channels_last=True) -> Tensor",),
     group="Products of bits", check=check, fake=fake, composed=composed,
     reference=reference, samples=samples,
     batched=images("words"), engine=False,
@@ -171,7 +170,7 @@ Arguments:
   dilation: one or two integers, at least 1.
   scale: (Cout,) real, a factor.
   bias: (Cout,) real, added after scale.
-{OUTPUTS_TEXT}  channels_last: the memory format of the output.
+{_epilogue.OUTPUTS_TEXT}  channels_last: the memory format of the output.
 Returns:
   real (N, Cout, OH, OW), sizes as of binary_conv_transpose2d.
 Errors:

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from bitkernels.ops import _epilogue
 from bitkernels.ops._contract import canonical, exact_dtype, outputs, signs
-from bitkernels.ops._epilogue import (
-    EPILOGUE_SCHEMA,
-    EPILOGUE_TEXT,
-    OUTPUTS_TEXT,
-    PACKED_SCHEMA,
-    PACKED_TEXT,
-    REAL_SCHEMA,
-    check_epilogue,
-)
-from bitkernels.ops._record import Call, Operator, define, rows
-from bitkernels.ops._samples import Sample
+from bitkernels.ops._record import Call, Operator, Sample, define, rows
 from bitkernels.ops.geometry import empty_real, empty_words, linear_geometry
 
 _LINEAR = (
     "Tensor words, Tensor weight_words, SymInt channels, *, SymInt? out_channels=None, "
-    + EPILOGUE_SCHEMA
+    + _epilogue.SCHEMA
 )
 
 
 def check(words, weight_words, channels, *, out_channels=None, **kw):
     shape = linear_geometry("packed_linear", words, weight_words, channels, out_channels)
-    check_epilogue("packed_linear", words, shape, shape[-1], **kw)
+    _epilogue.check("packed_linear", words, shape, shape[-1], **kw)
     return Call((words, weight_words, channels), dict(kw, out_channels=out_channels))
 
 
@@ -61,9 +52,11 @@ def samples(v):
 
 define(Operator(
     schemas=(
-        f"packed_linear({_LINEAR}, {REAL_SCHEMA}) -> Tensor",
-        f"packed_linear.packed({_LINEAR}, {PACKED_SCHEMA}, Tensor? threshold=None) -> Tensor",
-        f"packed_linear.both({_LINEAR}, {REAL_SCHEMA}, {PACKED_SCHEMA}) -> (Tensor, Tensor)"),
+        f"packed_linear({_LINEAR}, {_epilogue.REAL_OUT}) -> Tensor",
+        f"packed_linear.packed({_LINEAR}, {_epilogue.PACKED_OUT}, Tensor? threshold=None)"
+        " -> Tensor",
+        f"packed_linear.both({_LINEAR}, {_epilogue.REAL_OUT}, {_epilogue.PACKED_OUT})"
+        " -> (Tensor, Tensor)"),
     group="Products of bits", check=check, fake=fake, reference=reference, samples=samples,
     batched=rows("words", "residual"), product=True,
     text=f"""
@@ -77,7 +70,7 @@ Arguments:
   weight_words: int32 (out, ceil(channels / 32)), or the same by tile_weight.
   channels: of the input.
   out_channels: out, needed for tiled weights where it is no multiple of 16.
-{EPILOGUE_TEXT}{OUTPUTS_TEXT}{PACKED_TEXT}Returns:
+{_epilogue.TEXT}{_epilogue.OUTPUTS_TEXT}{_epilogue.PACKED_TEXT}Returns:
   real (..., out); .packed: int32 (..., ceil(out / 32)); .both: the two.
 Errors:
   those of packed_conv2d; binary_linear trains.

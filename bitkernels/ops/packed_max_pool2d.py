@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from bitkernels.ops._checks import describe, fail
 from bitkernels.ops._contract import pack_bits, unpack_bits
-from bitkernels.ops._record import Call, Operator, define, images
-from bitkernels.ops._samples import Sample
+from bitkernels.ops._record import Call, Operator, Sample, define, images
 from bitkernels.ops.geometry import pair
 
 

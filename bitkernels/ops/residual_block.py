@@ -15,8 +15,7 @@ from bitkernels.ops._checks import (
     fail,
 )
 from bitkernels.ops._contract import as_rows, per_channel, wide
-from bitkernels.ops._record import Call, Operator, define, each
-from bitkernels.ops._samples import Sample, channels_last
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, each
 from bitkernels.ops.geometry import empty_real
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate
 from bitkernels.ops._checks import check_channels, check_grad_like
 from bitkernels.ops._contract import per_channel, wide
-from bitkernels.ops._record import Call, Operator, define, each, images
-from bitkernels.ops._samples import Sample, channels_last
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, each, images
 from bitkernels.ops.geometry import empty_around
 
 ops = torch.ops.bitkernels

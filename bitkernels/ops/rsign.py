@@ -13,8 +13,7 @@ from bitkernels.ops._checks import (
     check_shift,
 )
 from bitkernels.ops._contract import shifted, sign
-from bitkernels.ops._record import Call, Operator, define, images, per_sample
-from bitkernels.ops._samples import Sample, channels_last
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, images, per_sample
 from bitkernels.ops._training import Signs, memory_format
 from bitkernels.ops.geometry import empty_around
 

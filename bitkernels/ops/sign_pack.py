@@ -13,8 +13,7 @@ from bitkernels.ops._checks import (
     normalize_dim,
 )
 from bitkernels.ops._contract import pack_bits, shifted
-from bitkernels.ops._record import Call, Operator, define, per_sample, rows
-from bitkernels.ops._samples import Sample, channels_last
+from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, per_sample, rows
 from bitkernels.ops.geometry import empty_words
 
 

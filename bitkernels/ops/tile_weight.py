@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels.ops._checks import describe, fail
-from bitkernels.ops._record import Call, Operator, define, each
-from bitkernels.ops._samples import Sample
+from bitkernels.ops._record import Call, Operator, Sample, define, each
 from bitkernels.ops.geometry import TILE
 
 

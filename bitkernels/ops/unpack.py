@@ -6,8 +6,7 @@ import torch
 
 from bitkernels.ops._checks import REAL, fail, normalize_dim
 from bitkernels.ops._contract import signs
-from bitkernels.ops._record import Call, Operator, define, rows
-from bitkernels.ops._samples import Sample
+from bitkernels.ops._record import Call, Operator, Sample, define, rows
 from bitkernels.ops.geometry import check_words
 
 
