@@ -7,6 +7,7 @@ import copy
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def _torch(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         _check_archive(path)
     try:
-        with _numpy_scalars():
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _numpy_scalars(), open(path, "rb") as file:  # of a path torch looks at the suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises depends on where the file is broken
         code = re.search(r"GLOBAL (\S+)|(?:for unrecognized function|instantiate) (?:<class ')?"
                          r"([\w.]+)", str(error))
@@ -89,8 +90,9 @@ def _torch(path: Path) -> Any:
                 f"load_weights: {path} holds more than tensors: its pickle calls "
                 f"{code[1] or code[2]}, which is not run, as it could be anything; a file of "
                 "torch.save(model.state_dict(), path) is read") from None
+        what = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise ValueError(f"load_weights: {path} is a damaged file of torch.save, or not all of "
-                         f"one: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+                         f"one: {what}") from None
 
 
 def _check_archive(path: Path) -> None:
@@ -104,7 +106,8 @@ def _check_archive(path: Path) -> None:
     if damaged is not None:
         raise ValueError(f"load_weights: {path} is damaged: the checksum of {damaged} in it does "
                          "not hold")
-    if not any(name.endswith("/data.pkl") for name in names):
+    if not any(name.endswith("/data.pkl") for name in names) or any(
+            name.endswith("/constants.pkl") for name in names):  # of TorchScript
         raise ValueError(f"load_weights: {path} is an archive, but not one of torch.save; it holds "
                          + _some(names))
 
@@ -236,12 +239,13 @@ def _differences(model: nn.Module, state: State, head: bool) -> dict[str, list[s
     kinds = [f"{key} {_name(state[key])}, not {_name(t)}" for key, t in own.items()
              if key in state and _number(state[key]) != _number(t)]
     wrong = {text.partition(" ")[0] for text in shapes + kinds}
-    refused = []
-    missing, unknown = [], []
+    rest: Any = OrderedDict((key, value) for key, value in state.items() if key not in wrong)
+    # Batch norms fill in a counter that is missing, unless told that the file has counters.
+    rest._metadata = {name: {"version": 2} for name, m in trial.named_modules()
+                      if isinstance(m, nn.modules.batchnorm._NormBase)}
+    missing, unknown, refused = [], [], []
     try:
-        result = trial.load_state_dict(
-            {key: value for key, value in state.items() if key not in wrong}, strict=False,
-            assign=True)
+        result = trial.load_state_dict(rest, strict=False, assign=True)
         missing = [key for key in result.missing_keys if key not in wrong | left]
         unknown = list(result.unexpected_keys)
     except RuntimeError as error:  # of a module that reads other names
