@@ -101,8 +101,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
-        raise ValueError(f"load_weights: {path} is a damaged archive: {error}") from None
+    except Exception as error:  # zipfile's own, and those of what it decodes by
+        raise ValueError(f"load_weights: {path} is a damaged archive: "
+                         f"{str(error) or type(error).__name__}") from None
     if damaged is not None:
         raise ValueError(f"load_weights: {path} is damaged: the checksum of {damaged} in it does "
                          "not hold")
