@@ -57,6 +57,13 @@ def test_a_folder_makes_the_same_model(tmp_path, name, form):
             tmp_path / "new" / "folder" / file).read_text()
 
 
+def test_a_wrapped_model_is_saved_as_itself(tmp_path):
+    model = made()
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        models.save_pretrained(wrapped, tmp_path)
+        assert torch.equal(models.from_pretrained(tmp_path)(IMAGES), model(IMAGES))
+
+
 def test_a_published_network(tmp_path):
     sizes = dict(num_classes=7, in_channels=2, blocks=(1, 2), filters=(32, 64))  # less to write
     model = models.create_model("quicknet_small", **sizes).half()
@@ -86,10 +93,13 @@ def test_models_that_cannot_be_made_again_are_refused(tmp_path):
         pretrained_config = dict(maker="create", model="odd", num_classes=1, in_channels=1,
                                  options={"quantizer": nn.Identity()})
 
-    mixed = made()
+    mixed, changed = made(), made()
     mixed.classifier.half()
+    changed.classifier = nn.Linear(64, 9, bias=False)
     for model, match in ((nn.Linear(2, 2), "Linear was not made by create_model or create"),
                          (Odd(2, 2), "an option of odd cannot be written to config.json"),
+                         (changed, "quicknet is not as create made it: 1 missing: classifier.bias; "
+                          r"1 of another shape: classifier.weight \(9, 64\), not \(4, 64\)"),
                          (mixed, "several dtypes: torch.float16, torch.float32")):
         with pytest.raises(ValueError, match=match):
             models.save_pretrained(model, tmp_path / "folder")

@@ -143,6 +143,12 @@ def test_numbers_of_numpy_are_read(tmp_path):
                tmp_path / "w.pth")
     models.load_weights(model, tmp_path / "w.pth")
     assert equal(model, source)
+    torch.save({"best": np.float32(70.5), "state_dict": source.state_dict()}, tmp_path / "w",
+               _use_new_zipfile_serialization=False)
+    data = (tmp_path / "w").read_bytes()
+    for name in (b"numpy.core.multiarray", b"numpy._core.multiarray"):  # before NumPy 2, and since
+        (tmp_path / "w").write_bytes(re.sub(rb"numpy\._?core\.multiarray", name, data))
+        models.load_weights(made(), tmp_path / "w")
 
 
 def test_all_differences_are_listed(tmp_path):
@@ -302,9 +308,11 @@ def test_other_dtypes_devices_and_wrappers(tmp_path):
     models.load_weights(hollow, tmp_path / "w")
     assert hollow.conv.weight.dtype == torch.float16 and not hollow.head.weight.requires_grad
     assert torch.equal(hollow.conv.weight, source.conv.weight.half())
-    compiled = torch.compile(made(), backend="eager")
-    models.load_weights(compiled, tmp_path / "w")
-    assert equal(compiled._orig_mod, source)
+    inside = made()
+    for wrapped in (torch.compile(inside, backend="eager"), nn.DataParallel(inside)):
+        inside.head.weight.data.zero_()
+        models.load_weights(wrapped, tmp_path / "w")
+        assert equal(inside, source)
     with torch.device("meta"):
         lost = Toy()
         lost.register_buffer("blur", torch.ones(3), persistent=False)

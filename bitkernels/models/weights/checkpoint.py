@@ -118,12 +118,12 @@ def _numpy_scalars() -> Iterator[None]:
     """Lets torch.load read numbers of NumPy, as checkpoints hold their best accuracy."""
     try:
         import numpy as np
-        from numpy._core.multiarray import scalar  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         yield
         return
     import _codecs
 
+    scalar: Any = np.float64(0).__reduce__()[0]  # a NumPy before 2 has it elsewhere
     types = {type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32)}
     with torch.serialization.safe_globals(
             [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
@@ -147,14 +147,22 @@ def _tensors(data: Any, path: Path) -> State:
     return dict(data)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, DataParallel or DistributedDataParallel made of it."""
+    model = model._modules.get("_orig_mod") or model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
+
+
 def check_target(model: object) -> nn.Module:
-    """The model inside what torch.compile returned.
+    """The model itself, `unwrapped`.
 
     Raises TypeError for what is no module, ValueError for one that is packed or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights: model must be an nn.Module, got {type(model).__name__}")
-    model = model._modules.get("_orig_mod") or model
+    model = unwrapped(model)
     if any(isinstance(m, _Packed) for m in model.modules()):
         raise ValueError(f"load_weights: {type(model).__name__} is packed and has no weights to "
                          "load into: load them first, then pack")
@@ -177,7 +185,7 @@ def load(model: nn.Module, state: State, origin: str, head: bool = True) -> None
     """
     own = model.state_dict()
     state = _unprefixed(state, own)
-    found = _differences(model, state, head)
+    found = differences(model, state, head)
     published: Any = getattr(model, "published_state", None)
     if found and published is not None and 2 * sum(key in own for key in state) < len(state):
         try:
@@ -186,17 +194,16 @@ def load(model: nn.Module, state: State, origin: str, head: bool = True) -> None
             what = error.args[0] if error.args else type(error).__name__
             raise ValueError(f"load_weights: {origin} is not a checkpoint of "
                              f"{type(model).__name__} that can be used: {what}") from error
-        found = _differences(model, state, head)
+        found = differences(model, state, head)
     if found:
         heads = head_keys(model)
         hint = ""
-        if head and heads and not _differences(model, state, False):
+        if head and heads and not differences(model, state, False):
             hint = (f"; all but {heads[0].rpartition('.')[0] or heads[0]} fits: "
                     "load_weights(..., head=False) leaves that as it is")
         raise ValueError(f"load_weights: {origin} does not hold the weights of this "
                          f"{type(model).__name__}: "
-                         + "; ".join(f"{len(names)} {what}: {_some(names)}"
-                                     for what, names in found.items()) + hint)
+                         + listed(found) + hint)
     on_meta = any(t.is_meta for t in own.values())
     lost = [name for name, b in model.named_buffers() if b.is_meta and name not in own]
     if lost:
@@ -208,6 +215,11 @@ def load(model: nn.Module, state: State, origin: str, head: bool = True) -> None
         values = {key: value.to(own[key].dtype if key in own else value.dtype, copy=True)
                   for key, value in values.items()}
     model.load_state_dict(values, strict=head, assign=on_meta)
+
+
+def listed(found: dict[str, list[str]]) -> str:
+    """What `differences` found, in words."""
+    return "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in found.items())
 
 
 def head_keys(model: nn.Module) -> list[str]:
@@ -228,7 +240,7 @@ def _unprefixed(state: State, own: Mapping[str, Any]) -> State:
     return state
 
 
-def _differences(model: nn.Module, state: State, head: bool) -> dict[str, list[str]]:
+def differences(model: nn.Module, state: State, head: bool) -> dict[str, list[str]]:
     """What stands against loading, by kind; found out on a copy of the model without values, since
     modules may read other names than they write."""
     trial = _hollow(model)

@@ -16,7 +16,7 @@ from torch import nn
 from bitkernels._files import replace_file
 from bitkernels._packages import needs
 from bitkernels.models.registry import create, create_model, entry
-from bitkernels.models.weights.checkpoint import load, read
+from bitkernels.models.weights.checkpoint import differences, listed, load, read, unwrapped
 from bitkernels.nn import load_packed, save_packed
 from bitkernels.nn.packed import _Packed
 
@@ -33,14 +33,20 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
       model.safetensors and README.md, a model card with counts; what it had under these names is
       replaced once all are written.
 
-    Raises ValueError for a model that was made in another way, OSError where the folder cannot be
-    written, ImportError without safetensors.
+    Raises ValueError for a model that was made in another way or changed since, OSError where the
+    folder cannot be written, ImportError without safetensors.
     """
     _save(model, Path(folder), "OWNER/NAME")
 
 
 def _save(model: nn.Module, folder: Path, repository: str) -> None:
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     config = _config(model)
+    with torch.device("meta"):
+        fresh = _made(config)
+    if not config["packed"] and (changed := differences(fresh, model.state_dict(), True)):
+        raise ValueError(f"save_pretrained: {config['model']} is not as {config['maker']} made it: "
+                         + listed(changed))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as place:
         new = Path(place)
@@ -49,8 +55,8 @@ def _save(model: nn.Module, folder: Path, repository: str) -> None:
         else:
             replace_file(new / WEIGHTS, _weights(model))
         replace_file(new / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        replace_file(new / CARD, _card(
-            config, (new / WEIGHTS).stat().st_size, repository).encode())
+        card = _card(config, fresh, (new / WEIGHTS).stat().st_size, repository)
+        replace_file(new / CARD, card.encode())
         for name in (WEIGHTS, CONFIG, CARD):
             os.replace(new / name, folder / name)
 
@@ -68,9 +74,7 @@ def from_pretrained(name_or_folder: str | os.PathLike[str]) -> nn.Module:
     config_path = _part(origin, CONFIG)
     config = _read_config(config_path)
     try:
-        model = MAKERS[config["maker"]](
-            config["model"], num_classes=config["num_classes"], in_channels=config["in_channels"],
-            **config["options"])
+        model = _made(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"from_pretrained: {config_path}: {error}") from None
     model = model.to(getattr(torch, config["dtype"])).eval()
@@ -181,14 +185,15 @@ def _weights(model: nn.Module) -> bytes:
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
-def _card(config: dict[str, Any], size: int, repository: str) -> str:
+def _made(config: dict[str, Any]) -> nn.Module:
+    return MAKERS[config["maker"]](config["model"], num_classes=config["num_classes"],
+                                   in_channels=config["in_channels"], **config["options"])
+
+
+def _card(config: dict[str, Any], model: nn.Module, size: int, repository: str) -> str:
     """README.md of a repository."""
     from bitkernels.optim import binary_weights
 
-    with torch.device("meta"):
-        model = MAKERS[config["maker"]](
-            config["model"], num_classes=config["num_classes"], in_channels=config["in_channels"],
-            **config["options"])
     parameters = sum(p.numel() for p in model.parameters())
     binary = sum(w.numel() for w in binary_weights(model).values())
     options = "".join(f", {key}={value!r}" for key, value in config["options"].items())
