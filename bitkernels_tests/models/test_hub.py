@@ -135,6 +135,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fails):
     (lambda c: c["options"].update(depth=4), "quicknet has no option depth"),
     (lambda c: c["options"].update(filters=[1]), "each section has a number of blocks"),
     (lambda c: c["options"].update(filters="ab"), "config.json: "),
+    (lambda c: c.update(num_classes=-9), "config.json: .*negative"),
     (lambda c: c.update(num_classes=9), r"classifier\.weight \(4, 64\), not \(9, 64\)"),
     (lambda c: c.update(packed=True), "not one of save_packed"),
 ])
@@ -159,8 +160,8 @@ def test_broken_and_missing_files(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         models.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match='no folder owner/name.*"hf-hub:owner/name"'):
-        models.from_pretrained("owner/name")
+    with pytest.raises(FileNotFoundError, match='no folder ./a/b, .*"hf-hub:owner/name"'):
+        models.from_pretrained("./a/b")
     with pytest.raises(ValueError, match=r"packed model: use bitkernels\.nn\.load_packed"):
         models.load_weights(made(), tmp_path)
 
@@ -197,6 +198,7 @@ def test_from_the_hub(repository):
     models.save_pretrained(model, repository)
     assert torch.equal(models.from_pretrained("hf-hub:owner/net@v1.0")(IMAGES), model(IMAGES))
     assert (repository / "asked").read_text() == "owner/net model.safetensors v1.0"
+    assert torch.equal(models.from_pretrained("owner/net")(IMAGES), model(IMAGES))
     other = made()
     models.load_weights(other, "hf-hub:owner/net")
     assert torch.equal(other(IMAGES), model(IMAGES))
@@ -232,9 +234,10 @@ def test_what_the_hub_does_not_have(repository, monkeypatch):
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:net", "hf-hub:a/b/c", "hf-hub:../x/y"])
 def test_names_of_no_repository(name):
     pytest.importorskip("huggingface_hub")
-    for call in (models.from_pretrained, lambda n: models.load_weights(made(), n)):
-        with pytest.raises(ValueError, match='is "hf-hub:owner/name" or'):
-            call(name)
+    with pytest.raises(ValueError, match='is "hf-hub:owner/name" or'):
+        models.load_weights(made(), name)
+    with pytest.raises(FileNotFoundError, match=f"no folder {name}, and it is no repository"):
+        models.from_pretrained(name)
 
 
 def test_push(tmp_path, monkeypatch):

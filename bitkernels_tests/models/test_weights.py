@@ -177,6 +177,17 @@ def test_each_missing_or_misshaped_key_of_a_published_checkpoint(tmp_path, key):
     refused(tmp_path / "w.pth", "1 of another shape: |is not a checkpoint of Toy that can be used")
 
 
+def test_published_names_that_are_mostly_ours(tmp_path):
+    source, model = made(), made()
+    state = {k.replace("head.", "fc."): v for k, v in source.state_dict().items()}
+    torch.save(state, tmp_path / "w")
+    models.load_weights(model, tmp_path / "w")
+    assert equal(model, source)
+    del state["norm.weight"]
+    torch.save({**state, "temperature": torch.tensor(0.5)}, tmp_path / "w")
+    refused(tmp_path / "w", "3 missing: norm.weight, head.weight, head.bias; 3 unknown: fc.weight")
+
+
 def test_what_a_published_checkpoint_has_more(tmp_path):
     state = published(made())
     torch.save({**state, "temperature": torch.tensor(0.0)}, tmp_path / "w.pth")
@@ -319,6 +330,22 @@ def test_other_dtypes_devices_and_wrappers(tmp_path):
     with pytest.raises(ValueError, match="blur of Toy on the meta device"):
         models.load_weights(lost, tmp_path / "w")
     assert lost.head.weight.is_meta
+
+
+def test_a_model_that_cannot_be_copied(tmp_path):
+    """Its hooks, or it itself, hold results with a gradient, as of a teacher listened to."""
+    class Listener:
+        def keep(self, module, args, output):
+            self.kept = output
+
+    source, model, listener = made(), made(), Listener()
+    model.norm.register_forward_hook(listener.keep)
+    model.result = model(torch.ones(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    torch.save(source.state_dict(), tmp_path / "w")
+    models.load_weights(model, tmp_path / "w")
+    assert equal(model, source) and model.norm._forward_hooks
 
 
 def test_modules_that_read_older_names(tmp_path):

@@ -23,6 +23,7 @@ from bitkernels.nn.packed import _Packed
 LISTED = 8  # of each kind of difference in a message
 _HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 State = dict[str, Tensor]
 
@@ -187,14 +188,19 @@ def load(model: nn.Module, state: State, origin: str, head: bool = True) -> None
     state = _unprefixed(state, own)
     found = differences(model, state, head)
     published: Any = getattr(model, "published_state", None)
-    if found and published is not None and 2 * sum(key in own for key in state) < len(state):
+    if found and published is not None:
+        ours = 2 * sum(key in own for key in state) >= len(state)  # whose names a message has
         try:
-            state = dict(published(state))
+            mapped = dict(published(state))
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            what = error.args[0] if error.args else type(error).__name__
-            raise ValueError(f"load_weights: {origin} is not a checkpoint of "
-                             f"{type(model).__name__} that can be used: {what}") from error
-        found = differences(model, state, head)
+            if not ours:
+                what = error.args[0] if error.args else type(error).__name__
+                raise ValueError(f"load_weights: {origin} is not a checkpoint of "
+                                 f"{type(model).__name__} that can be used: {what}") from error
+        else:
+            others = differences(model, mapped, head)
+            if not others or not ours:
+                state, found = mapped, others
     if found:
         heads = head_keys(model)
         hint = ""
@@ -269,13 +275,19 @@ def differences(model: nn.Module, state: State, head: bool) -> dict[str, list[st
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, whose state_dict takes no memory."""
+    """A copy on the meta device, without hooks on its calls, which may hold what has no copy."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"),
                                            parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+            elif name in _CALLS:
+                memo[id(value)] = OrderedDict()
     return copy.deepcopy(model, memo)
 
 

@@ -22,6 +22,7 @@ from bitkernels.nn.packed import _Packed
 
 HUB = "hf-hub:"
 MAKERS: dict[str, Callable[..., nn.Module]] = {"create": create, "create_model": create_model}
+REPOSITORY = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -64,7 +65,8 @@ def _save(model: nn.Module, folder: Path, repository: str) -> None:
 def from_pretrained(name_or_folder: str | os.PathLike[str]) -> nn.Module:
     """The model of a folder that `save_pretrained` wrote, in eval mode; packed if it was packed.
 
-    name_or_folder: a folder, "hf-hub:owner/name" or "hf-hub:owner/name@revision".
+    name_or_folder: a folder; where there is none, a repository of the Hugging Face Hub,
+      "owner/name" or "owner/name@revision", with "hf-hub:" before it or not.
 
     Raises ValueError for a config.json of something else and for weights that are not the
     config's; FileNotFoundError; OSError where the Hub has no such repository or cannot be reached;
@@ -75,7 +77,7 @@ def from_pretrained(name_or_folder: str | os.PathLike[str]) -> nn.Module:
     config = _read_config(config_path)
     try:
         model = _made(config)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"from_pretrained: {config_path}: {error}") from None
     model = model.to(getattr(torch, config["dtype"])).eval()
     path = _part(origin, WEIGHTS)
@@ -234,15 +236,15 @@ def _part(origin: str, name: str) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"from_pretrained: the folder {origin} has no {name}")
         return path
-    if not origin.startswith(HUB):
-        raise FileNotFoundError(f"from_pretrained: there is no folder {origin}; a repository of "
-                                f"the Hugging Face Hub is \"{HUB}owner/name\"")
+    if REPOSITORY.fullmatch(origin) is None:
+        raise FileNotFoundError(f"from_pretrained: there is no folder {origin}, and it is no "
+                                f"repository \"{HUB}owner/name\" of the Hugging Face Hub")
     return hub_file(origin, name)
 
 
 def _repository(origin: str) -> tuple[str, str | None]:
     """owner/name, and the revision where one is named."""
-    found = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", origin)
+    found = REPOSITORY.fullmatch(origin)
     if found is None:
         raise ValueError(f"a repository of the Hugging Face Hub is \"{HUB}owner/name\" or "
                          f"\"{HUB}owner/name@revision\", got {origin!r}")
