@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -64,7 +65,7 @@ def entry(name: str) -> Entry:
 
 
 def create_model(name: str, *, num_classes: int | None = None, in_channels: int = 3,
-                 weights: str | None = None, **options: Any) -> nn.Module:
+                 weights: str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
     """The published network of that name.
 
     num_classes: None: as published, 1000 for ImageNet.
