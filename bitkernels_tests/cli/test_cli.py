@@ -25,7 +25,7 @@ BARE = """
 import importlib.metadata, sys
 from importlib.machinery import PathFinder
 HIDDEN = {"numpy", "safetensors", "tqdm", "sklearn", "tensorboard", "torchvision", "triton", "cupy",
-          "cupy_backends", "onnx", "matplotlib", "scipy"}
+          "cupy_backends", "onnx", "matplotlib", "scipy", "h5py", "huggingface_hub", "timm"}
 find, distribution = PathFinder.find_spec, importlib.metadata.distribution
 def find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
