@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,10 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
     pad_value: int
+
+    def _padding_of(self, input: Tensor) -> Any:
+        """What the operator pads this input by."""
+        return self.padding
 
     def _set_padding(self, pad_value: int) -> None:
         if pad_value not in (-1, 0, 1):
@@ -129,7 +133,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         if not self.on_bits:
             return self._real_forward(input, F.conv2d)
         input, weight = self._bit_operands(input)
-        padding = self.padding
+        padding = self._padding_of(input)
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)

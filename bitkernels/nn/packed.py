@@ -196,9 +196,13 @@ class _PackedConv(_Packed):
         twin._fill(layer)
         return twin
 
+    def _geometry_of(self, input: Tensor) -> tuple:
+        """Stride, padding (top, bottom, left, right) and dilation for (N, C, H, W)."""
+        return self._geometry
+
     def _convolve(self, input: Tensor) -> Tensor:
         """Of (N, C, H, W)."""
-        stride, pads, dilation = self._geometry
+        stride, pads, dilation = self._geometry_of(input)
         if _onnx.is_exporting():
             return _onnx.packed_conv2d(
                 self._quantized(input), self.weight_words, self.in_channels, stride, pads,
