@@ -67,6 +67,29 @@ def same_max_pool(kernel_size: int, stride: int) -> nn.Sequential:
                          MaxPool2d(kernel_size, stride))
 
 
+class FlattenImage(FxLeaf):
+    """(N, C, size, size) to (N, size * size * C), the channels last, as TensorFlow flattens images.
+
+    Raises RuntimeError for another size, naming the image's size that the network was made for.
+    """
+
+    def __init__(self, size: int, image_size: int) -> None:
+        super().__init__()
+        self.size, self.image_size = size, image_size
+
+    @traced_whole
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4 or tuple(input.shape[2:]) != (self.size, self.size):
+            raise RuntimeError(
+                f"the linear layers take maps of {self.size} x {self.size} pixels, as images of "
+                f"{self.image_size} x {self.image_size} give; got a map of shape "
+                f"{tuple(input.shape)}: build the network with the image_size of its images")
+        return input.permute(0, 2, 3, 1).flatten(1)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, image_size={self.image_size}"
+
+
 class _Unscaled(FxLeaf, nn.modules.batchnorm._BatchNorm):
     """Batch norm with a learned shift and no scale (Keras's scale=False): weight is None."""
 

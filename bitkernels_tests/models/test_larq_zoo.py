@@ -57,7 +57,7 @@ def test_logits_of_the_original(record, tmp_path):
 
     about, layers = layers_of(record)
     name, _, variant = record.partition(":")
-    options: dict = {"stem": "small"} if variant == "small" else {}
+    options: dict = {"stem": "cifar"} if variant == "small" else {}
     if name in ("binary_alexnet", "dorefanet"):
         options["image_size"] = about["size"][0]
     model = create_model(name, num_classes=about["classes"], **options).eval()
