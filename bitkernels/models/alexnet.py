@@ -49,8 +49,13 @@ class BinaryAlexNet(nn.Module):
     def __init__(self, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, *,
                  hidden: int = 4096, binary_weights: bool = True) -> None:
         super().__init__()
-        options: dict[str, Any] = dict(bias=False, **weight_options(binary_weights))
         side = -(-image_size // 4)
+        for *_, pooled in LAYERS:
+            side = (side - 3) // 2 + 1 if pooled else side
+        if side < 1:
+            raise ValueError("BinaryAlexNet: image_size must be at least 57, where the last map "
+                             f"has a pixel; got {image_size}")
+        options: dict[str, Any] = dict(bias=False, **weight_options(binary_weights))
         features: list[nn.Module] = [SamePad2d(11, 4)]
         before, taps = in_channels, []
         for channels, kernel, pooled in LAYERS:
@@ -60,13 +65,9 @@ class BinaryAlexNet(nn.Module):
                 input_quantizer=NoOp(precision=32) if first else "ste_sign", **options))
             if pooled:
                 features.append(MaxPool2d(3, 2))
-                side = (side - 3) // 2 + 1
                 taps.append(f"features.{len(features)}")
             features.append(UnscaledBatchNorm2d(channels, eps=1e-3))
             before = channels
-        if side < 1:
-            raise ValueError("BinaryAlexNet: image_size must be at least 57, where the last map "
-                             f"has a pixel; got {image_size}")
         self.features = nn.Sequential(*features)
         self.attention_layers = tuple(taps)
         self.flatten = FlattenImage(side, image_size)

@@ -72,12 +72,17 @@ class DoReFaNet(nn.Module):
                  hidden: int = 4096, activation_bits: int = 2,
                  binary_weights: bool = True) -> None:
         super().__init__()
+        side = (image_size - 12) // 4 + 1
+        for *_, pooled in LAYERS:
+            side = {"same": -(-side // 2), "valid": (side - 3) // 2 + 1, None: side}[pooled]
+        if side < 1:
+            raise ValueError("DoReFaNet: image_size must be at least 44, where the last map has a "
+                             f"pixel; got {image_size}")
 
         def options() -> dict[str, Any]:
             return dict(bias=False, input_quantizer=DoReFa(activation_bits),
                         **weight_options(binary_weights, LayerMeanSign()))
 
-        side = (image_size - 12) // 4 + 1
         features: list[nn.Module] = [nn.Conv2d(in_channels, 96, 12, 4)]
         before, taps = 96, []
         for channels, kernel, pooled in LAYERS:
@@ -86,14 +91,9 @@ class DoReFaNet(nn.Module):
             features.append(UnscaledBatchNorm2d(channels, eps=1e-4))
             if pooled == "same":
                 features.append(same_max_pool(3, 2))
-                side = -(-side // 2)
             elif pooled == "valid":
                 features.append(MaxPool2d(3, 2))
-                side = (side - 3) // 2 + 1
             before = channels
-        if image_size < 12 or side < 1:
-            raise ValueError("DoReFaNet: image_size must be at least 44, where the last map has a "
-                             f"pixel; got {image_size}")
         self.features = nn.Sequential(*features)
         self.attention_layers = tuple(taps)
         self.flatten = FlattenImage(side, image_size)

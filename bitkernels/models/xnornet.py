@@ -11,8 +11,7 @@ from bitkernels.models.registry import register
 from bitkernels.nn import BinaryConv2d, MaxPool2d
 
 # Channels, side of the window, padding, whether a maximum of 3x3 pixels by stride 2 follows.
-LAYERS = ((256, 5, 2, True), (384, 3, 1, False), (384, 3, 1, False), (256, 3, 1, True),
-          (4096, 6, 0, False), (4096, 1, 0, False))
+LAYERS = ((256, 5, 2, True), (384, 3, 1, False), (384, 3, 1, False), (256, 3, 1, True))
 
 
 class XNORNet(nn.Module):
@@ -25,6 +24,7 @@ class XNORNet(nn.Module):
 
     image_size: the side of the images, at least 217, which like 224 leaves one pixel of the last
       map; of a larger map all pixels go to the last layer.
+    hidden: channels of the two convolutions that stand for linear layers, 4096 as published.
     binary_weights: False keeps the weights real, with the same state_dict keys.
 
     Source: larq_zoo.literature, structure and initialisation; L2 decay of 5e-7 on all weights and
@@ -38,29 +38,31 @@ class XNORNet(nn.Module):
     keras_head = 3  # layers with weights that Larq Zoo's files without a head lack
 
     def __init__(self, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, *,
-                 binary_weights: bool = True) -> None:
+                 hidden: int = 4096, binary_weights: bool = True) -> None:
         super().__init__()
+        layers = (*LAYERS, (hidden, 6, 0, False), (hidden, 1, 0, False))
+        side = (-(-image_size // 4) - 3) // 2 + 1
+        for _, kernel, padding, pooled in layers:
+            side += 2 * padding - kernel + 1
+            side = (side - 3) // 2 + 1 if pooled else side
+        if side < 1:
+            raise ValueError("XNORNet: image_size must be at least 217, where the last map has a "
+                             f"pixel; got {image_size}")
         options: dict[str, Any] = dict(bias=False,
                                        **weight_options(binary_weights, "ste_sign", "xnor"))
-        side = (-(-image_size // 4) - 3) // 2 + 1
         self.stem = nn.Sequential(
             SamePad2d(11, 4), nn.Conv2d(in_channels, 96, 11, 4, bias=False),
             UnscaledBatchNorm2d(96, eps=1e-5), nn.ReLU(), MaxPool2d(3, 2),
             UnscaledBatchNorm2d(96, eps=1e-4))
         features: list[nn.Module] = []
         before, taps = 96, ["stem.5"]
-        for i, (channels, kernel, padding, pooled) in enumerate(LAYERS):
+        for i, (channels, kernel, padding, pooled) in enumerate(layers):
             features.append(BinaryConv2d(before, channels, kernel, 1, padding, **options))
-            side += 2 * padding - kernel + 1
             if pooled:
                 features.append(MaxPool2d(3, 2))
-                side = (side - 3) // 2 + 1
                 taps.append(f"features.{len(features)}")
             features.append(UnscaledBatchNorm2d(channels, eps=1e-4 if i < 5 else 1e-3))
             before = channels
-        if side < 1:
-            raise ValueError("XNORNet: image_size must be at least 217, where the last map has a "
-                             f"pixel; got {image_size}")
         self.features = nn.Sequential(*features)
         self.attention_layers = tuple(taps)
         self.relu = nn.ReLU()

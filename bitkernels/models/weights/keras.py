@@ -56,34 +56,36 @@ def load(model: nn.Module, path: str | PathLike[str], head: bool = True) -> None
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError, KeyError) as error:  # h5py's, for a damaged file
-        raise ValueError(f"{path}: not an HDF5 file, or a damaged one ({error})") from error
+        raise ValueError(f"load_weights: {path} is not an HDF5 file, or a damaged one: "
+                         f"{error}") from error
     model.load_state_dict({**model.state_dict(), **state})
 
 
 def _layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     name = type(model).__name__
     if not hasattr(model, "keras_layers"):
-        raise ValueError(f"{name}: Larq Zoo has no such network; its networks here are classes "
-                         "with a method keras_layers")
+        raise ValueError(f"load_weights: Larq Zoo, whose files are HDF5, has no {name}")
     network: Any = model
     layers = network.keras_layers()
     for _, layer in layers:
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             if tensor.is_meta:
-                raise ValueError(f"{name}: the network is on the meta device, which holds no "
-                                 "values; move it by to_empty(device=...) first")
+                raise ValueError(f"load_weights: {name} is on the meta device, where files of "
+                                 "Larq Zoo cannot be loaded: build it on a real device")
         if type(layer).__name__.startswith("Packed"):
-            raise ValueError(f"{name}: the network is packed; load its weights before pack()")
+            raise ValueError(f"load_weights: {name} is packed: load its weights first, then pack")
     return layers
 
 
 def _groups(file: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The file's layers that have weights: name, and dataset of each of them."""
+    import h5py
+
     root = file
     if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
         if "model_weights" not in root:
-            raise ValueError(f"{path}: an HDF5 file, but not one of Keras' save_weights: it has no "
-                             "attribute layer_names")
+            raise ValueError(f"load_weights: {path} is an HDF5 file, but not one of Keras' "
+                             "save_weights: it has no attribute layer_names")
         root = _inside(root, "model_weights")
     for name in _names(root, "layer_names"):
         group = _inside(root, name)
@@ -91,8 +93,10 @@ def _groups(file: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for weight in _names(group, "weight_names"):
             kind = re.sub(r"(_\d+)?(:\d+)?$", "", weight.rsplit("/", 1)[-1])
             if kind in tensors:
-                raise ValueError(f"{path}: layer {name} has two tensors {kind}")
+                raise ValueError(f"load_weights: layer {name} of {path} has two tensors {kind}")
             tensors[kind] = _inside(group, weight)
+            if not isinstance(tensors[kind], h5py.Dataset):
+                raise ValueError(f"load_weights: {weight} in {path} is no tensor")
         if tensors:
             yield name, tensors
 
@@ -118,11 +122,14 @@ def _inside(group: Any, name: str) -> Any:
 
     here = group
     for part in name.split("/"):
+        if not isinstance(here, h5py.Group):
+            raise KeyError(f"{name}: {here.name} is no group")
         if isinstance(here.get(part, getlink=True), h5py.ExternalLink):
-            raise ValueError(f"{group.file.filename}: {name} is a link to another file")
+            raise ValueError(f"load_weights: {name} in {group.file.filename} is a link to another "
+                             "file")
         here = here[part]
     if isinstance(here, h5py.Dataset) and (here.external or here.is_virtual):
-        raise ValueError(f"{group.file.filename}: {name} is stored in another file")
+        raise ValueError(f"load_weights: {name} in {group.file.filename} is stored in another file")
     return here
 
 
@@ -130,45 +137,48 @@ def _matched(model: nn.Module, layers: list[tuple[str, nn.Module]],
              groups: list[tuple[str, dict[str, Any]]], path: str, head: bool) -> dict[str, Tensor]:
     """The state_dict entries that the file holds; ValueError where it is not this network's."""
     body = len(layers) - getattr(model, "keras_head", 1)
-    differences = []
-    if len(groups) == body and head:
-        raise ValueError(f"{path} has no head, which {type(model).__name__} needs (a file "
-                         "\"notop\"): load it with head=False, which leaves the network's own")
-    if len(groups) not in ((len(layers),) if head else (len(layers), body)):
-        differences.append(f"{len(groups)} layers with weights in the file, {len(layers)} in the "
-                           "network")
+    names = {id(module): name for name, module in model.named_modules()}
+    counts = (len(layers),) if head else (len(layers), body)
+    differences = [] if len(groups) in counts else [
+        f"{len(groups)} layers with weights in the file, {len(layers)} in the network"]
     if not head:
         layers, groups = layers[:body], groups[:body]
-    names = {id(module): name for name, module in model.named_modules()}
     state: dict[str, Tensor] = {}
     for (kind, module), (group, tensors) in zip(layers, groups, strict=False):
-        own = _own_tensors(kind, module)
-        where = f"{names[id(module)]} ({kind}) and the file's {group}"
-        if tensors.keys() != own.keys():
-            differences.append(f"{where}: {', '.join(sorted(own))} against "
-                               f"{', '.join(sorted(tensors))}")
-            continue
-        for name, (key, target) in own.items():
-            data = tensors[name]
-            expected = _keras_shape(kind, name, target)
-            # Keras has the slopes of a PReLU as (1, 1, C).
-            shape = data.shape[-1:] if kind == "prelu" and data.shape[:-1] == (1, 1) else data.shape
-            if shape != expected:
-                differences.append(f"{where}: {name} {expected} against {data.shape}")
-            elif data.dtype.kind != "f":
-                differences.append(f"{where}: {name} holds {data.dtype}, not reals")
-            elif not differences:
-                value = torch.from_numpy(data[()].astype("float32"))
-                value = _from_keras(kind, name, value, target)
-                blur: Any = module
-                if not (kind == "blur" and torch.equal(value, blur.binomial().float().cpu())):
-                    state[f"{names[id(module)]}.{key}"] = value
+        differences += _entries(kind, module, names[id(module)], group, tensors, state)
+    if head and len(groups) == body and len(differences) == 1:
+        raise ValueError(f"load_weights: {path} has no head (\"notop\"), which this "
+                         f"{type(model).__name__} has: load it with head=False, which leaves the "
+                         "network's own")
     if differences:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
-        raise ValueError(f"{path} does not hold the weights of this {type(model).__name__}; "
-                         "network against file:\n  "
-                         + "\n  ".join(differences[:SHOWN] + more))
+        raise ValueError(f"load_weights: {path} does not hold the weights of this "
+                         f"{type(model).__name__}; network against file: "
+                         + "; ".join(differences[:SHOWN] + more))
     return state
+
+
+def _entries(kind: str, module: nn.Module, own_name: str, group: str, tensors: dict[str, Any],
+             state: dict[str, Tensor]) -> list[str]:
+    """Adds a layer's entries to the state; the differences, where it is another layer."""
+    own, where = _own_tensors(kind, module), f"{own_name} ({kind}) and the file's {group}"
+    if tensors.keys() != own.keys():
+        return [f"{where}: {', '.join(sorted(own))} against {', '.join(sorted(tensors))}"]
+    differences = []
+    for name, (key, target) in own.items():
+        data, expected = tensors[name], _keras_shape(kind, name, target)
+        # Keras has the slopes of a PReLU as (1, 1, C).
+        shape = data.shape[-1:] if kind == "prelu" and data.shape[:-1] == (1, 1) else data.shape
+        if shape != expected:
+            differences.append(f"{where}: {name} {expected} against {data.shape}")
+        elif data.dtype.kind != "f":
+            differences.append(f"{where}: {name} holds {data.dtype}, not reals")
+        else:
+            value = _from_keras(kind, name, torch.from_numpy(data[()].astype("float32")), target)
+            blur: Any = module
+            if not (kind == "blur" and torch.equal(value, blur.binomial().float().cpu())):
+                state[f"{own_name}.{key}"] = value
+    return differences
 
 
 def _own_tensors(kind: str, module: nn.Module) -> dict[str, tuple[str, Tensor]]:
