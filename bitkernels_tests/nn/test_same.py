@@ -47,6 +47,20 @@ def test_real_quantizers_are_padded_after_them():
         layer(x), F.conv2d(F.pad((x > 0).float(), (1, 2, 2, 2)), weight, None, 3))
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 8), (3, 4)])
+def test_gradients_are_those_of_the_padded_signs(size):
+    layer = bnn.SameConv2d(4, 6, 3, 2)
+    x = torch.randn(2, 4, *size).mul(1.5).requires_grad_()
+    signs, weight = (torch.where(t < 0, -1.0, 1.0).requires_grad_() for t in (x, layer.weight))
+    rows, columns = ((1, 1) if side % 2 else (0, 1) for side in size)
+    expected = F.conv2d(F.pad(signs, (*columns, *rows)), weight, layer.bias, 2)
+    grad = torch.randn_like(expected)
+    found = torch.autograd.grad(layer(x), (x, layer.weight), grad)
+    wanted = torch.autograd.grad(expected, (signs, weight), grad)
+    for value, gradient, of in zip(found, wanted, (x, layer.weight), strict=True):
+        torch.testing.assert_close(value, gradient * (of.abs() <= 1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (7, 8)])
 def test_block_runs_fused_and_is_its_layers(size):
     conv = bnn.SameConv2d(4, 6, 3, 2, bias=False, weight_scale="detached")
