@@ -12,10 +12,13 @@ strictly.
 from bitkernels.models.alexnet import BinaryAlexNet
 from bitkernels.models.binarynet import BinaryNet
 from bitkernels.models.birealnet import BiRealNet
+from bitkernels.models.densenet import BinaryDenseNet
 from bitkernels.models.dorefanet import DoReFaNet
+from bitkernels.models.meliusnet import MeliusNet
 from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
 from bitkernels.models.reactnet import ReActBlock, ReActNet
 from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block
+from bitkernels.models.real_to_binary import RealToBinaryNet
 from bitkernels.models.registry import create, create_model, list_models, names
 from bitkernels.models.resnet_e import BinaryResNetE
 from bitkernels.models.weights import (
@@ -30,15 +33,18 @@ from bitkernels.models.xnornet import XNORNet
 __all__ = [
     "BiRealNet",
     "BinaryAlexNet",
+    "BinaryDenseNet",
     "BinaryNet",
     "BinaryResNetE",
     "DoReFaNet",
+    "MeliusNet",
     "QuickNet",
     "QuickNetBlock",
     "QuickNetTransition",
     "ReActBlock",
     "ReActNet",
     "ReActNet18",
+    "RealToBinaryNet",
     "XNORNet",
     "create",
     "create_model",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from os import PathLike
 from typing import Any
@@ -143,9 +144,13 @@ def _matched(model: nn.Module, layers: list[tuple[str, nn.Module]],
         f"{len(groups)} layers with weights in the file, {len(layers)} in the network"]
     if not head:
         layers, groups = layers[:body], groups[:body]
+    # A grouped convolution is listed once for each of its groups, which are layers of the file.
+    listed, seen = Counter(id(module) for _, module in layers), Counter[int]()
     state: dict[str, Tensor] = {}
     for (kind, module), (group, tensors) in zip(layers, groups, strict=False):
-        differences += _entries(kind, module, names[id(module)], group, tensors, state)
+        part = seen[id(module)], listed[id(module)]
+        seen[id(module)] += 1
+        differences += _entries(kind, module, part, names[id(module)], group, tensors, state)
     if head and len(groups) == body and len(differences) == 1:
         raise ValueError(f"load_weights: {path} has no head (\"notop\"), which this "
                          f"{type(model).__name__} has: load it with head=False, which leaves the "
@@ -158,14 +163,18 @@ def _matched(model: nn.Module, layers: list[tuple[str, nn.Module]],
     return state
 
 
-def _entries(kind: str, module: nn.Module, own_name: str, group: str, tensors: dict[str, Any],
-             state: dict[str, Tensor]) -> list[str]:
-    """Adds a layer's entries to the state; the differences, where it is another layer."""
+def _entries(kind: str, module: nn.Module, part: tuple[int, int], own_name: str, group: str,
+             tensors: dict[str, Any], state: dict[str, Tensor]) -> list[str]:
+    """Adds a layer's entries to the state; the differences, where it is another layer.
+
+    part: (i, n), where the layer is the i-th of n parts of the module's output channels.
+    """
     own, where = _own_tensors(kind, module), f"{own_name} ({kind}) and the file's {group}"
     if tensors.keys() != own.keys():
         return [f"{where}: {', '.join(sorted(own))} against {', '.join(sorted(tensors))}"]
     differences = []
     for name, (key, target) in own.items():
+        target = target.chunk(part[1])[part[0]]
         data, expected = tensors[name], _keras_shape(kind, name, target)
         # Keras has the slopes of a PReLU as (1, 1, C).
         shape = data.shape[-1:] if kind == "prelu" and data.shape[:-1] == (1, 1) else data.shape
@@ -177,7 +186,8 @@ def _entries(kind: str, module: nn.Module, own_name: str, group: str, tensors: d
             value = _from_keras(kind, name, torch.from_numpy(data[()].astype("float32")), target)
             blur: Any = module
             if not (kind == "blur" and torch.equal(value, blur.binomial().float().cpu())):
-                state[f"{own_name}.{key}"] = value
+                key = f"{own_name}.{key}"
+                state[key] = torch.cat((state[key], value)) if key in state else value
     return differences
 
 
