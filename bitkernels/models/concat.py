@@ -91,10 +91,10 @@ def norm_of_concatenated(norm: nn.BatchNorm2d, parts: Sequence[Tensor]) -> Tenso
 
 
 class DenseSection(nn.Sequential):
-    """Modules that each give further channels, from all before: first, if any, `start`s.
+    """Modules one after the other, of which those with `of_parts` add channels to their input.
 
-    Those of a class with `of_parts` are called with the list of what there is so far, and what
-    they return is added; the others with the whole. Returns the concatenation, (N, C, H, W).
+    They are called with a list of what there is so far, to be concatenated, and what they return
+    joins it; the others take and return the whole. Returns the whole, (N, C, H, W).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class DenseSection(nn.Sequential):
                 parts = [module(_joined(parts))]
                 continue
             parts.append(module(parts))
-            if not torch.is_grad_enabled():  # nothing is kept: two parts are faster to join
+            if not self.training:  # nothing is to be kept: two parts are faster to join
                 parts = [_joined(parts)]
         return _joined(parts)
 

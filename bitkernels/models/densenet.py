@@ -77,6 +77,9 @@ class BinaryDenseNet(nn.Module):
             raise ValueError("BinaryDenseNet: each section has a number of layers and a dilation, "
                              f"and each but the last a reduction; got layers={layers}, "
                              f"dilation={dilation} and reduction={reduction}")
+        if min(*layers, *dilation) < 1 or any(r <= 0 for r in reduction):
+            raise ValueError("BinaryDenseNet: layers and dilation must be at least 1 and reduction "
+                             f"above 0, got {layers}, {dilation} and {reduction}")
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"BinaryDenseNet: stem must be 'imagenet' or 'cifar', got {stem!r}")
         least = 2 ** sum(rate == 1 for rate in dilation[1:])  # side of the map after the stem

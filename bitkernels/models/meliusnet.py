@@ -50,7 +50,7 @@ class MeliusNet(nn.Module):
 
     attention_layers: the names of the sections, for attention matching against another network.
 
-    Raises ValueError where there is not one number of features fewer than of blocks.
+    Raises ValueError for blocks and features that do not fit each other.
     """
 
     def __init__(self, num_classes: int = 1000, in_channels: int = 3, *,
@@ -58,9 +58,9 @@ class MeliusNet(nn.Module):
                  binary_weights: bool = True) -> None:
         super().__init__()
         blocks, features = tuple(blocks), tuple(features)
-        if not blocks or len(features) != len(blocks) - 1:
-            raise ValueError("MeliusNet: each section has a number of blocks, and each but the "
-                             f"last the features after it; got blocks={blocks} and "
+        if not blocks or len(features) != len(blocks) - 1 or min(*blocks, *features, 1) < 1:
+            raise ValueError("MeliusNet: each section has a number of blocks, at least 1, and "
+                             f"each but the last the features after it; got blocks={blocks} and "
                              f"features={features}")
         self.images = ImageInput("MeliusNet")
         self.stem = nn.Sequential(

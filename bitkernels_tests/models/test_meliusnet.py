@@ -67,3 +67,5 @@ def test_every_size_works():
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match=r"blocks=\(1, 1\) and features=\(160, 224, 256\)"):
         MeliusNet(blocks=(1, 1))
+    with pytest.raises(ValueError, match=r"at least 1.* got blocks=\(0, 1\)"):
+        MeliusNet(blocks=(0, 1), features=(8,))
