@@ -145,12 +145,11 @@ def _matched(model: nn.Module, layers: list[tuple[str, nn.Module]],
     if not head:
         layers, groups = layers[:body], groups[:body]
     # A grouped convolution is listed once for each of its groups, which are layers of the file.
-    listed, seen = Counter(id(module) for _, module in layers), Counter[int]()
+    listed = Counter(id(module) for _, module in layers)
     state: dict[str, Tensor] = {}
     for (kind, module), (group, tensors) in zip(layers, groups, strict=False):
-        part = seen[id(module)], listed[id(module)]
-        seen[id(module)] += 1
-        differences += _entries(kind, module, part, names[id(module)], group, tensors, state)
+        differences += _entries(kind, module, listed[id(module)], names[id(module)], group,
+                                tensors, state)
     if head and len(groups) == body and len(differences) == 1:
         raise ValueError(f"load_weights: {path} has no head (\"notop\"), which this "
                          f"{type(model).__name__} has: load it with head=False, which leaves the "
@@ -163,18 +162,18 @@ def _matched(model: nn.Module, layers: list[tuple[str, nn.Module]],
     return state
 
 
-def _entries(kind: str, module: nn.Module, part: tuple[int, int], own_name: str, group: str,
+def _entries(kind: str, module: nn.Module, parts: int, own_name: str, group: str,
              tensors: dict[str, Any], state: dict[str, Tensor]) -> list[str]:
     """Adds a layer's entries to the state; the differences, where it is another layer.
 
-    part: (i, n), where the layer is the i-th of n parts of the module's output channels.
+    parts: layers of the file that the module's output channels are in, one after the other.
     """
     own, where = _own_tensors(kind, module), f"{own_name} ({kind}) and the file's {group}"
     if tensors.keys() != own.keys():
         return [f"{where}: {', '.join(sorted(own))} against {', '.join(sorted(tensors))}"]
     differences = []
     for name, (key, target) in own.items():
-        target = target.chunk(part[1])[part[0]]
+        target = target.chunk(parts)[0]
         data, expected = tensors[name], _keras_shape(kind, name, target)
         # Keras has the slopes of a PReLU as (1, 1, C).
         shape = data.shape[-1:] if kind == "prelu" and data.shape[:-1] == (1, 1) else data.shape
