@@ -179,7 +179,9 @@ def test_files_without_a_head(tmp_path):
 
 
 @pytest.mark.parametrize("name, head", [("binary_alexnet", 6), ("xnornet", 3), ("dorefanet", 5),
-                                        ("birealnet18", 1), ("binary_resnet_e18", 1)])
+                                        ("birealnet18", 1), ("binary_resnet_e18", 1),
+                                        ("binary_densenet28", 1), ("meliusnet22", 1),
+                                        ("real_to_binary_net", 1)])
 def test_heads_are_those_of_larq_zoos_files(name, head):
     with torch.device("meta"):
         model = models.create_model(name)
