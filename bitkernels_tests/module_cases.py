@@ -42,6 +42,8 @@ CONVOLUTIONS: dict[str, Case] = {
                             _images()),
     "conv2d strided groups": lambda: (
         bnn.BinaryConv2d(8, 6, 3, stride=2, padding=(1, 0), groups=2, bias=False), _images()),
+    "conv2d same strided": lambda: (bnn.SameConv2d(8, 6, 3, (2, 1), weight_scale="detached"),
+                                    _images(8, 6, 5)),
     "conv2d padded with +1": lambda: (
         bnn.BinaryConv2d(8, 4, 3, padding=1, pad_value=1, weight_scale="xnor"), _images()),
     "conv2d padded with -1": lambda: (

@@ -9,11 +9,18 @@ the same state_dict keys: the first step of ReActNet's training, whose result th
 strictly.
 """
 
+from bitkernels.models.alexnet import BinaryAlexNet
 from bitkernels.models.binarynet import BinaryNet
+from bitkernels.models.birealnet import BiRealNet
+from bitkernels.models.densenet import BinaryDenseNet
+from bitkernels.models.dorefanet import DoReFaNet
+from bitkernels.models.meliusnet import MeliusNet
 from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
 from bitkernels.models.reactnet import ReActBlock, ReActNet
 from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block
+from bitkernels.models.real_to_binary import RealToBinaryNet
 from bitkernels.models.registry import create, create_model, list_models, names
+from bitkernels.models.resnet_e import BinaryResNetE
 from bitkernels.models.weights import (
     from_pretrained,
     load_weights,
@@ -21,15 +28,24 @@ from bitkernels.models.weights import (
     push_to_hub,
     save_pretrained,
 )
+from bitkernels.models.xnornet import XNORNet
 
 __all__ = [
+    "BiRealNet",
+    "BinaryAlexNet",
+    "BinaryDenseNet",
     "BinaryNet",
+    "BinaryResNetE",
+    "DoReFaNet",
+    "MeliusNet",
     "QuickNet",
     "QuickNetBlock",
     "QuickNetTransition",
     "ReActBlock",
     "ReActNet",
     "ReActNet18",
+    "RealToBinaryNet",
+    "XNORNet",
     "create",
     "create_model",
     "from_pretrained",

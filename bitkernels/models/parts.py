@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._fx import FxLeaf, traced_whole
+from bitkernels.nn import MaxPool2d
 from bitkernels.nn.layer import WeightScale
+from bitkernels.nn.same import same_pads
 from bitkernels.quantizers import NoOp
 
 # The standard deviation of a normal distribution that is cut at two of its own.
@@ -38,28 +40,54 @@ def glorot_normal_(weight: Tensor) -> None:
 
 
 class SamePad2d(FxLeaf):
-    """Zeros around (N, C, H, W) so that a window then gives ceil(H / stride) by ceil(W / stride).
+    """Pixels around (N, C, H, W) so that a window then gives ceil(H / stride) by ceil(W / stride).
 
-    TensorFlow's padding "same": where the total is odd the bottom and the right get the more. It
-    depends on the image's size: a 3x3 window of stride 2 pads an even side by (0, 1), an odd one
-    by (1, 1).
+    TensorFlow's padding "same" (`bitkernels.nn.same`), which depends on the image's size. value: of
+    these pixels.
     """
 
-    def __init__(self, kernel_size: int, stride: int) -> None:
+    def __init__(self, kernel_size: int, stride: int, value: float = 0.0) -> None:
         super().__init__()
-        self.kernel_size, self.stride = kernel_size, stride
+        self.kernel_size, self.stride, self.value = kernel_size, stride, value
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
-        pads = []
-        for size in (input.shape[-1], input.shape[-2]):
-            outputs = -(-size // self.stride)
-            total = max((outputs - 1) * self.stride + self.kernel_size - size, 0)
-            pads += [total // 2, total - total // 2]
-        return F.pad(input, pads)
+        kernel, stride = (self.kernel_size,) * 2, (self.stride,) * 2
+        top, bottom, left, right = same_pads(input.shape[-2:], kernel, stride)
+        return F.pad(input, (left, right, top, bottom), value=self.value)
 
     def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}, stride={self.stride}"
+        value = f", value={self.value}" if self.value else ""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}{value}"
+
+
+def same_max_pool(kernel_size: int, stride: int) -> nn.Sequential:
+    """TensorFlow's max pooling with padding "same": what is outside the image is never the most."""
+    return nn.Sequential(SamePad2d(kernel_size, stride, float("-inf")),
+                         MaxPool2d(kernel_size, stride))
+
+
+class FlattenImage(FxLeaf):
+    """(N, C, size, size) to (N, size * size * C), the channels last, as TensorFlow flattens images.
+
+    Raises RuntimeError for another size, naming the image's size that the network was made for.
+    """
+
+    def __init__(self, size: int, image_size: int) -> None:
+        super().__init__()
+        self.size, self.image_size = size, image_size
+
+    @traced_whole
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4 or tuple(input.shape[2:]) != (self.size, self.size):
+            raise RuntimeError(
+                f"the linear layers take maps of {self.size} x {self.size} pixels, as images of "
+                f"{self.image_size} x {self.image_size} give; got a map of shape "
+                f"{tuple(input.shape)}: build the network with the image_size of its images")
+        return input.permute(0, 2, 3, 1).flatten(1)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, image_size={self.image_size}"
 
 
 class _Unscaled(FxLeaf, nn.modules.batchnorm._BatchNorm):

@@ -19,6 +19,7 @@ from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 from bitkernels.nn.pool import MaxPool2d
 from bitkernels.nn.residual_block import BinaryResidualBlock
+from bitkernels.nn.same import PackedSameConv2d, SameConv2d
 
 __all__ = [
     "Binarization",
@@ -38,8 +39,10 @@ __all__ = [
     "PackedConvTranspose1d",
     "PackedConvTranspose2d",
     "PackedLinear",
+    "PackedSameConv2d",
     "RPReLU",
     "RSign",
+    "SameConv2d",
     "SyncBatchNorm",
     "binarize",
     "load_packed",

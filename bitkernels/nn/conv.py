@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -123,18 +124,21 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self.pad_value = checked_pad_value(type(self).__name__, pad_value, padding_mode)
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
-    @property
-    def pads(self) -> tuple[int, int, int, int]:
-        """The padding in pixels: top, bottom, left, right."""
+    def pads_of(self, size: Sequence[int]) -> tuple[int, int, int, int]:
+        """The padding in pixels, of an image of this height and width: top, bottom, left, right."""
         left, right, top, bottom = self._reversed_padding_repeated_twice
         return top, bottom, left, right
+
+    def _padding_of(self, input: Tensor) -> Any:
+        """The operator's argument for this input."""
+        return self.padding
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
         if not self.on_bits:
             return self._real_forward(input, F.conv2d)
         input, weight = self._bit_operands(input)
-        padding = self.padding
+        padding = self._padding_of(input)
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)

@@ -18,7 +18,7 @@ an error: there is no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -240,9 +240,8 @@ class _PackedConv(_Packed):
         self._register((out_channels, *lift, *self.kernel_size,
                         word_count(in_channels // groups)), scale, bias, device, input_quantizer)
 
-    @property
-    def pads(self) -> tuple[int, ...]:
-        """The padding in pixels, of an image of two dimensions: top, bottom, left, right."""
+    def pads_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The padding in pixels, of an image of this height and width: top, bottom, left, right."""
         return self._geometry[1]
 
     @traced_whole
@@ -251,7 +250,8 @@ class _PackedConv(_Packed):
         return self._on_images(input)
 
     def _convolve(self, x: Tensor, packed: bool, dtype: torch.dtype) -> Tensor:
-        stride, pads, dilation = self._geometry
+        stride, _, dilation = self._geometry
+        pads = self.pads_of(x.shape[1:3] if packed else x.shape[2:])
         if _onnx.is_exporting():
             return _onnx.packed_conv2d(
                 self._quantized(x), self.weight_words, self.in_channels, stride, pads, dilation,

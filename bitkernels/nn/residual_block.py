@@ -15,6 +15,7 @@ from bitkernels.nn.conv import BinaryConv2d
 from bitkernels.nn.hooks import is_patched
 from bitkernels.nn.norm import SyncBatchNorm
 from bitkernels.nn.packed import PackedConv2d
+from bitkernels.nn.same import PackedSameConv2d, SameConv2d
 
 _train = torch.ops.bitkernels.binary_residual_block.default
 _pack = torch.ops.bitkernels.sign_pack.default
@@ -97,8 +98,8 @@ class BinaryResidualBlock(FxLeaf):
                 return f"{name} has hooks"
             if module is not None and is_patched(module):
                 return f"{name} has a forward of its own"
-        packed = type(conv) is PackedConv2d
-        if not packed and type(conv) is not BinaryConv2d:
+        packed = type(conv) in (PackedConv2d, PackedSameConv2d)
+        if not packed and type(conv) not in (BinaryConv2d, SameConv2d):
             return f"conv is {type(conv).__name__}"
         if type(norm) not in _NORMS:
             return f"norm is {type(norm).__name__}"
@@ -179,9 +180,9 @@ class BinaryResidualBlock(FxLeaf):
         shift_in, slope, shift_out = self._activation()
         out, mean, variance = _train(
             input, conv.weight_to_sign(), residual, None if sign is None else sign.shift,
-            norm.weight, norm.bias, shift_in, slope, shift_out, conv.stride, conv.pads,
-            conv.dilation, conv.groups, relu=self.relu, eps=norm.eps, group=self._group(),
-            **options)
+            norm.weight, norm.bias, shift_in, slope, shift_out, conv.stride,
+            conv.pads_of(input.shape[2:]), conv.dilation, conv.groups, relu=self.relu,
+            eps=norm.eps, group=self._group(), **options)
         if norm.training and norm.track_running_stats:
             self._update_statistics(mean, variance)
         return out
@@ -204,8 +205,8 @@ class BinaryResidualBlock(FxLeaf):
         shift_in, slope, shift_out = self._activation()
         return _infer(
             _pack(input, None if self.sign is None else self.sign.shift, 1),
-            words, conv.in_channels, conv.stride, conv.pads, conv.dilation, conv.groups,
-            pad_value=conv.pad_value, out_channels=conv.out_channels,
+            words, conv.in_channels, conv.stride, conv.pads_of(input.shape[2:]), conv.dilation,
+            conv.groups, pad_value=conv.pad_value, out_channels=conv.out_channels,
             clamp_min=0.0 if self.relu else None,
             scale=factor if scale is None else factor * scale, bias=bias, residual=residual,
             shift_in=shift_in, slope=slope, shift_out=shift_out, dtype=input.dtype)
@@ -243,7 +244,7 @@ class BinaryResidualBlock(FxLeaf):
         return input.requires_grad or any(p.requires_grad for p in self.parameters())
 
     def _values_per_channel(self, input: Tensor) -> int:
-        conv, (top, bottom, left, right) = self.conv, self.conv.pads
+        conv, (top, bottom, left, right) = self.conv, self.conv.pads_of(input.shape[2:])
         size = [(n + pad - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in zip(
             input.shape[2:], (top + bottom, left + right), conv.dilation, conv.kernel_size,
             conv.stride, strict=True)]
