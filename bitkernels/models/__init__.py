@@ -10,12 +10,15 @@ strictly.
 """
 
 from bitkernels.models.binarynet import BinaryNet
+from bitkernels.models.bnext import BNext, BNextBlock
 from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
 from bitkernels.models.reactnet import ReActBlock, ReActNet
 from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block
 from bitkernels.models.registry import create, create_model, list_models, names
 
 __all__ = [
+    "BNext",
+    "BNextBlock",
     "BinaryNet",
     "QuickNet",
     "QuickNetBlock",

@@ -17,7 +17,7 @@ from bitkernels.nn.norm import SyncBatchNorm
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 from bitkernels.nn.pool import MaxPool2d
-from bitkernels.nn.residual_block import BinaryResidualBlock
+from bitkernels.nn.residual_block import BinaryResidualBlock, NoShortcut
 
 __all__ = [
     "BinaryConv1d",
@@ -30,6 +30,7 @@ __all__ = [
     "BinaryResidualBlock",
     "BinarizeReport",
     "MaxPool2d",
+    "NoShortcut",
     "NormSign",
     "PackedConv1d",
     "PackedConv2d",
