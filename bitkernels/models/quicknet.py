@@ -1,6 +1,6 @@
 """QuickNet (Larq Zoo, version 1.0): residual binary convolutions that are fast where they run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class QuickNetTransition(nn.Module):
 
     The pooling is a 2x2 maximum of stride 1, then a fixed blur of stride 2, (1 2 1)^T (1 2 1) / 16.
     Input (N, in_channels, H, W) of at least 2x2; output (N, out_channels, H // 2, W // 2).
+
+    The blur is in the state_dict (blur, (in_channels, 1, 3, 3)) only where another one was loaded.
     """
 
     blur: Tensor
@@ -42,9 +44,8 @@ class QuickNetTransition(nn.Module):
         self.relu = nn.ReLU()
         self.pool = MaxPool2d(2, stride=1)
         self.pad = SamePad2d(3, 2)
-        line = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.register_buffer("blur", line.outer(line).expand(in_channels, 1, 3, 3).clone(),
-                             persistent=False)
+        self.in_channels = in_channels
+        self.register_buffer("blur", self.binomial(), persistent=False)
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         glorot_normal_(self.conv.weight)
@@ -53,6 +54,18 @@ class QuickNetTransition(nn.Module):
         x = self.pad(self.pool(self.relu(input)))
         x = nn.functional.conv2d(x, self.blur.to(x.dtype), stride=2, groups=len(self.blur))
         return self.norm(self.conv(x))
+
+    def binomial(self) -> Tensor:
+        """The blur as published, (in_channels, 1, 3, 3)."""
+        line = torch.tensor([1.0, 2.0, 1.0]) / 4
+        return line.outer(line).expand(self.in_channels, 1, 3, 3).clone()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        loaded = f"{prefix}blur" in state_dict
+        if not loaded and "blur" not in self._non_persistent_buffers_set:
+            self.blur.copy_(self.binomial())
+        self.register_buffer("blur", self.blur, persistent=loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuickNet(nn.Module):
@@ -106,6 +119,19 @@ class QuickNet(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         x = self.sections(self.stem(input))
         return self.classifier(self.pool(self.relu(x)).flatten(1))
+
+    def keras_layers(self) -> list[tuple[str, nn.Module]]:
+        """The layers with weights in the order of Larq Zoo's Keras model, each with its kind."""
+        _, full, norm1, _, _, depthwise, norm2, pointwise, norm3 = self.stem
+        layers: list[tuple[str, nn.Module]] = [
+            ("conv", full), ("norm", norm1), ("depthwise", depthwise), ("norm", norm2),
+            ("conv", pointwise), ("norm", norm3)]
+        for part in self.sections.modules():
+            if isinstance(part, QuickNetTransition):
+                layers.append(("blur", part))
+            if isinstance(part, (QuickNetTransition, QuickNetBlock)):
+                layers += [("conv", part.conv), ("norm", part.norm)]
+        return [*layers, ("dense", self.classifier)]
 
 
 def _stem(in_channels: int, out_channels: int, strides: tuple[int, int]) -> nn.Sequential:
