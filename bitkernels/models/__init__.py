@@ -15,6 +15,13 @@ from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransiti
 from bitkernels.models.reactnet import ReActBlock, ReActNet
 from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block
 from bitkernels.models.registry import create, create_model, list_models, names
+from bitkernels.models.weights import (
+    from_pretrained,
+    load_weights,
+    public_weights,
+    push_to_hub,
+    save_pretrained,
+)
 
 __all__ = [
     "BNext",
@@ -28,7 +35,12 @@ __all__ = [
     "ReActNet18",
     "create",
     "create_model",
+    "from_pretrained",
     "list_models",
+    "load_weights",
     "names",
+    "public_weights",
+    "push_to_hub",
     "reactnet18_block",
+    "save_pretrained",
 ]

@@ -74,14 +74,17 @@ def create_model(name: str, *, num_classes: int | None = None, in_channels: int 
     options: further arguments of its class, as image_size for those that have linear layers on a
       map of fixed size, and binary_weights=False for the first step of a training in two steps.
 
-    Raises ValueError for a name or an option that there is not, naming those that there are.
+    Its attribute `pretrained_config` is a dict of what made it, for `save_pretrained`.
+
+    Raises ValueError for a name or an option that there is not, naming those that there are, and
+    what `load_weights` raises.
     """
     found = entry(name)
     given = _accepted(name, found.build, {**found.options, **options})
     if _takes_size(found.build):
         given.setdefault("image_size", found.image_size)
-    model = found.build(found.num_classes if num_classes is None else num_classes, in_channels,
-                        **given)
+    model = _made("create_model", name, found.build,
+                  found.num_classes if num_classes is None else num_classes, in_channels, given)
     if weights is not None:
         from bitkernels.models.weights import load_weights
 
@@ -103,6 +106,8 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
 
     options: further arguments of its class. image_size goes to the classes that ask for it.
 
+    Its attribute `pretrained_config` is a dict of what made it, for `save_pretrained`.
+
     Raises ValueError for a name or an option that there is not, naming those that there are.
     """
     if name not in _CLASSES and name in _ENTRIES:
@@ -116,7 +121,17 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
     options = _accepted(name, cls, options)
     if _takes_size(cls):
         options["image_size"] = image_size
-    return cls(num_classes, in_channels, **options)
+    return _made("create", name, cls, num_classes, in_channels, options)
+
+
+def _made(maker: str, name: str, build: Callable[..., nn.Module], num_classes: int,
+          in_channels: int, options: dict[str, Any]) -> nn.Module:
+    """The model, which remembers how it was made."""
+    model = build(num_classes, in_channels, **options)
+    vars(model)["pretrained_config"] = dict(
+        maker=maker, model=name, num_classes=num_classes, in_channels=in_channels,
+        options=dict(options))
+    return model
 
 
 def _takes_size(build: Callable[..., nn.Module]) -> bool:
