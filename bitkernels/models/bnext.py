@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels.models.parts import weight_options
-from bitkernels.models.published import Place, placed
+from bitkernels.models.published import Place, renamed
 from bitkernels.models.registry import register
 from bitkernels.nn import BinaryConv2d, BinaryResidualBlock, NoShortcut, RSign
 from bitkernels.quantizers import SteSign
@@ -106,7 +106,7 @@ class BNext(nn.Module):
 
     channels: of the stem, then of each block; a block keeps or doubles them. The published ones
       are `CHANNELS`: "t", "s", "m" and "l". Blocks that double have stride 2, but for the first.
-    stem_stride: of the first convolution, 2 for ImageNet, 1 for small images.
+    stem: "imagenet", a first convolution of stride 2; "cifar", of stride 1, for small images.
     binary_weights: False keeps the weights real, with the same state_dict keys.
 
     Sources: arXiv 2211.12933 and its code, github.com/hpi-xnor/BNext, of whose parameters those
@@ -119,11 +119,12 @@ class BNext(nn.Module):
 
     attention_layers: the names of the blocks, for attention matching against another network.
 
-    Raises ValueError for channels that neither stay nor double, or are fewer than 8.
+    Raises ValueError for channels that neither stay nor double, or are fewer than 8, and
+    for another stem.
     """
 
     def __init__(self, num_classes: int = 1000, in_channels: int = 3, *,
-                 channels: Sequence[int] = CHANNELS["t"], stem_stride: int = 2,
+                 channels: Sequence[int] = CHANNELS["t"], stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
         channels = tuple(channels)
@@ -131,8 +132,10 @@ class BNext(nn.Module):
         if not pairs or min(channels) < 8 or any(b not in (a, 2 * a) for a, b in pairs):
             raise ValueError("BNext: channels of a stem and at least one block, at least 8, each "
                              f"as many as before or twice as many; got {channels}")
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f"BNext: stem must be 'imagenet' or 'cifar', got {stem!r}")
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, channels[0], 3, stem_stride, 1, bias=False),
+            nn.Conv2d(in_channels, channels[0], 3, 2 if stem == "imagenet" else 1, 1, bias=False),
             nn.BatchNorm2d(channels[0]))
         self.blocks = nn.Sequential(*(
             BNextBlock(before, after, 2 if i and before != after else 1, modulated=i % 2 == 1,
@@ -154,7 +157,6 @@ class BNext(nn.Module):
         are. Raises ValueError where a temperature is missing or so large that the published
         network's weights are not binary.
         """
-        own = self.state_dict()
         soft = {}
         for key in state:
             if key.endswith(".binary_conv.weight"):
@@ -167,10 +169,10 @@ class BNext(nn.Module):
         if soft:
             name, value = next(iter(soft.items()))
             raise ValueError(f"BNext: the weights of this file are not binary: {name} is {value:g}"
-                             f", not below {SOFT:g}, as {len(soft)} temperatures in all; it was "
-                             "saved before the published training had made them signs")
+                             f", not below {SOFT:g} ({len(soft)} such temperatures); it was saved "
+                             "before the published training had made them signs")
         used = {key: value for key, value in state.items() if not self._unused(key)}
-        return placed(used, own, _published)
+        return renamed(self, used, _published)
 
     def _unused(self, key: str) -> bool:
         """Whether the published code has this entry and computes nothing with it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels.models.parts import weight_options
-from bitkernels.models.published import Place, placed
+from bitkernels.models.published import Place, placed, renamed
 from bitkernels.models.registry import register, register_class
 from bitkernels.nn import BinaryConv2d, BinaryResidualBlock, RPReLU, RSign
 
@@ -176,7 +176,7 @@ class ReActNet(nn.Module):
         Filters may be (Cout, Cin, k, k) or flat (N, 1), called weight or weights. Those of earlier
         versions of this class are taken too. Other names stay as they are.
         """
-        return placed(state, self.state_dict(), lambda key: _published(key, state))
+        return renamed(self, state, lambda key: _published(key, state))
 
 
 _PARTS = {"move11.bias": "spatial.sign.shift", "binary_3x3.weight": "spatial.conv.weight",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from bitkernels.models.parts import weight_options
-from bitkernels.models.published import Place, placed
+from bitkernels.models.published import Place, renamed
 from bitkernels.models.registry import register, register_class
 from bitkernels.nn import BinaryConv2d, BinaryResidualBlock, MaxPool2d, RPReLU, RSign
 
@@ -93,7 +93,7 @@ class ReActNet18(nn.Module):
         Filters may be (Cout, Cin, k, k) or flat (N, 1), called weight or weights. Other names stay
         as they are.
         """
-        return placed(state, self.state_dict(), self._published)
+        return renamed(self, state, self._published)
 
     def _published(self, key: str) -> Place | None:
         """Where a tensor of the published code is here."""
