@@ -1,7 +1,5 @@
 """ReActNet (Liu et al. 2020): learned shifts around signs and activations, a shortcut per layer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -202,7 +200,7 @@ def _published(key: str, state: Mapping[str, Tensor]) -> Place | None:
     part, _, last = rest.rpartition(".")
     if number == "0":
         layer = {"conv1": "stem.0", "bn1": "stem.1"}.get(part)
-        return layer and (f"{layer}.{last}", 0)
+        return (f"{layer}.{last}", 0) if layer else None
     block = f"blocks.{int(number) - 1}."
     if part in _NORMS:
         half, which = _NORMS[part]

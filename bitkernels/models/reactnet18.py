@@ -1,7 +1,5 @@
 """ReActNet-18 and -34 (Liu et al. 2020): ResNets with a shortcut and shifts at every layer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 
@@ -67,9 +65,11 @@ class ReActNet18(nn.Module):
                              f"got blocks={blocks} and channels={channels}")
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"ReActNet18: stem must be 'imagenet' or 'cifar', got {stem!r}")
-        geometry, pools = ((7, 2, 3), [MaxPool2d(3, 2, 1)]) if stem == "imagenet" else ((3, 1, 1), [])
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, channels[0], *geometry, bias=False),
-                                  nn.BatchNorm2d(channels[0]), *pools)
+        small = stem == "cifar"
+        window = (3, 1, 1) if small else (7, 2, 3)
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, channels[0], *window, bias=False),
+                                  nn.BatchNorm2d(channels[0]),
+                                  *([] if small else [MaxPool2d(3, 2, 1)]))
         body: list[nn.Module] = []
         before = channels[0]
         for section, (count, width) in enumerate(zip(blocks, channels, strict=True)):

@@ -111,9 +111,9 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
     Raises ValueError for a name or an option that there is not, naming those that there are.
     """
     if name not in _CLASSES and name in _ENTRIES:
-        sized = {"image_size": image_size} if _takes_size(_ENTRIES[name].build) else {}
-        return create_model(name, num_classes=num_classes, in_channels=in_channels, **sized,
-                            **options)
+        if _takes_size(_ENTRIES[name].build):
+            options["image_size"] = image_size
+        return create_model(name, num_classes=num_classes, in_channels=in_channels, **options)
     if name not in _CLASSES:
         raise ValueError(f"no model is called {name!r}; there are {', '.join(names())}, and the "
                          f"published {', '.join(list_models())}")

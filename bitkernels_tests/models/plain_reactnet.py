@@ -134,7 +134,7 @@ def reactnet_a(net: Network, x: Tensor, channels: Sequence[int] = A) -> Tensor:
     x = net.norm("feature.0.bn1", F.conv2d(x, net.state["feature.0.conv1.weight"], None, 2, 1))
     for i, (inner, outer) in enumerate(zip(channels, channels[1:], strict=False), 1):
         name = f"feature.{i}."
-        stride = 2 if inner != outer and outer != 64 else 1
+        stride = 2 if i > 1 and inner != outer else 1
         h = net.norm(f"{name}bn1", net.binary(f"{name}move11.bias", f"{name}binary_3x3.weight", x,
                                               stride))
         h = h + (F.avg_pool2d(x, 2) if stride == 2 else x)

@@ -14,7 +14,12 @@ from bitkernels.models.bnext import CHANNELS, BNextHalf
 from bitkernels.models.weights import load_weights
 from bitkernels_tests.models import plain_bnext as plain
 from bitkernels_tests.models.plain_reactnet import Network, generated
-from bitkernels_tests.models.test_reactnet import operations
+from bitkernels_tests.models.test_reactnet import (
+    bright_and_dark,
+    check_logits,
+    image,
+    operations,
+)
 from bitkernels_tests.models.usable import check_usable
 
 SMALL = (8, 16, 32, 32)
@@ -51,19 +56,22 @@ def test_sizes_as_published(size, parameters, unused, binary, binary_ops, ops):
     assert counted[0] / 64 + counted[1] / 8 == pytest.approx(ops, rel=1e-3)
 
 
-def test_checkpoint_of_the_published_code(tmp_path):
+def test_logits_of_a_plain_forward():
     state = generated(plain.entries(), 0)
     assert len(state) == 661
-    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    wanted = plain.bnext(Network(state), images.double())
+    model = models.create_model("bnext_t")
+    model.load_state_dict(model.published_state(state))
+    check_logits(model, image(2), plain.bnext(Network(state), image(2).double()))
+
+
+def test_checkpoint_of_the_published_code(tmp_path):
+    state = small_state()
     torch.save({"epoch": 511, "state_dict": {f"module.{k}": v for k, v in state.items()},
                 "best_top1_acc": torch.tensor(72.4), "optimizer": {}, "temp": [1.0]},
                tmp_path / "checkpoint.pth.tar")
-    model = models.create_model("bnext_t").eval()
+    model = models.BNext(10, channels=SMALL)
     load_weights(model, tmp_path / "checkpoint.pth.tar")
-    with torch.no_grad():
-        error = (model(images) - wanted).abs().max()
-    assert error <= 2e-5 * wanted.abs().max()
+    check_logits(model, image(2), plain.bnext(Network(state), image(2).double(), SMALL))
 
 
 def test_what_is_never_used_may_be_anything():
@@ -162,7 +170,7 @@ def test_evaluation_clamps_scale_in_halves_of_one_pixel_alone(kernel):
 
 def test_a_small_one_does_what_every_network_must():
     check_usable(lambda: models.BNext(10, 1, channels=(32, 32, 64), stem="cifar"),
-                 torch.randn(8, 1, 9, 6))
+                 bright_and_dark(9, 6))
 
 
 @pytest.mark.parametrize("options, message", [

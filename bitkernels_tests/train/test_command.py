@@ -255,13 +255,13 @@ def test_tensorboard(tmp_path, monkeypatch):
     events.Reload()
     tags = events.Tags()
     for metric in ("flip_ratio", "c2i_ratio", "dead_weights"):
-        assert f"{metric}/blocks.0.conv1" in tags["scalars"]
+        assert f"{metric}/blocks.0.spatial.conv" in tags["scalars"]
         assert [event.step for event in events.Scalars(f"run/{metric}")] == [3, 6]
-    assert "saturation/blocks.0.sign1" in tags["scalars"]
-    assert {"histogram/weight/blocks.0.conv1", "histogram/activation/blocks.0.sign1"} <= set(
-        tags["histograms"])
-    latent = load_file(tmp_path / "step2.safetensors")["blocks.0.conv1.weight"]
-    histogram = events.Histograms("histogram/weight/blocks.0.conv1")[-1].histogram_value
+    assert "saturation/blocks.0.spatial.sign" in tags["scalars"]
+    assert {"histogram/weight/blocks.0.spatial.conv",
+            "histogram/activation/blocks.0.spatial.sign"} <= set(tags["histograms"])
+    latent = load_file(tmp_path / "step2.safetensors")["blocks.0.spatial.conv.weight"]
+    histogram = events.Histograms("histogram/weight/blocks.0.spatial.conv")[-1].histogram_value
     assert histogram.num == latent.numel()
     assert histogram.max == pytest.approx(latent.abs().max().item(), rel=0.05)
 

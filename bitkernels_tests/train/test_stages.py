@@ -57,7 +57,7 @@ def test_configure(name, stage, signs, tanhs):
 def test_real_weights_are_the_weights():
     model = reactnet()
     configure(model, STEP1)
-    layer = model.blocks[0].conv1
+    layer = model.blocks[0].spatial.conv
     x = torch.randn(2, 8, 8, 8).sign()
     assert torch.equal(layer(x), nn.functional.conv2d(x, layer.weight, padding=1))
 
@@ -81,14 +81,14 @@ def test_transfer_lists_what_differs_and_changes_nothing():
     model = reactnet()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     weights = {k: torch.zeros_like(v) for k, v in before.items()}
-    weights["blocks.0.conv1.weights"] = weights.pop("blocks.0.conv1.weight")
+    weights["blocks.0.spatial.conv.weights"] = weights.pop("blocks.0.spatial.conv.weight")
     weights["stem.0.weight"] = torch.zeros(8, 1, 5, 5)
     with pytest.raises(CheckpointError) as error:
         transfer(weights, model, "stage step1")
     assert str(error.value) == (
-        "the weights of stage step1 are not those of ReActNet: missing: blocks.0.conv1.weight; "
-        "unknown: blocks.0.conv1.weights; of another shape: stem.0.weight (8, 1, 5, 5), not "
-        "(8, 1, 3, 3)")
+        "the weights of stage step1 are not those of ReActNet: missing: "
+        "blocks.0.spatial.conv.weight; unknown: blocks.0.spatial.conv.weights; of another shape: "
+        "stem.0.weight (8, 1, 5, 5), not (8, 1, 3, 3)")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -134,7 +134,7 @@ def test_rest_of_a_stage_with_real_weights():
     stage = Stage("a", 1, 1, Method("adam", 1e-3), rest=Method("sgd", 1e-1), weights="real")
     adam, _ = made(stage, reactnet()).optimizers
     assert adam.param_groups[0]["param_names"] == [
-        "blocks.0.conv1.weight", "blocks.0.conv2.0.weight", "blocks.0.conv2.1.weight"]
+        "blocks.0.spatial.conv.weight", "blocks.0.pointwise.conv.weight"]
 
 
 def test_loss_is_the_weighted_sum():
