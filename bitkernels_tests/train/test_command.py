@@ -146,6 +146,15 @@ def test_the_model_of_a_recipe_can_be_made(name):
         assert name in ("bop-imagenet", "real-to-binary")
 
 
+def test_published_networks_by_their_names():
+    data = SimpleNamespace(classes=7, channels=1, size=16)
+    for name, options in (("reactnet18", ["stem=cifar", "blocks=(1, 1, 1, 1)"]), ("binarynet", [])):
+        model = builder(name, data, options)()
+        assert model.eval()(torch.zeros(1, 1, 16, 16)).shape == (1, 7)
+    with pytest.raises(ValueError, match="resnet'; there are binarynet, .*, bnext_t, "):
+        builder("resnet", data, [])()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "reactnet"], "--recipe is needed; there are adambnn, "),
     ([*BASE], "--out is needed"),
