@@ -61,7 +61,7 @@ def soft_labels_loss(student: Tensor, teachers: Tensor) -> Tensor:
     student: logits (N, classes); teachers: (T, N, classes). With l_tn the cross-entropy of image n
     with the labels softmax(teacher t): mean over t of (mean_n a_tn) (mean_n l_tn), where a_tn is
     the softmax over t of l_tn, a constant for the gradient. That is what the published code
-    (github.com/hpi-xnor/BNext) computes; it reads as if the product were to be taken image by image.
+    (github.com/hpi-xnor/BNext) computes; it reads as if the product were meant image by image.
 
     Raises ValueError for shapes that do not fit.
     """
