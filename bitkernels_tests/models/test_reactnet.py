@@ -76,18 +76,24 @@ def test_published_names_make_the_published_networks():
         a, r18, r34 = (models.create_model(name) for name in ("reactnet_a", "reactnet18",
                                                               "reactnet34"))
         cifar = models.create_model("reactnet18", num_classes=10, stem="cifar")
-    for model, parameters, names in ((a, 29_343_592, plain.entries()),
-                                     (r18, 11_704_424, plain.entries18())):
+    for model, parameters, binary, names in (
+            (a, 29_343_592, 28_253_184, plain.entries()),
+            (r18, 11_704_424, 10_985_472, plain.entries18())):
         assert sum(p.numel() for p in model.parameters()) == parameters
+        assert sum(layer.weight.numel() for layer in model.modules()
+                   if isinstance(layer, bnn.BinaryLayer)) == binary
         state = {name: torch.empty(shape, device="meta") for name, shape in names}
         assert set(model.published_state(state)) == set(model.state_dict())
     assert len(dict(plain.entries())) == 298
     assert len(r34.blocks) == 32 and r34.classifier.in_features == 512
-    sizes = []
-    for block in cifar.blocks:
-        block.register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[-1]))
-    cifar(torch.empty(2, 3, 32, 32, device="meta"))
-    assert sizes[::4] == [32, 16, 8, 4]
+    for model, size, sides in ((a, 224, [112, 56, 56, 28, 28, *[14] * 6, 7, 7]),
+                               (r18, 65, [17] * 4 + [9] * 4 + [5] * 4 + [3] * 4),
+                               (cifar, 32, [32] * 4 + [16] * 4 + [8] * 4 + [4] * 4)):
+        seen = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out.shape[-1]))
+        model(torch.empty(2, 3, size, size, device="meta"))
+        assert seen == sides
 
 
 def image(seed: int, size: int = 32) -> torch.Tensor:
