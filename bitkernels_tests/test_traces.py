@@ -117,38 +117,23 @@ def test_convolution_gradients_are_adambnns(adambnn):
     assert (conv.weight.grad == 0).sum() > 10  # beyond the clip
 
 
-_PARTS = {
-    "move11.bias": "sign1.shift", "binary_3x3.weight": "conv1.weight", "bn1": "norm1",
-    "move12.bias": "act1.shift_in", "prelu1.weight": "act1.slope",
-    "move13.bias": "act1.shift_out", "move21.bias": "sign2.shift",
-    "binary_pw.weight": "conv2.0.weight", "binary_pw_down1.weight": "conv2.0.weight",
-    "binary_pw_down2.weight": "conv2.1.weight", "bn2": "norm2.0", "bn2_1": "norm2.0",
-    "bn2_2": "norm2.1", "move22.bias": "act2.shift_in", "prelu2.weight": "act2.slope",
-    "move23.bias": "act2.shift_out",
-}
-
-
-def ours_of(name: str) -> str:
-    """Our name of a parameter of AdamBNN's layers, stacked as in make_traces.py."""
+def published(name: str) -> str:
+    """The published name of a parameter of AdamBNN's layers, stacked as in make_traces.py."""
     place, rest = name.split(".", 1)
-    if place == "0":
-        return rest.replace("conv1", "stem.0").replace("bn1", "stem.1")
-    if place == "5":
-        return f"classifier.{rest}"
-    if rest not in _PARTS:
-        norm, rest = rest.split(".")
-        return f"blocks.{int(place) - 1}.{_PARTS[norm]}.{rest}"
-    return f"blocks.{int(place) - 1}.{_PARTS[rest]}"
+    return f"fc.{rest}" if place == "5" else f"feature.{place}.{rest}"
 
 
 def test_sixty_updates_of_reactnet_follow_adambnns(adambnn):
     model = models.ReActNet(5, 1, channels=(4, 8, 8), strides=(2, 1)).double()
     parameters = dict(model.named_parameters())
-    assert {ours_of(name) for name in adambnn["net/names"]} == set(parameters)
-    for name in adambnn["net/names"]:
-        ours = parameters[ours_of(name)]
-        ours.data = torch.tensor(adambnn[f"net/start/{name}"], dtype=torch.float64).view(ours.shape)
-    binary = [parameters[ours_of(name)] for name in adambnn["net/binary"]]
+    start = model.published_state({
+        published(name): torch.tensor(adambnn[f"net/start/{name}"], dtype=torch.float64)
+        for name in adambnn["net/names"]})
+    assert set(start) == set(parameters)
+    model.load_state_dict(start, strict=False)  # it has no running statistics
+    # The two branches, which follow each other in the trace, are one convolution.
+    binary = [parameters[f"blocks.{i}.{half}.conv.weight"] for i in (0, 1)
+              for half in ("spatial", "pointwise")]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     images, teacher = (torch.tensor(adambnn[f"net/{name}"], dtype=torch.float64)
                        for name in ("images", "teacher"))

@@ -15,6 +15,7 @@ from bitkernels.models.birealnet import BiRealNet
 from bitkernels.models.densenet import BinaryDenseNet
 from bitkernels.models.dorefanet import DoReFaNet
 from bitkernels.models.meliusnet import MeliusNet
+from bitkernels.models.bnext import BNext, BNextBlock
 from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
 from bitkernels.models.reactnet import ReActBlock, ReActNet
 from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block
@@ -31,6 +32,8 @@ from bitkernels.models.weights import (
 from bitkernels.models.xnornet import XNORNet
 
 __all__ = [
+    "BNext",
+    "BNextBlock",
     "BiRealNet",
     "BinaryAlexNet",
     "BinaryDenseNet",

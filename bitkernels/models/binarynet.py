@@ -10,7 +10,7 @@ from bitkernels.models.parts import (
     glorot_normal_,
     weight_options,
 )
-from bitkernels.models.registry import register_class
+from bitkernels.models.registry import register, register_class
 from bitkernels.nn import BinaryConv2d, BinaryLinear
 from bitkernels.quantizers import NoOp
 
@@ -98,3 +98,5 @@ class BinaryNet(nn.Module):
 
 
 register_class("binarynet", BinaryNet)
+register("binarynet", BinaryNet, "Courbariaux et al. 2016, arXiv 1602.02830, as in Helwegen et al. "
+         "2019, arXiv 1906.02107", image_size=32, num_classes=10, preprocessing="cifar")

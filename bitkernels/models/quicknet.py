@@ -8,29 +8,24 @@ from torch import Tensor, nn
 
 from bitkernels.models.parts import SamePad2d, glorot_normal_, he_normal_, weight_options
 from bitkernels.models.registry import register, register_class
-from bitkernels.nn import BinaryConv2d, MaxPool2d
+from bitkernels.nn import BinaryConv2d, BinaryResidualBlock, MaxPool2d
 from bitkernels.quantizers import SteSign
 
 CLIP = 1.25  # of the straight-through estimators, and of the latent weights
 
 
-class QuickNetBlock(nn.Module):
+class QuickNetBlock(BinaryResidualBlock):
     """y = x + BN(ReLU(conv3x3(sign(x)))), the padding +1, no factor on the weights.
 
     Input and output (N, channels, H, W). The straight-through gradients end at |x| = 1.25.
     """
 
     def __init__(self, channels: int, *, binary_weights: bool = True) -> None:
-        super().__init__()
-        self.conv = BinaryConv2d(channels, channels, 3, padding=1, bias=False, pad_value=1,
-                                 input_quantizer=SteSign(CLIP),
-                                 **weight_options(binary_weights, SteSign(CLIP)))
-        self.relu = nn.ReLU()
-        self.norm = nn.BatchNorm2d(channels)
+        conv = BinaryConv2d(channels, channels, 3, padding=1, bias=False, pad_value=1,
+                            input_quantizer=SteSign(CLIP),
+                            **weight_options(binary_weights, SteSign(CLIP)))
+        super().__init__(conv, nn.BatchNorm2d(channels), relu=True)
         glorot_normal_(self.conv.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input + self.norm(self.relu(self.conv(input)))
 
 
 class QuickNetTransition(nn.Module):

@@ -82,7 +82,7 @@ def create_model(name: str, *, num_classes: int | None = None, in_channels: int 
     """
     found = entry(name)
     given = _accepted(name, found.build, {**found.options, **options})
-    if "image_size" in inspect.signature(found.build).parameters:
+    if _takes_size(found.build):
         given.setdefault("image_size", found.image_size)
     model = _made("create_model", name, found.build,
                   found.num_classes if num_classes is None else num_classes, in_channels, given)
@@ -102,7 +102,8 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
            **options: Any) -> nn.Module:
     """The network of that class for images (N, in_channels, image_size, image_size).
 
-    The defaults of these classes suit small images; `create_model` makes the published networks.
+    The defaults of these classes suit small images; `create_model` makes the published networks,
+    and so does this for a name that no class has.
 
     options: further arguments of its class. image_size goes to the classes that ask for it.
 
@@ -110,11 +111,16 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
 
     Raises ValueError for a name or an option that there is not, naming those that there are.
     """
+    if name not in _CLASSES and name in _ENTRIES:
+        if _takes_size(_ENTRIES[name].build):
+            options["image_size"] = image_size
+        return create_model(name, num_classes=num_classes, in_channels=in_channels, **options)
     if name not in _CLASSES:
-        raise ValueError(f"no model is called {name!r}; there are {', '.join(names())}")
+        raise ValueError(f"no model is called {name!r}; there are {', '.join(names())}, and the "
+                         f"published {', '.join(list_models())}")
     cls = _CLASSES[name]
     options = _accepted(name, cls, options)
-    if "image_size" in inspect.signature(cls).parameters:
+    if _takes_size(cls):
         options["image_size"] = image_size
     return _made("create", name, cls, num_classes, in_channels, options)
 
@@ -127,6 +133,10 @@ def _made(maker: str, name: str, build: Callable[..., nn.Module], num_classes: i
         maker=maker, model=name, num_classes=num_classes, in_channels=in_channels,
         options=dict(options))
     return model
+
+
+def _takes_size(build: Callable[..., nn.Module]) -> bool:
+    return "image_size" in inspect.signature(build).parameters
 
 
 def _accepted(name: str, build: Callable[..., nn.Module], options: dict[str, Any]

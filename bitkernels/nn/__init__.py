@@ -18,7 +18,7 @@ from bitkernels.nn.options import Binarization
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d, PackedLinear
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 from bitkernels.nn.pool import MaxPool2d
-from bitkernels.nn.residual_block import BinaryResidualBlock
+from bitkernels.nn.residual_block import BinaryResidualBlock, NoShortcut
 from bitkernels.nn.same import PackedSameConv2d, SameConv2d
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "BinaryResidualBlock",
     "BinarizeReport",
     "MaxPool2d",
+    "NoShortcut",
     "NormSign",
     "PackedConv1d",
     "PackedConv2d",

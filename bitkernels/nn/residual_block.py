@@ -26,6 +26,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
 
 
+class NoShortcut(nn.Module):
+    """The shortcut of a `BinaryResidualBlock` that adds nothing: act(norm(conv(sign(x))))."""
+
+
 class BinaryResidualBlock(FxLeaf):
     """act(norm(conv(sign(x))) + shortcut(x)), the block of Bi-Real Net, ReActNet and QuickNet.
 
@@ -34,7 +38,7 @@ class BinaryResidualBlock(FxLeaf):
       CPUs too where it runs fused.
     sign: an `RSign`, for ReActNet; the convolution then takes input_quantizer=None.
     act: an `RPReLU` or `nn.PReLU`; None for no activation.
-    shortcut: a module; None for x itself.
+    shortcut: a module; None for x itself; `NoShortcut()` for none at all.
     relu: a ReLU between convolution and norm, as in QuickNet. The convolution's weight_scale is
       never negative, so that the ReLU sees the sign of the integer.
 
@@ -151,6 +155,8 @@ class BinaryResidualBlock(FxLeaf):
         if input.dim() == 4 and input.shape[1] != self.conv.in_channels:
             raise RuntimeError(f"BinaryResidualBlock: input must be (N, {self.conv.in_channels}, "
                                f"H, W), got shape {tuple(input.shape)}")
+        if type(self.shortcut) is NoShortcut:
+            return self._alone(input)
         residual = None if self.shortcut is None else self.shortcut(input)
         if (self.unfused(input) is not None
                 or (residual is not None and residual.dtype != input.dtype)):
@@ -159,13 +165,24 @@ class BinaryResidualBlock(FxLeaf):
             return self._fused_train(input, residual)
         return self._fused_infer(input, input if residual is None else residual)
 
-    def _layers(self, input: Tensor, residual: Tensor) -> Tensor:
+    def _alone(self, input: Tensor) -> Tensor:
+        """Without a shortcut."""
+        if self.unfused(input) is not None:
+            return self._layers(input, None)
+        if self.norm.training or self.norm.running_mean is None:
+            # One zero, that takes no memory until the backward.
+            return self._fused_train(input, input.new_zeros(()).expand(
+                input.shape[0], self.conv.out_channels, *self._size(input)))
+        return self._fused_infer(input, None)
+
+    def _layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
         x = self.conv(input if self.sign is None else self.sign(input))
-        if x.shape != residual.shape:
+        if residual is not None and x.shape != residual.shape:
             raise RuntimeError(
                 f"BinaryResidualBlock: shortcut must give {tuple(x.shape)} as the convolution, got "
                 f"{tuple(residual.shape)}")
-        y = self.norm(x.relu() if self.relu else x) + residual
+        y = self.norm(x.relu() if self.relu else x)
+        y = y if residual is None else y + residual
         return y if self.act is None else self.act(y)
 
     def _fused_train(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -187,7 +204,7 @@ class BinaryResidualBlock(FxLeaf):
             self._update_statistics(mean, variance)
         return out
 
-    def _fused_infer(self, input: Tensor, residual: Tensor) -> Tensor:
+    def _fused_infer(self, input: Tensor, residual: Tensor | None) -> Tensor:
         conv, norm = self.conv, self.norm
         wide = torch.promote_types(norm.running_var.dtype, torch.float32)
         factor = (norm.running_var.to(wide) + norm.eps).rsqrt()
@@ -243,12 +260,16 @@ class BinaryResidualBlock(FxLeaf):
     def _trains(self, input: Tensor) -> bool:
         return input.requires_grad or any(p.requires_grad for p in self.parameters())
 
-    def _values_per_channel(self, input: Tensor) -> int:
+    def _size(self, input: Tensor) -> list[int]:
+        """Of an image of the output."""
         conv, (top, bottom, left, right) = self.conv, self.conv.pads_of(input.shape[2:])
-        size = [(n + pad - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in zip(
+        return [(n + pad - d * (k - 1) - 1) // s + 1 for n, pad, d, k, s in zip(
             input.shape[2:], (top + bottom, left + right), conv.dilation, conv.kernel_size,
             conv.stride, strict=True)]
-        return input.shape[0] * size[0] * size[1]
+
+    def _values_per_channel(self, input: Tensor) -> int:
+        height, width = self._size(input)
+        return input.shape[0] * height * width
 
     def arguments(self) -> dict[str, Any]:
         """What its state does not say, for files of packed models."""

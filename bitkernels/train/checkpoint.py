@@ -149,10 +149,18 @@ def safetensors() -> Any:
 def transfer(weights: dict[str, Tensor], model: nn.Module, origin: str) -> None:
     """Load all of `weights` into all of `model`.
 
+    Names of the network's published code, and of earlier versions of it here, are brought to those
+    of now where the model knows them (`published_state`).
+
     Raises CheckpointError that lists every key that is missing, unknown or of another shape; the
     model is then unchanged.
     """
     ours = model.state_dict()
+    if hasattr(model, "published_state") and set(weights) != set(ours):
+        try:
+            weights = model.published_state(weights)  # type: ignore[operator]
+        except ValueError as error:
+            raise CheckpointError(f"the weights of {origin} cannot be used: {error}") from None
     problems = {
         "missing": [k for k in ours if k not in weights],
         "unknown": [k for k in weights if k not in ours],

@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what to train")
-    what.add_argument("--model", help="a name of bitkernels.models, or module:function; default: "
-                                      "the one that the recipe is for")
+    what.add_argument("--model", help="a name of bitkernels.models.names() or list_models(), the "
+                                      "first where both have it, or module:function; default: the "
+                                      "one that the recipe is for")
     what.add_argument("--model-option", action="append", default=[], metavar="NAME=VALUE",
                       help="an argument of the model; may be given several times")
     what.add_argument("--data", choices=datasets.NAMES, help="the image set")
@@ -107,7 +108,8 @@ def main(args: argparse.Namespace) -> int:
         if args.model is None and recipe.model:
             args.model = recipe.model
             args.model_option = [*recipe.model_options, *args.model_option]
-        for name, known in (("model", models.names()), ("data", datasets.NAMES), ("out", ())):
+        networks = dict.fromkeys([*models.names(), *models.list_models()])
+        for name, known in (("model", networks), ("data", datasets.NAMES), ("out", ())):
             if getattr(args, name) is None:
                 raise ValueError(f"--{name} is needed" + (
                     f"; there are {', '.join(known)}" if known else ""))
@@ -311,7 +313,7 @@ def builder(name: str, data: Data, options: list[str],
             flag: str = "--model") -> Callable[[], nn.Module]:
     """What makes the model for these images.
 
-    name: of `bitkernels.models`, or module:function, which is called with num_classes.
+    name: for `bitkernels.models.create`, or module:function, which is called with num_classes.
     options: NAME=VALUE, the value a Python literal or else a string; the last of a name counts.
     flag: the option that the name was given by. Raises ValueError.
     """

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 __all__ = [
     "FeatureTap",
+    "Teachers",
     "attention_matching_loss",
     "distribution_loss",
     "output_matching_loss",
+    "soft_labels_loss",
 ]
 
 
@@ -51,6 +53,32 @@ def output_matching_loss(student: Tensor, teacher: Tensor, temperature: float = 
                           (teacher.detach() / temperature).log_softmax(1),
                           reduction="batchmean", log_target=True)
     return temperature**2 * divergence
+
+
+def soft_labels_loss(student: Tensor, teachers: Tensor) -> Tensor:
+    """BNext's loss: soft labels of several teachers, those the student misses most weighing most.
+
+    student: logits (N, classes); teachers: (T, N, classes). With l_tn the cross-entropy of image n
+    with the labels softmax(teacher t): mean over t of (mean_n a_tn) (mean_n l_tn), where a_tn is
+    the softmax over t of l_tn, a constant for the gradient. That is what the published code
+    (github.com/hpi-xnor/BNext) computes; it reads as if the product were meant image by image.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    if student.dim() != 2 or teachers.dim() != 3 or teachers.shape[1:] != student.shape:
+        raise ValueError("soft_labels_loss: the student's logits must be (N, classes) and the "
+                         f"teachers' (T, N, classes), got shapes {tuple(student.shape)} and "
+                         f"{tuple(teachers.shape)}")
+    losses = torch.stack([F.cross_entropy(student, labels, reduction="none")
+                          for labels in teachers.detach().softmax(2)])
+    return (losses.detach().softmax(0).mean(1) * losses.mean(1)).mean()
+
+
+class Teachers(nn.ModuleList):
+    """Several networks as the one teacher of `Loss.teachers`: images to (networks, N, classes)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([network(images).float() for network in self])
 
 
 def attention_matching_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ Sources: AdamBNN (Liu et al., ICML 2021, arXiv 2106.11309; github.com/liuzechun/
 (Liu et al., ECCV 2020, arXiv 2003.03488; github.com/liuzechun/ReActNet), Bop (Helwegen et al.,
 NeurIPS 2019, arXiv 1906.02107; github.com/plumerai/rethinking-bnn-optimization), QuickNet and
 Real-to-Binary nets as trained in Larq Zoo (github.com/larq/zoo), Martinez et al., ICLR 2020
-(openreview BJg4NgBKvH).
+(openreview BJg4NgBKvH), BNext (Guo et al. 2022, arXiv 2211.12933; github.com/hpi-xnor/BNext).
 """
 
 from __future__ import annotations
@@ -105,6 +105,23 @@ Rates, weights of the losses and the cosine of the last stage are those of the z
   paper has no warm-up and steps in the last stage too.
 The second stage starts fresh, as in the zoo: only its teacher comes from the first.""")
 
+BNEXT = Recipe("bnext", (Stage(
+    "bnext", epochs=512, batch_size=512, teacher="given", loss=Loss(labels=0, teachers=1),
+    method=Method("adamw", 1e-3, Schedule("cosine", per="epoch", final=1e-4, warmup=5),
+                  weight_decay=1e-3, decay="others"),
+    latent_clip=1.5, gradient_clip=5.0, augmentation="resized-crop-bicubic"),),
+    "BNext, ImageNet: T 72.4 %, S 76.1 %, M 78.3 %, L 80.57 %", """\
+The teacher is a bitkernels.train.distillation.Teachers of a weak assistant and a strong network:
+  EfficientNet-B0 and EfficientNet-B2 for T and S. M and L change the assistant after equal parts of
+  the epochs (B0, B2; B0, B4, ConvNeXt-T), which is no part of the recipe.
+Weights are signs from the start. Published, they are clamp(w / T, -1, 1) with T = 0.9^epoch until
+  it is below 1e-7, in epoch 153.
+There is no RandAugment (m7-mstd0.5), and images are evaluated as those of the other recipes.
+The decay of 1e-8 of filters is left out. Shifts of signs and scales are decayed as all vectors; in
+  the published code they have four dimensions and so the 1e-8.
+The warm-up starts from 0, not from 1e-5, and rises with every step; the rate ends at 1e-7.""",
+    "bnext_t")
+
 _DIGITS_COSINE = Schedule("cosine")
 ADAMBNN_DIGITS = Recipe("adambnn-digits", (
     Stage("teacher", 10, 64, Method("adam", 3e-3, _DIGITS_COSINE), activations="tanh",
@@ -139,5 +156,5 @@ As quicknet, but: a small network, 20 epochs with 2 of warm-up, batch 64, the la
     model="quicknet", model_options=("blocks=(1, 1, 1)", "filters=(32, 64, 128)"))
 
 RECIPES = {recipe.name: recipe for recipe in (
-    ADAMBNN, REACTNET_A, REACTNET_18, BOP_CIFAR10, BOP_IMAGENET, QUICKNET, REAL_TO_BINARY,
+    ADAMBNN, REACTNET_A, REACTNET_18, BOP_CIFAR10, BOP_IMAGENET, QUICKNET, REAL_TO_BINARY, BNEXT,
     ADAMBNN_DIGITS, BOP_DIGITS, QUICKNET_DIGITS)}

@@ -67,13 +67,14 @@ class Schedule:
 class Method:
     """How parameters are updated.
 
-    name: "adam" (weight decay added to the gradient, as `torch.optim.Adam`), "sgd" or "bop".
+    name: "adam" (weight decay added to the gradient, as `torch.optim.Adam`), "adamw" (apart from
+      it, `torch.optim.AdamW`), "sgd" or "bop".
     lr: the learning rate; Bop's gamma.
     weight_decay: of the parameters that `decay` names: "filters", those of four dimensions
-      (convolutions), or "all". Bop has none.
+      (convolutions), "others", all but those, or "all". Bop has none.
     """
 
-    name: Literal["adam", "sgd", "bop"]
+    name: Literal["adam", "adamw", "sgd", "bop"]
     lr: float
     schedule: Schedule = Schedule()
     betas: tuple[float, float] = (0.9, 0.999)  # Adam
@@ -81,7 +82,7 @@ class Method:
     momentum: float = 0.0  # SGD
     threshold: float = 1e-8  # Bop's tau
     weight_decay: float = 0.0
-    decay: Literal["filters", "all"] = "filters"
+    decay: Literal["filters", "others", "all"] = "filters"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Loss:
     distribution: -sum softmax(teacher) log_softmax(student), the mean over the batch (ReActNet).
     matching: temperature^2 times the Kullback-Leibler divergence of the student's from the
       teacher's outputs, both softened by `temperature` (Hinton et al. 2015).
+    teachers: `soft_labels_loss` of several teachers (BNext); the teacher then is one module that
+      gives their logits, (teachers, N, classes), as `bitkernels.train.distillation.Teachers`.
     attention: attention matching (Martinez et al. 2020, section 4.2) between the outputs of the
       modules that `points` names in the student and `teacher_points` in the teacher. Names may
       have the wildcards of `fnmatch`, where * does not stand for a dot. Empty: the names that the
@@ -106,10 +109,16 @@ class Loss:
     attention: float = 0.0
     points: tuple[str, ...] = ()
     teacher_points: tuple[str, ...] = ()
+    teachers: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.teachers and (self.distribution or self.matching or self.attention):
+            raise ValueError("Loss: teachers cannot be joined with the terms of a single teacher, "
+                             "distribution, matching and attention")
 
     @property
     def needs_teacher(self) -> bool:
-        return bool(self.distribution or self.matching or self.attention)
+        return bool(self.distribution or self.matching or self.attention or self.teachers)
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,8 @@ class Stage:
     teacher: the earlier stage whose network is the teacher; "given": one that the caller gives.
     signs_at_start: set the binary weights to -1 and +1 before the first step (Bop).
     latent_clip: clamp the latent weights to [-latent_clip, latent_clip] after each step.
+    gradient_clip: scale the gradients down to this norm, of all parameters together, where it is
+      larger.
     """
 
     name: str
@@ -143,6 +154,7 @@ class Stage:
     teacher: str | None = None
     signs_at_start: bool = False
     latent_clip: float | None = None
+    gradient_clip: float | None = None
 
     def with_epochs(self, epochs: int) -> Stage:
         """The same with other epochs; warm-up and milestones keep their share of them."""

@@ -21,6 +21,7 @@ from bitkernels.train.distillation import (
     attention_matching_loss,
     distribution_loss,
     output_matching_loss,
+    soft_labels_loss,
 )
 from bitkernels.train.errors import TrainError
 from bitkernels.train.recipes import Loss, Method, Schedule, Stage
@@ -96,13 +97,17 @@ def make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
 def _made(method: Method, named: NamedParameters) -> Optimizer:
     if method.name == "bop":
         return Bop(named, gamma=method.lr, threshold=method.threshold)
-    decayed = [pair for pair in named if method.decay == "all" or pair[1].dim() == 4]
-    kept = [pair for pair in named if method.decay != "all" and pair[1].dim() != 4]
+    def decays(parameter: nn.Parameter) -> bool:
+        return method.decay == "all" or (parameter.dim() == 4) == (method.decay == "filters")
+
+    decayed = [pair for pair in named if decays(pair[1])]
+    kept = [pair for pair in named if not decays(pair[1])]
     groups: list[dict[str, Any]] = [
         {"params": part, "weight_decay": decay}
         for part, decay in ((decayed, method.weight_decay), (kept, 0.0)) if part]
-    if method.name == "adam":
-        return torch.optim.Adam(groups, method.lr, method.betas, method.eps)
+    if method.name in ("adam", "adamw"):
+        kind = torch.optim.Adam if method.name == "adam" else torch.optim.AdamW
+        return kind(groups, method.lr, method.betas, method.eps)
     return torch.optim.SGD(groups, method.lr, method.momentum)
 
 
@@ -164,6 +169,13 @@ class StageLoss:
             return total
         with torch.no_grad():
             target = self.teacher(images).to(logits.dtype)
+        if loss.teachers:
+            if target.dim() != 3 or target.shape[1:] != logits.shape:
+                raise TrainError("the loss of several teachers needs outputs (teachers, "
+                                 f"{', '.join(map(str, logits.shape))}) of the teacher, got "
+                                 f"{tuple(target.shape)}: bitkernels.train.distillation.Teachers "
+                                 "makes one module of several networks")
+            return total + loss.teachers * soft_labels_loss(logits, target)
         if target.shape != logits.shape:
             raise TrainError(f"the teacher's outputs are {tuple(target.shape)}, the student's "
                              f"{tuple(logits.shape)}")

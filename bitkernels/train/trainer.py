@@ -83,6 +83,8 @@ class Trainer:
                 loss = self.loss(images, logits, labels)
             self.optimizer.zero_grad()
             loss.backward()
+            if self.stage.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.gradient_clip)
             self.optimizer.step()
             self.step += 1
             with torch.no_grad():

@@ -54,7 +54,16 @@ def padded():
                                    nn.BatchNorm2d(CHANNELS, momentum=None, affine=False))
 
 
-BLOCKS = {f.__name__: f for f in (reactnet, reactnet_down, bireal, quicknet, padded)}
+def alone():
+    """A half of a BNext block."""
+    return bnn.BinaryResidualBlock(
+        conv(cout=48, stride=2, input_quantizer=None, weight_scale=None,
+             weight_quantizer=quantizers.SteSign(None)), nn.BatchNorm2d(48),
+        sign=bnn.RSign(CHANNELS, quantizers.SteSign(1.5)), act=nn.PReLU(48),
+        shortcut=bnn.NoShortcut())
+
+
+BLOCKS = {f.__name__: f for f in (reactnet, reactnet_down, bireal, quicknet, padded, alone)}
 
 
 def pair_of(make, *args, **kw):

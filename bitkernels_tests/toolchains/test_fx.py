@@ -261,16 +261,16 @@ def test_feature_extraction(torchvision, packed):
     if packed:
         model = bnn.pack(model)
     _, names = get_graph_node_names(model)
-    assert {"blocks.0.sign1", "blocks.0.conv1", "blocks.1.act2"} <= set(names)
-    features = create_feature_extractor(model, {"blocks.0.conv1": "conv", "blocks.1": "last"})
+    assert {"blocks.0.spatial", "blocks.0.pointwise", "blocks.1.spatial"} <= set(names)
+    features = create_feature_extractor(model, {"blocks.0.spatial": "half", "blocks.1": "last"})
     seen = {}
-    model.blocks[0].conv1.register_forward_hook(lambda m, args, out: seen.update(conv=out))
+    model.blocks[0].spatial.register_forward_hook(lambda m, args, out: seen.update(half=out))
     model.blocks[1].register_forward_hook(lambda m, args, out: seen.update(last=out))
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         model(x)
         out = features(x)
-    assert torch.equal(out["conv"], seen["conv"]) and torch.equal(out["last"], seen["last"])
+    assert torch.equal(out["half"], seen["half"]) and torch.equal(out["last"], seen["last"])
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv1d", "linear", "rsign", "rprelu", "block",

@@ -146,6 +146,15 @@ def test_the_model_of_a_recipe_can_be_made(name):
         assert name in ("bop-imagenet", "real-to-binary")
 
 
+def test_published_networks_by_their_names():
+    data = SimpleNamespace(classes=7, channels=1, size=16)
+    for name, options in (("reactnet18", ["stem=cifar", "blocks=(1, 1, 1, 1)"]), ("binarynet", [])):
+        model = builder(name, data, options)()
+        assert model.eval()(torch.zeros(1, 1, 16, 16)).shape == (1, 7)
+    with pytest.raises(ValueError, match="resnet'; there are binarynet, .*, bnext_t, "):
+        builder("resnet", data, [])()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "reactnet"], "--recipe is needed; there are adambnn, "),
     ([*BASE], "--out is needed"),
@@ -255,13 +264,13 @@ def test_tensorboard(tmp_path, monkeypatch):
     events.Reload()
     tags = events.Tags()
     for metric in ("flip_ratio", "c2i_ratio", "dead_weights"):
-        assert f"{metric}/blocks.0.conv1" in tags["scalars"]
+        assert f"{metric}/blocks.0.spatial.conv" in tags["scalars"]
         assert [event.step for event in events.Scalars(f"run/{metric}")] == [3, 6]
-    assert "saturation/blocks.0.sign1" in tags["scalars"]
-    assert {"histogram/weight/blocks.0.conv1", "histogram/activation/blocks.0.sign1"} <= set(
-        tags["histograms"])
-    latent = load_file(tmp_path / "step2.safetensors")["blocks.0.conv1.weight"]
-    histogram = events.Histograms("histogram/weight/blocks.0.conv1")[-1].histogram_value
+    assert "saturation/blocks.0.spatial.sign" in tags["scalars"]
+    assert {"histogram/weight/blocks.0.spatial.conv",
+            "histogram/activation/blocks.0.spatial.sign"} <= set(tags["histograms"])
+    latent = load_file(tmp_path / "step2.safetensors")["blocks.0.spatial.conv.weight"]
+    histogram = events.Histograms("histogram/weight/blocks.0.spatial.conv")[-1].histogram_value
     assert histogram.num == latent.numel()
     assert histogram.max == pytest.approx(latent.abs().max().item(), rel=0.05)
 

@@ -14,6 +14,7 @@ from bitkernels.train.distillation import (
     attention_matching_loss,
     distribution_loss,
     output_matching_loss,
+    soft_labels_loss,
 )
 
 
@@ -51,6 +52,23 @@ def test_output_matching_by_hand(temperature):
     value = output_matching_loss(student, teacher, temperature).item()
     assert value == pytest.approx(temperature**2 * expected, rel=1e-10)
     assert output_matching_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_soft_labels_by_hand():
+    student, teachers = torch.randn(3, 5, requires_grad=True), torch.randn(2, 3, 5)
+    losses = [[-(teachers[t, n].softmax(0) * student[n].log_softmax(0)).sum() for n in range(3)]
+              for t in range(2)]
+    total = 0.0
+    for t in range(2):
+        share = sum(softmax([losses[u][n].item() for u in range(2)])[t]
+                    for n in range(3)) / 3
+        total = total + share * sum(losses[t]) / 3
+    found = soft_labels_loss(student, teachers)
+    torch.testing.assert_close(found, total / 2)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0]
+                                 for loss in (found, total / 2)))
+    with pytest.raises(ValueError, match=r"\(3, 5\) and \(2, 3, 4\)"):
+        soft_labels_loss(student, teachers[..., :4])
 
 
 def test_attention_matching_by_hand():

@@ -8,6 +8,7 @@ import pytest
 from bitkernels import models
 from bitkernels.optim import binary_weights
 from bitkernels.train import Loss, Method, Recipe, Schedule, Stage, datasets, fit, recipes
+from bitkernels.train.distillation import Teachers
 
 
 @pytest.mark.parametrize("name, epochs, batch, lr, decay", [
@@ -56,6 +57,19 @@ def test_quicknet_warm_up_and_cosine():
     factor = [stage.method.schedule.at(s, 100, 600) for s in (0, 499, 500, 30249, 30250, 59999)]
     assert factor[:3] == [0.0, 1.0, 1.0] and factor[5] == pytest.approx(0.0)
     assert factor[3] > 0.5 > factor[4]  # the middle between warm-up and end
+
+
+def test_bnext():
+    (stage,) = recipes.get("bnext").stages
+    method = stage.method
+    assert (stage.epochs, stage.batch_size, stage.latent_clip, stage.gradient_clip) == (
+        512, 512, 1.5, 5)
+    assert (method.name, method.lr, method.weight_decay, method.decay) == (
+        "adamw", 1e-3, 1e-3, "others")
+    assert stage.loss == Loss(labels=0, teachers=1) and stage.teacher == "given"
+    rates = [method.schedule.at(100 * epoch, 100, 512) for epoch in (0, 5, 256, 511)]
+    assert rates == pytest.approx([0, 1, 0.5, 1e-4], abs=1e-3)
+    assert rates[3] >= 1e-4
 
 
 def test_real_to_binary_stages():
@@ -111,14 +125,34 @@ def test_every_recipe_runs(name):
     def build():
         return models.create(model, in_channels=1, image_size=8, **options)
 
+    teacher = Teachers([build(), build()]) if name == "bnext" else build()
     result = fit(build, dataclasses.replace(recipe, stages=tuple(stages)), digits,
-                 teacher=build() if any(s.teacher == "given" for s in stages) else None)
+                 teacher=teacher if any(s.teacher == "given" for s in stages) else None)
     assert [row["stage"] for row in result.rows] == [stage.name for stage in stages]
     assert all(0 < row["train_loss"] < 100 for row in result.rows)
     weights = list(binary_weights(result.model).values())
     if name.startswith("bop"):
         assert all(w.abs().unique().tolist() == [1.0] for w in weights)
     assert weights
+
+
+def test_gradients_are_clipped_to_their_norm():
+    pytest.importorskip("sklearn")
+    digits = datasets.digits()
+    digits = dataclasses.replace(digits, train=digits.train.first(30),
+                                 held_out=digits.held_out.first(20))
+    stage = Stage("a", 1, 30, Method("sgd", 1.0), augmentation="none", gradient_clip=1e-3)
+    starts = []
+
+    def build():
+        model = models.create("reactnet", in_channels=1, image_size=8, channels=(4, 8))
+        starts.append([p.detach().clone() for p in model.parameters()])
+        return model
+
+    result = fit(build, Recipe("clipped", (stage,)), digits)
+    moved = sum((p - start).square().sum().item()
+                for p, start in zip(result.model.parameters(), starts[-1], strict=True)) ** 0.5
+    assert moved == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_quicknet_digits_learns(one_thread):

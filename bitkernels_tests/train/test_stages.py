@@ -11,7 +11,9 @@ from bitkernels.nn import BinaryLayer
 from bitkernels.optim import Bop, binary_weights
 from bitkernels.train import CheckpointError, Loss, Method, Stage, TrainError, recipes
 from bitkernels.train.checkpoint import transfer
+from bitkernels.train.distillation import Teachers, soft_labels_loss
 from bitkernels.train.stages import StageLoss, configure, make_optimizer, make_scheduler
+from bitkernels_tests.models import plain_reactnet as plain
 
 STEP1, STEP2 = recipes.get("adambnn").stages
 TANH = replace(STEP1, activations="tanh")
@@ -57,7 +59,7 @@ def test_configure(name, stage, signs, tanhs):
 def test_real_weights_are_the_weights():
     model = reactnet()
     configure(model, STEP1)
-    layer = model.blocks[0].conv1
+    layer = model.blocks[0].spatial.conv
     x = torch.randn(2, 8, 8, 8).sign()
     assert torch.equal(layer(x), nn.functional.conv2d(x, layer.weight, padding=1))
 
@@ -76,19 +78,31 @@ def test_step1_weights_load_strictly_into_step2():
                                                  step2.state_dict().values(), strict=True))
 
 
+def test_transfer_knows_names_of_the_published_code():
+    model = reactnet()
+    entries = plain.entries((8, 16), classes=10)
+    state = plain.generated(((n, s if n != "feature.0.conv1.weight" else (8, 1, 3, 3))
+                             for n, s in entries), 0)
+    transfer(state, model, "the given file")
+    assert torch.equal(model.blocks[0].spatial.conv.weight, state["feature.1.binary_3x3.weight"])
+    bnext = models.BNext(10, channels=(8, 8))
+    with pytest.raises(CheckpointError, match="the weights of here cannot be used: BNext: feature"):
+        transfer({"feature.1.FFN.binary_conv.weight": torch.ones(8, 8, 1, 1)}, bnext, "here")
+
+
 def test_transfer_lists_what_differs_and_changes_nothing():
     """The published step 2 called `weight` `weights`, and every binary weight was lost."""
     model = reactnet()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     weights = {k: torch.zeros_like(v) for k, v in before.items()}
-    weights["blocks.0.conv1.weights"] = weights.pop("blocks.0.conv1.weight")
+    weights["blocks.0.spatial.conv.weights"] = weights.pop("blocks.0.spatial.conv.weight")
     weights["stem.0.weight"] = torch.zeros(8, 1, 5, 5)
     with pytest.raises(CheckpointError) as error:
         transfer(weights, model, "stage step1")
     assert str(error.value) == (
-        "the weights of stage step1 are not those of ReActNet: missing: blocks.0.conv1.weight; "
-        "unknown: blocks.0.conv1.weights; of another shape: stem.0.weight (8, 1, 5, 5), not "
-        "(8, 1, 3, 3)")
+        "the weights of stage step1 are not those of ReActNet: missing: "
+        "blocks.0.spatial.conv.weight; unknown: blocks.0.spatial.conv.weights; of another shape: "
+        "stem.0.weight (8, 1, 5, 5), not (8, 1, 3, 3)")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -99,6 +113,14 @@ def test_decay_is_of_the_filters_alone():
     assert decayed == {n for n, p in model.named_parameters() if p.dim() == 4}
     assert {n for g in groups for n in g["param_names"]} == {n for n, _ in model.named_parameters()}
     assert {g["weight_decay"] for g in made(STEP2, reactnet()).param_groups} == {0.0}
+
+
+def test_decay_of_all_but_the_filters_apart_from_the_gradient():
+    model = reactnet()
+    optimizer = made(recipes.get("bnext").stages[0], model)
+    assert type(optimizer) is torch.optim.AdamW
+    decayed = {n for g in optimizer.param_groups for n in g["param_names"] if g["weight_decay"]}
+    assert decayed == {n for n, p in model.named_parameters() if p.dim() != 4}
 
 
 def test_bop_starts_from_signs_and_leaves_the_rest_to_adam():
@@ -134,7 +156,7 @@ def test_rest_of_a_stage_with_real_weights():
     stage = Stage("a", 1, 1, Method("adam", 1e-3), rest=Method("sgd", 1e-1), weights="real")
     adam, _ = made(stage, reactnet()).optimizers
     assert adam.param_groups[0]["param_names"] == [
-        "blocks.0.conv1.weight", "blocks.0.conv2.0.weight", "blocks.0.conv2.1.weight"]
+        "blocks.0.spatial.conv.weight", "blocks.0.pointwise.conv.weight"]
 
 
 def test_loss_is_the_weighted_sum():
@@ -162,6 +184,21 @@ def test_loss_is_the_weighted_sum():
     total.backward()
     assert all(p.grad is None for p in teacher.parameters())
     joined.close()
+
+
+def test_several_teachers_are_one_module():
+    student, teacher = reactnet(), Teachers([reactnet(), reactnet()]).eval()
+    images, labels = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
+    loss = StageLoss(Loss(labels=0.5, teachers=2), student, teacher)
+    logits = student(images)
+    wanted = 0.5 * nn.functional.cross_entropy(logits, labels) + 2 * soft_labels_loss(
+        logits, torch.stack([network(images) for network in teacher]))
+    torch.testing.assert_close(loss(images, logits, labels), wanted)
+    one = StageLoss(Loss(labels=0, teachers=1), student, teacher[0])
+    with pytest.raises(TrainError, match=r"\(teachers, 4, 10\) of the teacher, got \(4, 10\)"):
+        one(images, logits, labels)
+    with pytest.raises(ValueError, match="teachers cannot be joined"):
+        Loss(teachers=1, attention=1)
 
 
 def test_attention_by_patterns():
