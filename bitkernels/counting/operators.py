@@ -82,13 +82,6 @@ _OURS: dict[Any, Callable[[Any, dict[str, Any], Any], int]] = {
 _VECTORS: dict[Any, int] = {_aten.mv: 0, _aten.addmv: 1, _aten.dot: 0, _aten.vdot: 0}
 
 
-def known(func: Any) -> bool:
-    """Whether `macs` counts this operator."""
-    packet = func.overloadpacket
-    return (packet in _OURS or packet in _VECTORS or packet in flop_registry
-            or packet is _aten.mkldnn_rnn_layer)
-
-
 def macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
     """Multiply-adds of a call of an operator; None for one that is not known to multiply."""
     packet = func.overloadpacket

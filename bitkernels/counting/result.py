@@ -156,7 +156,8 @@ class Summary:
         return "\n".join([f"{self.model}, input {inputs}", "", *self._table(), "", *self._totals()])
 
     def _table(self) -> list[str]:
-        wide, widths = sorted(self.weights), sorted(self.macs)
+        wide = sorted(self.weights)
+        widths = sorted(self.macs) or [32] * bool(self.uncounted)
         rows = [["layer", "kind", "in", "output", *(f"{bits}-bit" for bits in wide), "bytes",
                  *(f"{bits}-bit MACs" for bits in widths)]]
         for layer in self.layers:
@@ -168,7 +169,7 @@ class Summary:
                          *(f"{layer.weights.get(bits, 0):,}" for bits in wide),
                          f"{layer.bytes:,}", *products])
         rows.append(["total", "", "", "", *(f"{n:,}" for _, n in sorted(self.weights.items())),
-                     f"{self.larq.bytes:,}", *(f"{n:,}" for _, n in sorted(self.macs.items()))])
+                     f"{self.larq.bytes:,}", *(f"{self.macs.get(bits, 0):,}" for bits in widths)])
         return aligned(rows, left=(0, 1, 3))
 
     def _totals(self) -> list[str]:

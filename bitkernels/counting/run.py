@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bitkernels.counting.layers import WHOLE, Weights, bits_of, layer_bits
-from bitkernels.counting.operators import known, macs, multiplies_perhaps, of_signs
+from bitkernels.counting.operators import macs, multiplies_perhaps, of_signs
 from bitkernels.counting.result import Layer, Summary
 from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.packed import _Packed
@@ -159,7 +160,7 @@ class _Counter(TorchDispatchMode):
             if isinstance(module, WHOLE):
                 inside |= {id(part) for part in module.modules()} - {id(module)}
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            module.register_forward_hook(self._leave, always_call=True)
+            module.register_forward_hook(self._leave)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[id(module)]
@@ -172,7 +173,7 @@ class _Counter(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         while self._stack and self._stack.pop() is not module:
-            pass  # modules that raised an error which this one caught
+            pass  # those inside that raised an error which this one caught
         self.outputs[self.names[id(module)]] = tuple(
             tuple(x.shape) for x in tree_leaves(output) if isinstance(x, Tensor))
 
@@ -194,9 +195,6 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not known(func) and func.namespace != "prim" and func._can_decompose():
-            with self:  # operators that autograd would have split, of inference tensors
-                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made_of = [_made_of(x) for x in operands]
@@ -251,7 +249,8 @@ def _plainly() -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch_says = logging.getLogger(FakeTensorMode.__module__)  # of errors that are raised too
         stack.callback(setattr, torch_says, "disabled", torch_says.disabled)
