@@ -55,11 +55,12 @@ def main(options: argparse.Namespace) -> int:
         if classes != outputs:
             raise DataError(f"{options.data} in {options.root} has {classes} classes and "
                             f"{options.model} {outputs}: --num-classes says how many it has")
-        model, rule = zoo.network(options)
+        pictures = Pictures(source, zoo.rule(options).transform())
+        model = zoo.network(options)
         start = time.perf_counter()
-        right, count = evaluate(model, Pictures(source, rule.transform()), options.batch_size,
-                                limit=options.limit, workers=options.workers,
-                                device=options.device, progress=not options.quiet)
+        right, count = evaluate(model, pictures, options.batch_size, limit=options.limit,
+                                workers=options.workers, device=options.device,
+                                progress=not options.quiet)
     except zoo.MENDABLE as error:
         print(f"bitkernels evaluate: {first_line(error)}", file=sys.stderr)
         return 1

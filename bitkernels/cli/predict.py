@@ -44,9 +44,9 @@ def main(options: argparse.Namespace) -> int:
         for path in options.pictures:
             if not Path(path).is_file():
                 raise DataError(f"there is no picture {path}")
-        model, rule = zoo.network(options)
+        rule = zoo.rule(options)
         images = torch.stack([read(path, rule) for path in options.pictures])
-        found = predict(model, images.to(options.device), min(options.top, classes))
+        found = predict(zoo.network(options), images.to(options.device), min(options.top, classes))
     except zoo.MENDABLE as error:
         print(f"bitkernels predict: {first_line(error)}", file=sys.stderr)
         return 1

@@ -41,25 +41,28 @@ def check(options: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def network(options: argparse.Namespace) -> tuple[nn.Module, preprocessing.Preprocessing]:
-    """The network that was asked for, in evaluation on its device, and what its pictures go
-    through."""
+def rule(options: argparse.Namespace) -> preprocessing.Preprocessing:
+    """What the network's pictures go through."""
+    published = entry(options.model)
+    return preprocessing.get(published.preprocessing).at(options.size or published.image_size)
+
+
+def network(options: argparse.Namespace) -> nn.Module:
+    """The network that was asked for, with its weights, in evaluation on its device."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    published = entry(options.model)
-    size = options.size or published.image_size
-    rule = preprocessing.get(published.preprocessing).at(size)
-    extra: dict[str, Any] = {}
-    if options.size is not None and takes_image_size(published):
-        extra["image_size"] = size
+    try:
+        device = torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"--device {options.device}: {first_line(error)}") from None
+    sized: dict[str, Any] = {}
+    if options.size is not None and takes_image_size(entry(options.model)):
+        sized["image_size"] = options.size
     model = models.create_model(options.model, num_classes=options.num_classes,
-                                weights=options.weights, **extra).eval()
+                                weights=options.weights, **sized).eval()
     if options.packed:
         model = bnn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None)
-    try:
-        return model.to(torch.device(options.device)), rule
-    except RuntimeError as error:
-        raise ValueError(f"--device {options.device}: {first_line(error)}") from None
+    return model.to(device)
 
 
 def takes_image_size(published: Entry) -> bool:
