@@ -125,8 +125,8 @@ def test_bnexts(name):
     parameters, unused, binary, bops, ops, megabytes, megabytes8 = BNEXT[name]
     assert (found.parameters + unused, found.weights[1]) == (parameters, binary)
     assert rounded(found.bnext.bops, bops) and rounded(found.bnext.ops, ops)
-    assert (found.larq.bytes + 4 * unused) / 1e6 == pytest.approx(megabytes, abs=0.051)
-    assert (found.larq.bytes_8bit + unused) / 1e6 == pytest.approx(megabytes8, abs=0.051)
+    assert (found.larq.bytes + 4 * unused) / 1e6 == pytest.approx(megabytes, abs=0.06)
+    assert (found.larq.bytes_8bit + unused) / 1e6 == pytest.approx(megabytes8, abs=0.06)
     assert not found.uncounted
 
 
