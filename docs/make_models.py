@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-import bitkernels
+import bitkernels.counting
 from bitkernels import models
 from bitkernels.models.registry import entry
 from bitkernels.models.weights import public_weights
@@ -21,19 +21,23 @@ top-1 % | weights |
 """
 
 
-def row(name: str) -> str:
-    """Of the table; the numbers are those of `bitkernels.summary` at the published size."""
-    known = entry(name)
+def published(name: str) -> bitkernels.counting.Summary:
+    """The summary of a network at its published size; it is built without values."""
+    size = entry(name).image_size
     with torch.device("meta"):
-        found = bitkernels.summary(models.create_model(name),
-                                   (1, 3, known.image_size, known.image_size))
+        return bitkernels.summary(models.create_model(name), (1, 3, size, size))
+
+
+def row(name: str, found: bitkernels.counting.Summary) -> str:
+    """Of the table."""
+    known = entry(name)
     files = [f"`{file.name}`" if file.url else f"[{file.name}]({file.page})"
              for file in public_weights(name) if file.head]
     cells = [f"`{name}`", known.paper, f"{found.parameters:,}", f"{found.weights.get(1, 0):,}",
              f"{found.larq.bytes / 1e6:.2f}", f"{found.macs.get(1, 0) / 1e9:.3f} G",
              f"{found.reactnet.ops / 1e6:.1f} M", f"{found.bnext.ops / 1e6:.1f} M",
-             "" if known.top1 is None else str(known.top1), ", ".join(files)]
-    return f"| {' | '.join(cells)} |\n".replace("|  |", "| |")
+             str(known.top1 or "-"), ", ".join(files) or "-"]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def rows(page: str) -> dict[str, str]:
@@ -45,7 +49,8 @@ def rows(page: str) -> dict[str, str]:
 def written(page: str) -> str:
     """The page with the table of now."""
     before, _, rest = page.partition(START)
-    return before + START + HEAD + "".join(map(row, models.list_models())) + END \
+    return before + START + HEAD + "".join(
+        row(name, published(name)) for name in models.list_models()) + END \
         + rest.partition(END)[2]
 
 

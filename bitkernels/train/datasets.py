@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitkernels._packages import needs
+from bitkernels.models import preprocessing
 from bitkernels.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from bitkernels.train.data import Data, Shift, Source, Tensors
 from bitkernels.train.errors import DataError, TrainError, first_line
@@ -163,7 +164,7 @@ def held_out(name: str, root: str) -> tuple[Source, int]:
 def folder(root: Path, size: int = 224, name: str = "folder") -> Data:
     """Pictures in root/train/CLASS/ and root/val/CLASS/, as ImageNet is laid out.
 
-    Evaluation: the short side to size * 256 / 224, the middle of it, as ReActNet and Larq Zoo.
+    Evaluation: the short side to size * 256 / 224, the middle of it, as ReActNet.
 
     Raises DataError for folders that are missing or without pictures, and for classes that are not
     the same in train and val. A file that is no picture is found when it is read.
@@ -182,11 +183,10 @@ def folder(root: Path, size: int = 224, name: str = "folder") -> Data:
     def resized_crop(how: Any) -> Any:
         return t.Compose([t.RandomResizedCrop(size, interpolation=how), mirror, *scaled])
 
-    short = t.Resize(round(size * 256 / 224))
     whole = t.Resize((size, size))
     moved = t.RandomCrop(size, padding=size // 8)
     return Data(name, len(train.classes), 3, size, train, held_out,
-                t.Compose([short, t.CenterCrop(size), *scaled]), {
+                preprocessing.get("imagenet").at(size).transform(), {
                     "shift": t.Compose([whole, moved, *scaled]),
                     "shift-flip": t.Compose([whole, moved, mirror, *scaled]),
                     "resized-crop": resized_crop(bilinear),

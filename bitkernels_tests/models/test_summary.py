@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 import bitkernels
 from bitkernels import models, quantizers
 from bitkernels import nn as bnn
-from bitkernels.models.registry import entry
+from bitkernels_tests.models.summaries import published
 
 # What larq.models.summary of Larq 0.14 gives for the networks of Larq Zoo 2.4 at 224 pixels:
 # weights, binary ones, {bits: multiply-adds}, bytes, bytes with the real weights in 8 bits; and all
@@ -67,15 +67,6 @@ BNEXT = {
     "bnext_m": (134_501_974, 22_080, 126_238_464, 20.09e9, 0.3169e9, 48.8, 24.0),
     "bnext_l": (326_546_640, 41_728, 308_310_016, 52.15e9, 0.8198e9, 111.5, 56.8),
 }
-
-
-def published(name: str):
-    """Its summary; the network is built without values."""
-    if name not in models.list_models():
-        pytest.skip(f"there is no {name}")
-    size = entry(name).image_size
-    with torch.device("meta"):
-        return bitkernels.summary(models.create_model(name), (3, size, size))
 
 
 def rounded(value: float, expected: float) -> bool:
