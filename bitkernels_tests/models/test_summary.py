@@ -241,13 +241,15 @@ def test_the_model_is_left_as_it_was():
         assert state[name][0] == id(tensor) and torch.equal(state[name][1], tensor)
 
 
-def test_first_training_input_and_packed_tiles_are_not_fooled():
+def test_first_inputs_are_still_looked_at_and_packed_words_are_those_of_the_layer():
     layer = bnn.BinaryConv2d(32, 32, 3)
     packed = bnn.pack(layer)
-    x = torch.randn(1, 32, 5, 5)
     for model in (layer, packed):
         bitkernels.summary(model, (32, 5, 5))
-    assert not layer._input_seen and torch.equal(packed(x), layer(x).detach())
+    x = torch.randn(1, 32, 5, 5)
+    assert torch.equal(packed(x), layer.eval()(x).detach())
+    with pytest.warns(UserWarning, match="every sign of its first training input"):
+        layer.train()(x.abs())
 
 
 def test_pruned_and_parametrized():
