@@ -10,6 +10,7 @@
     train       recipes, image sets, `fit`          imported when first used
     interop     CuPy, NumPy, JAX, any DLPack        imported when first used
     explain     which kernel each layer gets, and why
+    summary     what each layer weighs and computes imported when first used
 """
 
 import importlib
@@ -36,6 +37,7 @@ from bitkernels.thresholds import fold_threshold
 
 if TYPE_CHECKING:
     from bitkernels import autograd, interop, residual_block, train
+    from bitkernels.counting import summary
 
 __version__ = "0.1.0"
 
@@ -50,17 +52,21 @@ __all__ = [
     "ops",
     "optim",
     "quantizers",
+    "summary",
     "train",
 ]
 
 _LAZY = ("autograd", "interop", "residual_block", "train")
+_LAZY_FUNCTIONS = {"summary": "bitkernels.counting"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"bitkernels.{name}")
+    if name in _LAZY_FUNCTIONS:
+        return getattr(importlib.import_module(_LAZY_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'bitkernels' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY} - {"Any", "TYPE_CHECKING", "importlib"})
+    return sorted({*globals(), *_LAZY, *_LAZY_FUNCTIONS} - {"Any", "TYPE_CHECKING", "importlib"})

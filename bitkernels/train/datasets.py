@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from bitkernels._packages import needs
-from bitkernels.train.data import Data, Shift, Tensors
+from bitkernels.models import preprocessing
+from bitkernels.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from bitkernels.train.data import Data, Shift, Source, Tensors
 from bitkernels.train.errors import DataError, TrainError, first_line
 
-__all__ = ["NAMES", "cifar", "digits", "folder", "generated", "load"]
+__all__ = ["HELD_OUT", "NAMES", "cifar", "digits", "folder", "generated", "held_out", "load"]
 
 NAMES = ("digits", "generated", "cifar10", "cifar100", "folder", "imagenet")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HELD_OUT = ("imagenet", "folder", "cifar10", "cifar100")  # of `held_out`
 
 
 def load(name: str, root: str | None = None, size: int | None = None, split: int = 0) -> Data:
@@ -125,12 +127,7 @@ def cifar(root: Path, classes: int) -> Data:
     Raises DataError where the extracted files are not in `root` or are damaged.
     """
     vision = _torchvision()
-    kind = vision.datasets.CIFAR10 if classes == 10 else vision.datasets.CIFAR100
-    try:
-        train, held_out = kind(root, train=True), kind(root, train=False)
-    except RuntimeError as error:
-        raise DataError(f"no CIFAR-{classes} in {root / kind.base_folder}: "
-                        f"{str(error).split('. You can')[0]}") from None
+    train, held_out = (_cifar(vision, root, classes, train=part) for part in (True, False))
     t = vision.transforms
     scaled = [t.ToTensor(), t.Normalize((0.5,) * 3, (0.5,) * 3)]
     moved = t.RandomCrop(32, padding=4)
@@ -139,10 +136,35 @@ def cifar(root: Path, classes: int) -> Data:
         "shift-flip": t.Compose([moved, t.RandomHorizontalFlip(), *scaled])})
 
 
+def _cifar(vision: Any, root: Path, classes: int, train: bool) -> Any:
+    kind = vision.datasets.CIFAR10 if classes == 10 else vision.datasets.CIFAR100
+    try:
+        return kind(root, train=train)
+    except RuntimeError as error:
+        raise DataError(f"no CIFAR-{classes} in {root / kind.base_folder}: "
+                        f"{str(error).split('. You can')[0]}") from None
+
+
+def held_out(name: str, root: str) -> tuple[Source, int]:
+    """The held-out pictures of one of `HELD_OUT`, before any transform, and how many classes.
+
+    The training images need not be there. Raises DataError and TrainError as `load`.
+    """
+    if name not in HELD_OUT:
+        raise DataError(f"no image set {name!r} of pictures; there are {', '.join(HELD_OUT)}")
+    if not Path(root).is_dir():
+        raise DataError(f"there is no folder {root}")
+    vision = _torchvision()
+    if name.startswith("cifar"):
+        return _cifar(vision, Path(root), int(name[5:]), train=False), int(name[5:])
+    pictures = _image_folder(vision, Path(root) / "val")
+    return pictures, len(pictures.classes)
+
+
 def folder(root: Path, size: int = 224, name: str = "folder") -> Data:
     """Pictures in root/train/CLASS/ and root/val/CLASS/, as ImageNet is laid out.
 
-    Evaluation: the short side to size * 256 / 224, the middle of it, as ReActNet and Larq Zoo.
+    Evaluation: the short side to size * 256 / 224, the middle of it, as ReActNet.
 
     Raises DataError for folders that are missing or without pictures, and for classes that are not
     the same in train and val. A file that is no picture is found when it is read.
@@ -161,11 +183,10 @@ def folder(root: Path, size: int = 224, name: str = "folder") -> Data:
     def resized_crop(how: Any) -> Any:
         return t.Compose([t.RandomResizedCrop(size, interpolation=how), mirror, *scaled])
 
-    short = t.Resize(round(size * 256 / 224))
     whole = t.Resize((size, size))
     moved = t.RandomCrop(size, padding=size // 8)
     return Data(name, len(train.classes), 3, size, train, held_out,
-                t.Compose([short, t.CenterCrop(size), *scaled]), {
+                preprocessing.get("imagenet").at(size).transform(), {
                     "shift": t.Compose([whole, moved, *scaled]),
                     "shift-flip": t.Compose([whole, moved, mirror, *scaled]),
                     "resized-crop": resized_crop(bilinear),

@@ -1,0 +1,70 @@
+"""What the commands on networks share: the network itself, its weights, its pictures."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitkernels import models
+from bitkernels import nn as bnn
+from bitkernels.models import preprocessing
+from bitkernels.models.registry import Entry, entry
+from bitkernels.train.errors import TrainError, first_line
+
+# What ends a command with one line: files, sizes, names and packages that the user can mend.
+MENDABLE = (TrainError, ValueError, OSError, ImportError, RuntimeError)
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """MODEL --weights and how it runs."""
+    parser.add_argument("model", metavar="MODEL", help="a published network, as of "
+                                                       "python -m bitkernels models")
+    parser.add_argument("--weights", required=True, metavar="FILE",
+                        help="a file of weights, hf-hub:owner/name, or the name of public weights")
+    parser.add_argument("--num-classes", type=int, help="default: as published")
+    parser.add_argument("--size", type=int, help="the side of an image; default: as published")
+    parser.add_argument("--packed", action="store_true", help="run it on packed 1-bit weights")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def check(options: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for numbers below 1."""
+    for name in ("num_classes", "size", "threads", *names):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def rule(options: argparse.Namespace) -> preprocessing.Preprocessing:
+    """What the network's pictures go through."""
+    published = entry(options.model)
+    return preprocessing.get(published.preprocessing).at(options.size or published.image_size)
+
+
+def network(options: argparse.Namespace) -> nn.Module:
+    """The network that was asked for, with its weights, in evaluation on its device."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        device = torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"--device {options.device}: {first_line(error)}") from None
+    sized: dict[str, Any] = {}
+    if options.size is not None and takes_image_size(entry(options.model)):
+        sized["image_size"] = options.size
+    model = models.create_model(options.model, num_classes=options.num_classes,
+                                weights=options.weights, **sized).eval()
+    if options.packed:
+        model = bnn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None)
+    return model.to(device)
+
+
+def takes_image_size(published: Entry) -> bool:
+    """Whether its class is made for one size of images."""
+    return "image_size" in inspect.signature(published.build).parameters
