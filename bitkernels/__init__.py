@@ -11,6 +11,7 @@
     interop     CuPy, NumPy, JAX, any DLPack        imported when first used
     explain     which kernel each layer gets, and why
     summary     what each layer weighs and computes imported when first used
+    convert     a trained network as one on bits    imported when first used
 """
 
 import importlib
@@ -37,27 +38,32 @@ from bitkernels.thresholds import fold_threshold
 
 if TYPE_CHECKING:
     from bitkernels import autograd, interop, residual_block, train
+    from bitkernels.converter import convert, load_converted, save_converted
     from bitkernels.counting import summary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PackedTensor",
+    "convert",
     "explain",
     "fold_threshold",
     "interop",
+    "load_converted",
     "metrics",
     "models",
     "nn",
     "ops",
     "optim",
     "quantizers",
+    "save_converted",
     "summary",
     "train",
 ]
 
 _LAZY = ("autograd", "interop", "residual_block", "train")
-_LAZY_FUNCTIONS = {"summary": "bitkernels.counting"}
+_LAZY_FUNCTIONS = {"summary": "bitkernels.counting", **dict.fromkeys(
+    ("convert", "load_converted", "save_converted"), "bitkernels.converter")}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from bitkernels import models
 from bitkernels import nn as bnn
 from bitkernels.cli import zoo
 from bitkernels.counting import summary
-from bitkernels.models.registry import entry
+from bitkernels.models.registry import entry, takes_image_size
 from bitkernels.train.errors import first_line
 
 DESCRIPTION = """\
@@ -70,6 +70,6 @@ def build(name: str, num_classes: int | None, in_channels: int, size: int | None
                                  image_size=size or 32), size or 32
         known = entry(name)
         side = size or known.image_size
-        sized: dict[str, Any] = {"image_size": side} if zoo.takes_image_size(known) else {}
+        sized: dict[str, Any] = {"image_size": side} if takes_image_size(known.build) else {}
         return models.create_model(name, num_classes=num_classes, in_channels=in_channels,
                                    **sized), side

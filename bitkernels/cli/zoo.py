@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from bitkernels import models
 from bitkernels import nn as bnn
 from bitkernels.models import preprocessing
-from bitkernels.models.registry import Entry, entry
+from bitkernels.models.registry import entry, takes_image_size
 from bitkernels.train.errors import TrainError, first_line
 
 # What ends a command with one line: files, sizes, names and packages that the user can mend.
@@ -56,15 +55,10 @@ def network(options: argparse.Namespace) -> nn.Module:
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise ValueError(f"--device {options.device}: {first_line(error)}") from None
     sized: dict[str, Any] = {}
-    if options.size is not None and takes_image_size(entry(options.model)):
+    if options.size is not None and takes_image_size(entry(options.model).build):
         sized["image_size"] = options.size
     model = models.create_model(options.model, num_classes=options.num_classes,
                                 weights=options.weights, **sized).eval()
     if options.packed:
         model = bnn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None)
     return model.to(device)
-
-
-def takes_image_size(published: Entry) -> bool:
-    """Whether its class is made for one size of images."""
-    return "image_size" in inspect.signature(published.build).parameters

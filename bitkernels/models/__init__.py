@@ -12,10 +12,10 @@ strictly.
 from bitkernels.models.alexnet import BinaryAlexNet
 from bitkernels.models.binarynet import BinaryNet
 from bitkernels.models.birealnet import BiRealNet
+from bitkernels.models.bnext import BNext, BNextBlock
 from bitkernels.models.densenet import BinaryDenseNet
 from bitkernels.models.dorefanet import DoReFaNet
 from bitkernels.models.meliusnet import MeliusNet
-from bitkernels.models.bnext import BNext, BNextBlock
 from bitkernels.models.quicknet import QuickNet, QuickNetBlock, QuickNetTransition
 from bitkernels.models.reactnet import ReActBlock, ReActNet
 from bitkernels.models.reactnet18 import ReActNet18, reactnet18_block

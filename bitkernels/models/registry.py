@@ -82,7 +82,7 @@ def create_model(name: str, *, num_classes: int | None = None, in_channels: int 
     """
     found = entry(name)
     given = _accepted(name, found.build, {**found.options, **options})
-    if _takes_size(found.build):
+    if takes_image_size(found.build):
         given.setdefault("image_size", found.image_size)
     model = _made("create_model", name, found.build,
                   found.num_classes if num_classes is None else num_classes, in_channels, given)
@@ -112,7 +112,7 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
     Raises ValueError for a name or an option that there is not, naming those that there are.
     """
     if name not in _CLASSES and name in _ENTRIES:
-        if _takes_size(_ENTRIES[name].build):
+        if takes_image_size(_ENTRIES[name].build):
             options["image_size"] = image_size
         return create_model(name, num_classes=num_classes, in_channels=in_channels, **options)
     if name not in _CLASSES:
@@ -120,7 +120,7 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
                          f"published {', '.join(list_models())}")
     cls = _CLASSES[name]
     options = _accepted(name, cls, options)
-    if _takes_size(cls):
+    if takes_image_size(cls):
         options["image_size"] = image_size
     return _made("create", name, cls, num_classes, in_channels, options)
 
@@ -135,7 +135,8 @@ def _made(maker: str, name: str, build: Callable[..., nn.Module], num_classes: i
     return model
 
 
-def _takes_size(build: Callable[..., nn.Module]) -> bool:
+def takes_image_size(build: Callable[..., nn.Module]) -> bool:
+    """Whether a class is made for one size of images."""
     return "image_size" in inspect.signature(build).parameters
 
 
