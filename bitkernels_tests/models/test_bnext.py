@@ -169,7 +169,7 @@ def test_evaluation_clamps_scale_in_halves_of_one_pixel_alone(kernel):
 
 
 def test_a_small_one_does_what_every_network_must():
-    check_usable(lambda: models.BNext(10, 1, channels=(32, 32, 64), stem="cifar"),
+    check_usable(lambda: models.BNext(10, 1, channels=(32, 32, 32), stem="cifar"),
                  bright_and_dark(9, 6))
 
 

@@ -220,8 +220,7 @@ def bright_and_dark(height: int, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [
-    lambda: models.ReActNet(10, 1, channels=SMALL),
-    lambda: models.ReActNet(10, 1, channels=SMALL, real_groups=1),
+    lambda: models.ReActNet(10, 1, channels=(8, 16, 16)),
     lambda: models.ReActNet18(10, 1, blocks=(1, 1), channels=(8, 16), stem="cifar")])
 def test_a_small_one_does_what_every_network_must(make):
     check_usable(make, bright_and_dark(7, 6))
