@@ -98,7 +98,7 @@ def record(name: str) -> tuple[list, np.ndarray, dict]:
         assign(model, layers, seed)
         *inputs, logits = (np.asarray(v) for v in watched(generated.image(seed, size)))
         margin = min(distances(x, layer.input_quantizer)
-                     for x, layer in zip(inputs, quantized))
+                     for x, layer in zip(inputs, quantized, strict=True))
         if margin > best[0]:
             best = margin, seed, logits
         if best[0] > WANTED:

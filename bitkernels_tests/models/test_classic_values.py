@@ -7,7 +7,7 @@ import torch
 
 from bitkernels.models import create_model, load_weights
 from bitkernels_tests.models import generated
-from bitkernels_tests.models.test_larq_zoo import write_h5
+from bitkernels_tests.models.recorded import write_h5
 
 plain = pytest.importorskip("bitkernels_tests.models.plain_classic")  # needs h5py
 
