@@ -141,4 +141,5 @@ As quicknet, but: a small network, 20 epochs with 2 of warm-up, batch 64, the la
 
 RECIPES = {recipe.name: recipe for recipe in (
     ADAMBNN, REACTNET_A, REACTNET_18, BOP_CIFAR10, BOP_IMAGENET, QUICKNET, REAL_TO_BINARY,
-    ADAMBNN_DIGITS, BOP_DIGITS, QUICKNET_DIGITS, *larq_zoo.RECIPES)}
+    ADAMBNN_DIGITS, BOP_DIGITS, QUICKNET_DIGITS)}
+RECIPES |= {recipe.name: recipe for recipe in larq_zoo.RECIPES}
