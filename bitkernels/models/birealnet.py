@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitkernels.models.parts import SamePad2d, glorot_normal_, same_max_pool, weight_options
-from bitkernels.models.published import Place, placed
+from bitkernels.models.published import Place, renamed
 from bitkernels.models.registry import register
 from bitkernels.models.residual import keras_layers_of, residual_body, residual_layer
 from bitkernels.nn import MaxPool2d
@@ -102,7 +102,7 @@ class BiRealNet(nn.Module):
             raise ValueError("these are weights of the authors' PyTorch code, for "
                              "style='pytorch'; this network has the padding and norms of "
                              "style='larq'")
-        return placed(state, self.state_dict(), self._published)
+        return renamed(self, state, self._published)
 
     def _published(self, key: str) -> Place | None:
         """Where a tensor of the published code is here."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bitkernels.train import larq_zoo
 from bitkernels.train.recipes import Loss, Method, Recipe, Schedule, Stage
 
 __all__ = ["RECIPES"]
@@ -158,3 +159,4 @@ As quicknet, but: a small network, 20 epochs with 2 of warm-up, batch 64, the la
 RECIPES = {recipe.name: recipe for recipe in (
     ADAMBNN, REACTNET_A, REACTNET_18, BOP_CIFAR10, BOP_IMAGENET, QUICKNET, REAL_TO_BINARY, BNEXT,
     ADAMBNN_DIGITS, BOP_DIGITS, QUICKNET_DIGITS)}
+RECIPES |= {recipe.name: recipe for recipe in larq_zoo.RECIPES}

@@ -185,3 +185,13 @@ def test_refuses(stages, message):
 def test_unknown_recipe_names_those_there_are():
     with pytest.raises(ValueError, match="no recipe 'adamnn'.*adambnn"):
         recipes.get("adamnn")
+
+
+@pytest.mark.parametrize("name, epoch, rate", [
+    ("binary-alexnet", 149, 1e-2 * 0.5**14), ("binary-alexnet", 9, 1e-2),
+    ("birealnet", 150, 2.5e-3), ("binary-resnet-e18", 95, 4e-3 * 0.09)])
+def test_rates_of_larq_zoo(name, epoch, rate):
+    (stage,) = recipes.get(name).stages
+    assert recipes.get(name).model in models.list_models()
+    factor = stage.method.schedule.at(epoch * 1000, 1000, stage.epochs)
+    assert stage.method.lr * factor == pytest.approx(rate, rel=1e-4)
