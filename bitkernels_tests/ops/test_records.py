@@ -19,8 +19,8 @@ TOY = "packed_min_pool2d"
 FILES = ROOT / "bitkernels_tests" / "data" / TOY
 # From below: a file imports from its own room and from those before it.
 ROOMS = ("_dispatch _files _fx _packages", "ops _onnx", "backends reference",
-         "thresholds _estimators", "quantizers", "nn interop", "optim metrics models", "train",
-         "cli __main__")
+         "thresholds _estimators", "quantizers", "packed", "nn interop",
+         "optim metrics models explain", "train", "cli __main__")
 # Each whole package is above its rooms, and so is what stands for it.
 ABOVE = ("", "autograd", "residual_block")
 
