@@ -191,6 +191,8 @@ def differentiate(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any)
     else `function.below`, with the same arguments, whose result is the operator's.
     """
     if is_recorded(function.operator, *tensors):
+        if not functorch_active():  # as in `record`: a call less
+            return super(Function, function).apply(*tensors, *rest)
         return record(function, tensors, *rest)
     if is_traced():
         return unrecorded(function, tensors, *rest)

@@ -1,4 +1,4 @@
-"""Writes docs/operators.md, and the types of `bitkernels.ops`, from the records of the operators."""
+"""Writes docs/operators.md and the types of `bitkernels.ops` from the operators' records."""
 
 from __future__ import annotations
 

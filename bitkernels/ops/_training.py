@@ -16,6 +16,7 @@ Estimators of d sign(x) / dx (Larq's names, plus the two trivial ones):
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -71,16 +72,10 @@ class Estimators(NamedTuple):
         return self.input_estimator if wanted else "none"
 
 
-def check(op: str, input, weight, bias, scale, ndim: int, estimators) -> Estimators:
-    """Checks what all trained operators take; estimators: their keywords."""
-    train = Estimators(**estimators)
-    check_real(op, "input", input)
-    check_real(op, "weight", weight, ndim)
-    check_same_device(op, input, weight=weight)
-    if bias is not None or scale is not None:
-        check_same_device(op, input, bias=bias, scale=scale)
-        check_channel_vector(op, "bias", bias, weight.shape[0])
-        check_channel_vector(op, "scale", scale, weight.shape[0])
+@functools.lru_cache(256)
+def _estimators(op: str, **given) -> Estimators:
+    """Checked; remembered, since every call of a layer gives the same."""
+    train = Estimators(**given)
     check_estimator(op, "input_estimator", train.input_estimator)
     check_estimator(op, "weight_estimator", train.weight_estimator)
     check_clip(op, "input_clip", train.input_clip)
@@ -88,6 +83,19 @@ def check(op: str, input, weight, bias, scale, ndim: int, estimators) -> Estimat
     if train.dtype is not None and train.dtype not in REAL:
         fail(op, "dtype", "float32, float16, bfloat16 or float64", train.dtype)
     return train
+
+
+def check(op: str, input, weight, bias, scale, ndim: int, estimators) -> Estimators:
+    """Checks what all trained operators take; estimators: their keywords."""
+    check_real(op, "input", input)
+    check_real(op, "weight", weight, ndim)
+    if input.device != weight.device:
+        check_same_device(op, input, weight=weight)
+    if bias is not None or scale is not None:
+        check_same_device(op, input, bias=bias, scale=scale)
+        check_channel_vector(op, "bias", bias, weight.shape[0])
+        check_channel_vector(op, "scale", scale, weight.shape[0])
+    return _estimators(op, **estimators)
 
 
 class Signs:

@@ -52,11 +52,15 @@ def check_conv(op, input, weight, bias, scale, stride, padding, dilation, groups
     return ConvSpec(stride, pad, dilation, groups, pad_value), train
 
 
-def check(input, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1, *,
-          pad_value=0, scale=None, **estimators):
+def _checked(input, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1, *,
+             pad_value=0, scale=None, **estimators):
     conv, train = check_conv("binary_conv2d", input, weight, bias, scale, stride, padding,
                              dilation, groups, pad_value, estimators)
-    return Call((input, weight, bias, scale, conv, train))
+    return input, weight, bias, scale, conv, train
+
+
+def check(*args, **kw):
+    return Call(_checked(*args, **kw))
 
 
 def fake(input, weight, bias, scale, conv, train):
@@ -77,8 +81,8 @@ class _BinaryConv2d(FirstOrder):
             pad_value=conv.pad_value, scale=scale, **train.keywords())
 
     @staticmethod
-    def below(*args):
-        return _forward(*args, None)[0]
+    def below(input, weight, bias, scale, conv, train):
+        return _forward(input, weight, bias, scale, conv, train, None)[0]
 
     @staticmethod
     def forward(ctx, input, weight, bias, scale, conv, train):
@@ -124,7 +128,7 @@ def _forward(input, weight, bias, scale, conv, train, clip):
 
 
 def autograd(*args, **kw):
-    input, weight, bias, scale, conv, train = check(*args, **kw)[0]
+    input, weight, bias, scale, conv, train = _checked(*args, **kw)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     out = differentiate(_BinaryConv2d, (batched, weight, bias, scale), conv, train)
     return out if batched is input else out.squeeze(0)

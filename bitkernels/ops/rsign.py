@@ -20,11 +20,15 @@ from bitkernels.ops.geometry import empty_around
 ops = torch.ops.bitkernels
 
 
-def check(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
+def _check(input, shift, estimator, clip):
     check_channels("rsign", input, **({"shift": shift} if shift.dim() == 1 else {}))
     check_shift("rsign", input, shift, 1)
     check_estimator("rsign", "estimator", estimator)
     check_clip("rsign", "clip", clip)
+
+
+def check(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
+    _check(input, shift, estimator, clip)
     return Call((input, shift))
 
 
@@ -91,7 +95,7 @@ class _RSign(FirstOrder):
 
 
 def autograd(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
-    check(input, shift, estimator=estimator, clip=clip)
+    _check(input, shift, estimator, clip)
     return differentiate(_RSign, (input, shift), estimator, clip, beta)
 
 
