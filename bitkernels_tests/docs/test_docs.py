@@ -40,6 +40,12 @@ def test_models(one_thread):
     run(DOCS / "models.md")
 
 
+def test_convert(one_thread, capsys):
+    pytest.importorskip("safetensors")
+    run(DOCS / "convert.md")
+    assert "4 products of bits, 3 real" in capsys.readouterr().out
+
+
 def test_training(one_thread, capsys):
     pytest.importorskip("sklearn")
     space = run(DOCS / "training.md", {"epochs=5": "epochs=1", "(32, 64, 128)": "(4, 8)"})
