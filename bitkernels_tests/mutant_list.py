@@ -302,7 +302,8 @@ MUTANTS = (
            "factors[own:] = [factor(stage.rest.schedule)] * (len(factors) - own)", "pass",
            ("train/test_stages.py", "train/test_recipes.py")),
     Mutant("decay-of-everything", "bitkernels/train/stages.py",
-           'if method.decay == "all" or pair[1].dim() == 4]', "]", ("train/test_stages.py",)),
+           'return method.decay == "all" or (parameter', "return True or (parameter",
+           ("train/test_stages.py",)),
     # Files of weights.
     Mutant("code-in-a-pickle-runs", "bitkernels/models/weights/checkpoint.py",
            "weights_only=True", "weights_only=False",
