@@ -54,7 +54,6 @@ def test_models_lists_all_of_the_registry(capsys):
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory, torchvision):
     """(weights, folder of ROOT/val/CLASS/*.png, the pictures in order)."""
-    pytest.importorskip("bitkernels.models.weights")
     pytest.importorskip("safetensors")
     from PIL import Image
     from safetensors.torch import save_file
