@@ -23,6 +23,8 @@ COMMANDS = {
                 "which backend and kernel a call or each layer of a network gets, and why"),
     "models": ("bitkernels.cli.models",
                "the networks: parameters, bytes in float32 and packed, accuracies, recipes"),
+    "profile": ("bitkernels.cli.profile",
+                "where the time of a converted network goes, call by call"),
     "summary": ("bitkernels.cli.summary",
                 "one network layer by layer: weights, bytes, multiply-adds"),
     "evaluate": ("bitkernels.cli.evaluate", "the accuracy of weights on a set of images"),

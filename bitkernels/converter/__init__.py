@@ -11,12 +11,14 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
   signs     signs taken early: through pools, joins and norms, and written by the product itself
   real      batch norms into real convolutions; bfloat16
   report    what became of each layer
+  profile   where its time goes
   file      a converted network in one file, without pickle and without the model's code
 """
 
 from bitkernels.converter.converted import Converted, convert
 from bitkernels.converter.file import load_converted, save_converted
+from bitkernels.converter.profile import Profile, profile
 from bitkernels.converter.report import ConvertReport, Product
 
-__all__ = ["ConvertReport", "Converted", "Product", "convert", "load_converted",
-           "save_converted"]
+__all__ = ["ConvertReport", "Converted", "Product", "Profile", "convert", "load_converted",
+           "profile", "save_converted"]

@@ -71,6 +71,12 @@ class Converted(nn.Module):
         self._arrange()
         return self
 
+    def example_sizes(self) -> list[tuple[int, ...]]:
+        """Of the tensors of the example_inputs, in the order of the graph's inputs; a batch of one
+        counts as two there."""
+        return [tuple(n if isinstance(n, int) else int(n.node.hint) for n in node.meta["val"].shape)
+                for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+
     def words_of(self, buffer: str) -> str:
         """The buffer of the state behind one that a product reads; any other is itself."""
         return self._read[buffer][0] if buffer in self._read else buffer

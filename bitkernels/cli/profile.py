@@ -1,0 +1,69 @@
+"""`python -m bitkernels profile`: where the time of a converted network goes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from bitkernels.cli import zoo
+from bitkernels.converter import convert, load_converted
+from bitkernels.converter.profile import profile
+from bitkernels.models import create_model
+from bitkernels.models.registry import entry, takes_image_size
+from bitkernels.train.errors import first_line
+
+DESCRIPTION = """\
+Where the time of a network goes that bitkernels.convert made one graph of: each product of bits,
+each real layer, and the glue between them.
+
+  python -m bitkernels profile quicknet --threads 1
+  python -m bitkernels profile reactnet_a --batch 8 --chart reactnet.png
+  python -m bitkernels profile network.safetensors     a file of bitkernels.save_converted
+
+A published network has the weights it starts with, which do not change its time.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("model", metavar="MODEL", help="a published network, or a file")
+    parser.add_argument("--batch", type=int, default=1, help="default: 1")
+    parser.add_argument("--size", type=int, help="the side of an image; default: as published")
+    parser.add_argument("--repeats", type=int, default=20, help="default: 20")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--chart", metavar="FILE", help="draw multiply-adds against time")
+
+
+def main(options: argparse.Namespace) -> int:
+    try:
+        zoo.check(options, "batch", "repeats")
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        if os.path.exists(options.model):
+            if options.size is not None:
+                raise ValueError("--size is for published networks; a file has its own")
+            network = load_converted(options.model, options.device)
+            inputs = [torch.randn(options.batch, *sizes[1:], device=options.device)
+                      for sizes in network.example_sizes()]
+        else:
+            known = entry(options.model)
+            side = options.size or known.image_size
+            sized: dict[str, Any] = {"image_size": side} if takes_image_size(known.build) else {}
+            inputs = [torch.randn(options.batch, 3, side, side, device=options.device)]
+            model = create_model(options.model, **sized).to(options.device)
+            network = convert(model, inputs[0])
+        found = profile(network, *inputs, repeats=options.repeats)
+        if options.chart:
+            found.chart(options.chart)
+    except zoo.MENDABLE as error:
+        print(f"bitkernels profile: {first_line(error)}", file=sys.stderr)
+        return 1
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    return 0
