@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -83,6 +84,11 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(name for name, supported in cpu.kernels() if supported))
     else:
         try:
-            sys.exit(module.main(options))
+            status = module.main(options)
+            sys.stdout.flush()
+            sys.exit(status)
         except KeyboardInterrupt:
             sys.exit(130)
+        except BrokenPipeError:  # the reader has seen enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)

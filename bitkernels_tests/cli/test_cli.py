@@ -172,11 +172,18 @@ def test_bench_tells_a_wrong_result(capsys, monkeypatch):
 def test_explain_of_a_network(capsys):
     status, out, err = call(capsys, "explain", "quicknet", "--target", "cpu")
     assert status == 0 and not err and out.startswith("on cpu\n")
-    assert re.search(r"^sections\.0\.0\.conv +BinaryConv2d +latent ", out, re.M)
+    assert re.search(r"^sections\.0\.0 +QuickNetBlock, one operator +latent ", out, re.M)
     status, out, _ = call(capsys, "explain", "quicknet", "--packed", "--target", "sm_80", "--json")
     layers = {layer["name"]: layer for layer in json.loads(out)["layers"]}
-    assert status == 0 and layers["sections.0.0.conv"]["form"] == "packed"
-    assert layers["sections.0.0.conv"]["calls"][0]["backend"] == "triton"
+    assert status == 0 and layers["sections.0.0"]["form"] == "packed"
+    assert layers["sections.0.0"]["calls"][0]["backend"] == "triton"
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(
+        f"set -o pipefail; {sys.executable} -m bitkernels models quicknet | true", shell=True,
+        executable="/bin/bash", cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_explain_of_every_operator(capsys):
@@ -195,7 +202,7 @@ def test_explain_of_every_operator(capsys):
     (["banana"], "invalid choice: 'banana'"),
     (["--banana"], "unrecognized arguments: --banana"),
     (["doctor", "--fast"], "unrecognized arguments: --fast"),
-    (["models", "resnet"], "no model is called 'resnet'; there are binarynet, "),
+    (["models", "resnet"], "no model is called 'resnet'; there are binary_alexnet, "),
     (["models", "--size", "0"], "--size must be at least 1, got 0"),
     (["models", "--num-classes", "ten"], "--num-classes: invalid int value: 'ten'"),
     (["models", "binarynet", "--size", "1"], "binarynet with --in-channels 3 --size 1"),
