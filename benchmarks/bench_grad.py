@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bitkernels.ops._conv2d_backward import by_tables
+from bitkernels.ops.geometry import ConvSpec
 
 ops = torch.ops.bitkernels
 LAYERS = ("3x3:64@56", "3x3:128@28", "3x3:256@14", "3x3:512@7", "1x1:64@56", "1x1:128@28",
@@ -86,8 +87,8 @@ class Case:
         self.grad = torch.randn(batch, layer.out_channels, layer.size, layer.size).to(
             PRECISIONS[precision], **place)
         self.words, self.weight_words = (ops.sign_pack(t, None, 1) for t in (self.x, self.weight))
-        conf = dict(groups=1, stride=(1, 1))
-        self.used = dict(zip(KINDS, by_tables(self.grad, self.weight, conf), strict=True))
+        conv = ConvSpec((1, 1), (self.pad,) * 4, (1, 1), groups=1, pad_value=0)
+        self.used = dict(zip(KINDS, by_tables(self.grad, self.weight, conv), strict=True))
 
     def tables(self, kind: str) -> Tensor:
         layer, pad = self.layer, (self.pad,)
