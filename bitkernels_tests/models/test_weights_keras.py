@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 from pathlib import Path
@@ -293,10 +294,30 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
 
 def test_networks_that_take_no_such_file(tmp_path):
     path = write(tmp_path / "file")
-    for model, message in ((bnn.pack(network()), "packed"), (nn.Linear(2, 2), "has no Linear"),
-                           (network().to("meta"), "meta device")):
+    for model, message in ((bnn.pack(network()), "packed"), (nn.Linear(2, 2), "has no Linear")):
         with pytest.raises(ValueError, match=message):
             keras.load(model, path)
+
+
+def test_networks_on_the_meta_device(tmp_path):
+    """Kernels, statistics, counters and the fixed blur, which no file has to hold."""
+    path, model = write(tmp_path / "file"), network()
+    load_weights(model, path)
+    torch.save(model.state_dict(), tmp_path / "state")
+    x = torch.randn(1, 3, 12, 12)
+    for source in (path, tmp_path / "state"):
+        with torch.device("meta"):
+            hollow = network().half()
+        load_weights(hollow, source)
+        assert all(t.device == x.device and (t.dtype == torch.float16 or t.dim() == 0)
+                   for t in (*hollow.parameters(), *hollow.buffers()))
+        with torch.no_grad():
+            assert torch.equal(hollow(x.half()), copy.deepcopy(model).half()(x.half()))
+    with torch.device("meta"):
+        hollow = network()
+    with pytest.raises(ValueError, match="meta device, and classifier.weight, classifier.bias wou"):
+        load_weights(hollow, path, head=False)
+    assert all(t.is_meta for t in hollow.state_dict().values())
 
 
 def test_without_h5py_the_package_is_named(tmp_path, monkeypatch):
