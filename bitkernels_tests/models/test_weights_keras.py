@@ -263,6 +263,21 @@ def missing(path: Path) -> None:
         del file["bn_12/bn_12/beta:0"]
 
 
+def garbled(path: Path) -> None:
+    """A name of a layer that is no text."""
+    path.write_bytes(path.read_bytes().replace(b"quant_conv2d_6", b"quant_conv2d_\xff"))
+
+
+def unnumbered(path: Path) -> None:
+    """A dataset of numbers that no type holds: 1 more bit than IEEE's has the exponent."""
+    with h5py.File(path, "r+") as file:
+        del file["bn_12/bn_12/beta:0"]
+        kind = h5py.h5t.IEEE_F32LE.copy()
+        kind.set_fields(31, 22, 9, 0, 22)
+        kind.set_ebias(1 << 20)
+        h5py.h5d.create(file["bn_12/bn_12"].id, b"beta:0", kind, h5py.h5s.create_simple((8,)))
+
+
 def flattened(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         del file["bn_12"]
@@ -281,7 +296,8 @@ def grouped(path: Path) -> None:
     (linked, "quant_conv2d_6 in .* is a link to another file"),
     (external, "is stored in another file"), (nameless, "has no attribute layer_names"),
     (headless_layer, "has no attribute weight_names"), (missing, "beta"),
-    (flattened, "is no group"), (grouped, "is no tensor"),
+    (flattened, "is no group"), (grouped, "is no tensor"), (garbled, "damaged one: .* codec"),
+    (unnumbered, "damaged one: Insufficient precision"),
 ])
 def test_damaged_files_are_refused(damage, message, tmp_path):
     path, model = write(tmp_path / "file"), network()
