@@ -50,7 +50,7 @@ def test_packed_files_of_earlier_versions(name, tmp_path):
 @pytest.mark.parametrize("name, options, message", [
     ("quicknet", dict(filters=(8, 48)), "sections.1.1.conv: in_channels=40 in the file, 48 in the"),
     ("quicknet", dict(blocks=(2, 1)), "sections.0.1 is a QuickNetBlock in the model, not packed"),
-    ("reactnet", dict(channels=(8, 16, 32)), "blocks.1.pointwise.conv: out_channels=16 in the file"),
+    ("reactnet", dict(channels=(8, 16, 32)), "blocks.1.pointwise.conv: out_channels=16 in the"),
     ("reactnet", dict(channels=(8, 8, 8)), "blocks.0.pointwise.conv: out_channels=16 in the file"),
     ("reactnet", dict(channels=(8, 16)), "blocks.1.conv1 is a PackedConv2d in the file, not there"),
     ("reactnet", dict(real_groups=1), "blocks.0.pointwise.conv is a PackedConv2d in the file, a "),

@@ -93,8 +93,8 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
       device, the meta device too; or a packed one. Its weights do not matter. It is not changed,
       whatever happens.
 
-    Modules that were other ones in an earlier version bring what such a file says of them up to date
-    in `read_earlier_packed(name, layers, state)`, where they have that method.
+    Modules that were other ones in an earlier version bring what such a file has of them up to
+    date in `read_earlier_packed(name, layers, state)`, where they have that method.
 
     Returns a copy of the model with the file's packed layers and all its values, in eval mode and
     without gradients, as `pack` does.
