@@ -277,6 +277,12 @@ MUTANTS = (
     Mutant("gate-of-the-signs", "bitkernels/models/real_to_binary.py",
            "self.act(self.conv(x) * self.gate(x))", "self.act(self.conv(x) * self.gate(x.sign()))",
            ("models/test_real_to_binary.py",)),
+    Mutant("branches-swapped", "bitkernels/models/reactnet.py",
+           "for key in sorted(state):", "for key in sorted(state, reverse=True):",
+           ("models/test_earlier.py",)),
+    Mutant("blur-left-on-meta", "bitkernels/models/quicknet.py", "if self.blur.is_meta and",
+           "if False and",
+           ("models/test_weights_keras.py::test_networks_on_the_meta_device",)),
     # Training.
     Mutant("parts-of-a-batch", "bitkernels/train/data.py",
            "self.part = slice(rank * batch_size // size, (rank + 1) * batch_size // size)",

@@ -27,6 +27,11 @@ class QuickNetBlock(BinaryResidualBlock):
         super().__init__(conv, nn.BatchNorm2d(channels), relu=True)
         glorot_normal_(self.conv.weight)
 
+    def read_earlier_packed(self, name: str, layers: dict[str, Any], state: dict[str, Any]) -> None:
+        """In files of 0.1 it is no block with options, but always the layers that it has now."""
+        if f"{name}.conv" in layers:
+            layers.setdefault(name, self.arguments())
+
 
 class QuickNetTransition(nn.Module):
     """ReLU, antialiased max pooling by 2, a real 1x1 convolution and a batch norm.
@@ -55,17 +60,22 @@ class QuickNetTransition(nn.Module):
         x = nn.functional.conv2d(x, self.blur.to(x.dtype), stride=2, groups=len(self.blur))
         return self.norm(self.conv(x))
 
-    def binomial(self) -> Tensor:
+    def binomial(self, device: torch.device | None = None) -> Tensor:
         """The blur as published, (in_channels, 1, 3, 3)."""
-        line = torch.tensor([1.0, 2.0, 1.0]) / 4
+        line = torch.tensor([1.0, 2.0, 1.0], device=device) / 4
         return line.outer(line).expand(self.in_channels, 1, 3, 3).clone()
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str,
+                              local_metadata: Mapping[str, Any], *args: Any) -> None:
         loaded = f"{prefix}blur" in state_dict
+        weight = state_dict.get(f"{prefix}conv.weight")
+        if self.blur.is_meta and local_metadata.get("assign_to_params_buffers") and (
+                weight is not None):  # it goes where the tensors of the state are
+            self.blur = self.binomial(weight.device).to(self.blur.dtype)
         if not loaded and "blur" not in self._non_persistent_buffers_set:
             self.blur.copy_(self.binomial())
         self.register_buffer("blur", self.blur, persistent=loaded)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class QuickNet(nn.Module):

@@ -95,6 +95,31 @@ class ReActBlock(nn.Module):
                                  lambda key: _earlier(key, prefix, old)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def read_earlier_packed(self, name: str, layers: dict[str, Any], state: dict[str, Tensor]
+                            ) -> None:
+        """In files of 0.1 the layers lie side by side, the branches of a block that doubles the
+        channels too, whose filters are those of one convolution now."""
+        own = f"{name}."
+        branches = [layers[key] for key in (f"{own}conv2.0", f"{own}conv2.1") if key in layers]
+        if f"{own}conv1" not in layers or not branches or branches[-1] != branches[0]:
+            return
+        for i in range(len(branches)):
+            del layers[f"{own}conv2.{i}"]
+        layers[f"{own}spatial.conv"] = layers.pop(f"{own}conv1")
+        layers[f"{own}pointwise.conv"] = {
+            **branches[0], "out_channels": len(branches) * branches[0]["out_channels"]}
+        for part in ("spatial", "pointwise"):
+            if isinstance(block := getattr(self, part), BinaryResidualBlock):
+                layers[own + part] = block.arguments()
+        parts: dict[str, list[Tensor]] = {}
+        for key in sorted(state):
+            place = _earlier(key, own, state) if key.startswith(own) else None
+            if place is not None and place[0] not in state:
+                parts.setdefault(place[0], []).append(state.pop(key))
+        # What has no channels is num_batches_tracked, the same in both branches.
+        state.update({key: torch.cat(values) if values[0].dim() else values[0]
+                      for key, values in parts.items()})
+
 
 _EARLIER = re.compile(r"(sign|conv|norm|act)([12])\.(?:([01])\.)?(\w+)")
 

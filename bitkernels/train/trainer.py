@@ -15,7 +15,7 @@ from bitkernels.metrics import Watcher, watch
 from bitkernels.optim import binary_weights
 from bitkernels.train import checkpoint
 from bitkernels.train.data import Batches, Pictures, held_out_batches, loader
-from bitkernels.train.errors import DivergedError
+from bitkernels.train.errors import CheckpointError, DivergedError
 from bitkernels.train.logs import Bar, TensorBoard
 from bitkernels.train.run import Run
 from bitkernels.train.stages import StageLoss, make_optimizer, make_scheduler
@@ -195,7 +195,17 @@ class Trainer:
             "watcher": self.watcher.state_dict() if self.watcher is not None else None})
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Take over what `save` wrote."""
+        """Take over what `save` wrote.
+
+        Raises CheckpointError where the network had other parameters then, as ReActNet in 0.1: the
+        optimizer's state goes by their order.
+        """
+        missing = [key for key in self.model.state_dict() if key not in saved["model"]]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint is of a version of {type(self.model).__name__} with other "
+                f"parameters (it has no {missing[0]}), so the optimizer cannot go on from it; "
+                "bitkernels.models.load_weights reads its weights")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])

@@ -327,8 +327,13 @@ def test_other_dtypes_devices_and_wrappers(tmp_path):
     with torch.device("meta"):
         lost = Toy()
         lost.register_buffer("blur", torch.ones(3), persistent=False)
-    with pytest.raises(ValueError, match="blur of Toy on the meta device"):
+    with pytest.raises(ValueError, match="Toy is on the meta device, and blur would get no"):
         models.load_weights(lost, tmp_path / "w")
+    with torch.device("meta"):
+        headless = Toy()
+    with pytest.raises(ValueError, match="head.weight, head.bias would get no values"):
+        models.load_weights(headless, tmp_path / "w", head=False)
+    assert headless.conv.weight.is_meta
     assert lost.head.weight.is_meta
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 from pathlib import Path
@@ -262,6 +263,21 @@ def missing(path: Path) -> None:
         del file["bn_12/bn_12/beta:0"]
 
 
+def garbled(path: Path) -> None:
+    """A name of a layer that is no text."""
+    path.write_bytes(path.read_bytes().replace(b"quant_conv2d_6", b"quant_conv2d_\xff"))
+
+
+def unnumbered(path: Path) -> None:
+    """A dataset of numbers that no type holds: 1 more bit than IEEE's has the exponent."""
+    with h5py.File(path, "r+") as file:
+        del file["bn_12/bn_12/beta:0"]
+        kind = h5py.h5t.IEEE_F32LE.copy()
+        kind.set_fields(31, 22, 9, 0, 22)
+        kind.set_ebias(1 << 20)
+        h5py.h5d.create(file["bn_12/bn_12"].id, b"beta:0", kind, h5py.h5s.create_simple((8,)))
+
+
 def flattened(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         del file["bn_12"]
@@ -280,7 +296,8 @@ def grouped(path: Path) -> None:
     (linked, "quant_conv2d_6 in .* is a link to another file"),
     (external, "is stored in another file"), (nameless, "has no attribute layer_names"),
     (headless_layer, "has no attribute weight_names"), (missing, "beta"),
-    (flattened, "is no group"), (grouped, "is no tensor"),
+    (flattened, "is no group"), (grouped, "is no tensor"), (garbled, "damaged one: .* codec"),
+    (unnumbered, "damaged one: Insufficient precision"),
 ])
 def test_damaged_files_are_refused(damage, message, tmp_path):
     path, model = write(tmp_path / "file"), network()
@@ -293,10 +310,30 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
 
 def test_networks_that_take_no_such_file(tmp_path):
     path = write(tmp_path / "file")
-    for model, message in ((bnn.pack(network()), "packed"), (nn.Linear(2, 2), "has no Linear"),
-                           (network().to("meta"), "meta device")):
+    for model, message in ((bnn.pack(network()), "packed"), (nn.Linear(2, 2), "has no Linear")):
         with pytest.raises(ValueError, match=message):
             keras.load(model, path)
+
+
+def test_networks_on_the_meta_device(tmp_path):
+    """Kernels, statistics, counters and the fixed blur, which no file has to hold."""
+    path, model = write(tmp_path / "file"), network()
+    load_weights(model, path)
+    torch.save(model.state_dict(), tmp_path / "state")
+    x = torch.randn(1, 3, 12, 12)
+    for source in (path, tmp_path / "state"):
+        with torch.device("meta"):
+            hollow = network().half()
+        load_weights(hollow, source)
+        assert all(t.device == x.device and (t.dtype == torch.float16 or t.dim() == 0)
+                   for t in (*hollow.parameters(), *hollow.buffers()))
+        with torch.no_grad():
+            assert torch.equal(hollow(x.half()), copy.deepcopy(model).half()(x.half()))
+    with torch.device("meta"):
+        hollow = network()
+    with pytest.raises(ValueError, match="meta device, and classifier.weight, classifier.bias wou"):
+        load_weights(hollow, path, head=False)
+    assert all(t.is_meta for t in hollow.state_dict().values())
 
 
 def test_without_h5py_the_package_is_named(tmp_path, monkeypatch):

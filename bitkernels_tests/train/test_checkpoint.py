@@ -27,6 +27,7 @@ from bitkernels.train import (
 )
 from bitkernels.train import checkpoint as files
 from bitkernels.train.checkpoint import replace_file
+from bitkernels.train.trainer import Trainer
 from bitkernels_tests.train_models import Noisy, exploding
 
 pytest.importorskip("sklearn")
@@ -226,6 +227,16 @@ def test_a_checkpoint_of_another_run(data, uninterrupted, options, message):
     with pytest.raises(CheckpointError) as error:
         run(data, uninterrupted[0], resume=True, **options)
     assert message in str(error.value)
+
+
+def test_a_checkpoint_of_other_parameters():
+    """Of a network that another version made of other layers."""
+    trainer = object.__new__(Trainer)
+    trainer.model = torch.nn.Linear(1, 1)
+    before = trainer.model.weight.clone()
+    with pytest.raises(CheckpointError, match=r"Linear with other parameters \(it has no bias\)"):
+        trainer.load({"model": {"weight": torch.ones(1, 1), "conv2.0.bias": torch.ones(1)}})
+    assert torch.equal(trainer.model.weight, before)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 
 import pytest
 
@@ -195,3 +196,19 @@ def test_rates_of_larq_zoo(name, epoch, rate):
     assert recipes.get(name).model in models.list_models()
     factor = stage.method.schedule.at(epoch * 1000, 1000, stage.epochs)
     assert stage.method.lr * factor == pytest.approx(rate, rel=1e-4)
+
+
+EARLIER = ("adambnn", "reactnet-a", "reactnet-18", "bop-cifar10", "bop-imagenet", "quicknet",
+           "real-to-binary", "adambnn-digits", "bop-digits", "quicknet-digits")
+KEYS_OF_0_1 = "45caa81852c4a31b54a124d9c1dfaa9b761392bb691e6031d5f6083c1a96f228"
+
+
+def test_settings_are_those_that_checkpoints_of_0_1_hold():
+    """The hash of the keys of all settings of these recipes, as 0.1.0 gave them."""
+    keys = sorted(key for name in EARLIER for key in recipes.get(name).settings())
+    assert hashlib.sha256(" ".join(keys).encode()).hexdigest() == KEYS_OF_0_1
+    (stage,) = recipes.get("quicknet").stages
+    clipped = dataclasses.replace(recipes.get("quicknet"), stages=(
+        dataclasses.replace(stage, gradient_clip=1.0),))
+    assert clipped.settings()["quicknet.gradient_clip"] == 1
+    assert any(key.endswith("loss.teachers") for key in recipes.get("bnext").settings())

@@ -210,17 +210,34 @@ def load(model: nn.Module, state: State, origin: str, head: bool = True) -> None
         raise ValueError(f"load_weights: {origin} does not hold the weights of this "
                          f"{type(model).__name__}: "
                          + listed(found) + hint)
-    on_meta = any(t.is_meta for t in own.values())
-    lost = [name for name, b in model.named_buffers() if b.is_meta and name not in own]
-    if lost:
-        raise ValueError(f"load_weights: {_some(lost)} of {type(model).__name__} on the meta "
-                         "device are in no state_dict: build the model on a real device")
     left = set() if head else set(head_keys(model))
-    values = {key: value for key, value in state.items() if key not in left}
+    enter(model, {key: value for key, value in state.items() if key not in left}, head)
+
+
+def enter(model: nn.Module, state: State, strict: bool = True) -> None:
+    """Load entries of a state_dict that fit, on the meta device too, where they are assigned.
+
+    strict: False if some of the model's are left as they are.
+
+    Raises ValueError, the model unchanged, where tensors would stay on the meta device.
+    """
+    own = model.state_dict()
+    on_meta = any(t.is_meta for t in own.values())
     if on_meta:
-        values = {key: value.to(own[key].dtype if key in own else value.dtype, copy=True)
-                  for key, value in values.items()}
-    model.load_state_dict(values, strict=head, assign=on_meta)
+        state = {key: value.to(own[key].dtype if key in own else value.dtype, copy=True)
+                 for key, value in state.items()}
+        trial = _hollow(model)
+        trial.load_state_dict(state, strict=strict, assign=True)
+        lost = [name for name, t in _named_tensors(trial).items()
+                if t.is_meta and _named_tensors(model)[name].is_meta]
+        if lost:
+            raise ValueError(f"load_weights: {type(model).__name__} is on the meta device, and "
+                             f"{_some(lost)} would get no values: build it on a real device")
+    model.load_state_dict(state, strict=strict, assign=on_meta)
+
+
+def _named_tensors(model: nn.Module) -> State:
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def listed(found: dict[str, list[str]]) -> str:

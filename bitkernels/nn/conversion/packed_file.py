@@ -93,6 +93,9 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
       device, the meta device too; or a packed one. Its weights do not matter. It is not changed,
       whatever happens.
 
+    Modules that were other ones in an earlier version bring what such a file has of them up to
+    date in `read_earlier_packed(name, layers, state)`, where they have that method.
+
     Returns a copy of the model with the file's packed layers and all its values, in eval mode and
     without gradients, as `pack` does.
 
@@ -105,6 +108,13 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     layers, state = _read(path)
     model = _uncompiled(model)
     modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if callable(update := getattr(module, "read_earlier_packed", None)):
+            try:
+                update(name, layers, state)
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise ValueError(f"load_packed: what {path} has of {name} is broken: {error}"
+                                 ) from None
     found = []
     for name, theirs in layers.items():
         module = modules.get(name)
