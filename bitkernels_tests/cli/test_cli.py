@@ -172,11 +172,11 @@ def test_bench_tells_a_wrong_result(capsys, monkeypatch):
 def test_explain_of_a_network(capsys):
     status, out, err = call(capsys, "explain", "quicknet", "--target", "cpu")
     assert status == 0 and not err and out.startswith("on cpu\n")
-    assert re.search(r"^sections\.0\.0\.conv +BinaryConv2d +latent ", out, re.M)
+    assert re.search(r"^sections\.0\.0 +QuickNetBlock, one operator +latent ", out, re.M)
     status, out, _ = call(capsys, "explain", "quicknet", "--packed", "--target", "sm_80", "--json")
     layers = {layer["name"]: layer for layer in json.loads(out)["layers"]}
-    assert status == 0 and layers["sections.0.0.conv"]["form"] == "packed"
-    assert layers["sections.0.0.conv"]["calls"][0]["backend"] == "triton"
+    assert status == 0 and layers["sections.0.0"]["form"] == "packed"
+    assert layers["sections.0.0"]["calls"][0]["backend"] == "triton"
 
 
 def test_explain_of_every_operator(capsys):
@@ -195,11 +195,12 @@ def test_explain_of_every_operator(capsys):
     (["banana"], "invalid choice: 'banana'"),
     (["--banana"], "unrecognized arguments: --banana"),
     (["doctor", "--fast"], "unrecognized arguments: --fast"),
-    (["models", "resnet"], "no model is called 'resnet'; there are binarynet, "),
+    (["models", "resnet"], "no model is called 'resnet'; there are binary_alexnet, "),
     (["models", "--size", "0"], "--size must be at least 1, got 0"),
     (["models", "--num-classes", "ten"], "--num-classes: invalid int value: 'ten'"),
     (["models", "binarynet", "--size", "1"], "binarynet with --in-channels 3 --size 1"),
     (["explain"], "required: MODEL_OR_OP"),
+    (["explain", "mask_grad"], "mask_grad takes more than sizes: give bitkernels.explain("),
     (["explain", "resnet"], "no network or operator is called 'resnet'; there are binarynet, "),
     (["explain", "reactnet", "--target", "H100"], "target must be 'cpu' or an architecture"),
     (["explain", "reactnet", "--batch", "0"], "--batch must be at least 1, got 0"),
