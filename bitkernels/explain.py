@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -62,7 +62,8 @@ class Layer:
     name: in the model, "" for the model itself and for an operator alone. kind: its class.
     form: of the weight: "packed", "latent" (signed in each call) or "real"; "" without one.
     note: of a residual block "one operator", or why its layers ran separately; of a binary layer
-      that computes on real numbers the reason.
+      that computes on real numbers the reason; of a graph, as in a converted model, what is not
+      listed.
     """
 
     name: str
@@ -286,9 +287,6 @@ def _of_model(model: nn.Module, inputs: tuple, kw: dict[str, Any], device: str
                          f"{type(model).__name__} has none: {type(error).__name__}: {error}"
                          ) from error
     names = {id(module): name for name, module in model.named_modules()}
-    for module in model.modules():
-        if hasattr(module, "_input_seen"):  # else layers look at the signs of their first input
-            module.__dict__["_input_seen"] = True
     observer = _Observer(device)
     seen: dict[str, _Seen] = {}
     call: Any = nn.Module.__call__
@@ -336,6 +334,10 @@ def _generators(model: nn.Module, arguments: Any) -> Iterator[None]:
                 numpy.random.set_state(arrays)
 
 
+def _packed_product(call: Call) -> bool:
+    return call.operator.partition(".")[0] in ("packed_conv2d", "packed_linear")
+
+
 def _layer(name: str, seen: _Seen, calls: list[Call]) -> Layer | None:
     """None for what only calls others."""
     module = seen.module
@@ -353,6 +355,9 @@ def _layer(name: str, seen: _Seen, calls: list[Call]) -> Layer | None:
         form = "real"
     elif not calls:
         return None
+    elif isinstance(module, fx.GraphModule):  # of `convert`, for one
+        form = "packed" if any(_packed_product(call) for call in calls) else ""
+        note = "a graph: its real operators, which are PyTorch's, are not listed"
     if form == "real" and not calls:
         calls = [Call("aten", "pytorch", "the library's", "a layer of real numbers")]
     return Layer(name, kind, form, note, tuple(calls))

@@ -129,6 +129,13 @@ def test_a_shortcut_of_another_type():
     assert found["2"].note == "separate layers: the shortcut's output is of another type"
 
 
+def test_a_converted_model_is_a_graph_on_bits():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), bnn.BinaryConv2d(64, 32, 1)).eval()
+    (layer,) = bitkernels.explain(bitkernels.convert(model, IMAGES), IMAGES)
+    assert (layer.name, layer.form) == ("graph_module", "packed")
+    assert "real operators" in layer.note and operators(layer) == ["sign_pack", "packed_conv2d"]
+
+
 def test_a_binary_layer_on_real_numbers():
     layer = bnn.BinaryConv2d(8, 8, 3, input_quantizer="ste_tern")
     found = next(iter(bitkernels.explain(layer, torch.randn(1, 8, 5, 5))))
@@ -383,6 +390,8 @@ WRONG = {
     "a class": ((bnn.BinaryConv2d,), {}, TypeError, "got <class"),
     "target": (("sign_pack", torch.zeros(1)), {"target": "H100"}, ValueError,
                "target must be 'cpu' or an architecture; .* got 'H100'"),
+    "a number": (("sign_pack", torch.zeros(1)), {"target": 90}, ValueError,
+                 "target must be 'cpu' or an architecture; .* got 90"),
     "arguments": (("sign_pack", torch.zeros(1, dtype=torch.int32)), {}, RuntimeError,
                   "bitkernels::sign_pack: input must be"),
 }

@@ -9,7 +9,7 @@ from bitkernels import ops
 from bitkernels.ops._record import GROUPS, OPERATORS
 
 PAGE = Path(__file__).with_name("operators.md")
-STUB = Path(ops.__file__).with_name("__init__.pyi")
+STUB = PAGE.parents[1] / "bitkernels" / "ops" / "__init__.pyi"
 HEAD = """\
 # Operators
 
@@ -71,6 +71,9 @@ def stub() -> str:
 
 
 if __name__ == "__main__":
+    if not STUB.parent.samefile(Path(ops.__file__).parent):
+        sys.exit(f"make_operators: bitkernels was imported from {Path(ops.__file__).parents[1]}, "
+                 f"which is another tree; set PYTHONPATH={PAGE.parents[1]}")
     for path, text in ((PAGE, page()), (STUB, stub())):
         path.write_text(text)
         print(f"wrote {path}", file=sys.stderr)

@@ -41,7 +41,7 @@ def named(architecture: str) -> Gpu:
     """
     if architecture == "hip":
         return Gpu(None, 304, "an AMD GPU")
-    found = re.fullmatch(r"sm_?(\d+)(\d)a?", architecture)
+    found = re.fullmatch(r"sm_?(\d+)(\d)a?", architecture if isinstance(architecture, str) else "")
     if found is None:
         raise ValueError("an architecture is 'sm_80', 'sm_90', ... or 'hip', got "
                          f"{architecture!r}")

@@ -115,6 +115,9 @@ def main(options: argparse.Namespace) -> int:
             found = bitkernels.explain(name, *args, target=target, **kw)
         elif name in models.names() or name in models.list_models():
             found = _of_network(options, target)
+        elif name.partition(".")[0] in bitkernels.ops.__all__:
+            raise ValueError(f"{name} takes more than sizes: give bitkernels.explain({name!r}) "
+                             f"its arguments, in Python; here there are {', '.join(ARGUMENTS)}")
         else:
             raise ValueError(f"no network or operator is called {name!r}; there are "
                              f"{', '.join((*models.names(), *models.list_models()))}; "

@@ -17,6 +17,7 @@ from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
 from bitkernels.converter.recognise import recognise
 from bitkernels.converter.report import ConvertReport, report
 from bitkernels.converter.signs import move_signs, write_signs
+from bitkernels.packed import WeightImage
 
 REALS = ("float32", "bfloat16")
 tile_weight = ops.tile_weight.default
@@ -36,6 +37,7 @@ class Converted(nn.Module):
         self.graph_module, self.report = graph_module, report
         self.in_spec, self.out_spec = in_spec, out_spec  # of (args, kwargs) and the result
         self.training = False
+        self._image = WeightImage(_tiles)
         self._read: dict[str, tuple[str, int]] = {}  # buffer that a product reads: (words, groups)
         for node in graph_module.graph.nodes:
             if node.op == "call_function" and node.target in WITH_WORDS:
@@ -60,8 +62,16 @@ class Converted(nn.Module):
     def _arrange(self) -> None:
         for name, (words, groups) in self._read.items():
             source = getattr(self.graph_module, words)
-            setattr(self.graph_module, name, tile_weight(source, groups) if source.is_cpu
-                    else source)
+            image = self._image(source, groups, name)
+            image = source if image is None else image
+            if self.graph_module._buffers.get(name) is not image:
+                self.graph_module.register_buffer(name, image, persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self._read:  # in the state of a GraphModule's copy, as all its buffers
+            self.graph_module.register_buffer(name, None, persistent=False)
+        self._arrange()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Converted:
         if fn(torch.zeros(1)).dtype is not torch.float32:
@@ -86,6 +96,9 @@ class Converted(nn.Module):
         if spec != self.in_spec:
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
                                f"convert, {self.in_spec}, got {spec}")
+        if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+                or torch.jit.is_tracing()):
+            self._arrange()  # words may have been written to; costs little where they were not
         return tree_unflatten(self.graph_module(*inputs), self.out_spec)
 
     def train(self, mode: bool = True) -> Converted:
@@ -94,6 +107,10 @@ class Converted(nn.Module):
             raise RuntimeError("Converted: a converted network cannot be trained; train the model "
                                "and convert it again")
         return self
+
+
+def _tiles(words: Tensor, groups: int, _: str) -> Tensor | None:
+    return tile_weight(words, groups) if words.is_cpu else None
 
 
 def _arrange(module: Converted, _: Any) -> None:

@@ -207,6 +207,7 @@ def test_explain_of_every_operator(capsys):
     (["models", "--num-classes", "ten"], "--num-classes: invalid int value: 'ten'"),
     (["models", "binarynet", "--size", "1"], "binarynet with --in-channels 3 --size 1"),
     (["explain"], "required: MODEL_OR_OP"),
+    (["explain", "mask_grad"], "mask_grad takes more than sizes: give bitkernels.explain("),
     (["explain", "resnet"], "no network or operator is called 'resnet'; there are binarynet, "),
     (["explain", "reactnet", "--target", "H100"], "target must be 'cpu' or an architecture"),
     (["explain", "reactnet", "--batch", "0"], "--batch must be at least 1, got 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import hypothesis.strategies as st
 import pytest
@@ -248,3 +249,32 @@ def test_the_report_is_text():
                                      nn.Conv2d(64, 2, 1))).report)
     assert "1 products of bits, 2 real" in text and "2.weight  conv2d: signs -> scale, bias" in text
     assert "real: 5.weight: a real layer" in text and "1 gelu" in text
+
+
+WRITES = {
+    "in place": lambda to, state: [t.copy_(state[name]) for name, t in to.state_dict().items()],
+    "graph": lambda to, state: to.graph_module.load_state_dict(
+        {name.removeprefix("graph_module."): t for name, t in state.items()}),
+    "assigned": lambda to, state: to.load_state_dict(state, assign=True)}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_what_a_product_reads_follows_its_words(how):
+    x, made = torch.randn(1, 64, 6, 6), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(convert(
+            nn.Sequential(bnn.RSign(64), bnn.BinaryConv2d(64, 32, 3)).eval(), x))
+    expected, other = made[0](x), made[1]
+    assert not torch.equal(other(x), expected)
+    WRITES[how](other, made[0].state_dict())
+    assert torch.equal(other(x), expected)
+
+
+def test_a_copy_has_the_state_of_the_network():
+    x = torch.randn(1, 64, 6, 6)
+    made = convert(
+        nn.Sequential(bnn.RSign(64), bnn.BinaryConv2d(64, 32, 3)).eval(), x)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)),
+                  copy.deepcopy(copy.deepcopy(made).to("meta"))):
+        assert list(other.state_dict()) == list(made.state_dict())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import pydoc
+import runpy
+import shutil
 
 import pytest
 import torch
@@ -78,3 +80,15 @@ def test_the_page_is_up_to_date():
     spec.loader.exec_module(maker)
     assert maker.PAGE.read_text() == maker.page(), "run python docs/make_operators.py"
     assert maker.STUB.read_text() == maker.stub(), "run python docs/make_operators.py"
+
+
+def test_pages_of_another_tree_are_not_written(tmp_path):
+    """Run in a copy, with the package installed from here."""
+    if not DOCS.exists():
+        pytest.skip("installed without docs")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bitkernels" / "ops").mkdir(parents=True)
+    maker = shutil.copy(DOCS / "make_operators.py", tmp_path / "docs")
+    with pytest.raises(SystemExit, match="another tree; set PYTHONPATH"):
+        runpy.run_path(maker, run_name="__main__")
+    assert not [*tmp_path.rglob("*.md"), *tmp_path.rglob("*.pyi")]
