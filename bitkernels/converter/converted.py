@@ -10,6 +10,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from bitkernels.converter.capture import capture
 from bitkernels.converter.epilogue import fuse_epilogues
+from bitkernels.converter.inputs import Input, check_inputs, inputs_of
 from bitkernels.converter.joins import split_joins
 from bitkernels.converter.lower import lower
 from bitkernels.converter.net import WITH_WORDS, Net, ops
@@ -30,10 +31,10 @@ class Converted(nn.Module):
     `torch.ops.bitkernels` and ATen operators, which torch.compile and torch.export take.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, report: ConvertReport, in_spec: TreeSpec,
-                 out_spec: TreeSpec) -> None:
+    def __init__(self, graph_module: fx.GraphModule, report: ConvertReport,
+                 inputs: tuple[Input, ...], in_spec: TreeSpec, out_spec: TreeSpec) -> None:
         super().__init__()
-        self.graph_module, self.report = graph_module, report
+        self.graph_module, self.report, self.inputs = graph_module, report, inputs
         self.in_spec, self.out_spec = in_spec, out_spec  # of (args, kwargs) and the result
         self.training = False
         self._read: dict[str, tuple[str, int]] = {}  # buffer that a product reads: (words, groups)
@@ -80,6 +81,7 @@ class Converted(nn.Module):
         if spec != self.in_spec:
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
                                f"convert, {self.in_spec}, got {spec}")
+        check_inputs(self.inputs, inputs)
         return tree_unflatten(self.graph_module(*inputs), self.out_spec)
 
     def train(self, mode: bool = True) -> Converted:
@@ -141,7 +143,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     net.graph.set_codegen(fx.graph.CodeGen())
     net.graph._tracer_cls = None  # torch.export's cannot be pickled
     made = fx.GraphModule(net.module, net.graph, "Network")  # a plain one, which deepcopy takes
-    converted = Converted(made.eval(), report(net, before, reasons), info.in_spec, info.out_spec)
+    converted = Converted(made.eval(), report(net, before, reasons),
+                          inputs_of(net.graph), info.in_spec, info.out_spec)
     if verbose:
         print(converted.report)
     return converted

@@ -4,11 +4,13 @@ Metadata, all strings; readers ignore keys that they do not know:
   format          "bitkernels.converted"
   format_version  "1"; a reader refuses a larger one
   bitkernels      the version that wrote the file
-  graph           JSON: {"inputs": [[name, dtype, sizes of the example]], "nodes": [[name, target,
-                  args, kwargs]], "output": ..., "in_spec", "out_spec": trees of torch's pytree}
+  graph           JSON: {"inputs": [[name, dtype, sizes, sizes of the example]], "nodes": [[name,
+                  target, args, kwargs]], "output": ..., "in_spec", "out_spec": trees of torch's
+                  pytree}; a size that may vary is a name
   report          JSON: the fields of ConvertReport
-A node calls an operator of ATen or of this package that changes nothing, or arithmetic on sizes.
-The tensors are the constants, under the names that the nodes read. No code is in the file.
+A node calls an operator of ATen or of this package that takes and gives tensors and changes none,
+or arithmetic on sizes. The tensors are the constants, under the names that the nodes read. No code
+is in the file; trees are of tuples, lists and dictionaries.
 """
 
 from __future__ import annotations
@@ -25,20 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import treespec_dumps, treespec_loads
+from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from bitkernels._files import replace_file
 from bitkernels._packages import needs
 from bitkernels.converter.converted import Converted
+from bitkernels.converter.inputs import Input
 from bitkernels.converter.report import ConvertReport, Product
 
 FORMAT = "bitkernels.converted"
 VERSION = 1
+_VERSIONS = tuple(map(str, range(1, VERSION + 1)))  # that this reader knows
 _SIZES = {f"size.{f.__name__}": f for f in (operator.add, operator.sub, operator.mul,
                                             operator.floordiv, operator.mod, operator.getitem)}
 _NAMES = {f: name for name, f in _SIZES.items()}
 _TYPES: dict[str, type] = {"dtype": torch.dtype, "memory_format": torch.memory_format,
                            "layout": torch.layout}
+_MADE_OF_NOTHING = ("aten.arange", "aten.empty", "aten.eye", "aten.full", "aten.linspace",
+                    "aten.ones", "aten.rand", "aten.randn", "aten.scalar_tensor", "aten.zeros")
+_TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 
 def save_converted(network: Converted, path: str | os.PathLike) -> None:
@@ -94,11 +101,11 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
         raise ValueError(f"load_converted: {path} cannot be read: {error}") from None
     try:
         described = json.loads(metadata["graph"])
-        module = _module(described, tensors)
-        _try_without_values(module)
-        network = Converted(module, _report(json.loads(metadata["report"])),
-                            treespec_loads(described["in_spec"]),
-                            treespec_loads(described["out_spec"]))
+        inputs = _inputs(described)
+        module = _module(described, inputs, tensors)
+        _try_without_values(module, inputs)
+        network = Converted(module, _report(json.loads(metadata["report"])), inputs,
+                            _tree(described["in_spec"]), _tree(described["out_spec"]))
     except Exception as error:  # whatever a strange graph runs into
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"load_converted: {path} is broken: {type(error).__name__}: {reason}"
@@ -112,7 +119,7 @@ def _check_format(path: str | os.PathLike, metadata: dict[str, str]) -> None:
                          f"save_converted: its format is {metadata.get('format')!r}, not "
                          f"{FORMAT!r}")
     version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > VERSION:
+    if version not in _VERSIONS:
         raise ValueError(f"load_converted: {path} has format version {version!r}, written by "
                          f"bitkernels {metadata.get('bitkernels')}; this one reads up to {VERSION}"
                          ": update it")
@@ -120,13 +127,14 @@ def _check_format(path: str | os.PathLike, metadata: dict[str, str]) -> None:
 
 def _described(network: Converted) -> dict[str, Any]:
     inputs, nodes, output = [], [], None
+    for input in network.inputs:
+        if input.dtype is None:
+            raise ValueError(f"save_converted: the input {input.name} is no tensor")
+        inputs.append([input.name, _plain(input.dtype), input.sizes, input.example])
     for node in network.graph_module.graph.nodes:
         if node.op == "placeholder":
-            value = node.meta["val"]
-            if not isinstance(value, Tensor):
-                raise ValueError(f"save_converted: the input {node.name} is no tensor")
-            inputs.append([node.name, _plain(value.dtype), [_example(n) for n in value.shape]])
-        elif node.op == "get_attr":
+            continue
+        if node.op == "get_attr":
             nodes.append([node.name, "constant", [network.words_of(str(node.target))], {}])
         elif node.op == "call_function":
             nodes.append([node.name, _target_name(node), _plain(node.args), {
@@ -134,13 +142,7 @@ def _described(network: Converted) -> dict[str, Any]:
         else:
             output = _plain(node.args[0])
     return {"inputs": inputs, "nodes": nodes, "output": output,
-            "in_spec": treespec_dumps(network.in_spec),
-            "out_spec": treespec_dumps(network.out_spec)}
-
-
-def _example(size: Any) -> int:
-    """Of a size that may change, that of the example."""
-    return size if isinstance(size, int) else int(size.node.hint)
+            "in_spec": _dumped(network.in_spec), "out_spec": _dumped(network.out_spec)}
 
 
 def _target_name(node: fx.Node) -> str:
@@ -158,9 +160,18 @@ def _target(name: str) -> Any:
     if namespace not in ("aten", "bitkernels"):
         raise ValueError(f"a call of {name}")
     found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
+    if not isinstance(found, torch._ops.OpOverload) or not _is_harmless(found):
         raise ValueError(f"a call of {name}")
     return found
+
+
+def _is_harmless(call: torch._ops.OpOverload) -> bool:
+    """Whether it does nothing but make tensors: aten.save and aten.from_file change nothing that
+    a schema tells, but files."""
+    schema: Any = call._schema
+    takes = any("Tensor" in str(argument.type) for argument in schema.arguments)
+    return not schema.is_mutable and bool(schema.returns) and (
+        takes or str(call.overloadpacket) in _MADE_OF_NOTHING)
 
 
 def _plain(value: Any) -> Any:
@@ -195,11 +206,22 @@ def _argument(value: Any, nodes: dict[str, fx.Node]) -> Any:
     return found
 
 
-def _module(described: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
+def _inputs(described: dict[str, Any]) -> tuple[Input, ...]:
+    found = tuple(Input(name, _argument(dtype, {}), tuple(sizes), tuple(example))
+                  for name, dtype, sizes, example in described["inputs"])
+    for input in found:
+        if len(input.sizes) != len(input.example) or any(
+                not isinstance(n, (int, str)) or isinstance(n, int) and n != m
+                for n, m in zip(input.sizes, input.example, strict=True)):
+            raise ValueError(f"the sizes of {input.name} do not fit its example")
+    return found
+
+
+def _module(described: dict[str, Any], inputs: tuple[Input, ...], tensors: dict[str, Tensor]
+            ) -> fx.GraphModule:
     graph, nodes, root = fx.Graph(), {}, torch.nn.Module()
-    for name, dtype, sizes in described["inputs"]:
-        nodes[name] = graph.placeholder(name)
-        nodes[name].meta["val"] = torch.empty(sizes, device="meta", dtype=_argument(dtype, nodes))
+    for input in inputs:
+        nodes[input.name] = graph.placeholder(input.name)
     for name, target, args, kwargs in described["nodes"]:
         if target == "constant":
             key, = args
@@ -220,10 +242,11 @@ def _module(described: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphMo
     return fx.GraphModule(root, graph, "Network")
 
 
-def _try_without_values(module: fx.GraphModule) -> None:
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _quiet():
-        module(*(torch.empty(tuple(n.meta["val"].shape), dtype=n.meta["val"].dtype)
-                 for n in module.graph.nodes if n.op == "placeholder"))
+def _try_without_values(module: fx.GraphModule, inputs: tuple[Input, ...]) -> None:
+    # Without fallbacks: an operator that has no rule for shapes would run, on sizes of the file.
+    with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False), \
+            torch.no_grad(), _quiet():
+        module(*(torch.empty(input.example, dtype=input.dtype) for input in inputs))
 
 
 @contextlib.contextmanager
@@ -245,6 +268,27 @@ def _report(fields: dict[str, Any]) -> ConvertReport:
                      for p in fields.pop("products"))
     pairs: dict[str, Any] = {key: tuple(map(tuple, fields.pop(key))) for key in ("real", "others")}
     return ConvertReport(products, **pairs, **fields)
+
+
+def _tree(text: str) -> TreeSpec:
+    """A tree of torch's pytree, which imports modules by name for other types."""
+    waiting = [json.loads(text)[1]]
+    while waiting:
+        spec = waiting.pop()
+        if spec["type"] not in _TREES or "__enum__" in str(spec["context"]):
+            raise ValueError(f"a tree of {spec['type']}")
+        waiting += spec["children_spec"]
+    return treespec_loads(text)
+
+
+def _dumped(spec: TreeSpec) -> str:
+    text = treespec_dumps(spec)
+    try:
+        _tree(text)
+    except ValueError as error:
+        raise ValueError(f"save_converted: a file cannot hold {error}, as the model takes or gives "
+                         "it; tuples, lists and dictionaries it can") from None
+    return text
 
 
 def _safetensors() -> Any:

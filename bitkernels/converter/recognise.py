@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops
+from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops, shape
 
 TOLERANCE = 0.005  # of a weight's magnitude, as in Larq Compute Engine's converter
 _PACK = ops.sign_pack.default
@@ -34,6 +34,9 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
         if weight is None or scale is None or found is None:
             continue
         source, at_zero = found
+        if (not source.meta["val"].is_floating_point() or shape(source) != shape(given["input"])
+                or node.target is not aten.linear.default and len(shape(source)) != 4):
+            continue
         if at_zero != 1 and sign_of_zero is None:
             reasons[node] = ZERO_IS_0 if at_zero == 0 else ZERO_IS_MINUS
             continue
