@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bitkernels.converter.net import Net, aten, fold_constants
+from bitkernels.converter.net import Net, aten, fold_constants, shape
 
+_SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
              aten.feature_alpha_dropout.default)
 
@@ -54,6 +55,10 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
                          "values in memory, which convert changes")
     for node in net.calls(aten.view.default, aten._unsafe_view.default):
         node.target = aten.reshape.default  # images become channels-last, which a view may not fit
+    for node in net.calls(*_SAME, aten.reshape.default):
+        source = node.args[0]
+        if source.op != "placeholder" and shape(source) == shape(node):  # type: ignore[union-attr]
+            net.replace(node, source)  # type: ignore[arg-type]
     for node in net.calls(*_DROPOUTS):
         if not node.args[2]:
             net.replace(node, node.args[0])  # type: ignore[arg-type]

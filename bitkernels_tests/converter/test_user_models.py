@@ -104,6 +104,17 @@ def test_dropout_does_not_stand_between():
                                                                  ((), "real")]
 
 
+def test_signs_of_a_norm_written_with_real_numbers():
+    normed = bnn.BinaryConv2d(32, 32, 3, padding=1, input_quantizer=bnn.NormSign(32, 2))
+    model = shuffled(nn.Sequential(conv(3, 32), norm(32), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+                                   normed, norm(32), nn.ReLU(inplace=True)))
+    converted = convert(model, X)
+    with torch.no_grad():
+        assert torch.allclose(converted(X), model(X), atol=1e-3)
+    left = dict(converted.report.others)
+    assert left.keys() == {"contiguous", "bitkernels.sign_pack", "bitkernels.packed_max_pool2d"}
+
+
 def test_one_of_the_inputs_is_no_batch():
     class Scaled(nn.Module):
         def __init__(self):
