@@ -15,18 +15,15 @@ is in the file; trees are of tuples, lists and dictionaries.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from bitkernels._files import replace_file
@@ -102,8 +99,8 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
     try:
         described = json.loads(metadata["graph"])
         inputs = _inputs(described)
-        module = _module(described, inputs, tensors)
-        _try_without_values(module, inputs)
+        _try_without_values(described, inputs, tensors)
+        module = _module(described, inputs, tensors, torch.device(device))
         network = Converted(module, _report(json.loads(metadata["report"])), inputs,
                             _tree(described["in_spec"]), _tree(described["out_spec"]))
     except Exception as error:  # whatever a strange graph runs into
@@ -190,16 +187,17 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"save_converted: a file cannot hold the argument {value!r}")
 
 
-def _argument(value: Any, nodes: dict[str, fx.Node]) -> Any:
+def _argument(value: Any, nodes: dict[str, fx.Node], device: torch.device | None = None) -> Any:
+    """`_plain` undone; the device of the file is the one that the network is loaded to."""
     if isinstance(value, list):
-        return [_argument(v, nodes) for v in value]
+        return [_argument(v, nodes, device) for v in value]
     if not isinstance(value, dict):
         return value
     (kind, name), = value.items()
     if kind == "node":
         return nodes[name]
     if kind == "device" and name == "cpu":
-        return torch.device("cpu")
+        return device
     found = getattr(torch, name)
     if not isinstance(found, _TYPES[kind]):
         raise ValueError(f"{name} is no {kind}")
@@ -217,8 +215,8 @@ def _inputs(described: dict[str, Any]) -> tuple[Input, ...]:
     return found
 
 
-def _module(described: dict[str, Any], inputs: tuple[Input, ...], tensors: dict[str, Tensor]
-            ) -> fx.GraphModule:
+def _module(described: dict[str, Any], inputs: tuple[Input, ...], tensors: dict[str, Tensor],
+            device: torch.device) -> fx.GraphModule:
     graph, nodes, root = fx.Graph(), {}, torch.nn.Module()
     for input in inputs:
         nodes[input.name] = graph.placeholder(input.name)
@@ -229,8 +227,8 @@ def _module(described: dict[str, Any], inputs: tuple[Input, ...], tensors: dict[
             nodes[name] = graph.get_attr(key)
         else:
             call = _target(target)
-            nodes[name] = graph.call_function(call, tuple(_argument(args, nodes)), {
-                key: _argument(value, nodes) for key, value in kwargs.items()})
+            nodes[name] = graph.call_function(call, tuple(_argument(args, nodes, device)), {
+                key: _argument(value, nodes, device) for key, value in kwargs.items()})
     graph.output(_argument(described["output"], nodes))
     graph.lint()
     for node in graph.nodes:  # the file holds them in one order
@@ -242,25 +240,13 @@ def _module(described: dict[str, Any], inputs: tuple[Input, ...], tensors: dict[
     return fx.GraphModule(root, graph, "Network")
 
 
-def _try_without_values(module: fx.GraphModule, inputs: tuple[Input, ...]) -> None:
-    # Without fallbacks: an operator that has no rule for shapes would run, on sizes of the file.
-    with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False), \
-            torch.no_grad(), _quiet():
+def _try_without_values(described: dict[str, Any], inputs: tuple[Input, ...],
+                        tensors: dict[str, Tensor]) -> None:
+    """Runs the graph on tensors without memory, whatever sizes the file asks for."""
+    on = torch.device("meta")
+    module = _module(described, inputs, {key: t.to(on) for key, t in tensors.items()}, on)
+    with on, torch.no_grad():
         module(*(torch.empty(input.example, dtype=input.dtype) for input in inputs))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch logs of an operator that fails on shapes: the error says it."""
-    import logging
-
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _report(fields: dict[str, Any]) -> ConvertReport:
