@@ -56,9 +56,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     for node in net.calls(aten.view.default, aten._unsafe_view.default):
         node.target = aten.reshape.default  # images become channels-last, which a view may not fit
     for node in net.calls(*_SAME, aten.reshape.default):
-        source = node.args[0]
-        if source.op != "placeholder" and shape(source) == shape(node):  # type: ignore[union-attr]
-            net.replace(node, source)  # type: ignore[arg-type]
+        source: Any = node.args[0]
+        if source.op != "placeholder" and shape(source) == shape(node):
+            net.replace(node, source)
     for node in net.calls(*_DROPOUTS):
         if not node.args[2]:
             net.replace(node, node.args[0])  # type: ignore[arg-type]

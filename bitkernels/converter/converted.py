@@ -26,9 +26,10 @@ tile_weight = ops.tile_weight.default
 class Converted(nn.Module):
     """A converted network: what the model computes in evaluation, without gradients.
 
-    Called as the model was. Its buffers are packed words and what is left of the real weights.
-    `report` says what became of each layer; `graph_module` is the graph, of
-    `torch.ops.bitkernels` and ATen operators, which torch.compile and torch.export take.
+    Called as the model was; RuntimeError for types and sizes that it was not made for. Its buffers
+    are packed words and what is left of the real weights. `report` says what became of each layer;
+    `graph_module` is the graph, of `torch.ops.bitkernels` and ATen operators, which torch.compile
+    and torch.export take.
     """
 
     def __init__(self, graph_module: fx.GraphModule, report: ConvertReport,
@@ -103,7 +104,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     """A network that computes on bits what the model computes in evaluation.
 
     example_inputs: a tensor or a tuple of arguments, as the model will get them. The first size of
-      each tensor, the batch, may be another later; the others may not.
+      each tensor, the batch, may be another later (but for one of 1 beside larger ones); other
+      sizes, types and arguments that are no tensors may not.
     real: "bfloat16" runs real convolutions and linear layers in bfloat16.
     sign_of_zero: 1 takes signs of 0 in code that computes on real numbers as +1, where it has 0
       (torch.sign) or -1. None: what has another sign of 0 stays real, and the report says so.
@@ -121,8 +123,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     The model is not changed. It has to be one that torch.export takes: control flow that depends on
     values is not.
 
-    Raises ValueError for a model that cannot be exported, with the reason of torch.export, and for
-    arguments out of range.
+    Raises ValueError for a model that cannot be exported, with the reason of torch.export, that
+    changes buffers or inputs in evaluation or calls as_strided, and for arguments out of range.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -29,9 +29,10 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
     """
     reasons: dict[fx.Node, str] = {}
     for pack in net.calls(*_OF_SIGNS):
-        found = _sign(net, pack.args[0])
-        if found is not None and found[1] == 1 and shape(found[0]) == shape(pack.args[0]) and (
-                dtype(found[0]) == dtype(pack.args[0])):
+        input: Any = pack.args[0]
+        found = _sign(net, input)
+        if found is not None and found[1] == 1 and shape(found[0]) == shape(input) and (
+                dtype(found[0]) == dtype(input)):
             pack.args = (found[0], *pack.args[1:])
     for node in net.calls(aten.conv2d.default, aten.conv2d.padding, aten.linear.default):
         given = arguments(node)
