@@ -50,12 +50,13 @@ def main(options: argparse.Namespace) -> int:
             if options.size is not None:
                 raise ValueError("--size is for published networks; a file has its own")
             network = load_converted(options.model, options.device)
-            inputs = [torch.randn(options.batch, *sizes[1:], device=options.device)
-                      for sizes in network.example_sizes()]
+            inputs = [torch.randn(options.batch, *known.example[1:], device=options.device)
+                      for known in network.inputs]
         else:
-            known = entry(options.model)
-            side = options.size or known.image_size
-            sized: dict[str, Any] = {"image_size": side} if takes_image_size(known.build) else {}
+            published = entry(options.model)
+            side = options.size or published.image_size
+            sized: dict[str, Any] = (
+                {"image_size": side} if takes_image_size(published.build) else {})
             inputs = [torch.randn(options.batch, 3, side, side, device=options.device)]
             model = create_model(options.model, **sized).to(options.device)
             network = convert(model, inputs[0])

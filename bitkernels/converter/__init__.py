@@ -11,6 +11,7 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
   signs     signs taken early: through pools, joins and norms, and written by the product itself
   real      batch norms into real convolutions; bfloat16
   report    what became of each layer
+  inputs    the types and sizes that a graph was made for, looked at in each call
   profile   where its time goes
   file      a converted network in one file, without pickle and without the model's code
 """

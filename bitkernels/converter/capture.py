@@ -7,30 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from bitkernels.converter.net import Net, aten, fold_constants
+from bitkernels.converter.net import Net, aten, fold_constants, shape
+
+_SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+             aten.feature_alpha_dropout.default)
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> Net:
     """The graph of the model in evaluation and without gradients, functional; see `Net`.
 
-    dynamic_shapes: as of torch.export.export; None: the first size of every tensor may vary.
+    dynamic_shapes: as of torch.export.export; None: the first size of every tensor may vary, but
+      for tensors of first size 1 beside others.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    example_inputs = tree_map(_of_two, example_inputs)
-    if dynamic_shapes is None:
-        dynamic_shapes = tree_map(_batch, example_inputs)
     name = type(model).__name__
+    try:
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:
+        raise ValueError(f"convert: {name} cannot be copied (copy.deepcopy: {error})") from error
+    if dynamic_shapes is None:
+        example_inputs, dynamic_shapes = _batches(example_inputs)
     with torch.no_grad():
         try:
             program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), "no reason")
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ".join(lines[:2]) or "no reason"
             raise ValueError(f"convert: {name} cannot be exported for these example_inputs "
                              f"(torch.export: {type(error).__name__}: {reason})") from error
         if any(_writes(node) for node in program.graph.nodes):
             program = program.run_decompositions({})  # the same operators, none in place
+        _check_writes(name, program.graph_signature)
         net = Net(program.module(check_guards=False))
     for node in net.calls(aten._native_batch_norm_legit_no_training.default):
         x, weight, bias, mean, var, momentum, eps = node.args
@@ -41,6 +50,18 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
                 norm = net.graph.call_function(aten.batch_norm.default, (
                     x, weight, bias, mean, var, False, momentum, eps, False))
             net.replace(user, norm)
+    if net.calls(aten.as_strided.default):
+        raise ValueError(f"convert: {name} calls as_strided, whose result depends on the order of "
+                         "values in memory, which convert changes")
+    for node in net.calls(aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default  # images become channels-last, which a view may not fit
+    for node in net.calls(*_SAME, aten.reshape.default):
+        source: Any = node.args[0]
+        if source.op != "placeholder" and shape(source) == shape(node):
+            net.replace(node, source)
+    for node in net.calls(*_DROPOUTS):
+        if not node.args[2]:
+            net.replace(node, node.args[0])  # type: ignore[arg-type]
     for node in net.calls(aten._assert_tensor_metadata.default, aten._assert_scalar.default):
         net.graph.erase_node(node)
     net.graph.eliminate_dead_code()
@@ -54,12 +75,28 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _of_two(value: Any) -> Any:
-    """A batch of one is exported as a constant: two of it."""
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
-        return value.expand(2, *value.shape[1:]).contiguous()
-    return value
+def _check_writes(name: str, signature: Any) -> None:
+    for what, changed in (("buffer", signature.buffers_to_mutate),
+                          ("input", signature.user_inputs_to_mutate)):
+        if changed:
+            raise ValueError(f"convert: {name} must not change its {what}s in evaluation, changes "
+                             + ", ".join(changed.values()))
 
 
-def _batch(value: Any) -> Any:
-    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) and value.dim() else None
+def _batches(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
+    """The inputs, and that their first sizes vary: all of them, or those that are not 1.
+
+    A batch of one is exported as a constant, so it becomes a batch of two here.
+    """
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    if all(t.shape[0] == 1 for t in tensors):
+        def two(value: Any) -> Any:
+            return (value.expand(2, *value.shape[1:]).contiguous()
+                    if isinstance(value, Tensor) and value.dim() else value)
+
+        inputs = tree_map(two, inputs)
+    shapes = torch.export.ShapesCollection()
+    for tensor in tree_leaves(inputs):
+        if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[0] != 1:
+            shapes[tensor] = {0: torch.export.Dim.DYNAMIC}
+    return inputs, shapes

@@ -10,6 +10,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from bitkernels.converter.capture import capture
 from bitkernels.converter.epilogue import fuse_epilogues
+from bitkernels.converter.inputs import Input, check_inputs, inputs_of
 from bitkernels.converter.joins import split_joins
 from bitkernels.converter.lower import lower
 from bitkernels.converter.net import WITH_WORDS, Net, ops
@@ -26,15 +27,16 @@ tile_weight = ops.tile_weight.default
 class Converted(nn.Module):
     """A converted network: what the model computes in evaluation, without gradients.
 
-    Called as the model was. Its buffers are packed words and what is left of the real weights.
-    `report` says what became of each layer; `graph_module` is the graph, of
-    `torch.ops.bitkernels` and ATen operators, which torch.compile and torch.export take.
+    Called as the model was; RuntimeError for types and sizes that it was not made for. Its buffers
+    are packed words and what is left of the real weights. `report` says what became of each layer;
+    `graph_module` is the graph, of `torch.ops.bitkernels` and ATen operators, which torch.compile
+    and torch.export take.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, report: ConvertReport, in_spec: TreeSpec,
-                 out_spec: TreeSpec) -> None:
+    def __init__(self, graph_module: fx.GraphModule, report: ConvertReport,
+                 inputs: tuple[Input, ...], in_spec: TreeSpec, out_spec: TreeSpec) -> None:
         super().__init__()
-        self.graph_module, self.report = graph_module, report
+        self.graph_module, self.report, self.inputs = graph_module, report, inputs
         self.in_spec, self.out_spec = in_spec, out_spec  # of (args, kwargs) and the result
         self.training = False
         self._image = WeightImage(_tiles)
@@ -81,12 +83,6 @@ class Converted(nn.Module):
         self._arrange()
         return self
 
-    def example_sizes(self) -> list[tuple[int, ...]]:
-        """Of the tensors of the example_inputs, in the order of the graph's inputs; a batch of one
-        counts as two there."""
-        return [tuple(n if isinstance(n, int) else int(n.node.hint) for n in node.meta["val"].shape)
-                for node in self.graph_module.graph.nodes if node.op == "placeholder"]
-
     def words_of(self, buffer: str) -> str:
         """The buffer of the state behind one that a product reads; any other is itself."""
         return self._read[buffer][0] if buffer in self._read else buffer
@@ -96,6 +92,7 @@ class Converted(nn.Module):
         if spec != self.in_spec:
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
                                f"convert, {self.in_spec}, got {spec}")
+        check_inputs(self.inputs, inputs)
         if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
                 or torch.jit.is_tracing()):
             self._arrange()  # words may have been written to; costs little where they were not
@@ -124,7 +121,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     """A network that computes on bits what the model computes in evaluation.
 
     example_inputs: a tensor or a tuple of arguments, as the model will get them. The first size of
-      each tensor, the batch, may be another later; the others may not.
+      each tensor, the batch, may be another later (but for one of 1 beside larger ones); other
+      sizes, types and arguments that are no tensors may not.
     real: "bfloat16" runs real convolutions and linear layers in bfloat16.
     sign_of_zero: 1 takes signs of 0 in code that computes on real numbers as +1, where it has 0
       (torch.sign) or -1. None: what has another sign of 0 stays real, and the report says so.
@@ -142,8 +140,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     The model is not changed. It has to be one that torch.export takes: control flow that depends on
     values is not.
 
-    Raises ValueError for a model that cannot be exported, with the reason of torch.export, and for
-    arguments out of range.
+    Raises ValueError for a model that cannot be exported, with the reason of torch.export, that
+    changes buffers or inputs in evaluation or calls as_strided, and for arguments out of range.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -164,7 +162,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     net.graph.set_codegen(fx.graph.CodeGen())
     net.graph._tracer_cls = None  # torch.export's cannot be pickled
     made = fx.GraphModule(net.module, net.graph, "Network")  # a plain one, which deepcopy takes
-    converted = Converted(made.eval(), report(net, before, reasons), info.in_spec, info.out_spec)
+    converted = Converted(made.eval(), report(net, before, reasons),
+                          inputs_of(net.graph), info.in_spec, info.out_spec)
     if verbose:
         print(converted.report)
     return converted

@@ -19,6 +19,8 @@ from bitkernels.converter.net import (
     arguments,
     aten,
     channels,
+    channels_second,
+    dtype,
     is_call,
     keywords,
     only_user,
@@ -42,7 +44,7 @@ def _absorbed(net: Net, product: fx.Node) -> bool:
         return False
     kept = dict(product.kwargs)
     last = rule(net, product, user)
-    if last is None:
+    if last is None or dtype(last) != dtype(product) or shape(last) != shape(product):
         product.kwargs = kept
         return False
     last.prepend(product)  # behind everything that it now reads
@@ -105,8 +107,7 @@ def _batch_norm(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
     parts = [given["running_mean"], given["running_var"]]
     values = [net.value(node) for node in parts]
     if given["training"] or any(v is None for v in values) or (
-            given["input"] is not product or (
-                product.target is not CONV and len(shape(product)) != 2)):
+            given["input"] is not product or not channels_second(product)):
         return None
     mean, var = (v.double() for v in values if v is not None)
     weight, bias = (None if given[n] is None else net.value(given[n]) for n in ("weight", "bias"))
@@ -188,8 +189,7 @@ def _relu(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
 
 def _clamp(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
     given = arguments(user)
-    low, high = (given[a] if a in given else given[b]
-                 for a, b in (("min", "min_val"), ("max", "max_val")))
+    low, high = (given.get(a, given.get(b)) for a, b in (("min", "min_val"), ("max", "max_val")))
     if any(isinstance(v, fx.Node) for v in (low, high)):
         return None
     low, high = (None if v is None else float(v) for v in (low, high))
@@ -211,7 +211,8 @@ def _sloped(net: Net, product: fx.Node, user: fx.Node, slope: Tensor | None,
 def _prelu(net: Net, product: fx.Node, user: fx.Node, shift_in: Tensor | None = None
            ) -> fx.Node | None:
     weight = net.value(user.args[1])
-    if weight is None or user.args[1] is product:
+    if weight is None or user.args[1] is product or not (
+            weight.numel() == 1 or channels_second(product)):
         return None
     return _sloped(net, product, user, weight.double().expand(channels(product)), shift_in)
 

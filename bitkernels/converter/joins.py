@@ -6,7 +6,17 @@ from typing import Any
 
 from torch import fx
 
-from bitkernels.converter.net import PRODUCTS, Net, arguments, aten, is_call, only_user, ops, shape
+from bitkernels.converter.net import (
+    PRODUCTS,
+    Net,
+    arguments,
+    aten,
+    channels_second,
+    is_call,
+    only_user,
+    ops,
+    shape,
+)
 
 # What works on each channel alone, with constants that are vectors of the channels.
 _PER_CHANNEL = (aten.relu.default, aten.prelu.default, aten.leaky_relu.default,
@@ -23,7 +33,8 @@ def split_joins(net: Net) -> bool:
             continue
         sizes = [shape(part)[1] for part in parts]
         if user.args[0] is not cat or not all(isinstance(n, int) for n in sizes) or not all(
-                is_call(part, *PRODUCTS) and only_user(part) is cat for part in parts):
+                is_call(part, *PRODUCTS) and channels_second(part) and only_user(part) is cat
+                for part in parts):
             continue
         columns = [_split(net, arg, sizes) for arg in user.args[1:]]
         if any(c is None for c in columns):

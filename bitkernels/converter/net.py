@@ -114,6 +114,11 @@ def channels(product: fx.Node) -> int:
     return int(shape(product)[1 if product.target is CONV else -1])
 
 
+def channels_second(product: fx.Node) -> bool:
+    """Whether its channels stand where norms and PReLU look for them, not behind a sequence."""
+    return product.target is CONV or len(shape(product)) == 2
+
+
 def keywords(node: fx.Node) -> dict[str, Any]:
     """The arguments of a product, to change and to give back as its kwargs."""
     return dict(node.kwargs)
@@ -140,8 +145,9 @@ def fold_constants(net: Net) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         inputs = node.all_input_nodes
-        if not inputs or node.target._schema.is_mutable or any(
-                net.value(n) is None for n in inputs):
+        if (not inputs or node.target._schema.is_mutable
+                or torch.Tag.nondeterministic_seeded in node.target.tags
+                or any(net.value(n) is None for n in inputs)):
             continue
         with torch.no_grad():
             made = node.target(*fx.map_arg(node.args, net.value),

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops
+from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops, shape
 
 TOLERANCE = 0.005  # of a weight's magnitude, as in Larq Compute Engine's converter
 _PACK = ops.sign_pack.default
+_OF_SIGNS = (ops.binary_conv2d.default, ops.binary_conv2d.padding, ops.binary_linear.default,
+             ops.binary_conv_transpose2d.default)  # which take the sign of their input
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
          aten.lift_fresh_copy.default)
 _FULL = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
@@ -23,9 +25,15 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
     products of bits, that magnitude their scale. Returns why others did not, though they look so.
 
     Signs are torch.sign, where(x >= 0, 1, -1), 2 (x >= 0) - 1 and their like, also inside the
-    straight-through form (sign(x) - y) + y.
+    straight-through forms (sign(x) - y) + y and sign(x) + (y - y). Binary operators read x itself.
     """
     reasons: dict[fx.Node, str] = {}
+    for pack in net.calls(*_OF_SIGNS):
+        input: Any = pack.args[0]
+        found = _sign(net, input)
+        if found is not None and found[1] == 1 and shape(found[0]) == shape(input) and (
+                dtype(found[0]) == dtype(input)):
+            pack.args = (found[0], *pack.args[1:])
     for node in net.calls(aten.conv2d.default, aten.conv2d.padding, aten.linear.default):
         given = arguments(node)
         weight = net.value(given["weight"])
@@ -34,6 +42,9 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
         if weight is None or scale is None or found is None:
             continue
         source, at_zero = found
+        if (not source.meta["val"].is_floating_point() or shape(source) != shape(given["input"])
+                or node.target is not aten.linear.default and len(shape(source)) != 4):
+            continue
         if at_zero != 1 and sign_of_zero is None:
             reasons[node] = ZERO_IS_0 if at_zero == 0 else ZERO_IS_MINUS
             continue
@@ -41,6 +52,7 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
                 given["bias"] is not None and net.value(given["bias"]) is None):
             continue
         _replace(net, node, given, source, weight, scale)
+    net.graph.eliminate_dead_code()  # what only the real forms of signs read
     return reasons
 
 
@@ -103,11 +115,14 @@ def _sign(net: Net, node: Any) -> tuple[fx.Node, int] | None:
 
 
 def _straight_through(net: Net, node: fx.Node) -> tuple[fx.Node, int] | None:
-    """(sign(x) - y) + y, in either order."""
+    """(sign(x) - y) + y or sign(x) + (y - y), in either order."""
     if node.target is not aten.add.Tensor or arguments(node)["alpha"] != 1:
         return None
     for first, second in (node.args[:2], node.args[1::-1]):
         inner = _through(first)
+        if is_call(inner, aten.sub.Tensor) and arguments(inner)["alpha"] == 1 and (
+                _equal(*inner.args[:2])):
+            return _sign(net, second)
         if is_call(inner, aten.sub.Tensor) and arguments(inner)["alpha"] == 1 and (
                 _equal(inner.args[1], second)):
             return _sign(net, inner.args[0])

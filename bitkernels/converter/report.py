@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, is_call, ops
@@ -83,6 +84,9 @@ def report(net: Net, bytes_before: int, reasons: dict[fx.Node, str]) -> ConvertR
             name = net.origin(weights[0]) if weights else node.name
             real.append((name, reasons.get(node) or (
                 "a real layer" if weights else "a product of two activations")))
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            real.append((node.name, "a graph inside the graph, under a condition or autocast, is "
+                                    "left as it is"))
         elif hasattr(node.target, "overloadpacket"):
             others[str(node.target.overloadpacket).removeprefix("aten.")] += 1
     return ConvertReport(tuple(products), tuple(real), tuple(others.most_common()), bytes_before,

@@ -59,6 +59,16 @@ def test_the_networks(name):
     assert converted.report.bytes_after < converted.report.bytes_before / 6
 
 
+@pytest.mark.parametrize("make", [
+    lambda: models.RealToBinaryNet(5, blocks=(1, 1), channels=(32, 64)),
+    lambda: models.MeliusNet(5, blocks=(1, 1), features=(64,)),
+    lambda: models.BNext(5, channels=(32, 32, 64))])
+def test_networks_with_joins_and_gates(make):
+    model = make()
+    count = sum(isinstance(m, (bnn.BinaryConv2d, bnn.BinaryLinear)) for m in model.modules())
+    assert len(checked(model, 32).report.products) == count
+
+
 def test_a_chain_of_blocks_stays_packed():
     found = products(checked(models.ReActNet18(5, blocks=(3,), channels=(32,)), 32))
     steps = ("scale", "bias", "residual", "activation")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -30,6 +32,8 @@ def file(network, tmp_path):
 
 def test_there_and_back(network, file):
     loaded = load_converted(file)
+    with pytest.raises(RuntimeError, match=r"3, 32, 32\), as in the example_inputs"):
+        loaded(torch.randn(3, 3, 64, 64))
     x = torch.randn(3, 3, 32, 32)
     assert torch.equal(loaded(x), network(x))
     assert loaded.report == network.report
@@ -86,6 +90,10 @@ def call(described, name):
     return next(node for node in described["nodes"] if node[1] == name)
 
 
+def tree(kind, context):
+    return json.dumps([1, {"type": kind, "children_spec": [], "context": json.dumps(context)}])
+
+
 BROKEN = {
     "another format": (lambda m, t: m.update(format="other"), "not one of save_converted"),
     "a later version": (lambda m, t: m.update(format_version="2"), "reads up to 1: update it"),
@@ -104,6 +112,21 @@ BROKEN = {
     "an operator of another library": (
         graph(lambda d: call(d, "aten.linear.default").__setitem__(1, "profiler._record.default")),
         "a call of profiler"),
+    "an operator that writes a file": (graph(lambda d: d["nodes"].append(
+        ["n", "aten.save.default", [{"node": d["inputs"][0][0]}, "written"], {}])),
+        "a call of aten.save.default"),
+    "an operator that makes a file": (graph(lambda d: d["nodes"].append(
+        ["n", "aten.from_file.default", ["written", True, 64], {}])),
+        "a call of aten.from_file.default"),
+    "a tree that imports": (graph(lambda d: d.update(out_spec=tree("collections.defaultdict", {
+        "default_factory_module": "this", "default_factory_name": "s", "dict_context": []}))),
+        "is broken: ValueError: a tree of collections.defaultdict"),
+    "an enumeration that imports": (graph(lambda d: d.update(out_spec=tree("builtins.dict", [
+        {"__enum__": True, "fqn": "this:s", "name": "s"}]))), "is broken: ValueError: a tree"),
+    "sizes that are not those of the example": (
+        graph(lambda d: d["inputs"][0][2].__setitem__(3, 31)), "do not fit its example"),
+    "a version that is no number": (lambda m, t: m.update(format_version="\u00b2"),
+                                    "format version '\u00b2'"),
     "an argument that does not fit": (
         graph(lambda d: call(d, "aten.max_pool2d.default")[2].__setitem__(1, [99, 99])),
         "is broken: RuntimeError"),
@@ -112,11 +135,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_files_are_refused(kind, file):
+def test_broken_files_are_refused(kind, file, monkeypatch):
+    monkeypatch.chdir(file.parent)
     change, says = BROKEN[kind]
     rewritten(file, change)
     with pytest.raises(ValueError, match=says):
         load_converted(file)
+    assert "this" not in sys.modules and not (file.parent / "written").exists()
 
 
 def test_bytes_that_are_wrong(file, tmp_path):
@@ -143,6 +168,13 @@ def test_bytes_that_are_wrong(file, tmp_path):
 
 
 def test_bad_input(network, tmp_path):
+    class Counted(nn.Module):
+        def forward(self, x):
+            return collections.defaultdict(int, a=x + 1)
+
+    with pytest.raises(ValueError, match="cannot hold a tree of collections.defaultdict"):
+        save_converted(convert(Counted(), torch.randn(2, 3)), tmp_path / "n")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="must be what bitkernels.convert"):
         save_converted(nn.Linear(2, 2), tmp_path / "n")
     with pytest.raises(OSError, match="cannot write"):

@@ -1,4 +1,5 @@
-// Argument checks on torch tensors, in the words of bitkernels/ops/_checks.py (the tests compare them).
+// Argument checks on torch tensors, in the words of bitkernels/ops/_checks.py (the tests compare
+// them).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
