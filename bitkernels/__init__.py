@@ -2,7 +2,7 @@
 
     nn          layers, residual blocks, `binarize` and `pack`
     PackedTensor  packed activations, for packed layers
-    models      networks by name
+    models      networks by name                    imported when first used
     quantizers  signs and their estimators
     optim       Bop, and groups of binary parameters
     metrics     flips, saturation, dead weights
@@ -22,22 +22,13 @@ with warnings.catch_warnings():  # torch says at import that NumPy is missing; n
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     import torch
 
-from bitkernels import (
-    backends,
-    metrics,
-    models,
-    nn,
-    ops,
-    optim,
-    quantizers,
-    reference,
-)
+from bitkernels import backends, metrics, nn, ops, optim, quantizers, reference
 from bitkernels.explain import explain
 from bitkernels.packed import PackedTensor
 from bitkernels.thresholds import fold_threshold
 
 if TYPE_CHECKING:
-    from bitkernels import autograd, interop, residual_block, train
+    from bitkernels import autograd, interop, models, residual_block, train
     from bitkernels.converter import convert, load_converted, save_converted
     from bitkernels.counting import summary
 
@@ -61,7 +52,7 @@ __all__ = [
     "train",
 ]
 
-_LAZY = ("autograd", "interop", "residual_block", "train")
+_LAZY = ("autograd", "interop", "models", "residual_block", "train")
 _LAZY_FUNCTIONS = {"summary": "bitkernels.counting", **dict.fromkeys(
     ("convert", "load_converted", "save_converted"), "bitkernels.converter")}
 
