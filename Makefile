@@ -25,9 +25,9 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 RACES := -O1 -g -fsanitize=thread -DREAL_THREADS
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
-OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter docs install metrics models nn/conversion \
-  nn/test_norm.py nn/test_residual_block_distributed.py optim toolchains tools train \
-  ops/test_records.py test_explain.py test_interop.py test_thresholds.py test_traces.py)
+OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter docs install metrics models nn \
+  optim toolchains tools train ops/test_records.py test_explain.py test_interop.py \
+  test_packed_tensor.py test_quantizers.py test_thresholds.py test_traces.py)
 
 # $(call kernel_test,compiler,flags,folder,runner,kernels): the engine's own test, of all kernels where
 # none is named; files compiled side by side.

@@ -26,7 +26,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.* of the weights are 0:UserWarning")
     for marker in ("cuda: needs an NVIDIA or AMD GPU, skipped without one",
                    "long: takes a minute, so it is the first to start",
-                   "every: left to .ci/run, as it differs little from its neighbours"):
+                   "every: left out, as it differs little from its neighbours or takes minutes"):
         config.addinivalue_line("markers", marker)
     # Real gradients and their oracles are library calls: with all 24 bits of float32 on a GPU too.
     torch.backends.cuda.matmul.allow_tf32 = False
