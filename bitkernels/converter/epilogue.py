@@ -23,6 +23,7 @@ from bitkernels.converter.net import (
     dtype,
     is_call,
     keywords,
+    norm_affine,
     only_user,
     ops,
     shape,
@@ -104,22 +105,10 @@ def _affine(net: Net, product: fx.Node, factor: Tensor | None, offset: Tensor | 
 
 def _batch_norm(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
     given = arguments(user)
-    parts = [given["running_mean"], given["running_var"]]
-    values = [net.value(node) for node in parts]
-    if given["training"] or any(v is None for v in values) or (
-            given["input"] is not product or not channels_second(product)):
+    affine = norm_affine(net, given)
+    if affine is None or given["input"] is not product or not channels_second(product):
         return None
-    mean, var = (v.double() for v in values if v is not None)
-    weight, bias = (None if given[n] is None else net.value(given[n]) for n in ("weight", "bias"))
-    if (given["weight"] is None) != (weight is None) or (given["bias"] is None) != (bias is None):
-        return None
-    factor = (var + given["eps"]).rsqrt()
-    if weight is not None:
-        factor = factor * weight.double()
-    offset = -mean * factor
-    if bias is not None:
-        offset = offset + bias.double()
-    return user if _affine(net, product, factor, offset) else None
+    return user if _affine(net, product, *affine) else None
 
 
 def _mul(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:

@@ -139,6 +139,22 @@ def _flat(tree: Any) -> Iterable[Any]:
     return found
 
 
+def norm_affine(net: Net, given: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """(factor, offset) of a batch norm in evaluation, float64; None where it is no constant."""
+    values = {n: None if given[n] is None else net.value(given[n])
+              for n in ("weight", "bias", "running_mean", "running_var")}
+    if given["training"] or any(given[n] is not None and v is None for n, v in values.items()):
+        return None
+    mean, var = values["running_mean"], values["running_var"]
+    if mean is None or var is None:
+        return None
+    factor = (var.double() + given["eps"]).rsqrt()
+    if values["weight"] is not None:
+        factor = factor * values["weight"].double()
+    offset = -mean.double() * factor
+    return factor, offset if values["bias"] is None else offset + values["bias"].double()
+
+
 def fold_constants(net: Net) -> None:
     """Computes what depends on constants alone."""
     for node in list(net.graph.nodes):

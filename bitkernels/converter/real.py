@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitkernels.converter.net import Net, arguments, aten, only_user, ops
-from bitkernels.converter.signs import norm_affine
+from bitkernels.converter.net import Net, arguments, aten, norm_affine, only_user, ops
 
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _REAL_CONVS = (aten.conv2d.default,)
