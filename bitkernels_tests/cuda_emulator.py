@@ -23,7 +23,7 @@ from bitkernels.backends.cuda.spec import Params, Spec
 
 FOLDER = Path(__file__).parent / "emulator"
 COMPILER = os.environ.get("CXX", "g++").split()[0]
-SIZES = {0: 0, 1: 4, 2: 4, 3: 2, 4: 2}  # bytes of an element of spec.TYPES
+SIZES = {0: 0, 1: 4, 2: 4, 3: 2, 4: 2, 5: 2}  # bytes of an element of spec.TYPES
 NAMES = [f.name.upper() for f in fields(Spec)]
 
 
@@ -147,7 +147,7 @@ class EmulatedDriver:
             found |= {"out": (cells * SIZES[spec.out_type], True),
                       "packed": (p.rows * -(-spec.cout // 32) * 4, True),
                       "residual": (cells * SIZES[spec.residual], False),
-                      "threshold": (8 * spec.cout, False)}
+                      "threshold": (8 * spec.cout, False), "moments": (24 * spec.cout, True)}
             found |= {name: (4 * spec.cout, False) for name in (
                 "scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")}
         return found

@@ -2,13 +2,24 @@
 #pragma once
 #include <array>
 #include <bit>
+#include <cmath>
 
 #include "machine.h"
 #include "types.cuh"
 
 using emulator::machine;
 
-enum Instruction { SHUFFLE = 1, MMA, BAR, WGMMA, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT, VOTE };
+enum Instruction {
+  SHUFFLE = 1,
+  MMA,
+  BAR,
+  WGMMA,
+  WGMMA_FENCE,
+  WGMMA_COMMIT,
+  WGMMA_WAIT,
+  VOTE,
+  FRAGMENT
+};
 
 inline unsigned char* shared_memory() { return machine.shared; }
 
@@ -35,6 +46,25 @@ inline u32 shuffle_xor(u32 value, int mask) {
   return machine.lane_out[warp][lane ^ mask];
 }
 
+inline u32 shuffle(u32 value, int from) {
+  const int lane = machine.current % 32, warp = machine.current / 32;
+  machine.lane_in[warp][lane] = value;
+  machine.meet(machine.warps[warp], 32, SHUFFLE,
+               [warp] { machine.lane_out[warp] = machine.lane_in[warp]; });
+  return machine.lane_out[warp][from];
+}
+
+inline u32 ballot(bool x) {
+  const int lane = machine.current % 32, warp = machine.current / 32;
+  machine.lane_in[warp][lane] = x;
+  machine.meet(machine.warps[warp], 32, VOTE + 256, [warp] {
+    u32 all = 0;
+    for (int l = 0; l < 32; ++l) all |= machine.lane_in[warp][l] << l;
+    machine.lane_out[warp].fill(all);
+  });
+  return machine.lane_out[warp][lane];
+}
+
 inline bool any_lane(bool x) {
   const int warp = machine.current / 32;
   machine.lane_in[warp][machine.current % 32] = x;
@@ -48,7 +78,22 @@ inline bool any_lane(bool x) {
 
 inline int forget(int x) { return x; }
 inline int popcount(u32 value) { return std::popcount(value); }
-inline float add(float a, float b) { return a + b; }
+inline int count_taps(u64 taps) { return std::popcount(taps); }
+inline u32 funnel(u32 word, u32 value) { return word << 1 | value >> 31; }
+inline u32 permute(u32 a, u32 b, u32 order) {
+  const u64 bytes = static_cast<u64>(b) << 32 | a;
+  u32 found = 0;
+  for (int i = 0; i < 4; ++i) {
+    found |= static_cast<u32>(bytes >> (order >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  }
+  return found;
+}
+// A NaN of the hardware is positive.
+inline float add(float a, float b) {
+  const float sum = a + b;
+  return sum == sum ? sum : std::bit_cast<float>(0x7FFFFFFFu);
+}
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float multiply(float a, float b) { return a * b; }
 inline float float_value(u32 bits) { return std::bit_cast<float>(bits); }
 inline u32 float_bits(float x) { return std::bit_cast<u32>(x); }
@@ -118,6 +163,33 @@ inline void store_shared(u32 address, u32 value) {
   memcpy(machine.at(address, 4), &value, 4);
   machine.own(address, 4);
   machine.waited[machine.current].emplace_back(address, 4);
+}
+
+inline void store_shared2(u32 address, u32 a, u32 b) {
+  const u32 v[2] = {a, b};
+  memcpy(machine.at(address, 8), v, 8);
+  machine.own(address, 8);
+  machine.waited[machine.current].emplace_back(address, 8);
+}
+
+inline void load_fragment(u32 (&v)[4], u32 address) {
+  const int lane = machine.current % 32, warp = machine.current / 32;
+  machine.at(address, 16);
+  machine.lane_in[warp][lane] = address;
+  machine.meet(machine.warps[warp], 32, FRAGMENT, [warp] {
+    for (int l = 0; l < 32; ++l) {
+      for (int i = 0; i < 4; ++i) {  // matrix i: its rows are at the addresses of lanes 8 i on
+        const u32 row = machine.lane_in[warp][8 * i + l / 4];
+        memcpy(&machine.fragments[warp][l][i], machine.at(row, 16) + l % 4 * 4, 4);
+      }
+    }
+  });
+  for (int i = 0; i < 4; ++i) v[i] = machine.fragments[warp][lane][i];
+}
+
+inline void add_global(u64* p, u64 value) {
+  machine.check(p, 8, true);
+  *p += value;
 }
 
 template <int SIZE>

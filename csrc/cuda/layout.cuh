@@ -10,9 +10,11 @@ struct Pixel {
   int image, oh, ow;
 };
 
+// Without signs a division by a constant takes half the instructions.
 HOST_DEVICE Pixel pixel_of(int row) {
-  const int line = row / OW;
-  return {line / OH, line % OH, row % OW};
+  const u32 line = static_cast<u32>(row) / OW, image = line / OH;
+  return {static_cast<int>(image), static_cast<int>(line - image * OH),
+          static_cast<int>(row - line * OW)};
 }
 
 // Taps of KERNEL at first, first + step, ... that fall before the image.
@@ -97,38 +99,57 @@ HOST_DEVICE bool reads(const Window& window, const Chunk& chunk) {
   return chunk.inside && ih >= 0 && ih < H && iw >= 0 && iw < W;
 }
 
-// The pixels that the windows of output pixels `first` to `last` read, numbered over all images:
-// one contiguous range, since so are rows of an image, and images.
-struct Span {
-  i64 begin, end;
-};
+// Pixels of a resident kernel in shared memory: lines of the images at a pitch of WP pixels, H of
+// HP lines an image; what is past W and H are zeros, enough of them for the window that reaches
+// furthest outside. So every tap of a window is at the same distance from its first, and none is
+// tested. The columns before a line are those past the line before it.
+//
+// The line, over all images and counted from PT lines before the first, where the windows of an
+// output pixel start.
+HOST_DEVICE int line_of(Pixel p) { return p.image * HP + p.oh * SH; }
 
-HOST_DEVICE i64 line_of(int image, int ih) {
-  return (static_cast<i64>(image) * H + (ih < 0 ? 0 : ih < H ? ih : H)) * W;
-}
+// How many of them the windows of a tile read at most.
+HOST_DEVICE int lines() { return (IMAGE / PIXEL - PL) / WP; }
 
-HOST_DEVICE Span span_of(int first, int last) {
-  const Pixel a = pixel_of(first), b = pixel_of(last);
-  return {line_of(a.image, a.oh * SH - PT), line_of(b.image, b.oh * SH - PT + (KH - 1) * DH + 1)};
-}
-
-// Fragments that come straight from a window's bytes. K goes in steps of 64 bytes, two products of
-// 256 bits, of which lane t of a quad holds 16 contiguous bytes t: words 4t and 4t + 1 for the
-// first product, 4t + 2 and 4t + 3 for the second. A rest of up to 32 bytes is one product, with 8
-// bytes a lane. The order of K is free as long as both operands keep the same; hence slot_of.
-HOST_DEVICE int whole_steps() { return K_BYTES / 64 + (K_BYTES % 64 > 32); }
-HOST_DEVICE int half_steps() { return K_BYTES % 64 > 0 && K_BYTES % 64 <= 32; }
+// Bytes of K that a lane reads at once, and how many of them there are.
+HOST_DEVICE int unit() { return PIXEL % 16 == 0 ? 16 : PIXEL % 8 == 0 ? 8 : 4; }
+HOST_DEVICE int units() { return K_BYTES / unit(); }
 HOST_DEVICE int products() { return (K_BYTES + 31) / 32; }
 
-// Where word `word` of a filter goes: a product, and one of the 8 words of its 256 bits.
+// Where a byte of a pixel lies in shared memory, `place` counting pixels: planes of 16 bytes, so
+// that the 16 bytes of 8 neighbouring pixels are in different banks; smaller pixels as they are.
+HOST_DEVICE int pixel_offset(int place, int byte) {
+  if (unit() < 16) return place * PIXEL + byte;
+  return byte / 16 * (IMAGE / (PIXEL / 16)) + place * 16 + byte % 16;
+}
+
+// From a window's first pixel to unit `u` of it; past the end of K, where filters are 0, to unit 0.
+HOST_DEVICE int unit_offset(int u) {
+  if (u >= units()) return 0;
+  const int byte = u * unit(), tap = byte / PIXEL;
+  return pixel_offset(tap / KW * DH * WP + tap % KW * DW, byte % PIXEL);
+}
+
+// The order of K is free as long as both operands keep the same. A product takes 8 words of a
+// window and a filter in order, but with units of 8 bytes: there lane t of a quad holds unit t, as
+// words t and t + 4 of the product.
 struct Slot {
   int product, word;
 };
 
-HOST_DEVICE Slot slot_of(int word) {
-  const int step = word / 16, within = word % 16;
-  if (step < whole_steps()) return {2 * step + within % 4 / 2, within / 4 + within % 2 * 4};
-  return {2 * step, within / 2 + within % 2 * 4};
+HOST_DEVICE Slot slot_of(u32 word) {
+  const int within = word % 8;
+  return {static_cast<int>(word / 8), unit() == 8 ? within / 2 + within % 2 * 4 : within};
+}
+
+HOST_DEVICE int word_at(Slot slot) {
+  return 8 * slot.product + (unit() == 8 ? slot.word % 4 * 2 + slot.word / 4 : slot.word);
+}
+
+// The order of the filters of a resident kernel: row 32 q + 8 j + 2 t + i of the operand is channel
+// 32 q + 8 t + 2 j + i, so that lane t of a quad gets 8 neighbouring channels.
+HOST_DEVICE int channel_of(u32 row) {
+  return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
 }
 
 // Shared tiles. Narrow: rows of 64 bytes, in order. A quarter warp that loads 16 bytes of two rows
@@ -137,7 +158,7 @@ HOST_DEVICE u32 narrow_offset(int row, int byte) { return row * 64 + byte; }
 
 // Wide: rows of 128 bytes whose 16-byte pieces are permuted by the row, the 128-byte swizzle of
 // bulk tensor copies and wgmma. Tiles start at multiples of 1024.
-HOST_DEVICE u32 wide_offset(int row, int byte) {
+HOST_DEVICE u32 wide_offset(u32 row, u32 byte) {
   return row * 128 + ((((byte >> 4) ^ row) & 7) << 4) + (byte & 15);
 }
 

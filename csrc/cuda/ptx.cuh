@@ -16,7 +16,8 @@ DEVICE unsigned char* shared_memory() { return dynamic_shared; }
 
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-DEVICE int thread_index() { return threadIdx.x; }
+// The mask tells the compiler that it is not negative: divisions are shifts then.
+DEVICE int thread_index() { return threadIdx.x & 1023; }
 DEVICE int block_threads() { return blockDim.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
@@ -38,11 +39,20 @@ DEVICE int forget(int x) {
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
 DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+DEVICE u32 shuffle(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+DEVICE u32 ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 DEVICE int popcount(u32 value) { return __popc(value); }
+DEVICE int count_taps(u64 taps) { return __popcll(taps); }
+
+// word << 1, with the sign bit of `value` below.
+DEVICE u32 funnel(u32 word, u32 value) { return __funnelshift_l(value, word, 1); }
+// Bytes of a (0 to 3) and b (4 to 7), as the digits of `order` say.
+DEVICE u32 permute(u32 a, u32 b, u32 order) { return __byte_perm(a, b, order); }
 
 // One rounding a step, whatever the compiler would like to contract.
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 DEVICE u32 half_bits(float x) {
   u16 h;
@@ -130,6 +140,23 @@ DEVICE u32 load_shared(u32 address) {
 
 DEVICE void store_shared(u32 address, u32 value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+DEVICE void store_shared2(u32 address, u32 a, u32 b) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// A fragment of 16 rows by 32 bytes for mma_and and wgmma_and, from rows in shared memory: lane l
+// says where 16 bytes of row l % 16 are, the first of the 32 or, from lane 16 on, the last.
+DEVICE void load_fragment(u32 (&v)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
+DEVICE void add_global(u64* p, u64 value) {
+  asm volatile("red.global.add.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
 
 DEVICE void add_shared(u32 address, int value) {

@@ -34,13 +34,14 @@ struct Params {
   const int* threshold;  // (2, COUT)
   int* corr;             // (classes, COUT), written by prepare, read by the contraction
   int* pa;               // (rows), likewise; the mma.sync kernels count for themselves
+  u64* moments;          // (3, COUT): sums are added, the count is written
   float clamp_min;
   float clamp_max;
   int rows;  // output pixels: images * OH * OW
   int images;
 };
 
-enum Type { NONE = 0, INT32 = 1, FLOAT32 = 2, FLOAT16 = 3, BFLOAT16 = 4 };
+enum Type { NONE = 0, INT32 = 1, FLOAT32 = 2, FLOAT16 = 3, BFLOAT16 = 4, INT16 = 5 };
 
 // CUtensorMap, which only the driver and the hardware look into.
 struct alignas(64) TensorMap {

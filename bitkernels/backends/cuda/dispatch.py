@@ -29,7 +29,7 @@ MOST_PLANS = 4096
 # image sizes must not spend for ever: after so many Triton runs new ones, whose kernels take the
 # sizes of an image as arguments.
 MOST_UNASKED = 128
-OPS = ("packed_conv2d", "packed_linear")
+OPS = ("packed_conv2d", "packed_linear", "packed_conv2d_moments")
 
 
 class Plan(NamedTuple):

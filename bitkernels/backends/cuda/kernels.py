@@ -7,10 +7,17 @@ A kernel is a class template of csrc/cuda with its tile; everything else about a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bitkernels.backends.cuda.spec import Spec
 
+if TYPE_CHECKING:
+    from bitkernels.backends.cuda.plan import Problem
+
 WINDOW = 16  # bytes of a Window (layout.cuh)
+MOMENTS = "packed_conv2d_moments"
+MOST_TAPS = 64  # that a resident kernel's border classes name, a bit each
+MOST_SUMMED = 1 << 14  # products of which 16 squares fit into 32 bits
 MOST_SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 can have
 
 
@@ -43,8 +50,26 @@ class Kernel:
         if not self.resident:
             return self.shared
         filters = -(-spec.k_bytes // 128) * (self.bn + 16) * 128
-        counts = (spec.kh * spec.kw + spec.classes) * self.bn * 4
-        return self.shared + filters + counts + self.groups * 2 * spec.image_bytes(self.bm)
+        bare = not (spec.out_type or spec.packed)  # what the outputs are is not known yet
+        tables = 4 if bare else (4 if spec.threshold else 2) if spec.only_signs else 1
+        lines = (spec.classes * tables + 8) * self.bn * 4
+        totals = self.groups * 4 * 2 * self.bn * 8 if spec.moments else 0
+        return filters + lines + totals + self.groups * 2 * spec.resident(self.bm).image
+
+    def takes(self, problem: Problem) -> bool:
+        """Of what these kernels take at all."""
+        spec = problem.spec
+        if self.bulk and not problem.aligned or problem.op == MOMENTS and not self.sums:
+            return False
+        if self.resident and (spec.kh * spec.kw > MOST_TAPS or problem.op == MOMENTS
+                              and 8 * spec.k_bytes > MOST_SUMMED):
+            return False
+        return self.shared_bytes(spec) <= MOST_SHARED
+
+    @property
+    def sums(self) -> bool:
+        """Whether it takes moments: registers hold sums of 64 channels."""
+        return self.resident and self.bn == 64
 
     @property
     def source(self) -> str:
@@ -78,7 +103,7 @@ def _wgmma(strips: int, bn: int, stages: int, bulk: bool) -> Kernel:
 def _resident(bn: int) -> Kernel:
     groups = 3
     return Kernel(f"resident_64x{bn}", "resident.cuh", f"Resident<{groups}, {bn}>", 64, bn,
-                  128 * groups, 16, 1, persistent=True, groups=groups)
+                  128 * groups, 0, 1, persistent=True, groups=groups)
 
 
 MMA = (

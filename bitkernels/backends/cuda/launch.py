@@ -190,12 +190,7 @@ def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=
                   dilation=(1,), groups=1, *, pad_value=0, out_channels=None, dtype=None,
                   channels_last=True, real=True, packed=False, residual=None, **parts):
     """(real tensor or None, packed signs or None)."""
-    words = words.contiguous()
-    if weight_words.dim() == 5:
-        cout = weight_words.shape[0] * weight_words.shape[-1] if out_channels is None \
-            else out_channels
-        weight_words = reference.untile_weight(weight_words, cout, 1)
-    filters = weight_words.contiguous()
+    words, filters = words.contiguous(), _filters(weight_words, out_channels).contiguous()
     chunk = _chunk(4 * words.shape[-1], words, filters)
     spec, shape = _conv(words, filters, channels, stride, padding, dilation, pad_value, None, chunk)
     images, cout, oh, ow = shape
@@ -206,6 +201,29 @@ def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=
     _contract(kernel, spec, words, filters, images * oh * ow, out, signs, residual,
               bool(channels_last), **parts)
     return out, signs
+
+
+def packed_conv2d_moments(kernel: kernels.Kernel, words, weight_words, channels, stride=(1,),
+                          padding=(0,), dilation=(1,), groups=1, *, pad_value=0, out_channels=None,
+                          relu=False, dtype=torch.int16):
+    """(dot products, their moments)."""
+    words, filters = words.contiguous(), _filters(weight_words, out_channels).contiguous()
+    spec, shape = _conv(words, filters, channels, stride, padding, dilation, pad_value, None,
+                        _chunk(4 * words.shape[-1], words, filters))
+    images, cout, oh, ow = shape
+    dot = empty_real(words, shape, dtype, True)
+    moments = words.new_zeros((3, cout), dtype=torch.int64)
+    _contract(kernel, spec.with_parts(("moments", 2 if relu else 1)), words, filters,
+              images * oh * ow, dot, None, None, True, moments=moments)
+    return dot, moments
+
+
+def _filters(weight_words: Tensor, out_channels: int | None) -> Tensor:
+    """Filters as they are, not as CPU kernels read them."""
+    if weight_words.dim() == 4:
+        return weight_words
+    cout = weight_words.shape[0] * weight_words.shape[-1] if out_channels is None else out_channels
+    return reference.untile_weight(weight_words, cout, 1)
 
 
 def packed_linear(kernel: kernels.Kernel, words, weight_words, channels, *, out_channels=None,
@@ -226,7 +244,7 @@ def packed_linear(kernel: kernels.Kernel, words, weight_words, channels, *, out_
 
 
 def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, nhwc, *,
-              clamp_min=None, clamp_max=None, threshold=None, **vectors) -> None:
+              clamp_min=None, clamp_max=None, threshold=None, moments=None, **vectors) -> None:
     if rows == 0:
         return
     device = words.device
@@ -240,8 +258,9 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         ("residual", TYPES[None if residual is None else residual.dtype]),
         ("threshold", int(threshold is not None)), ("clamp_min", int(clamp_min is not None)),
         ("clamp_max", int(clamp_max is not None)), ("windows", int(kernel.windows)),
-        ("image", spec.image_bytes(kernel.bm) if kernel.resident else 0),
         *((name, 1) for name in vectors))
+    if kernel.resident:
+        spec = spec.resident(kernel.bm)
     main = _function(kernel, spec, device)
     prepare = corr = pa = None
     if not kernel.resident:
@@ -249,7 +268,7 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         corr = words.new_empty(spec.classes * spec.cout)
         pa = words.new_empty(rows) if kernel.windows else None
     tensors = dict(words=words, filters=filters, out=out, packed=packed, residual=residual,
-                   threshold=threshold, corr=corr, pa=pa, **vectors)
+                   threshold=threshold, corr=corr, pa=pa, moments=moments, **vectors)
     params = Params(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
                     clamp_min=clamp_min or 0.0, clamp_max=clamp_max or 0.0, rows=rows,
                     images=words.shape[0])

@@ -110,6 +110,5 @@ def modelled(families: tuple[str, ...], problem: Problem, multiprocessors: int
         return work / (3276.8 * RATES[kernel.name]) + (0 if kernel.resident else PREPARED)
 
     found = [k for k in kernels.ALL.values()
-             if k.family in families and (problem.aligned or not k.bulk)
-             and k.shared_bytes(problem.spec) <= kernels.MOST_SHARED]
+             if k.family in families and k.takes(problem)]
     return tuple(sorted(found, key=clocks))

@@ -1,4 +1,4 @@
-"""Small cases of packed_conv2d and packed_linear, run by one kernel, compared with the reference.
+"""Small cases of the operators of csrc/cuda, run by one kernel, compared with the reference.
 
 The cases are those of the Triton kernels' check, as far as these kernels take them, and two that
 fill several tiles.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitkernels import reference
 from bitkernels.backends.cuda import kernels, launch
 from bitkernels.backends.triton import selfcheck
+from bitkernels.ops._record import OPERATORS
 
 
 def cases(op: str) -> list[tuple[tuple, dict]]:
@@ -39,7 +39,7 @@ def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None
     for number, (args, kw) in enumerate(cases(op)):
         if kernel not in launch.taking((kernel.family,), op, args, kw):
             continue
-        expected = getattr(reference, op)(*args, **kw)
+        expected = OPERATORS[op].reference(*args, **kw)
         got = getattr(launch, op)(kernel, *map(move, args),
                                   **{k: move(v) for k, v in kw.items()})
         for i, (want, have) in enumerate(zip(expected, got, strict=True)):

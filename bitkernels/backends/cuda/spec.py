@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-TYPES = {None: 0, torch.int32: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+TYPES = {None: 0, torch.int32: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4,
+         torch.int16: 5}
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
 
 
@@ -58,7 +59,13 @@ class Spec:
     shift_out: int = 0
     sign_shift: int = 0
     windows: int = 0  # whether `prepare` counts the windows too
-    image: int = 0  # bytes of the pixels that a tile of a resident kernel reads at most
+    # Of a resident kernel: bytes of the lines that a tile reads at most, pixels from one of them to
+    # the next and lines from one image to the next, with the borders; 1 and 2: sums are taken, of
+    # the dot products or of their positive parts.
+    image: int = 0
+    wp: int = 1
+    hp: int = 1
+    moments: int = 0
 
     @property
     def classes(self) -> int:
@@ -68,22 +75,36 @@ class Spec:
         return (axis(self.top, self.bottom, self.both_h)
                 * axis(self.left, self.right, self.both_w))
 
+    @property
+    def only_signs(self) -> bool:
+        """Whether the epilogue is nothing but comparisons of the dot product."""
+        real = any(getattr(self, name) for name in (*VECTORS, "residual", "clamp_min", "clamp_max"))
+        return bool(not self.out_type and self.packed and (self.threshold or not real))
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Pixels past the images, down and right, that a window reads at most."""
+        return (max(0, (self.oh - 1) * self.sh - self.pt + (self.kh - 1) * self.dh + 1 - self.h),
+                max(0, (self.ow - 1) * self.sw - self.pl + (self.kw - 1) * self.dw + 1 - self.w))
+
     @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def image_bytes(self, rows: int) -> int:
-        """Bytes of the pixels that so many neighbouring output pixels read at most.
+    def resident(self, rows: int) -> Spec:
+        """For a resident kernel with tiles of so many output pixels.
 
-        They lie in whole rows of the images, from the first that the first one reads to the last
-        that the last one does; `rows` may begin in the middle of an output row.
+        A border serves the image before it and the one after it, so it is as wide as the window
+        that reaches furthest, on whichever side. A tile's lines go from the first that its first
+        window reads to the last that its last one does; it may begin in the middle of an output
+        row. Before them are the columns that the first line's windows read on the left.
         """
-        def line(image: int, ih: int) -> int:
-            return image * self.h + min(max(ih, 0), self.h)
-
-        most = 0
+        down, right = self.reach
+        hp, wp = self.h + max(down, self.pt), self.w + max(right, self.pl)
+        hp = max(hp, (self.oh - 1) * self.sh)  # the next image's windows start no earlier
+        lines = 0
         for first in range(self.oh):
             image, oh = divmod(first + (self.ow + rows - 2) // self.ow, self.oh)
-            end = line(image, oh * self.sh - self.pt + (self.kh - 1) * self.dh + 1)
-            most = max(most, end - line(0, first * self.sh - self.pt))
-        return -(-most * self.w * self.pixel // 16) * 16
+            lines = max(lines, image * hp + (oh - first) * self.sh + (self.kh - 1) * self.dh + 1)
+        size = (lines * wp + self.pl) * self.pixel
+        return replace(self, image=-(-size // 16) * 16, wp=wp, hp=hp)
 
     def header(self) -> str:
         """spec.cuh."""
@@ -99,13 +120,14 @@ class Spec:
         """Without what `prepare` does not look at, so that calls share its compiled kernel."""
         plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
                                "clamp_max"), 0)
-        return replace(self, chunk=4, nhwc=1, image=0, **plain)
+        return replace(self, chunk=4, nhwc=1, image=0, wp=1, hp=1, **plain)
 
 
 class Params(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "words", "filters", "out", "packed", "residual", *VECTORS, "threshold", "corr", "pa")),
+            "words", "filters", "out", "packed", "residual", *VECTORS, "threshold", "corr", "pa",
+            "moments")),
         ("clamp_min", ctypes.c_float), ("clamp_max", ctypes.c_float),
         ("rows", ctypes.c_int), ("images", ctypes.c_int),
     ]

@@ -128,7 +128,7 @@ RESIDENT = {"linear": replace(linear_spec(64, 200, 2048, 16), packed=1),
 @pytest.mark.parametrize("kernel", kernels.RESIDENT, ids=name_of)
 def test_resident(kernel, what):
     spec = RESIDENT[what]
-    spec = spec.with_parts(("image", spec.image_bytes(kernel.bm)))
+    spec = spec.resident(kernel.bm)
     code, registers, spilled = build(kernel, spec, "sm_90a")
     # Fragments in registers: the first operand after the accumulators is not a descriptor.
     product = re.compile(rf"BGMMA.64x{kernel.bn + 16}x256.AND.POPC R\d+, R\d+, gdesc")
@@ -136,6 +136,8 @@ def test_resident(kernel, what):
     assert spilled == 0 and registers * kernel.threads <= 65536
     assert kernel.shared_bytes(spec) <= kernels.MOST_SHARED
     assert any("LDGSTS" in line for line in code) and any("LDS" in line for line in code)
+    if spec.pixel % 16 == 0:
+        assert sum("LDSM.16.M88.4" in line for line in code) == -(-spec.k_bytes // 32)
 
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_89", "sm_90a"))

@@ -1,0 +1,94 @@
+// The windows of a resident kernel: pixels come to shared memory by cp.async, with zeros around the
+// images, and from there into the fragments of wgmma. Nothing is unfolded.
+#pragma once
+#include "layout.cuh"
+#include "ptx.cuh"
+
+// The zeros before the first line, which no copy writes. By the threads of a warpgroup.
+DEVICE void clear_before(u32 pixels, int thread) {
+  const int words = PIXEL / 4;
+#pragma unroll 1
+  for (int i = thread; i < PL * words; i += 128) {
+    store_shared(pixels + pixel_offset(i / words, i % words * 4), 0);
+  }
+}
+
+// Starts to copy the lines of a tile from the `begin`th on, with their borders, by the threads of a
+// warpgroup; some lanes of a warp share a line.
+template <int SIZE>
+DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
+  const int chunks = WP * PIXEL / SIZE, rounds = (chunks + 31) / 32;
+  const int across = chunks > 16 ? 32 : chunks > 8 ? 16 : chunks > 4 ? 8 : chunks > 2 ? 4 : 2;
+  const int each = 128 / across;  // lines at a time
+  const unsigned char* const words = reinterpret_cast<const unsigned char*>(p.words);
+  const int lane = thread % across;
+#pragma unroll 2
+  for (int turn = 0; turn < (lines() + each - 1) / each; ++turn) {
+    const int i = turn * each + thread / across;
+    if (lines() % each && i >= lines()) break;
+    // Lines are counted from PT before the first; HP more keep the dividend positive.
+    const u32 line = begin + i + (HP - PT), above = line / HP, ih = line - above * HP;
+    const int image = static_cast<int>(above) - 1;
+    const bool inside = ih < H && static_cast<u32>(image) < static_cast<u32>(p.images);
+    const unsigned char* const from =
+        words + static_cast<i64>(image * H + static_cast<int>(ih)) * (W * PIXEL);
+#pragma unroll
+    for (int round = 0; round < rounds; ++round) {
+      const int c = round * 32 + lane;
+      if (chunks % across && c >= chunks) break;
+      const bool real = inside && c * SIZE < W * PIXEL;
+      copy_async<SIZE>(pixels + pixel_offset(i * WP + PL + c * SIZE / PIXEL, c * SIZE % PIXEL),
+                       real ? from + c * SIZE : words, real);
+    }
+  }
+}
+
+DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
+  if (CHUNK == 16) {
+    copy_lines<16>(pixels, p, begin, thread);
+  } else if (CHUNK == 8) {
+    copy_lines<8>(pixels, p, begin, thread);
+  } else {
+    copy_lines<4>(pixels, p, begin, thread);
+  }
+}
+
+// What a lane reads of the 16 windows of its warp.
+struct Reader {
+  u32 at[2];  // of its windows: number lane % 16 in at[0], or lane / 4 and lane / 4 + 8
+  int lane;
+
+  // `place` is where the window of number lane % 16 starts.
+  DEVICE static Reader of(u32 pixels, int place, int lane) {
+    if (unit() == 16) return {{pixels + place * 16, 0}, lane};
+    return {
+        {pixels + shuffle(place, lane / 4) * PIXEL, pixels + shuffle(place, lane / 4 + 8) * PIXEL},
+        lane};
+  }
+
+  // The fragment of one product.
+  DEVICE void read(u32 (&a)[4], int product) const {
+    // To keep the addresses of many products in registers costs spills.
+    const int t = (products() > 8 ? forget(lane) : lane) % 4;
+    if (unit() == 16) {
+      const int first = unit_offset(2 * product), second = unit_offset(2 * product + 1);
+      const int step = 2 * product + 1 < units() ? second - first : 0;
+      load_fragment(a, at[0] + lane / 16 * step + first);
+    } else if (unit() == 8) {
+      const int offset = unit_offset(4 * product + t);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        u32 v[2];
+        load_shared2(v, at[h] + offset);
+        a[h] = v[0], a[2 + h] = v[1];
+      }
+    } else {
+      const int low = unit_offset(8 * product + t), high = unit_offset(8 * product + 4 + t);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        a[h] = load_shared(at[h] + low);
+        a[2 + h] = load_shared(at[h] + high);
+      }
+    }
+  }
+};
