@@ -120,7 +120,7 @@ HOST_DEVICE int products() { return (K_BYTES + 31) / 32; }
 // that the 16 bytes of 8 neighbouring pixels are in different banks; smaller pixels as they are.
 HOST_DEVICE int pixel_offset(int place, int byte) {
   if (unit() < 16) return place * PIXEL + byte;
-  return byte / 16 * (IMAGE / (PIXEL / 16)) + place * 16 + byte % 16;
+  return byte / 16 * (IMAGE / PIXEL * 16) + place * 16 + byte % 16;
 }
 
 // From a window's first pixel to unit `u` of it; past the end of K, where filters are 0, to unit 0.
