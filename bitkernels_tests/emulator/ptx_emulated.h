@@ -78,7 +78,6 @@ inline bool any_lane(bool x) {
 
 inline int forget(int x) { return x; }
 inline int popcount(u32 value) { return std::popcount(value); }
-inline int count_taps(u64 taps) { return std::popcount(taps); }
 inline u32 funnel(u32 word, u32 value) { return word << 1 | value >> 31; }
 inline u32 permute(u32 a, u32 b, u32 order) {
   const u64 bytes = static_cast<u64>(b) << 32 | a;

@@ -146,24 +146,28 @@ struct Filters {
   }
   HOST_DEVICE static int second_table() { return border_classes() * 2 * BN * 4; }
 
-  // Which of the at most 64 taps lie inside the image, for windows of a border class.
-  DEVICE static u64 taps_inside(int label) {
+  // Whether some channel has a lower and an upper bound.
+  DEVICE bool any_both() const {
+    u32 any = 0;
+    for (int i = 0; i < BN / 32; ++i) any |= load_shared(line(LINE_BOTH, i));
+    return any != 0;
+  }
+
+  // Which of the at most 32 taps lie inside the image, for windows of a border class.
+  DEVICE static u32 taps_inside(int label) {
     const int across = axis_classes(LEFT, RIGHT, BOTH_W);
     const Cut h = axis_cut(label / across, TOP, BOTTOM, BOTH_H);
     const Cut w = axis_cut(label % across, LEFT, RIGHT, BOTH_W);
-    u64 found = 0;
+    u32 columns = 0, found = 0;
 #pragma unroll
-    for (int tap = 0; tap < KH * KW; ++tap) {
-      const int kh = tap / KW, kw = tap % KW;
-      const bool inside = kh >= h.before && kh < KH - h.past && kw >= w.before && kw < KW - w.past;
-      found |= static_cast<u64>(inside) << tap;
+    for (int kw = 0; kw < KW; ++kw) {
+      if (kw >= w.before && kw < KW - w.past) columns |= 1u << kw;
+    }
+#pragma unroll
+    for (int kh = 0; kh < KH; ++kh) {
+      if (kh >= h.before && kh < KH - h.past) found |= columns << kh * KW;
     }
     return found;
-  }
-
-  DEVICE static bool has(u64 taps, int tap) {
-    if (KH * KW <= 32) return tap < 32 && static_cast<u32>(taps) >> tap & 1;
-    return tap < 64 && taps >> tap & 1;
   }
 
   // By 8 warps, each BN / 8 channels, 16 classes at a time.
@@ -171,18 +175,19 @@ struct Filters {
     constexpr int STRIPS = BN / 64;
     const int t = lane % 4, classes = border_classes();
     if (warp >= 8) return;
+    const bool second = THRESHOLD && any_both();
     for (int first = 0; first < classes; first += 16) {
       const int label[2] = {first + lane / 4, first + lane / 4 + 8};
-      u64 taps[2];
+      u32 taps[2];
       for (int h = 0; h < 2; ++h) taps[h] = label[h] < classes ? taps_inside(label[h]) : 0;
       int acc[STRIPS][4] = {};
-#pragma unroll 4
+#pragma unroll
       for (int product = 0; product < products(); ++product) {
         u32 a[2][2];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const int tap = word_at({product, t + 4 * k}) * 4 / PIXEL;
-          for (int h = 0; h < 2; ++h) a[k][h] = has(taps[h], tap) ? ~0u : 0;
+          for (int h = 0; h < 2; ++h) a[k][h] = tap < 32 && taps[h] >> tap & 1 ? ~0u : 0;
         }
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s) {
@@ -198,15 +203,15 @@ struct Filters {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (label[i / 2] >= classes) continue;
-          put(label[i / 2], j / 4, t, j % 4 * 2 + i % 2,
-              CHANNELS * count_taps(taps[i / 2]) - 2 * acc[s][i]);
+          put(second, label[i / 2], j / 4, t, j % 4 * 2 + i % 2,
+              CHANNELS * popcount(taps[i / 2]) - 2 * acc[s][i]);
         }
       }
     }
   }
 
   // Of channel 32 q + 8 t + k.
-  DEVICE void put(int label, int q, int t, int k, int corr) const {
+  DEVICE void put(bool second, int label, int q, int t, int k, int corr) const {
     const int channel = 32 * q + 8 * t + k;
     if (!only_signs()) {
       store_shared(table + (label * BN + channel) * 4,
@@ -215,6 +220,7 @@ struct Filters {
     }
 #pragma unroll
     for (int which = 0; which < (THRESHOLD ? 2 : 1); ++which) {
+      if (which && !second) return;
       const int bound = static_cast<int>(load_shared(line(LINE_FIRST + which, channel))) - corr;
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {

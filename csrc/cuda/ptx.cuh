@@ -42,7 +42,6 @@ DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu
 DEVICE u32 shuffle(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 DEVICE int popcount(u32 value) { return __popc(value); }
-DEVICE int count_taps(u64 taps) { return __popcll(taps); }
 
 // word << 1, with the sign bit of `value` below.
 DEVICE u32 funnel(u32 word, u32 value) { return __funnelshift_l(value, word, 1); }

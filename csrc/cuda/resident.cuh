@@ -98,10 +98,7 @@ struct Resident {
     const int tiles = (p.rows + BM - 1) / BM;
     const F filters = Resident::filters();
     Moments<BN> moments;
-    bool both = false;
-    if (only_signs() && THRESHOLD) {
-      for (int i = 0; i < BN / 32; ++i) both |= load_shared(filters.line(LINE_BOTH, i)) != 0;
-    }
+    const bool both = only_signs() && THRESHOLD && filters.any_both();
     int buffer = 0, seen = 0;
     for (int tile = first; tile < tiles; tile += stride, buffer ^= 1) {
       // The tile's pixels are there, and nobody still reads those of the tile before.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WINDOW = 16  # bytes of a Window (layout.cuh)
 MOMENTS = "packed_conv2d_moments"
-MOST_TAPS = 64  # that a resident kernel's border classes name, a bit each
+MOST_TAPS = 32  # that a resident kernel's border classes name, a bit each
 MOST_SUMMED = 1 << 14  # products of which 16 squares fit into 32 bits
 MOST_SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 can have
 
@@ -38,7 +38,7 @@ class Kernel:
 
     @property
     def family(self) -> str:
-        return self.name.split("_")[0]
+        return self.name.split("_")[0].rstrip("0123456789")
 
     @property
     def resident(self) -> bool:
@@ -69,7 +69,7 @@ class Kernel:
     @property
     def sums(self) -> bool:
         """Whether it takes moments: registers hold sums of 64 channels."""
-        return self.resident and self.bn == 64
+        return self.name == "resident_64x64"
 
     @property
     def source(self) -> str:
@@ -100,9 +100,9 @@ def _wgmma(strips: int, bn: int, stages: int, bulk: bool) -> Kernel:
                   persistent=True)
 
 
-def _resident(bn: int) -> Kernel:
-    groups = 3
-    return Kernel(f"resident_64x{bn}", "resident.cuh", f"Resident<{groups}, {bn}>", 64, bn,
+def _resident(bn: int, groups: int) -> Kernel:
+    name = f"resident_64x{bn}" if groups == 3 else f"resident{groups}_64x{bn}"
+    return Kernel(name, "resident.cuh", f"Resident<{groups}, {bn}>", 64, bn,
                   128 * groups, 0, 1, persistent=True, groups=groups)
 
 
@@ -115,7 +115,7 @@ MMA = (
 WGMMA = (_wgmma(1, 256, 4, False), _wgmma(2, 128, 4, False), _wgmma(1, 128, 4, False),
          _wgmma(1, 64, 6, False))
 BULK = (_wgmma(1, 256, 4, True), _wgmma(2, 128, 4, True), _wgmma(1, 128, 6, True))
-RESIDENT = (_resident(128), _resident(64))
+RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<4>", 4, 0, 128, 0, 4)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)

@@ -52,7 +52,7 @@ def test_conv_geometry(case, kernel):
     words, filters = case.words()
     args, kw = (words, filters, case.channels, *case.args), dict(pad_value=case.pad_value, **INT32)
     if kernel not in launch.taking((kernel.family,), "packed_conv2d", args, kw):
-        large = case.channels > 512 or 9 in case.padding
+        large = case.channels > 512 or 9 in case.padding or 7 in case.kernel
         assert case.groups > 1 or case.pad_value == 1 or (kernel.resident and large)
         pytest.skip("outside the class of this kernel")
     check("packed_conv2d", kernel, args, kw)
