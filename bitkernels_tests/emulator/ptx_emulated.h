@@ -171,6 +171,12 @@ inline void store_shared2(u32 address, u32 a, u32 b) {
   machine.waited[machine.current].emplace_back(address, 8);
 }
 
+inline void store_shared4(u32 address, const u32 (&v)[4]) {
+  memcpy(machine.at(address, 16), v, 16);
+  machine.own(address, 16);
+  machine.waited[machine.current].emplace_back(address, 16);
+}
+
 inline void load_fragment(u32 (&v)[4], u32 address) {
   const int lane = machine.current % 32, warp = machine.current / 32;
   machine.at(address, 16);
@@ -201,6 +207,11 @@ void copy_async(u32 to, const void* from, bool real) {
   }
   if (machine.chance(2)) machine.finish_copy(copy);
   machine.groups[machine.current].back().push_back(copy);
+}
+
+template <int SIZE>
+void copy_async(u32 to, const void* from) {
+  copy_async<SIZE>(to, from, true);
 }
 
 inline void copy_async_commit() { machine.groups[machine.current].emplace_back(); }

@@ -17,16 +17,16 @@ HOST_DEVICE Pixel pixel_of(int row) {
           static_cast<int>(row - line * OW)};
 }
 
-// Taps of KERNEL at first, first + step, ... that fall before the image.
-HOST_DEVICE int taps_before(int first, int step, int kernel) {
-  if (first >= 0) return 0;
-  const int taps = (-first + step - 1) / step;
-  return taps < kernel ? taps : kernel;
+// Taps of `kernel` at first, first + step, ... that fall before the image; at most `most`.
+HOST_DEVICE int taps_before(int first, int step, int kernel, int most) {
+  const int taps = step == 1 ? -first : (-first + step - 1) / step;
+  return first >= 0 ? 0 : most < kernel || taps < kernel ? taps : kernel;
 }
 
 // ... and past the image of `size` pixels.
-HOST_DEVICE int taps_past(int first, int step, int kernel, int size) {
+HOST_DEVICE int taps_past(int first, int step, int kernel, int size, int most) {
   const int room = size - first;
+  if (step == 1 && most < kernel) return room < kernel ? kernel - room : 0;
   if (room <= 0) return kernel;
   const int taps = (room + step - 1) / step;
   return taps < kernel ? kernel - taps : 0;
@@ -59,8 +59,8 @@ HOST_DEVICE int border_classes() {
 
 HOST_DEVICE int border_class(Pixel p) {
   const int ih = p.oh * SH - PT, iw = p.ow * SW - PL;
-  const Cut h = {taps_before(ih, DH, KH), taps_past(ih, DH, KH, H)};
-  const Cut w = {taps_before(iw, DW, KW), taps_past(iw, DW, KW, W)};
+  const Cut h = {taps_before(ih, DH, KH, TOP), taps_past(ih, DH, KH, H, BOTTOM)};
+  const Cut w = {taps_before(iw, DW, KW, LEFT), taps_past(iw, DW, KW, W, RIGHT)};
   return axis_class(h, TOP, BOTTOM, BOTH_H) * axis_classes(LEFT, RIGHT, BOTH_W) +
          axis_class(w, LEFT, RIGHT, BOTH_W);
 }

@@ -4,24 +4,37 @@
 #include "layout.cuh"
 #include "ptx.cuh"
 
-// The zeros before the first line, which no copy writes. By the threads of a warpgroup.
-DEVICE void clear_before(u32 pixels, int thread) {
-  const int words = PIXEL / 4;
+// The borders left and right of all lines, which no copy writes. By the threads of a warpgroup.
+DEVICE void clear_borders(u32 pixels, int thread) {
+  const u32 words = PIXEL / 4, right = WP - W;
 #pragma unroll 1
-  for (int i = thread; i < PL * words; i += 128) {
-    store_shared(pixels + pixel_offset(i / words, i % words * 4), 0);
+  for (u32 i = thread; i < (PL + lines() * right) * words; i += 128) {
+    const u32 border = i / words, after = border - PL;
+    const int place = border < PL ? border : after / right * WP + PL + W + after % right;
+    store_shared(pixels + pixel_offset(place, i % words * 4), 0);
   }
 }
 
-// Starts to copy the lines of a tile from the `begin`th on, with their borders, by the threads of a
-// warpgroup; some lanes of a warp share a line.
+template <int SIZE>
+DEVICE void clear(u32 address) {
+  if (SIZE == 16) {
+    store_shared4(address, {0, 0, 0, 0});
+  } else if (SIZE == 8) {
+    store_shared2(address, 0, 0);
+  } else {
+    store_shared(address, 0);
+  }
+}
+
+// Starts to copy the lines of a tile from the `begin`th on, by the threads of a warpgroup; those
+// outside the images are zeros. Some lanes of a warp share a line.
 template <int SIZE>
 DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
-  const int chunks = WP * PIXEL / SIZE, rounds = (chunks + 31) / 32;
+  const int chunks = W * PIXEL / SIZE, rounds = (chunks + 31) / 32;
   const int across = chunks > 16 ? 32 : chunks > 8 ? 16 : chunks > 4 ? 8 : chunks > 2 ? 4 : 2;
   const int each = 128 / across;  // lines at a time
-  const unsigned char* const words = reinterpret_cast<const unsigned char*>(p.words);
   const int lane = thread % across;
+  const unsigned char* const words = reinterpret_cast<const unsigned char*>(p.words) + lane * SIZE;
 #pragma unroll 2
   for (int turn = 0; turn < (lines() + each - 1) / each; ++turn) {
     const int i = turn * each + thread / across;
@@ -34,11 +47,14 @@ DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
         words + static_cast<i64>(image * H + static_cast<int>(ih)) * (W * PIXEL);
 #pragma unroll
     for (int round = 0; round < rounds; ++round) {
-      const int c = round * 32 + lane;
+      const u32 c = round * 32 + lane;
       if (chunks % across && c >= chunks) break;
-      const bool real = inside && c * SIZE < W * PIXEL;
-      copy_async<SIZE>(pixels + pixel_offset(i * WP + PL + c * SIZE / PIXEL, c * SIZE % PIXEL),
-                       real ? from + c * SIZE : words, real);
+      const u32 to = pixels + pixel_offset(i * WP + PL + c * SIZE / PIXEL, c * SIZE % PIXEL);
+      if (inside) {
+        copy_async<SIZE>(to, from + round * 32 * SIZE);
+      } else {
+        clear<SIZE>(to);
+      }
     }
   }
 }

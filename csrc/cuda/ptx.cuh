@@ -145,6 +145,12 @@ DEVICE void store_shared2(u32 address, u32 a, u32 b) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
+DEVICE void store_shared4(u32 address, const u32 (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 // A fragment of 16 rows by 32 bytes for mma_and and wgmma_and, from rows in shared memory: lane l
 // says where 16 bytes of row l % 16 are, the first of the 32 or, from lane 16 on, the last.
 DEVICE void load_fragment(u32 (&v)[4], u32 address) {
@@ -172,6 +178,16 @@ DEVICE void copy_async(u32 to, const void* from, bool real) {
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(bytes),
                  "n"(SIZE)
+                 : "memory");
+  }
+}
+
+template <int SIZE>
+DEVICE void copy_async(u32 to, const void* from) {
+  if (SIZE == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(SIZE)
                  : "memory");
   }
 }

@@ -52,7 +52,7 @@ struct Resident {
     const int first = block_index() / tiles_n + group() * sharing;
     filters().fill(p, n * BN);
     const int line = fetch(p, first, 0);
-    for (int buffer = 0; buffer < 2; ++buffer) clear_before(image(buffer), thread());
+    for (int buffer = 0; buffer < 2; ++buffer) clear_borders(image(buffer), thread());
     for (int i = lane(); i < total_bytes() / (THREADS / 32) / 4; i += 32) {
       store_shared(warp_totals() + 4 * i, 0);
     }
