@@ -140,6 +140,64 @@ def test_threshold(kernel):
           dict(threshold=threshold, real=False, packed=True))
 
 
+def bounds_of(cout: int, channels: int) -> torch.Tensor:
+    """Thresholds of every kind, next to each other and 128 of each."""
+    spread = max(2, int(channels ** 0.5))
+    low = torch.randint(-spread, spread, (cout,), dtype=torch.int32)
+    high = low + torch.randint(0, spread, (cout,), dtype=torch.int32)
+    least, most = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+    kinds = torch.arange(cout) % 12
+    low[(kinds == 0) | (torch.arange(cout) < 128)] = least  # only an upper bound
+    high[(kinds == 1) | (torch.arange(cout) >= 256)] = most  # only a lower one
+    low[kinds == 2], high[kinds == 2] = least, most
+    low[kinds == 3], high[kinds == 3] = most, least
+    low[kinds == 4], high[kinds == 4] = most, most
+    low[kinds == 5], high[kinds == 5] = least, least
+    low[kinds == 6], high[kinds == 6] = 3, 2
+    low[kinds == 7], high[kinds == 7] = least + 1, -1
+    low[kinds == 8], high[kinds == 8] = 1, most - 1
+    return torch.stack([low, high])
+
+
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
+@pytest.mark.parametrize("rows,cout,channels", ((200, 45, 200), (300, 400, 128), (130, 256, 384),
+                                                (77, 320, 1152)), ids=str)
+def test_signs_by_table(rows, cout, channels, kernel):
+    """Thresholds of all kinds, none, and beside real values; whole tiles and cut ones."""
+    channels = -(-channels // 128) * 128
+    args = words_of(rows, channels), words_of(cout, channels), channels
+    bounds = bounds_of(cout, channels)
+    for threshold in (bounds, torch.stack([bounds[0], torch.full_like(bounds[0], 2**31 - 1)])):
+        check("packed_linear", kernel, args, dict(threshold=threshold, real=False, packed=True))
+    check("packed_linear", kernel, args, dict(real=False, packed=True))
+    check("packed_linear", kernel, args, dict(INT32, packed=True))
+
+
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
+@pytest.mark.parametrize("cout", (21, 70, 264, 256))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_epilogue_of_matrices(dtype, cout, kernel):
+    rows = 150
+    words, filters = words_of(rows, 128), words_of(cout, 128)
+    parts = parts_of(PARTS, (rows, cout), cout, dtype)
+    for kw in (dict(dtype=dtype), dict(parts, dtype=dtype, packed=True),
+               dict(parts, real=False, packed=True)):
+        check("packed_linear", kernel, (words, filters, 128), kw)
+
+
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
+@pytest.mark.parametrize("names", (("scale",), ("bias",), ("residual",), ("shift_in", "slope"),
+                                   ("slope", "shift_out"), ("clamp_min",), ("sign_shift",)),
+                         ids=str)
+def test_parts_of_the_epilogue_of_matrices(names, kernel):
+    for cout in (256, 36):
+        words, filters = words_of(70, 128), words_of(cout, 128)
+        parts = parts_of(names, (70, cout), cout, torch.float32)
+        for real in (True, False):
+            kw = {k: v for k, v in parts.items() if real or k != "dtype"}
+            check("packed_linear", kernel, (words, filters, 128), dict(kw, real=real, packed=True))
+
+
 def test_views_are_taken_as_they_lie():
     """Offsets that are not aligned, strides, tiled filters, a residual in another layout."""
     words = words_of(40, 260)[1:]
@@ -212,13 +270,13 @@ MUTATIONS = (
      "    if (MUTANT != 4) fence_async();"),
     ("a producer that lags too far", "wgmma_gemm.cuh", "behind < LAG",
      "behind < LAG + (MUTANT == 5)"),
-    ("a stage left too early", "wgmma_gemm.cuh", "wgmma_wait<1>();",
+    ("a stage left too early", "wgmma_ring.cuh", "wgmma_wait<1>();",
      "if (MUTANT == 6) wgmma_wait<2>(); else wgmma_wait<1>();"),
     ("the wrong parity", "wgmma_gemm.cuh", "at.parity ^ 1", "at.parity ^ (MUTANT != 7)"),
-    ("a stage that is never left", "wgmma_gemm.cuh",
-     "if (lane == 0) barrier_arrive(empty(before));\n\n",
-     "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n\n"),
-    ("the accumulators of the tile before", "wgmma_gemm.cuh", "accumulate || k > 0",
+    ("a stage that is never left", "wgmma_ring.cuh",
+     "if (lane == 0) barrier_arrive(empty(before));\n  }",
+     "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n  }"),
+    ("the accumulators of the tile before", "wgmma_ring.cuh", "accumulate || k > 0",
      "accumulate || k > 0 || MUTANT == 9"),
     ("more registers taken than given", "wgmma_gemm.cuh", "give_registers<PRODUCER_REGISTERS>();",
      "if (MUTANT == 10) give_registers<64>(); else give_registers<PRODUCER_REGISTERS>();"),
@@ -238,10 +296,43 @@ MUTATIONS = (
      "return {2 * step + within % 4 / 2, within / 4 + within % 2 * 4};",
      "if (MUTANT == 17) return {2 * step + within / 8, within % 8};\n"
      "    return {2 * step + within % 4 / 2, within / 4 + within % 2 * 4};"),
+    ("bounds rounded down", "gemm_epilogue.cuh", "2 * parity + 3)",
+     "2 * parity + 3 * (MUTANT != 18))"),
+    ("a table that knows no parity", "gemm_epilogue.cuh", "(pa & 1) * Slot::TABLE",
+     "(MUTANT == 19 ? 0 : pa & 1) * Slot::TABLE"),
+    ("values of other channels", "gemm_epilogue.cuh", "c % 8 / 2 * 4 + c % 16 / 8 * 2",
+     "(MUTANT == 20 ? c % 4 * 4 + c % 16 / 4 / 2 * 2 : c % 8 / 2 * 4 + c % 16 / 8 * 2)"),
+    ("bytes of other lanes", "gemm_epilogue.cuh", "t & 1 ? 0x3715 : 0x6240",
+     "(t & 1) != (MUTANT == 21) ? 0x3715 : 0x6240"),
+    ("fields of other channels", "gemm_epilogue.cuh", "0x0000F0F0", "(MUTANT == 22 ? 0 : 0xF0F0)"),
+    ("upper bounds that are not flipped", "gemm_epilogue.cuh", "words[g] ^= load",
+     "if (MUTANT != 23) words[g] ^= load"),
+    ("no second bound", "gemm_epilogue.cuh", "if (between) {", "if (between && MUTANT != 24) {"),
+    ("ones past the last channel", "gemm_epilogue.cuh", "if (!there || low",
+     "if (!there && MUTANT != 25 || low"),
+    ("bounds that overflow", "gemm_epilogue.cuh", "low >= MOST || high <= -MOST)",
+     "MUTANT != 26 && (low >= MOST || high <= -MOST))"),
+    ("corrections read before prepare has ended", "bulk_gemm.cuh", "    dependency_wait();",
+     "    if (MUTANT != 27) dependency_wait();"),
+    ("a slot filled while it is in use", "bulk_gemm.cuh", "      barrier_wait(used(n)",
+     "      if (MUTANT != 28) barrier_wait(used(n)"),
+    ("a slot read before it is filled", "bulk_gemm.cuh", "      barrier_wait(brought(n)",
+     "      if (MUTANT != 29) barrier_wait(brought(n)"),
+    ("window counts that nothing waits for", "gemm_epilogue.cuh", "    copy_async_wait<0>();",
+     "    if (MUTANT != 30) copy_async_wait<0>();"),
+    ("another group's stages", "bulk_gemm.cuh", "if (TURNS) at.skip((GROUPS - 1) * steps);",
+     "if (TURNS && MUTANT != 31) at.skip((GROUPS - 1) * steps);"),
+    ("the phase of other turns of the ring", "wgmma_ring.cuh", "parity ^= stage / STAGES & 1;",
+     "parity ^= MUTANT == 32 ? 0 : stage / STAGES & 1;"),
+    ("a head start that nobody gives", "bulk_gemm.cuh", "          barrier_arrive(ahead());",
+     "          if (MUTANT != 33) barrier_arrive(ahead());"),
+    ("rows of another strip", "gemm_epilogue.cuh", "const int r = row + 64 * s + lane / 4 + 8 * h;",
+     "const int r = row + 64 * (MUTANT == 34 ? 0 : s) + lane / 4 + 8 * h;"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
-         "bulk_128x128": (300, 130, 6144), "resident_64x64": (1500, 130, 2048)}
+         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead": (300, 260, 1024),
+         "bulk_128x128_turns": (600, 140, 3072), "resident_64x64": (1500, 130, 2048)}
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
@@ -251,25 +342,31 @@ def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
         assert right in texts[file]
         texts[file] = texts[file].replace(right, wrong)
     library = cuda_emulator.build(texts, chosen)
-    calls = {}
-    for name, (rows, columns, channels) in SIZES.items():
+    calls = []
+    for kernel in chosen:
+        rows, columns, channels = SIZES[kernel.name]
         args = words_of(rows, channels), words_of(columns, channels), channels
-        calls[name] = args, reference.packed_linear(*args, **INT32)[0]
+        calls.append((kernel, args, INT32, reference.packed_linear(*args, **INT32)[0]))
+        if kernel.bulk:
+            kw = dict(threshold=bounds_of(columns, channels), real=False, packed=True)
+            calls.append((kernel, args, kw, reference.packed_linear(*args, **kw)[1]))
 
-    def right(kernel, seed) -> bool:
+    def right(seed, kernel, args, kw, want) -> bool:
         launch.clear()
         monkeypatch.setattr(launch, "_driver", cuda_emulator.EmulatedDriver(seed, library))
-        args, want = calls[kernel.name]
         try:
-            return torch.equal(launch.packed_linear(kernel, *args, **INT32)[0], want)
+            got = launch.packed_linear(kernel, *args, **kw)
         except RuntimeError:  # a deadlock, or what the emulator refuses
             return False
+        return torch.equal(next(t for t in got if t is not None), want)
 
     survived = []
-    for number, (name, *_) in enumerate(MUTATIONS, 1):
+    for number, (name, file, *_) in enumerate(MUTATIONS, 1):
         library.set_mutant(number)
-        if all(right(kernel, seed) for kernel in chosen for seed in range(2)):
+        nearest = {"gemm_epilogue.cuh": "bulk_gemm.cuh"}.get(file, file)
+        calls.sort(key=lambda call, nearest=nearest: call[0].header != nearest)
+        if all(right(seed, *call) for call in calls for seed in range(2)):
             survived.append(name)
     library.set_mutant(0)
     assert not survived
-    assert all(right(kernel, 0) for kernel in chosen)
+    assert all(right(0, *call) for call in calls)
