@@ -32,7 +32,7 @@ def available() -> bool:
 
 
 def maps(kernel: kernels.Kernel) -> str:
-    return ", maps[0], maps[1]" if kernel.windows else ""
+    return ", maps[0], maps[1]" if kernel.bulk else ""
 
 
 def _generated(chosen) -> dict[str, str]:
@@ -80,7 +80,8 @@ def library() -> ctypes.CDLL:
 
 
 class Range(ctypes.Structure):
-    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_bool)]
+    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_bool),
+                ("late", ctypes.c_bool)]
 
 
 class EmulatedMap(ctypes.Structure):
@@ -117,15 +118,17 @@ class EmulatedDriver:
         return map
 
     def launch(self, loaded: Loaded, grid: int, block: int, shared: int, stream: int,
-               params: Params, *maps: ctypes.Structure) -> None:
+               params: Params, *maps: ctypes.Structure, early: bool = False) -> None:
         kernel, spec = self.functions[loaded.function]
+        assert not early or self.launched[-1] == kernels.PREPARE.name
         assert (block, shared) == (kernel.threads, kernel.shared_bytes(spec))
         self.launched.append(kernel.name)
         ranges = (Range * 20)()
         sizes = self._sizes(kernel, spec, params)
         for i, (name, (size, writable)) in enumerate(sizes.items()):
             begin = getattr(params, name) or 0
-            ranges[i] = Range(begin, begin + (size if begin else 0), writable)
+            ranges[i] = Range(begin, begin + (size if begin else 0), writable,
+                              early and name in ("corr", "pa"))
         values = (ctypes.c_int * len(NAMES))(*(getattr(spec, name.lower()) for name in NAMES))
         self.seed += 1
         both = b"".join(bytes(m) for m in maps) if maps else None

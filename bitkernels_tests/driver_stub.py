@@ -77,15 +77,20 @@ class StubDriver(Driver):
         with self.living:
             yield
 
-    def launch(self, *args) -> None:
+    def launch(self, *args, **kw) -> None:
         self.lib.stub_forget_memory()
         for begin, size in self.living.ranges():
             self._check(self.lib.stub_memory(begin, size), "stub_memory")
-        super().launch(*args)
+        super().launch(*args, **kw)
 
     def seen(self) -> list[int]:
         """Shared memory asked for; grid, block, shared memory, stream and words of a launch."""
         return [self.lib.stub_seen(i) for i in range(6)]
+
+    @property
+    def early(self) -> int:
+        """Launches that may overlap with the one before."""
+        return self.lib.stub_seen(6)
 
     @property
     def launches(self) -> int:

@@ -199,5 +199,31 @@ CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, u
   return 0;
 }
 
+// CUlaunchConfig and CUlaunchAttribute of cuda.h.
+struct attribute {
+  int id;
+  char pad[4];
+  union {
+    char all[64];
+    int allowed;
+  } value;
+};
+struct config {
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void* stream;
+  struct attribute* attributes;
+  unsigned count;
+};
+
+// With the one attribute that the launcher knows: the kernel may start before the one before ends.
+CUresult cuLaunchKernelEx(const struct config* c, void* function, void** params, void** extra) {
+  if (c->count != 1 || c->attributes[0].id != 6 || c->attributes[0].value.allowed != 1)
+    return INVALID;
+  const CUresult status = cuLaunchKernel(function, c->gx, c->gy, c->gz, c->bx, c->by, c->bz,
+                                         c->shared, c->stream, params, extra);
+  seen[6] += status == 0;
+  return status;
+}
+
 // The box height of a map, which the driver does not look at.
 uint64_t stub_box(const void* map) { return ((const uint64_t*)map)[4]; }

@@ -76,6 +76,11 @@ void Machine::wake(Queue& queue) {
   queue.clear();
 }
 
+void Machine::pause() {
+  ready.push_back(current);
+  if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
+}
+
 void Machine::meet(Meeting& meeting, int count, int kind, const std::function<void()>& action) {
   if (meeting.arrived > 0 && meeting.kind != kind) fail("threads met at different instructions");
   meeting.kind = kind;
@@ -100,7 +105,9 @@ void Machine::check(const void* p, int bytes, bool write) {
   const uint64_t begin = reinterpret_cast<uint64_t>(p);
   if (begin % (bytes < 16 ? bytes : 16)) fail("misaligned global address");
   for (const Range& r : ranges) {
-    if (begin >= r.begin && begin + bytes <= r.end && (r.writable || !write)) return;
+    if (begin < r.begin || begin + bytes > r.end || (write && !r.writable)) continue;
+    if (r.late && !depended[current]) fail("a load of what the kernel before may not have written");
+    return;
   }
   fail(write ? "a store outside the tensors" : "a load outside the tensors");
 }
@@ -195,6 +202,7 @@ std::string Machine::run(int grid, int block_threads, int shared_size, int seed,
     for (int i = 0; i < shared_size + GUARD; ++i) shared[i] = 0xA5 ^ (i >> 3);
     fibers.assign(threads, Fiber{});
     finished.assign(threads, false);
+    depended.assign(threads, false);
     ready.clear();
     for (int i = 0; i < threads; ++i) ready.push_back(i);
     in_flight.clear();

@@ -34,6 +34,7 @@ struct Meeting {
 struct Range {
   uint64_t begin, end;
   bool writable;
+  bool late;  // written by the kernel before, which this one was launched to overlap with
 };
 
 struct Copy {
@@ -79,6 +80,7 @@ struct Machine {
   int order;  // 0: random, 1: the latest ready thread first, 2: the earliest
   std::deque<int> ready;
   std::vector<bool> finished;
+  std::vector<bool> depended;                    // the thread has waited for the kernel before
   std::vector<std::function<void()>> in_flight;  // bulk copies
   std::map<uint32_t, Barrier> barriers;
   std::vector<Meeting> warps, named;
@@ -97,6 +99,7 @@ struct Machine {
   [[noreturn]] void fail(const std::string& what);
   void wait(Queue& queue);
   void wake(Queue& queue);
+  void pause();  // lets others run
   void meet(Meeting& meeting, int count, int kind, const std::function<void()>& action);
   bool chance(int one_in) { return random() % one_in == 0; }
 

@@ -1,4 +1,5 @@
 // The kernels, run by the emulator: emulate() is what a launch is on a GPU.
+#include "bulk_gemm.cuh"
 #include "mma_gemm.cuh"
 #include "prepare.cuh"
 #include "resident.cuh"

@@ -18,7 +18,8 @@ enum Instruction {
   WGMMA_COMMIT,
   WGMMA_WAIT,
   VOTE,
-  FRAGMENT
+  FRAGMENT,
+  SYNC_WARP
 };
 
 inline unsigned char* shared_memory() { return machine.shared; }
@@ -384,3 +385,32 @@ inline void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
     machine.complete(barrier_at(barrier));
   });
 }
+
+inline int uniform(int x) { return x; }
+inline void sync_warp() {
+  machine.meet(machine.warps[machine.current / 32], 32, SYNC_WARP, [] {});
+}
+
+inline u32 half_pair_bits(float a, float b) { return half_bits(a) | half_bits(b) << 16; }
+inline u32 bfloat_pair_bits(float a, float b) { return bfloat_bits(a) | bfloat_bits(b) << 16; }
+inline u32 load_if(bool real, const u32* p) { return real ? load(p) : 0; }
+inline void load2_if(bool real, u32 (&v)[2], const u32* p) {
+  v[0] = v[1] = 0;
+  if (real) load2(v, p);
+}
+inline void store_if(bool real, u32* p, u32 value) {
+  if (real) store(p, value);
+}
+inline void store2_if(bool real, void* p, u32 a, u32 b) {
+  if (real) store2(p, a, b);
+}
+inline void store4_if(bool real, void* p, const u32 (&v)[4]) {
+  if (real) store4(p, v);
+}
+inline int load_fresh(const int* p) { return load(p); }
+inline void dependency_wait() {
+  // The kernel before may end long after this one has begun.
+  for (int i = machine.random() % 64; i > 0; --i) machine.pause();
+  machine.depended[machine.current] = true;
+}
+inline void dependents_may_start() {}

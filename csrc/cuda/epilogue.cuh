@@ -23,6 +23,37 @@ DEVICE void quad_transpose(u32 (&v)[4], int t) {
   }
 }
 
+// Byte j of lane t becomes byte t of lane j, within a quad.
+DEVICE u32 bytes_transpose(u32 w, int t) {
+  w = permute(w, shuffle_xor(w, 1), t & 1 ? 0x3715 : 0x6240);
+  return permute(w, shuffle_xor(w, 2), t & 2 ? 0x3276 : 0x5410);
+}
+
+constexpr int MOST = 1 << 29;  // every dot product is between -MOST and MOST
+
+// The dot products of a channel that give a 1: from `low` on, or (flip) those below it; where
+// `between`, only those below `end`.
+struct Bounds {
+  int low, end;
+  bool flip, between;
+
+  // low <= dot <= high; a channel that is not there has no ones.
+  HOST_DEVICE static Bounds of(int low, int high, bool there) {
+    const int most = CHANNELS * KH * KW;
+    if (!there || low > high || low > most || high < -most) return {MOST, MOST, false, false};
+    const bool below = low > -most, above = high < most;
+    if (above && !below) return {high + 1, MOST, true, false};
+    return {below ? low : -most, above ? high + 1 : MOST, false, below && above};
+  }
+};
+
+// T, with which dot >= bound is the sign bit of T[pa & 1] + (pa >> 1) - acc:
+//
+//   dot = 4 acc + corr - 2 pa,  T[parity] = ceil((bound - corr + 2 parity) / 4) - 1
+HOST_DEVICE int table_entry(int bound, int corr, int parity) {
+  return ((bound - corr + 2 * parity + 3) >> 2) - 1;
+}
+
 // Two neighbouring values, the first at an even index. Where the row length is even they are read
 // at once; past the last channel the last one is read again and nothing is stored.
 template <class T>

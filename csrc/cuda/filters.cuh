@@ -4,8 +4,7 @@
 // Nothing is counted: the bits of the filters' taps that lie inside the image are products too, of
 // the filters with a window for each border class that has ones in those taps.
 #pragma once
-#include "layout.cuh"
-#include "ptx.cuh"
+#include "epilogue.cuh"
 
 // Whether the epilogue is nothing but comparisons of the dot product.
 HOST_DEVICE bool only_signs() {
@@ -16,8 +15,6 @@ HOST_DEVICE bool only_signs() {
 
 // Whether the real epilogue needs the integer dot product; else its table is of floats.
 HOST_DEVICE bool integers() { return OUT_TYPE == INT32 || OUT_TYPE == INT16 || THRESHOLD; }
-
-constexpr int NEVER = 1 << 28;  // a lower bound above every dot product
 
 // The channels' values in shared memory, one line of BN a name. Of comparisons there are two lower
 // bounds: a bit is (dot >= FIRST) xor flip, and not dot >= SECOND. A channel with only an upper
@@ -97,18 +94,16 @@ struct Filters {
   }
 
   DEVICE void bounds(const Params& p, int n0, int i) const {
-    const int channel = n0 + i, most = CHANNELS * KH * KW;
-    int low = 0, high = most;
+    const int channel = n0 + i;
+    int low = 0, high = MOST;
     if (THRESHOLD && channel < COUT) {
       low = load(p.threshold + channel);
       high = load(p.threshold + COUT + channel);
     }
-    const bool never = channel >= COUT || low > high || low > most || high < -most;
-    const bool upper = !never && high < most, flip = upper && low <= -most;
-    const int least = low > -most ? low : -most;
-    store_shared(line(LINE_FIRST, i), never ? NEVER : flip ? high + 1 : least);
-    store_shared(line(LINE_SECOND, i), upper && !flip ? high + 1 : NEVER);
-    const u32 flips = ballot(flip), both = ballot(upper && !flip);
+    const Bounds found = Bounds::of(low, high, channel < COUT);
+    store_shared(line(LINE_FIRST, i), found.low);
+    store_shared(line(LINE_SECOND, i), found.end);
+    const u32 flips = ballot(found.flip), both = ballot(found.between);
     if (i % 32 == 0) {
       store_shared(line(LINE_FLIP, i / 32), flips);
       store_shared(line(LINE_BOTH, i / 32), both);
@@ -221,11 +216,11 @@ struct Filters {
 #pragma unroll
     for (int which = 0; which < (THRESHOLD ? 2 : 1); ++which) {
       if (which && !second) return;
-      const int bound = static_cast<int>(load_shared(line(LINE_FIRST + which, channel))) - corr;
+      const int bound = load_shared(line(LINE_FIRST + which, channel));
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const int at = which * second_table() + signs_at(label, odd, k / 4) + q * 128 + t * 16;
-        store_shared(table + at + k % 4 * 4, ((bound + 2 * odd + 3) >> 2) - 1);
+        store_shared(table + at + k % 4 * 4, table_entry(bound, corr, odd));
       }
     }
   }

@@ -6,10 +6,11 @@
 
 // The borders left and right of all lines, which no copy writes. By the threads of a warpgroup.
 DEVICE void clear_borders(u32 pixels, int thread) {
-  const u32 words = PIXEL / 4, right = WP - W;
+  const u32 words = PIXEL / 4, right = WP > W ? WP - W : 1;
 #pragma unroll 1
-  for (u32 i = thread; i < (PL + lines() * right) * words; i += 128) {
-    const u32 border = i / words, after = border - PL;
+  for (u32 i = thread; i < (PL + lines() * (WP - W)) * words; i += 128) {
+    const int border = i / words;
+    const u32 after = border - PL;
     const int place = border < PL ? border : after / right * WP + PL + W + after % right;
     store_shared(pixels + pixel_offset(place, i % words * 4), 0);
   }

@@ -7,13 +7,18 @@
 #include "layout.cuh"
 #include "ptx.cuh"
 
-DEVICE int popcount_bytes(const unsigned char* p, int bytes) {
-  int count = 0;
-  for (int i = 0; i < bytes; i += 4) count += popcount(load(reinterpret_cast<const u32*>(p + i)));
-  return count;
+// Bits set in SIZE bytes, which one load brings.
+template <int SIZE>
+DEVICE int popcount_bytes(const unsigned char* p) {
+  if (SIZE == 4) return popcount(load(reinterpret_cast<const u32*>(p)));
+  u32 v[4];
+  load4(v, reinterpret_cast<const u32*>(p));
+  return popcount(v[0]) + popcount(v[1]) + popcount(v[2]) + popcount(v[3]);
 }
 
-// One warp a filter: the taps' counts by the lanes, then the sums of every border class.
+// One warp a filter, SIZE bytes a lane: the taps' counts by the lanes, then the sums of every
+// border class.
+template <int SIZE>
 DEVICE void prepare_filter(const Params& p, int n, int lane) {
   const unsigned char* filter =
       reinterpret_cast<const unsigned char*>(p.filters) + static_cast<i64>(n) * K_BYTES;
@@ -23,10 +28,11 @@ DEVICE void prepare_filter(const Params& p, int n, int lane) {
     const Cut h = axis_cut(label / across, TOP, BOTTOM, BOTH_H);
     const Cut w = axis_cut(label % across, LEFT, RIGHT, BOTH_W);
     int sum = 0;
-    for (int at = 4 * lane; at < K_BYTES; at += 128) {
+#pragma unroll 4
+    for (int at = SIZE * lane; at < K_BYTES; at += 32 * SIZE) {
       const int tap = at / PIXEL, kh = tap / KW, kw = tap % KW;
       const bool inside = kh >= h.before && kh < KH - h.past && kw >= w.before && kw < KW - w.past;
-      if (inside) sum -= 2 * popcount(load(reinterpret_cast<const u32*>(filter + at)));
+      if (inside) sum -= 2 * popcount_bytes<SIZE>(filter + at);
     }
     for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
     // A window that is cut on both sides may have no tap left; the others never go below zero.
@@ -37,14 +43,16 @@ DEVICE void prepare_filter(const Params& p, int n, int lane) {
 }
 
 // One warp a window.
+template <int SIZE>
 DEVICE void prepare_window(const Params& p, int m, int lane) {
   const Window window = window_of(m, p.rows);
   int count = 0;
-  for (int at = 4 * lane; at < K_BYTES; at += 128) {
+#pragma unroll 4
+  for (int at = SIZE * lane; at < K_BYTES; at += 32 * SIZE) {
     const Chunk chunk = chunk_at(at);
     if (reads(window, chunk)) {
       const unsigned char* from = reinterpret_cast<const unsigned char*>(p.words) + window.base;
-      count += popcount(load(reinterpret_cast<const u32*>(from + chunk.distance)));
+      count += popcount_bytes<SIZE>(from + chunk.distance);
     }
   }
   for (int mask = 16; mask > 0; mask >>= 1) count += shuffle_xor(count, mask);
@@ -52,16 +60,22 @@ DEVICE void prepare_window(const Params& p, int m, int lane) {
 }
 
 // Blocks of WARPS warps: first one warp for each filter, then one for each window if they are
-// asked.
+// asked. The kernel behind this one may start at once.
 template <int WARPS>
 struct Prepare {
+  DEVICE static void run(const Params& p) {
+    dependents_may_start();
+    CHUNK == 16 ? run<16>(p) : run<4>(p);
+  }
+
+  template <int SIZE>
   DEVICE static void run(const Params& p) {
     const int warp = block_index() * WARPS + thread_index() / 32, lane = thread_index() % 32;
     const int filters = (COUT + WARPS - 1) / WARPS * WARPS;
     if (warp < filters) {
-      if (warp < COUT) prepare_filter(p, warp, lane);
+      if (warp < COUT) prepare_filter<SIZE>(p, warp, lane);
     } else if (WINDOWS && warp - filters < p.rows) {
-      prepare_window(p, warp - filters, lane);
+      prepare_window<SIZE>(p, warp - filters, lane);
     }
   }
 };

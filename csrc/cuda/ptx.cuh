@@ -307,4 +307,84 @@ DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
       : "memory");
 }
 
+// x, the same in all lanes, and now known to be by the compiler: loops over it keep the warp whole.
+DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+// Two conversions in one instruction, a in the low half.
+DEVICE u32 half_pair_bits(float a, float b) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  return pair;
+}
+
+DEVICE u32 bfloat_pair_bits(float a, float b) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  return pair;
+}
+
+// Stores where `real`, without a branch: around one, compilers double all that follows.
+DEVICE void store_if(bool real, u32* p, u32 value) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2; }" ::"r"(
+                   static_cast<int>(real)),
+               "l"(p), "r"(value)
+               : "memory");
+}
+
+DEVICE void store2_if(bool real, void* p, u32 a, u32 b) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v2.b32 [%1], {%2, %3}; }" ::"r"(
+                   static_cast<int>(real)),
+               "l"(p), "r"(a), "r"(b)
+               : "memory");
+}
+
+DEVICE void store4_if(bool real, void* p, const u32 (&v)[4]) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(
+          static_cast<int>(real)),
+      "l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
+}
+
+// Loads where `real`, else 0, without a branch.
+DEVICE u32 load_if(bool real, const u32* p) {
+  u32 value;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %1, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%2]; }"
+      : "=&r"(value)
+      : "r"(static_cast<int>(real)), "l"(p));
+  return value;
+}
+
+DEVICE void load2_if(bool real, u32 (&v)[2], const u32* p) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; mov.b32 %1, 0; "
+      "@p ld.global.nc.v2.b32 {%0, %1}, [%3]; }"
+      : "=&r"(v[0]), "=&r"(v[1])
+      : "r"(static_cast<int>(real)), "l"(p));
+}
+
+// Of what a kernel before this one may have written while this one ran already.
+DEVICE int load_fresh(const int* p) {
+  int value;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
+// A kernel that was launched to overlap with the one before it: returns when that one has ended and
+// what it wrote can be read. The one before says from when on the other may start; all that it
+// waited for itself is then there, for it was not launched so.
+DEVICE void dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void dependents_may_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #endif  // BITKERNELS_EMULATED

@@ -8,12 +8,6 @@ struct TileRow {
   int m, label;
 };
 
-// Byte j of lane t becomes byte t of lane j, within a quad.
-DEVICE u32 bytes_transpose(u32 word, int t) {
-  word = permute(word, shuffle_xor(word, 1), t & 1 ? 0x3715 : 0x6240);
-  return permute(word, shuffle_xor(word, 2), t & 2 ? 0x3276 : 0x5410);
-}
-
 // Stores the bits of a lane's 8 channels in each 32 of BN, for both rows: bytes [row][32 channels]
 // of `bits`, or a word a row where BN is 128.
 template <int BN>

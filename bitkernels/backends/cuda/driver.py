@@ -29,6 +29,23 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: a number that says which, and a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int),
+                ("rest", ctypes.c_char * 60)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig: grid, block and shared memory; stream; attributes and their number."""
+
+    _fields_ = [("sizes", ctypes.c_uint * 7), ("stream", ctypes.c_void_p),
+                ("attributes", ctypes.POINTER(LaunchAttribute)), ("count", ctypes.c_uint)]
+
+
+EARLY = LaunchAttribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class DriverError(RuntimeError):
     pass
 
@@ -58,6 +75,7 @@ class Driver:
         self.lib.cuLaunchKernel.argtypes = [
             ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p,
             ctypes.c_void_p]
+        self.lib.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
 
     def _check(self, status: int, what: str) -> None:
         if status:
@@ -145,7 +163,15 @@ class Driver:
         return map
 
     def launch(self, kernel: Loaded, grid: int, block: int, shared: int, stream: int,
-               *params: ctypes.Structure) -> None:
+               *params: ctypes.Structure, early: bool = False) -> None:
+        """early: it may start before the kernel that was launched just before has ended, as soon as
+        all blocks of that one have said so, and waits for its results itself."""
         pointers = (ctypes.c_void_p * len(params))(*map(ctypes.addressof, params))
-        self._check(self.lib.cuLaunchKernel(kernel.function, grid, 1, 1, block, 1, 1, shared,
-                                            stream, pointers, None), "cuLaunchKernel")
+        if early:
+            config = LaunchConfig((ctypes.c_uint * 7)(grid, 1, 1, block, 1, 1, shared), stream,
+                                  ctypes.pointer(EARLY), 1)
+            self._check(self.lib.cuLaunchKernelEx(ctypes.byref(config), kernel.function, pointers,
+                                                  None), "cuLaunchKernelEx")
+        else:
+            self._check(self.lib.cuLaunchKernel(kernel.function, grid, 1, 1, block, 1, 1, shared,
+                                                stream, pointers, None), "cuLaunchKernel")

@@ -74,7 +74,7 @@ class Kernel:
     @property
     def source(self) -> str:
         arguments, call = "const __grid_constant__ Params p", "p"
-        if self.windows:
+        if self.bulk:
             arguments += "".join(f", const __grid_constant__ TensorMap {n}" for n in "ab")
             call += ", a, b"
         return (f'#include "{self.header}"\n'
@@ -91,12 +91,22 @@ def _mma(bm: int, bn: int, wm: int, wn: int, stages: int, blocks: int) -> Kernel
                   bm, bn, 32 * (bm // wm) * warps_n, shared, blocks)
 
 
-def _wgmma(strips: int, bn: int, stages: int, bulk: bool) -> Kernel:
+def _wgmma(strips: int, bn: int, stages: int) -> Kernel:
     bm = 2 * strips * 64
     shared = stages * (bm + bn) * 128 + bm * WINDOW + 16 * stages
-    name = f"{'bulk' if bulk else 'wgmma'}_{bm}x{bn}"
-    cpp = f"WgmmaGemm<2, {strips}, {bn}, {stages}, {str(bulk).lower()}>"
-    return Kernel(name, "wgmma_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=bulk,
+    return Kernel(f"wgmma_{bm}x{bn}", "wgmma_gemm.cuh", f"WgmmaGemm<2, {strips}, {bn}, {stages}>",
+                  bm, bn, 384, shared, 1, windows=True, persistent=True)
+
+
+def _bulk(strips: int, bn: int, stages: int, turns: bool = False, head_start: int = 0) -> Kernel:
+    """turns: both groups have tiles of their own, one multiplies while the other is in its
+    epilogue; head_start: steps by which the first group is ahead of the other in a shared tile."""
+    bm = (1 if turns else 2) * strips * 64
+    slot = 4 * bm + 7 * 4 * bn + 4 * (4 * bn + 64) + 2 * bn // 8
+    shared = stages * (bm + bn) * 128 + 2 * slot + 16 * stages + 48
+    name = f"bulk_{bm}x{bn}" + "_turns" * turns + "_ahead" * (head_start > 0)
+    cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {str(turns).lower()}, {head_start}>"
+    return Kernel(name, "bulk_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=True,
                   persistent=True)
 
 
@@ -112,11 +122,11 @@ MMA = (
     _mma(64, 64, 32, 32, 4, 3),
     _mma(64, 32, 16, 32, 4, 4),
 )
-WGMMA = (_wgmma(1, 256, 4, False), _wgmma(2, 128, 4, False), _wgmma(1, 128, 4, False),
-         _wgmma(1, 64, 6, False))
-BULK = (_wgmma(1, 256, 4, True), _wgmma(2, 128, 4, True), _wgmma(1, 128, 6, True))
+WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 6))
+BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, head_start=1),
+        _bulk(2, 128, 6, turns=True))
 RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4))
-PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<4>", 4, 0, 128, 0, 4)
+PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 4)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)
 ALL = {kernel.name: kernel for kernel in (*RESIDENT, *BULK, *WGMMA, *MMA, PREPARE)}

@@ -286,12 +286,11 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     if kernel.resident:
         grid = max(grid, columns)
     maps: tuple[TensorMap, ...] = ()
-    if kernel.windows:  # those that gather do not look at them, but take them
-        maps = (TensorMap(), TensorMap())
     if kernel.bulk:
         maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
                 run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
-    run.launch(main, grid, kernel.threads, kernel.shared_bytes(spec), stream, params, *maps)
+    run.launch(main, grid, kernel.threads, kernel.shared_bytes(spec), stream, params, *maps,
+               early=kernel.bulk)
 
 
 def peak(device: torch.device, rounds: int = 2000):

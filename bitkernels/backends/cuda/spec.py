@@ -120,7 +120,8 @@ class Spec:
         """Without what `prepare` does not look at, so that calls share its compiled kernel."""
         plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
                                "clamp_max"), 0)
-        return replace(self, chunk=4, nhwc=1, image=0, wp=1, hp=1, **plain)
+        return replace(self, chunk=16 if self.chunk == 16 else 4, nhwc=1, image=0, wp=1, hp=1,
+                       **plain)
 
 
 class Params(ctypes.Structure):

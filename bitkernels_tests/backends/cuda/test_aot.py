@@ -30,6 +30,8 @@ CONV = conv_spec((64, 256, 14, 14), (14, 14), (256, 3, 3, 8), 256, (1, 1), (1, 1
 NARROW = conv_spec((64, 64, 28, 28), (56, 56), (64, 3, 3, 2), 64, (2, 2), (1, 1, 1, 1), (1, 1), 8)
 LINEAR = linear_spec(256, 8192, 8192, 16)
 SPECS = {"conv": replace(CONV, **FULL), "linear": replace(LINEAR, packed=1),
+         "bounds": replace(LINEAR, packed=1, threshold=1), "fp16": replace(LINEAR, out_type=3),
+         "ragged": replace(linear_spec(260, 1000, 8320, 16), packed=1, out_type=3, scale=1, bias=1),
          "narrow": replace(NARROW, packed=1, threshold=1),
          "nchw": replace(NARROW, chunk=4, nhwc=0, **FULL)}
 
@@ -89,7 +91,8 @@ def test_mma(kernel, arch, what):
     assert any("LDGSTS" in line for line in code)
 
 
-WGMMA = [(k, "conv") for k in kernels.WGMMA] + [(k, "linear") for k in kernels.BULK]
+WGMMA = [(k, "conv") for k in kernels.WGMMA]
+WGMMA += [(k, what) for k in kernels.BULK for what in ("linear", "bounds", "fp16", "ragged")]
 WGMMA += [(kernels.WGMMA[3], "narrow"), (kernels.WGMMA[3], "nchw"), (kernels.WGMMA[1], "narrow")]
 
 
@@ -97,7 +100,7 @@ WGMMA += [(kernels.WGMMA[3], "narrow"), (kernels.WGMMA[3], "nchw"), (kernels.WGM
 def test_wgmma(kernel, what):
     spec = SPECS[what]
     code, registers, spilled = build(kernel, spec, "sm_90a")
-    strips, rest = kernel.bm // 128, -(-(spec.k_bytes % 128) // 32)
+    strips, rest = int(re.findall(r"\d+", kernel.type)[1]), -(-(spec.k_bytes % 128) // 32)
     steps = spec.k_bytes // 128
     found = sum(f"BGMMA.64x{kernel.bn}x256.AND.POPC" in line for line in code)
     whole = found - strips * rest
@@ -107,6 +110,19 @@ def test_wgmma(kernel, what):
     assert sum("USETMAXREG" in line for line in code) == 2
     copies = "UTMALDG.2D" if kernel.bulk else "LDGSTS"
     assert any(copies in line for line in code)
+
+
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=name_of)
+def test_signs_of_matrices_take_few_instructions(kernel):
+    """An addition and a shift an output, and no load from global memory between them."""
+    code, _, _ = build(kernel, SPECS["linear"], "sm_90a")
+    last = max(i for i, line in enumerate(code) if "BGMMA" in line)
+    stored = max(i for i, line in enumerate(code) if "STG" in line)
+    epilogue = code[last:stored]
+    outputs = int(re.findall(r"\d+", kernel.type)[1]) * kernel.bn // 2  # of a lane
+    assert sum("IADD3" in line for line in epilogue) >= outputs
+    assert len(epilogue) < 4 * outputs
+    assert not any("LDG" in line for line in epilogue)
 
 
 def layer(channels: int, size: int, stride: int = 1):

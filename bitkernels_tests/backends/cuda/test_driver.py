@@ -62,6 +62,23 @@ def test_a_launch_arrives_as_it_was_meant(driver):
                              words.data_ptr()]
 
 
+def test_an_early_launch_is_the_same_launch(driver):
+    """By cuLaunchKernelEx, whose structures are laid out as in cuda.h."""
+    driver.bind(0)
+    function = driver.build(KERNEL, SPEC, "sm_90a")
+    words = torch.zeros(300, 4, dtype=torch.int32)
+    params = Params(words=words.data_ptr(), rows=300)
+    with driver.watching(words):
+        for early in (False, True):
+            driver.launch(function, 77, KERNEL.threads, KERNEL.shared, 0x7FFF12345678, params,
+                          early=early)
+            assert driver.seen() == [KERNEL.shared, 77, KERNEL.threads, KERNEL.shared,
+                                     0x7FFF12345678, words.data_ptr()]
+            assert driver.early == early
+        with pytest.raises(DriverError, match="cuLaunchKernelEx: invalid argument"):
+            driver.launch(function, 77, KERNEL.threads, KERNEL.shared + 16, 0, params, early=True)
+
+
 def test_a_thread_without_a_context_gets_the_devices(driver):
     driver.bind(0)
     function = driver.build(KERNEL, SPEC, "sm_90a")

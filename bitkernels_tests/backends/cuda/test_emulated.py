@@ -141,6 +141,64 @@ def test_threshold(kernel):
           dict(threshold=threshold, real=False, packed=True))
 
 
+def bounds_of(cout: int, channels: int) -> torch.Tensor:
+    """Thresholds of every kind, next to each other and 128 of each."""
+    spread = max(2, int(channels ** 0.5))
+    low = torch.randint(-spread, spread, (cout,), dtype=torch.int32)
+    high = low + torch.randint(0, spread, (cout,), dtype=torch.int32)
+    least, most = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+    kinds = torch.arange(cout) % 12
+    low[(kinds == 0) | (torch.arange(cout) < 128)] = least  # only an upper bound
+    high[(kinds == 1) | (torch.arange(cout) >= 256)] = most  # only a lower one
+    low[kinds == 2], high[kinds == 2] = least, most
+    low[kinds == 3], high[kinds == 3] = most, least
+    low[kinds == 4], high[kinds == 4] = most, most
+    low[kinds == 5], high[kinds == 5] = least, least
+    low[kinds == 6], high[kinds == 6] = 3, 2
+    low[kinds == 7], high[kinds == 7] = least + 1, -1
+    low[kinds == 8], high[kinds == 8] = 1, most - 1
+    return torch.stack([low, high])
+
+
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
+@pytest.mark.parametrize("rows,cout,channels", ((200, 45, 200), (300, 400, 128), (130, 256, 384),
+                                                (77, 320, 1152)), ids=str)
+def test_signs_by_table(rows, cout, channels, kernel):
+    """Thresholds of all kinds, none, and beside real values; whole tiles and cut ones."""
+    channels = -(-channels // 128) * 128
+    args = words_of(rows, channels), words_of(cout, channels), channels
+    bounds = bounds_of(cout, channels)
+    for threshold in (bounds, torch.stack([bounds[0], torch.full_like(bounds[0], 2**31 - 1)])):
+        check("packed_linear", kernel, args, dict(threshold=threshold, real=False, packed=True))
+    check("packed_linear", kernel, args, dict(real=False, packed=True))
+    check("packed_linear", kernel, args, dict(INT32, packed=True))
+
+
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
+@pytest.mark.parametrize("cout", (21, 70, 264, 256))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_epilogue_of_matrices(dtype, cout, kernel):
+    rows = 150
+    words, filters = words_of(rows, 128), words_of(cout, 128)
+    parts = parts_of(PARTS, (rows, cout), cout, dtype)
+    for kw in (dict(dtype=dtype), dict(parts, dtype=dtype, packed=True),
+               dict(parts, real=False, packed=True)):
+        check("packed_linear", kernel, (words, filters, 128), kw)
+
+
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
+@pytest.mark.parametrize("names", (("scale",), ("bias",), ("residual",), ("shift_in", "slope"),
+                                   ("slope", "shift_out"), ("clamp_min",), ("sign_shift",)),
+                         ids=str)
+def test_parts_of_the_epilogue_of_matrices(names, kernel):
+    for cout in (256, 36):
+        words, filters = words_of(70, 128), words_of(cout, 128)
+        parts = parts_of(names, (70, cout), cout, torch.float32)
+        for real in (True, False):
+            kw = {k: v for k, v in parts.items() if real or k != "dtype"}
+            check("packed_linear", kernel, (words, filters, 128), dict(kw, real=real, packed=True))
+
+
 def test_views_are_taken_as_they_lie():
     """Offsets that are not aligned, strides, tiled filters, a residual in another layout."""
     words = words_of(40, 260)[1:]
@@ -213,13 +271,13 @@ MUTATIONS = (
      "    if (MUTANT != 4) fence_async();"),
     ("a producer that lags too far", "wgmma_gemm.cuh", "behind < LAG",
      "behind < LAG + (MUTANT == 5)"),
-    ("a stage left too early", "wgmma_gemm.cuh", "wgmma_wait<1>();",
+    ("a stage left too early", "wgmma_ring.cuh", "wgmma_wait<1>();",
      "if (MUTANT == 6) wgmma_wait<2>(); else wgmma_wait<1>();"),
     ("the wrong parity", "wgmma_gemm.cuh", "at.parity ^ 1", "at.parity ^ (MUTANT != 7)"),
-    ("a stage that is never left", "wgmma_gemm.cuh",
-     "if (lane == 0) barrier_arrive(empty(before));\n\n",
-     "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n\n"),
-    ("the accumulators of the tile before", "wgmma_gemm.cuh", "accumulate || k > 0",
+    ("a stage that is never left", "wgmma_ring.cuh",
+     "if (lane == 0) barrier_arrive(empty(before));\n  }",
+     "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n  }"),
+    ("the accumulators of the tile before", "wgmma_ring.cuh", "accumulate || k > 0",
      "accumulate || k > 0 || MUTANT == 9"),
     ("more registers taken than given", "wgmma_gemm.cuh", "give_registers<PRODUCER_REGISTERS>();",
      "if (MUTANT == 10) give_registers<64>(); else give_registers<PRODUCER_REGISTERS>();"),
@@ -239,26 +297,59 @@ MUTATIONS = (
      "unit() == 8 ? within / 2", "unit() == (MUTANT == 17 ? 7 : 8) ? within / 2"),
     ("filters in the order of memory", "layout.cuh", "return row / 32 * 32 +",
      "if (MUTANT == 18) return row;\n  return row / 32 * 32 +"),
-    ("comparisons of windows with an odd count", "filters.cuh", "2 * odd + 3",
-     "2 * (MUTANT == 19 ? 0 : odd) + 3"),
+    ("comparisons of windows with an odd count", "filters.cuh", "corr, odd)",
+     "corr, MUTANT == 19 ? 0 : odd)"),
     ("a table that nothing waits for", "resident.cuh", "lane());\n    sync_threads();",
      "lane());\n    if (MUTANT != 20) sync_threads();"),
     ("no zeros around the lines", "pixels.cuh", "after / right * WP + PL + W",
      "after / right * WP + PL + (MUTANT == 21 ? W + 1 : W)"),
-    ("upper bounds that do not flip", "filters.cuh", "ballot(flip)",
-     "ballot(flip && MUTANT != 22)"),
-    ("both bounds taken for one", "filters.cuh", "ballot(upper && !flip)",
-     "ballot(upper && !flip && MUTANT != 23)"),
+    ("upper bounds that do not flip", "filters.cuh", "ballot(found.flip)",
+     "ballot(found.flip && MUTANT != 22)"),
+    ("both bounds taken for one", "filters.cuh", "ballot(found.between)",
+     "ballot(found.between && MUTANT != 23)"),
     ("lines of the image before", "pixels.cuh", "begin + i + (HP - PT)",
      "begin + i + (HP - PT) - (MUTANT == 24)"),
     ("totals read before all are there", "resident.cuh", "n0) {\n    sync_threads();",
      "n0) {\n    if (MUTANT != 25) sync_threads();"),
     ("sums of rows past the last", "outputs.cuh", "if (MOMENTS && rows[h].m < p.rows)",
      "if (MOMENTS && (MUTANT == 26 || rows[h].m < p.rows))"),
+    ("bounds rounded down", "epilogue.cuh", "2 * parity + 3)",
+     "2 * parity + 3 * (MUTANT != 27))"),
+    ("a table that knows no parity", "gemm_epilogue.cuh", "(pa & 1) * Slot::TABLE",
+     "(MUTANT == 28 ? 0 : pa & 1) * Slot::TABLE"),
+    ("values of other channels", "gemm_epilogue.cuh", "c % 8 / 2 * 4 + c % 16 / 8 * 2",
+     "(MUTANT == 29 ? c % 4 * 4 + c % 16 / 4 / 2 * 2 : c % 8 / 2 * 4 + c % 16 / 8 * 2)"),
+    ("bytes of other lanes", "epilogue.cuh", "t & 1 ? 0x3715 : 0x6240",
+     "(t & 1) != (MUTANT == 30) ? 0x3715 : 0x6240"),
+    ("fields of other channels", "gemm_epilogue.cuh", "0x0000F0F0", "(MUTANT == 31 ? 0 : 0xF0F0)"),
+    ("upper bounds that are not flipped", "gemm_epilogue.cuh", "words[g] ^= load",
+     "if (MUTANT != 32) words[g] ^= load"),
+    ("no second bound", "gemm_epilogue.cuh", "if (between) {", "if (between && MUTANT != 33) {"),
+    ("ones past the last channel", "epilogue.cuh", "if (!there || low",
+     "if (!there && MUTANT != 34 || low"),
+    ("bounds that overflow", "epilogue.cuh", "low > most || high < -most)",
+     "MUTANT != 35 && (low > most || high < -most))"),
+    ("corrections read before prepare has ended", "bulk_gemm.cuh", "    dependency_wait();",
+     "    if (MUTANT != 36) dependency_wait();"),
+    ("a slot filled while it is in use", "bulk_gemm.cuh", "      barrier_wait(used(n)",
+     "      if (MUTANT != 37) barrier_wait(used(n)"),
+    ("a slot read before it is filled", "bulk_gemm.cuh", "      barrier_wait(brought(n)",
+     "      if (MUTANT != 38) barrier_wait(brought(n)"),
+    ("window counts that nothing waits for", "gemm_epilogue.cuh", "    copy_async_wait<0>();",
+     "    if (MUTANT != 39) copy_async_wait<0>();"),
+    ("another group's stages", "bulk_gemm.cuh", "if (TURNS) at.skip((GROUPS - 1) * steps);",
+     "if (TURNS && MUTANT != 40) at.skip((GROUPS - 1) * steps);"),
+    ("the phase of other turns of the ring", "wgmma_ring.cuh", "parity ^= stage / STAGES & 1;",
+     "parity ^= MUTANT == 41 ? 0 : stage / STAGES & 1;"),
+    ("a head start that nobody gives", "bulk_gemm.cuh", "          barrier_arrive(ahead());",
+     "          if (MUTANT != 42) barrier_arrive(ahead());"),
+    ("rows of another strip", "gemm_epilogue.cuh", "const int r = row + 64 * s + lane / 4 + 8 * h;",
+     "const int r = row + 64 * (MUTANT == 43 ? 0 : s) + lane / 4 + 8 * h;"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
-         "bulk_128x128": (300, 130, 6144), "resident_64x64": (700, 130, 2560)}
+         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead": (300, 260, 1024),
+         "bulk_128x128_turns": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
@@ -268,38 +359,43 @@ def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
         assert right in texts[file]
         texts[file] = texts[file].replace(right, wrong)
     library = cuda_emulator.build(texts, chosen)
-    calls = {}
-    for name, (rows, columns, channels) in SIZES.items():
+    calls = []
+    for kernel in chosen:
+        rows, columns, channels = SIZES[kernel.name]
         args = words_of(rows, channels), words_of(columns, channels), channels
-        calls[name] = [("packed_linear", args, INT32)]
+        calls.append((kernel, "packed_linear", args, INT32))
+        if kernel.bulk:
+            kw = dict(threshold=bounds_of(columns, channels), real=False, packed=True)
+            calls.append((kernel, "packed_linear", args, kw))
     case = ConvCase(channels=64, out_channels=70, size=(9, 7), batch=7)
     args = *case.words(), 64, *case.args
-    low = torch.randint(-30, 10, (70,), dtype=torch.int32)
-    threshold = torch.stack([low, low + torch.randint(20, 60, (70,), dtype=torch.int32)])
-    threshold[0, ::3], threshold[1, 1::3] = -2**31, 2**31 - 1
-    calls["resident_64x64"] += [
-        ("packed_conv2d", args, dict(threshold=threshold, real=False, packed=True)),
-        ("packed_conv2d_moments", args, dict(pad_value=0, out_channels=None, relu=True,
-                                             dtype=torch.int16))]
-    wanted = {name: [getattr(reference, op)(*args, **kw) for op, args, kw in each]
-              for name, each in calls.items()}
+    threshold = bounds_of(198, 576)[:, 128:].contiguous()  # every kind, in one tile
+    threshold[1, ::5] = threshold[0, ::5] + 3
+    kw = dict(threshold=threshold, real=False, packed=True)
+    moments = dict(pad_value=0, out_channels=None, relu=True, dtype=torch.int16)
+    calls += [(kernels.ALL["resident_64x64"], "packed_conv2d", args, kw),
+              (kernels.ALL["resident_64x64"], "packed_conv2d_moments", args, moments)]
+    wanted = {id(call): getattr(reference, call[1])(*call[2], **call[3]) for call in calls}
 
-    def right(kernel, seed) -> bool:
+    def right(seed, call) -> bool:
+        kernel, op, args, kw = call
         launch.clear()
         monkeypatch.setattr(launch, "_driver", cuda_emulator.EmulatedDriver(seed, library))
         try:
-            return all(torch.equal(g, w) for (op, args, kw), want in zip(
-                calls[kernel.name], wanted[kernel.name], strict=True)
-                for g, w in zip(getattr(launch, op)(kernel, *args, **kw), want, strict=True)
-                if w is not None)
+            got = getattr(launch, op)(kernel, *args, **kw)
         except RuntimeError:  # a deadlock, or what the emulator refuses
             return False
+        return all(torch.equal(g, w) for g, w in zip(got, wanted[id(call)], strict=True)
+                   if w is not None)
 
     survived = []
-    for number, (name, *_) in enumerate(MUTATIONS, 1):
+    for number, (name, file, *_) in enumerate(MUTATIONS, 1):
         library.set_mutant(number)
-        if all(right(kernel, seed) for kernel in chosen for seed in range(2)):
+        nearest = {"gemm_epilogue.cuh": "bulk_gemm.cuh", "pixels.cuh": "resident.cuh",
+                   "filters.cuh": "resident.cuh", "outputs.cuh": "resident.cuh"}.get(file, file)
+        calls.sort(key=lambda call, nearest=nearest: call[0].header != nearest)
+        if all(right(seed, call) for call in calls for seed in range(2)):
             survived.append(name)
     library.set_mutant(0)
     assert not survived
-    assert all(right(kernel, 0) for kernel in chosen)
+    assert all(right(0, call) for call in calls)

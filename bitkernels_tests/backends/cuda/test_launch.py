@@ -87,6 +87,12 @@ def test_a_kernel_is_loaded_once_for_each_device(driver, monkeypatch):
     assert built == [KERNELS[0].name, "prepare"] * 2
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_only_kernels_that_wait_for_prepare_start_early(kernel, driver):
+    linear(driver, kernel)
+    assert driver.early == kernel.bulk
+
+
 @pytest.mark.parametrize("kernel", KERNELS[:3], ids=lambda k: k.name)
 def test_every_pointer_is_of_a_tensor_that_lives(kernel, driver):
     """Also of the copies that the launcher makes of what does not lie as kernels read it."""
