@@ -120,7 +120,7 @@ class EmulatedDriver:
     def launch(self, loaded: Loaded, grid: int, block: int, shared: int, stream: int,
                params: Params, *maps: ctypes.Structure, early: bool = False) -> None:
         kernel, spec = self.functions[loaded.function]
-        assert not early or self.launched[-1] == kernels.PREPARE.name
+        assert not early or kernel.resident or self.launched[-1] == kernels.PREPARE.name
         assert (block, shared) == (kernel.threads, kernel.shared_bytes(spec))
         self.launched.append(kernel.name)
         ranges = (Range * 20)()
@@ -128,7 +128,7 @@ class EmulatedDriver:
         for i, (name, (size, writable)) in enumerate(sizes.items()):
             begin = getattr(params, name) or 0
             ranges[i] = Range(begin, begin + (size if begin else 0), writable,
-                              early and name in ("corr", "pa"))
+                              early and (kernel.resident or name in ("corr", "pa")))
         values = (ctypes.c_int * len(NAMES))(*(getattr(spec, name.lower()) for name in NAMES))
         self.seed += 1
         both = b"".join(bytes(m) for m in maps) if maps else None

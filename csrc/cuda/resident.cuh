@@ -1,5 +1,5 @@
 // packed_conv2d on wgmma with weights that stay in shared memory: Hopper (sm_90a), one launch a
-// call.
+// call, which overlaps with the end of the one before.
 //
 // Blocks are persistent, one a multiprocessor. A block copies BN filters into shared memory once,
 // and then its GROUPS warpgroups work alone, each on tiles of 64 output pixels of its own, so that
@@ -50,6 +50,8 @@ struct Resident {
     const int tiles_n = (COUT + BN - 1) / BN, n = block_index() % tiles_n;
     const int sharing = (block_count() - 1 - n) / tiles_n + 1;
     const int first = block_index() / tiles_n + group() * sharing;
+    dependency_wait();
+    dependents_may_start();
     filters().fill(p, n * BN);
     const int line = fetch(p, first, 0);
     for (int buffer = 0; buffer < 2; ++buffer) clear_borders(image(buffer), thread());

@@ -290,7 +290,7 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
                 run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
     run.launch(main, grid, kernel.threads, kernel.shared_bytes(spec), stream, params, *maps,
-               early=kernel.bulk)
+               early=kernel.bulk or kernel.resident)
 
 
 def peak(device: torch.device, rounds: int = 2000):

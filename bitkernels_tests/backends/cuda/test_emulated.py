@@ -345,6 +345,8 @@ MUTATIONS = (
      "          if (MUTANT != 42) barrier_arrive(ahead());"),
     ("rows of another strip", "gemm_epilogue.cuh", "const int r = row + 64 * s + lane / 4 + 8 * h;",
      "const int r = row + 64 * (MUTANT == 43 ? 0 : s) + lane / 4 + 8 * h;"),
+    ("inputs read before the kernel before has ended", "resident.cuh", "    dependency_wait();",
+     "    if (MUTANT != 44) dependency_wait();"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
