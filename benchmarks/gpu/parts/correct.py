@@ -1,0 +1,129 @@
+"""Part correct: one kernel, in a process of its own, against the reference and exact products.
+
+First the small cases of the package's own check, then every call that the parts conv and gemm time.
+`begun` is written before each, so that a kernel that hangs is known by its last line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import calls
+import torch
+from record import Record, context_works, message
+from schedule import end_of_job
+
+from bitkernels.backends.cuda import dispatch, kernels
+from bitkernels.backends.cuda import selfcheck as cuda_selfcheck
+from bitkernels.backends.triton import configs
+from bitkernels.backends.triton import dispatch as triton
+from bitkernels.backends.triton import selfcheck as triton_selfcheck
+
+SMALL = "small cases"
+
+
+def samples(which: kernels.Kernel | str, device: torch.device
+            ) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """(what is checked, what is wrong with it) of the package's own cases."""
+    if isinstance(which, kernels.Kernel):
+        for op in (("packed_linear",) if which.bulk else dispatch.OPS):
+            yield f"{SMALL} of {op}", lambda op=op: cuda_selfcheck.failure(op, which, device)
+        return
+    inners = [name for name in configs.INNER if name != "b1" or configs.has_b1(
+        configs.family(device))]
+    for op in triton.OPERATORS:
+        for inner in inners if op in triton.PRODUCTS else [None]:
+            yield (f"{SMALL} of {op}" + (f" by {inner}" if inner else ""),
+                   lambda op=op, inner=inner: triton_selfcheck.failure(op, inner, device))
+
+
+def timed_calls(device: torch.device) -> Iterator[calls.Call]:
+    for *_, make in calls.convolutions(device):
+        for output in calls.OUTPUTS:
+            yield make(output)
+    for size in calls.SIZES:
+        for output in ("packed", "fp16"):
+            yield calls.product(device, size, size, size, output)
+
+
+def large(which: kernels.Kernel | str, device: torch.device,
+          found: Callable[[torch.device], Iterator[calls.Call]] = timed_calls
+          ) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    for call in found(device):
+        if isinstance(which, str):
+            yield call.name, lambda call=call: every_tile(call)
+        elif which in calls.takers(call, device):
+            yield call.name, lambda call=call: calls.difference(
+                call, call.run(which), calls.expected(call))
+
+
+def every_tile(call: calls.Call) -> str | None:
+    """Of Triton's kernel in each configuration that tuning may choose."""
+    right = calls.expected(call)
+    for number in range(calls.tiles(call)):
+        with calls.in_tile(number):
+            wrong = calls.difference(call, call.run(calls.TRITON), right)
+        if wrong is not None:
+            return f"{wrong}, configuration {number}"
+    return None
+
+
+def check(record: Record, which: kernels.Kernel | str, device: torch.device,
+          checks: Iterator[tuple[str, Callable[[], str | None]]]) -> bool:
+    """Whether it went on to the end."""
+    name = which if isinstance(which, str) else which.name
+    for key, failure in checks:
+        if time.time() > end_of_job():
+            record.add(kernel=name, stopped=f"before {key}: out of time")
+            return False
+        record.add(kernel=name, begun=key)
+        start = time.time()
+        try:
+            wrong = failure()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            wrong = message(error)
+        broken = {} if context_works() else {"broken": True}
+        record.add(kernel=name, key=key, wrong=wrong, seconds=round(time.time() - start, 2),
+                   **broken)
+        if broken:
+            return False
+    record.add(kernel=name, stopped=None)
+    return True
+
+
+OPERATORS = "triton-operators"  # a job: the small cases of Triton's kernels
+
+
+@torch.no_grad()
+def run(folder: Path, name: str) -> None:
+    """name: of a kernel of csrc/cuda, `calls.TRITON` or `OPERATORS`."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    record = Record(folder, f"correct-{name}")
+    torch.manual_seed(0)
+    if name == OPERATORS:
+        check(record, name, device, samples(name, device))
+    elif name == calls.TRITON:
+        check(record, name, device, large(name, device))
+    else:
+        which = kernels.ALL[name]
+        reason = dispatch.why_unusable(device)
+        if reason is not None:
+            record.add(kernel=name, key=SMALL, wrong=reason)
+        elif check(record, which, device, samples(which, device)):
+            check(record, which, device, large(which, device))
+
+
+@torch.no_grad()
+def small(folder: Path, name: str) -> None:
+    """The small cases of a kernel alone, as a sanitizer runs them; raises where one is wrong."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for key, failure in samples(kernels.ALL[name], device):
+        wrong = failure()
+        torch.cuda.synchronize()
+        print(key, wrong or "exact", flush=True)
+        if wrong:
+            raise SystemExit(1)
