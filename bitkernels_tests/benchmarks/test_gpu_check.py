@@ -16,7 +16,8 @@ import pytest
 
 from bitkernels_tests import ROOT, conftest
 
-sys.path[:0] = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import check
 import goals
 import record

@@ -20,7 +20,8 @@ from bitkernels_tests.cases import words_of
 
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
-sys.path[:0] = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import calls
 import gpu_time
 import record
