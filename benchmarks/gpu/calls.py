@@ -227,10 +227,11 @@ def rows_of(call: Call) -> slice | None:
 def dots(call: Call) -> Tensor:
     """Integers in float32: (N, OH, OW, Cout), or (rows, Cout)."""
     first, filters, channels = call.sets[0][0], call.rest[0], call.rest[1]
-    w = signs(filters, channels)
     if call.op == "packed_linear":
         part = rows_of(call)
-        return signs(first if part is None else first[part], channels) @ w.T
+        x = signs(first if part is None else first[part], channels)
+        return torch.cat([x @ signs(some, channels).T for some in filters.split(4096)], -1)
+    w = signs(filters, channels)
     x = (torch.where(first < 0, -1.0, 1.0).float().permute(0, 2, 3, 1) if call.real_input
          else signs(first, channels))
     (sh, sw), (ph, pw) = call.rest[2:4]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -43,6 +44,7 @@ import summary  # noqa: E402
 from schedule import Ended, Job, Part, run, stop  # noqa: E402
 
 MINUTES = 7.0
+SPARE = 8.0  # seconds for processes that are slow to die, for the summary and the archive
 OWN = {"BITKERNELS_CUDA": "1"}  # every kernel of csrc/cuda that takes a call
 UNTUNED = {"BITKERNELS_TRITON_AUTOTUNE": "0"}  # nothing is timed where others run beside it
 # Test files, and over how many processes each is spread; the first ones start first.
@@ -146,15 +148,15 @@ def ncu_jobs(folder: Path) -> list[Job]:
 
 
 def stages(folder: Path, chosen: Sequence[str], scale: float = 1.0) -> list[list[Part]]:
-    """In the order of running; `first` in that of need. Only compile and correct, and tests and
-    sanitizer, run where nothing is timed."""
+    """In the order of running; `first` in that of need. Only what is not timed has company."""
     def timed(name: str, seconds: float, least: float, first: int, **environment: str) -> Part:
         return Part(name, lambda: [child(name, name, folder, **environment)], seconds, least, first)
 
     few = max(2, cores() // 4)
     found = [
         [Part("compile", lambda: compile_jobs(folder, chosen), 80, 20, 0, at_once=64),
-         Part("build", lambda: [child("build", "build", folder)], 80, 20, 9)],
+         Part("build", lambda: [child("build", "build", folder)], 100, 20, 9,
+              spans="correct" in chosen)],
         [Part("correct", lambda: correct_jobs(folder), 40, 15, 1, at_once=cores(), margin=6)],
         [timed("conv", 60, 15, 2)],
         [timed("gemm", 20, 8, 3)],
@@ -163,6 +165,8 @@ def stages(folder: Path, chosen: Sequence[str], scale: float = 1.0) -> list[list
         [timed("train", 90, 25, 7, **OWN, **UNTUNED)],
         [timed("plan", 30, 8, 8)],
         [Part("tests", lambda: test_jobs(folder), 60, 30, 5, at_once=max(2, cores() - few)),
+         Part("digits", lambda: [child("digits", device, folder, OMP_NUM_THREADS="2")
+                                 for device in ("cuda", "cpu")], 60, 20, 9, at_once=2),
          Part("sanitizer", lambda: sanitizer_jobs(folder), 60, 20, 9, at_once=few)],
         [Part("ncu", lambda: ncu_jobs(folder), 60, 20, 9)],
     ]
@@ -171,12 +175,11 @@ def stages(folder: Path, chosen: Sequence[str], scale: float = 1.0) -> list[list
 
 
 def scaled(part: Part, scale: float) -> Part:
-    return Part(part.name, part.jobs, part.seconds * scale, part.least, part.first, part.at_once,
-                part.margin)
+    return dataclasses.replace(part, seconds=part.seconds * scale)
 
 
 PARTS = ("compile", "build", "correct", "conv", "gemm", "block", "trunk", "train", "plan", "tests",
-         "sanitizer", "ncu")
+         "digits", "sanitizer", "ncu")
 DEFAULT = PARTS[:-1]
 
 
@@ -188,7 +191,8 @@ def run_job(part: str, job: str, folder: Path) -> None:
         "small": ("correct", "small", True), "conv": ("speed", "conv", False),
         "gemm": ("speed", "gemm", False), "block": ("block", "run", False),
         "trunk": ("trunk", "run", False), "train": ("train", "run", False),
-        "plan": ("plan_table", "run", False), "one": ("one", "run", True)}[part]
+        "plan": ("plan_table", "run", False), "digits": ("digits", "run", True),
+        "one": ("one", "run", True)}[part]
     call = getattr(importlib.import_module(f"parts.{module}"), function)
     call(folder, job) if named else call(folder)
 
@@ -319,7 +323,7 @@ def follow(planned: Sequence[Sequence[Part]], budget: float, out: Path, gpu: str
         write()
 
     try:
-        run(planned, budget - 3, raw / "log", ROOT, each)  # 3 s to sum up and pack
+        run(planned, budget - SPARE, raw / "log", ROOT, each)
     except KeyboardInterrupt:
         state.append({"part": "interrupted", "seconds": 0.0, "failed": {}, "jobs": None})
         print("interrupted")

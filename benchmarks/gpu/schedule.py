@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,8 @@ class Job:
 @dataclass(frozen=True)
 class Part:
     """seconds: at most, where the budget has them. least: below this it is not started.
-    first: parts of a lower number have their `least` kept for them by those before them."""
+    first: parts of a lower number have their `least` kept for them by those before them.
+    spans: whether the next stage may begin before it has ended."""
 
     name: str
     jobs: Callable[[], Sequence[Job]]  # asked when the part starts
@@ -42,6 +43,7 @@ class Part:
     first: int
     at_once: int = 1
     margin: float = 4.0  # seconds before the limit by which a job should have ended by itself
+    spans: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,19 +142,24 @@ def run(stages: Sequence[Sequence[Part]], budget: float, logs: Path, root: Path,
     None where it was not started."""
     _stopping.clear()
     end = time.time() + budget
-    for number, stage in enumerate(stages):
-        later = [part for rest in stages[number + 1:] for part in rest]
-        left = end - time.time()
-        shares = [(part, share(part, later, left)) for part in stage]
-        with ThreadPoolExecutor(len(stage)) as pool:
-            started = [(part, seconds, pool.submit(_timed, part, seconds, logs, root))
-                       for part, seconds in shares if seconds]
-            for part, seconds in shares:
-                if not seconds:
+    carried: list[tuple[Part, Future]] = []
+    with ThreadPoolExecutor(sum(map(len, stages)) or 1) as pool:
+        for number, stage in enumerate(stages):
+            later = [part for rest in stages[number + 1:] for part in rest]
+            left = end - time.time()
+            started = []
+            for part in stage:
+                seconds = share(part, later, left)
+                if seconds:
+                    started.append((part, pool.submit(_timed, part, seconds, logs, root)))
+                else:
                     each(part, 0.0, None)
-            for part, _, future in started:
-                taken, ended = future.result()
-                each(part, taken, ended)
+            wait = [*carried, *(one for one in started if not one[0].spans)]
+            carried = [one for one in started if one[0].spans]
+            for part, future in wait:
+                each(part, *future.result())
+        for part, future in carried:
+            each(part, *future.result())
 
 
 def _timed(part: Part, seconds: float, logs: Path, root: Path) -> tuple[float, list[Ended]]:

@@ -33,9 +33,21 @@ def status(part: Mapping) -> str:
     return said[:WIDTH]
 
 
+def last_words(raw: Path, part: Mapping) -> list[str]:
+    """Of the first job that failed by itself, beside those of tests and tools."""
+    for job, why in part["failed"].items():
+        name = part["part"] if job == part["part"] else f"{part['part']}-{job}"
+        log = raw / "log" / f"{name.replace('/', '_')}.txt"
+        if why.startswith("exit") and part["part"] not in ("tests", "sanitizer") and log.exists():
+            lines = log.read_text(errors="replace").strip().splitlines()
+            return [f"  {job}: {lines[-1]}"[:WIDTH]] if lines else []
+    return []
+
+
 def text(raw: Path, state: Sequence[Mapping], gpu: str, seconds: float) -> str:
     lines = [f"{gpu}, {seconds:.0f} s"]
-    lines += [status(part) for part in state]
+    for part in state:
+        lines += [status(part), *last_words(raw, part)]
     for section in (correctness, tested, compiled, convolutions, products, blocks, trunk,
                     training, plan, asked):
         try:
@@ -203,7 +215,7 @@ def training(raw: Path) -> Iterator[str]:
         for at in range(0, len(forms), 4):
             yield f"{name if not at else '':11}" + ", ".join(forms[at:at + 4])
     said = [f"{row['key']}: {'yes' if row['yes'] else 'NO'}" for row in found if "yes" in row]
-    said += [f"{row['key']} {row['accuracy']:.3f}" for row in found if "accuracy" in row]
+    said += [f"{row['key']} {row['accuracy']:.3f}" for row in rows(raw, "digits")]
     said += [f"{row['key']}: {'yes' if row[close] else 'NO'}" for row in found
              for close in ["first block close to the emulation"] if close in row]
     if said:

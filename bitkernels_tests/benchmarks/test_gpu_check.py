@@ -112,6 +112,17 @@ def test_parts_of_a_stage_run_side_by_side(tmp_path):
     assert [one.code for _, ended in found.values() for one in ended] == [0, 0]
 
 
+def test_a_part_may_span_the_next_stage_and_no_more(tmp_path):
+    begun = "import time; open('{}', 'w').write(str(time.time()))"
+    slow = Part("slow", lambda: [Job("slow", [*PYTHON, "import time; time.sleep(4); "
+                                              "open('slow', 'w').write(str(time.time()))"])],
+                20, 1, 0, spans=True)
+    found = run([[part("a", begun.format("a")), slow], [part("b", begun.format("b"))],
+                 [part("c", begun.format("c"))]], tmp_path)
+    at = {name: float((tmp_path / name).read_text()) for name in ("a", "b", "c", "slow")}
+    assert at["a"] < at["b"] < at["slow"] < at["c"] and set(found) == {"slow", "a", "b", "c"}
+
+
 # The command.
 
 
@@ -122,7 +133,8 @@ def planned(**kw):
 def test_the_default_parts_fit_seven_minutes_about():
     """Some end early, and what matters least gives way to what matters more."""
     stages = check.stages(ROOT / "nowhere", check.DEFAULT)
-    assert 400 <= sum(max(one.seconds for one in stage) for stage in stages) <= 440
+    assert 400 <= sum(max(one.seconds for one in stage if not one.spans)
+                      for stage in stages) <= 440
     assert sum(max(one.least for one in stage) for stage in stages) <= 180
     assert [one.name for one in planned()] == list(check.PARTS)
     assert all(two.seconds == 2 * one.seconds
@@ -132,8 +144,11 @@ def test_the_default_parts_fit_seven_minutes_about():
 def test_only_what_is_not_timed_shares_the_gpu():
     for stage in check.stages(ROOT / "nowhere", check.PARTS):
         if len(stage) > 1:
-            assert {one.name for one in stage} in ({"compile", "build"}, {"tests", "sanitizer"})
+            assert {one.name for one in stage} in (
+                {"compile", "build"}, {"tests", "digits", "sanitizer"})
     order = [one.name for one in planned()]
+    assert [one.name for one in planned() if one.spans] == ["build"] and order[2] == "correct"
+    assert not any(one.spans for stage in check.stages(ROOT, ("build", "conv")) for one in stage)
     assert order.index("correct") < order.index("conv") < order.index("tests")
 
 
@@ -199,7 +214,8 @@ def test_a_run_leaves_a_summary_and_one_archive(tmp_path, monkeypatch, stays, ca
     monkeypatch.setattr(check, "ROOT", tmp_path)
     stages = [[part("conv", ROWS)],
               [part("train", "print('here', flush=True); import time; time.sleep(99)", seconds=3)],
-              [Part("tests", list, 9, 1, 0)], [part("plan", "pass", least=500)]]
+              [Part("tests", list, 9, 1, 0), part("gemm", "print('at last'); raise SystemExit(1)")],
+              [part("plan", "pass", least=500)]]
     assert check.follow(stages, 60, tmp_path / "out", "a GPU") == 1
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["results.tar.gz", "summary.txt"]
@@ -211,7 +227,7 @@ def test_a_run_leaves_a_summary_and_one_archive(tmp_path, monkeypatch, stays, ca
     said = (out / "summary.txt").read_text()
     assert said in capsys.readouterr().out
     for line in ("train .* FAILED killed after 3 s", "plan .* no time left",
-                 "tests .* not installed"):
+                 "tests .* not installed", "gemm .* FAILED exit 1\n  gemm: at last"):
         assert re.search(line, said), said
 
 
@@ -303,7 +319,7 @@ def results(folder):
             ("bitkernels compiled", 1400.0, 7168.0), ("layers", 900.0, 9999.0)):
         train.add(key=f"reactnet18 {form}", **{"images/s": rate, "peak MiB": peak})
     train.add(key="captured layers", yes=False)
-    train.add(key="digits cuda", accuracy=0.9)
+    record.Record(folder, "digits-cuda").add(key="digits cuda", accuracy=0.9)
 
 
 def test_goals_compare_with_what_is_asked(tmp_path):

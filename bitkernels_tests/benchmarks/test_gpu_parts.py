@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import calls
 import gpu_time
 import record
-from parts import block, compiling, correct, one, plan_table, speed, train, trunk
+from parts import block, compiling, correct, digits, one, plan_table, speed, train, trunk
 
 CPU = torch.device("cpu")
 NAMES = ("mma_64x32", "resident_64x64")
@@ -120,6 +120,118 @@ def test_operands_are_as_many_as_leave_the_cache():
     assert len(small("packed").sets) == 1
     block_ = small("block", cache=4000)
     assert block_.arguments(1)[1]["residual"] is block_.sets[1][1]
+
+
+class Graph:
+    """Of torch.cuda.CUDAGraph what gpu_time uses; replays take `cost` of the calls captured."""
+
+    time, capturing, pools = 0.0, None, ()
+
+    def __init__(self):
+        self.cost = 0.0
+
+    def capture_begin(self, *pool):
+        assert Graph.capturing is None
+        Graph.capturing, Graph.pools = self, (*Graph.pools, *pool)
+
+    def capture_end(self):
+        Graph.capturing = None
+
+    def replay(self):
+        Graph.time += self.cost
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Graph.time
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(Graph, "time", 0.0)
+    monkeypatch.setattr(Graph, "pools", ())
+    for name, value in (
+            ("CUDAGraph", Graph), ("Event", Event), ("Stream", Stream), ("current_stream", Stream),
+            ("stream", lambda one: contextlib.nullcontext()), ("synchronize", lambda: None),
+            ("empty_cache", lambda: None), ("graph_pool_handle", lambda: object())):
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def call_of(milliseconds, seen=None):
+    def call(number):
+        if seen is not None:
+            seen.append(number)
+        if Graph.capturing is not None:
+            Graph.capturing.cost += milliseconds
+
+    return call
+
+
+def test_graphs_are_timed_in_turns_and_errors_are_apart(graphs):
+    def fails(number):
+        if Graph.capturing is not None:
+            raise ValueError("not in a capture")
+
+    seen = []
+    us, errors = gpu_time.in_turns({"a": (call_of(2.0, seen), 4), "b": (fails, 5),
+                                    "c": (call_of(3.0), 10)})
+    assert us == pytest.approx({"a": 2.0, "c": 3.0}) and list(errors) == ["b"]
+    assert seen == [0, 1, 2, 0, 1, 2, 3]  # warmed up, then captured
+    assert isinstance(errors["b"], ValueError) and len(set(Graph.pools)) == 2
+    assert gpu_time.in_turns({"b": (fails, 1)})[0] == {}
+    assert gpu_time.graph(lambda: call_of(2.0)(0)) == pytest.approx([2.0] * 15)
+
+
+def test_a_context_that_does_not_answer_is_told(graphs, monkeypatch):
+    def breaks(number):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: 1 / 0)
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(gpu_time.Broken) as found:
+        gpu_time.in_turns({"a": (call_of(1.0), 2), "b": (breaks, 2)})
+    assert found.value.name == "b" and "illegal" in str(found.value.__cause__)
+
+
+def test_steps_are_timed_back_to_back(graphs):
+    ran = []
+    assert len(gpu_time.back_to_back(lambda: ran.append(1), 0.0)) == 1 and len(ran) == 3
+    assert len(gpu_time.back_to_back(lambda: ran.append(1), 9.0, most=4)) == 4
+
+
+def test_tiles_are_those_that_tuning_may_choose():
+    """As the package's modules name them: on a GPU these are compiled and checked one by one."""
+    from bitkernels.backends import gpus
+    from bitkernels.backends.triton import configs, tuning
+
+    with gpus.planning_for(gpus.named("sm_90")):
+        large = calls.convolution(torch.device("meta"), 256, 14, 64, "packed")
+        assert calls.inner_of(large.op, *large.arguments()) == "b1"
+        assert calls.tiles(large) == len(configs.table("b1", "sm90"))
+    with calls.in_tile(1):
+        assert tuning._fixed.get() == 1
+
+
+def test_exact_chains_are_the_references(monkeypatch):
+    monkeypatch.setattr(block, "DEVICE", "cpu")
+    monkeypatch.setattr(block, "BATCH", 2)
+    fused = block.Fused(block.blocks(32, 3))
+    x = torch.randn(2, 32, 5, 5)
+    assert torch.equal(block.expected(fused, x), fused.expected(x))
+    made = trunk.bench_trunk.Trunk(2, 8, 2, trunk.common.CpuDevice())
+    assert trunk.bench_trunk.matches(lambda: trunk.expected(made), made.expected())
 
 
 def test_floors_are_those_of_the_analysis():
@@ -431,10 +543,40 @@ def test_training_rows_come_form_by_form(no_gpu_needed, tmp_path, monkeypatch):
     assert "out of time" in lines(tmp_path, "train")[-1]["stopped"] and len(done) == 1
 
 
-def test_digits_are_learned(monkeypatch):
+def test_digits_are_learned(tmp_path):
     pytest.importorskip("sklearn")
-    found = train.digits("cpu")
-    assert found["accuracy"] > 0.5 and found["epochs"] == train.EPOCHS
+    digits.run(tmp_path, "cpu")
+    (found,) = lines(tmp_path, "digits")
+    assert found["accuracy"] > 0.5 and found["epochs"] == digits.EPOCHS
+
+
+def test_checks_wait_for_memory():
+    turns = iter([torch.OutOfMemoryError("no room"), torch.OutOfMemoryError("no room"), None])
+
+    def failure():
+        error = next(turns)
+        if error is not None:
+            raise error
+        return "differs"
+
+    assert correct.with_memory(failure, 0.0) == "differs"
+
+
+def test_a_kernel_that_breaks_the_gpu_in_the_plan_is_left_out_next_time(emulated, tmp_path,
+                                                                       monkeypatch):
+    def fails(*args, **kw):
+        raise RuntimeError("an illegal memory access")
+
+    call, name = small("packed"), calls.takers(small("packed"), CPU)[0].name
+    monkeypatch.setattr(plan_table, "context_works", lambda: False)
+    monkeypatch.setattr(record.os, "execv", lambda *args: (_ for _ in ()).throw(SystemExit))
+    one_ = record.Record(tmp_path, "plan")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(launch, "packed_conv2d", fails)
+        plan_table.right(call, CPU, one_)
+    again = record.Record(tmp_path, "plan")
+    assert again.bad == {f"{name} {call.name}"}
+    assert plan_table.right(call, CPU, again) == {}
 
 
 @pytest.mark.parametrize("limit, expected", [(7, 0), (8, 8), (100, 96), (1000, 1000), (1001, 1000)])

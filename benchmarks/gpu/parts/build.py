@@ -18,8 +18,15 @@ from pathlib import Path
 from record import Record
 
 ROOT = Path(__file__).resolve().parents[3]
-TRY = ("import bitkernels; from bitkernels.backends import cpu; import torch; "
-       "print(torch.__version__, cpu.active() or cpu.why_not)")
+TRY = """
+import torch, bitkernels
+from bitkernels.backends import cpu
+if cpu.active():
+    args = torch.randn(3, 70), None, 1
+    right = bitkernels.reference.sign_pack(*args)
+    assert torch.equal(torch.ops.bitkernels.sign_pack(*args), right), "differs from the reference"
+print(torch.__version__, cpu.active() or cpu.why_not)
+"""
 
 
 def tried(folder: Path) -> tuple[bool, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import calls
 import torch
-from record import Record, faulty, rows
+from record import Record, context_works, faulty, message, rows
 from schedule import end_of_job
 
 from bitkernels.backends.cuda import kernels, plan
@@ -79,15 +79,19 @@ def write(path: Path, arch: str, gpu: str, entries: Sequence[dict]) -> None:
     partial.replace(path)
 
 
-def right(call: calls.Call, device: torch.device) -> dict[str, str]:
+def right(call: calls.Call, device: torch.device, record: Record) -> dict[str, str]:
     """Of a call that the part `correct` has not seen: the kernels that are wrong, and how."""
     expected, found = calls.expected(call), {}
     for which in (*calls.takers(call, device), calls.TRITON):
         name = which if isinstance(which, str) else which.name
+        if f"{name} {call.name}" in record.bad:
+            continue
         try:
             wrong = calls.difference(call, call.run(which), expected)
         except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"[:200]
+            if not context_works():
+                record.broken(f"{name} {call.name}", error)
+            wrong = message(error)
         if wrong is not None:
             found[name] = wrong
     return found
@@ -113,7 +117,7 @@ def run(folder: Path) -> None:
             return
         if call.name in record.done:
             continue
-        wrong = right(call, device)
+        wrong = right(call, device, record)
         for name in wrong:
             record.add(wrong=f"{name} in {call.name}: {wrong[name]}")
         speed.one_row(record, call, calls.COPIES, {}, copy, device, folder, wrong)

@@ -1,5 +1,5 @@
 """Part train: training steps of whole networks in every form of bench_train.py, eager and compiled;
-whether a step can be captured; a few epochs on digits, GPU against CPU.
+whether a step can be captured.
 
 A row for every network and form as soon as it is measured: seconds of a step, steps one behind the
 other, images a second, the most memory allocated. train.csv, train.json and train.png are of all
@@ -9,7 +9,6 @@ forms that were measured, of networks that were begun.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -33,7 +32,6 @@ EAGER = ("published", "bitkernels", "layers", "lean")
 COMPILED = tuple(f"{form} compiled" for form in ("published", "bitkernels", "layers", "lean"))
 SECONDS = 1.0  # timed, of each form
 FIRST, REST = ("reactnet18",), ("quicknet", "reactnet_a")
-DIGITS, EPOCHS = "quicknet-digits", 3
 
 
 def make_case(network: str, batch: int = BATCH, size: int = SIZE) -> bench_train.Case:
@@ -69,7 +67,11 @@ def networks(record: Record, names: tuple[str, ...], folder: Path, done: list[be
         if time.time() > end_of_job():
             record.add(stopped=f"before {name}: out of time")
             return
-        case = make_case(name)
+        try:
+            case = make_case(name)
+        except Exception as error:
+            record.add(key=name, failed=message(error))
+            continue
         times: dict[str, common.Times] = {}
         peaks: dict[str, int] = {}
         match: list[bool] = []
@@ -159,21 +161,6 @@ def reduced(form: str) -> dict:
             "graphs skipped": skips}
 
 
-def digits(device: str) -> dict:
-    from bitkernels import models
-    from bitkernels.train import Options, datasets, fit, recipes
-
-    recipe = recipes.get(DIGITS)
-    recipe = dataclasses.replace(recipe, stages=tuple(
-        dataclasses.replace(stage, epochs=EPOCHS) for stage in recipe.stages))
-    start = time.time()
-    result = fit(lambda: models.create("quicknet", in_channels=1, image_size=8, blocks=(1, 1, 1),
-                                       filters=(32, 64, 128)),
-                 recipe, datasets.digits(), options=Options(device=device, watch=False))
-    return {"accuracy": result.accuracy, "epochs": EPOCHS,
-            "training s": round(time.time() - start, 1)}
-
-
 def run(folder: Path) -> None:
     record = Record(folder, "train")
     torch.backends.cudnn.benchmark = True
@@ -182,7 +169,6 @@ def run(folder: Path) -> None:
     networks(record, FIRST, folder, done)
     run_tasks(record, [
         *((f"captured {form}", partial(captured, form)) for form in ("bitkernels", "layers")),
-        *((f"digits {device}", partial(digits, device)) for device in ("cuda", "cpu")),
         ("reduce-overhead bitkernels", partial(reduced, "bitkernels"))])
     networks(record, REST, folder, done)
 
