@@ -7,6 +7,7 @@ tap, whose sums of less than 2^24 are exact in any order, then the epilogue step
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -189,14 +190,25 @@ def product(device: torch.device, rows: int, columns: int, channels: int, output
 
 def convolutions(device: torch.device, cache: int = 0, layers: Sequence[tuple[int, int]] = LAYERS,
                  batches: Sequence[int] = BATCHES, outputs: Sequence[str] = OUTPUTS
-                 ) -> Iterator[tuple[int, int, int, Callable[[str], Call]]]:
-    """(channels, size, batch, call of an output), what matters most first."""
-    for batch in batches:
-        for channels, size in layers:
-            # 20 calls of a batch of 1 are too short for a graph's own start not to show.
-            copies = COPIES if batch > 1 else 3 * COPIES
-            yield channels, size, batch, lambda output, c=channels, s=size, b=batch, n=copies: (
-                convolution(device, c, s, b, output, cache, n))
+                 ) -> Iterator[tuple[str, int, str, Callable[[], Call]]]:
+    """(layer, batch, output, the call), what matters most first: moments of small batches, and
+    those of more than 16 bits, come last."""
+    def late(batch: int, output: str) -> bool:
+        return output.startswith("moments") and (batch != batches[0] or output.endswith("32"))
+
+    for last in (False, True):
+        for batch in batches:
+            for channels, size in layers:
+                for output in outputs:
+                    if late(batch, output) == last:
+                        yield f"{channels}@{size}", batch, output, functools.partial(
+                            convolution, device, channels, size, batch, output, cache,
+                            conv_copies(batch))
+
+
+def conv_copies(batch: int) -> int:
+    """Calls in a graph: of those of a batch of 1 so many that the graph's own start is little."""
+    return COPIES if batch > 1 else 3 * COPIES
 
 
 def gemm_copies(size: int) -> int:

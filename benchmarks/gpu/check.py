@@ -124,14 +124,16 @@ def sanitizer() -> tuple[str, ...]:
 
 
 def sanitizer_jobs(folder: Path) -> list[Job]:
-    tool = sanitizer()
+    """One for each tool and family of kernels: starting Python under a sanitizer is slow."""
+    families: dict[str, list[str]] = {}
+    for name in kernel_names() if sanitizer() else ():
+        families.setdefault(name.split("_")[0], []).append(name)
     jobs = []
-    for name in kernel_names() if tool else ():
-        for check in ("memcheck", "racecheck"):
-            one = child("small", name, folder, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-                        OMP_NUM_THREADS="1")
-            jobs.append(Job(f"{check}-{name}", [*tool, "--tool", check, *one.command],
-                            one.environment))
+    for family, names in families.items():
+        one = child("small", ",".join(names), folder, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+                    OMP_NUM_THREADS="1")
+        jobs += [Job(f"{tool}-{family}", [*sanitizer(), "--tool", tool, *one.command],
+                     one.environment) for tool in ("memcheck", "racecheck")]
     return jobs
 
 
@@ -218,6 +220,7 @@ def environment() -> dict[str, str]:
     caches = Path(tempfile.gettempdir()) / f"bitkernels-gpu-check-{getattr(os, 'getuid', int)()}"
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1",
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
             **{name: os.environ.get(name) or str(caches / folder) for name, folder in (
                 ("TRITON_CACHE_DIR", "triton"), ("BITKERNELS_CACHE_DIR", "cuda"),
                 ("TORCHINDUCTOR_CACHE_DIR", "inductor"))}}

@@ -73,7 +73,9 @@ def correctness(raw: Path) -> Iterator[str]:
         return
     exact = {name: sum("wrong" in row and row["wrong"] is None for row in of)
              for name, of in found.items()}
-    yield "exact checks: " + ", ".join(f"{name} {count}" for name, count in exact.items())
+    counts = [f"{name} {count}" for name, count in exact.items()]
+    for at in range(0, len(counts), 6):
+        yield f"{'' if at else 'exact checks:':14}" + ", ".join(counts[at:at + 6])
     for name, of in found.items():
         for row in [row for row in of if row.get("wrong")][:3]:
             yield f"  {WRONG} {name}: {row['key']}: {row['wrong']}"

@@ -366,6 +366,10 @@ def test_conv_and_gemm_go_through_their_calls(emulated, few, clock, tmp_path, mo
     conv, gemm = ([row for row in lines(tmp_path, part) if "key" in row]
                   for part in ("conv", "gemm"))
     assert [row["output"] for row in conv] == list(calls.OUTPUTS)
+    order = [found[:3] for found in calls.convolutions(CPU, layers=((64, 4),), batches=(256, 1))]
+    assert [o for o in order if o[1] == 256][-1] == ("64@4", 256, "moments int32")
+    assert order.index(("64@4", 1, "packed")) < order.index(("64@4", 256, "moments int32"))
+    assert len(set(order)) == len(order) == 2 * len(calls.OUTPUTS)
     assert [("cudnn bf16" in row["us"], "cudnn fp16" in row["us"]) for row in conv] == [
         (output in speed.BESIDE_LIBRARY,) * 2 for output in calls.OUTPUTS]
     assert all(set(NAMES) <= set(row["us"]) for row in conv[:4])
@@ -466,6 +470,21 @@ def test_compilation_builds_what_is_timed_and_launches_nothing(emulated, few, mo
     assert f"{NAMES[0]} 64x64x64 packed" in names
     assert f"{NAMES[1]} 3x3/2:32-64@3 batch 1 fp16" in names
     assert set(NAMES) <= set(built)
+
+
+def test_whole_networks_are_compiled_without_launches(emulated, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch.trust, "has", dispatch.trust.has)  # as it was, afterwards
+    ran = []
+    monkeypatch.setattr(compiling.block, "warm", lambda: ran.append("block"))
+    monkeypatch.setattr(compiling.train, "warm", lambda *args: ran.append(args) or 1 / 0)
+    compiling.whole(tmp_path, "block")
+    compiling.whole(tmp_path, "reactnet18 published")
+    assert ran == ["block", ("reactnet18", "published")]
+    good, bad = lines(tmp_path, "compile")
+    assert good["key"] == "torch.compile block" and "ZeroDivision" in bad["failed"]
+    assert dispatch.trust.has(("packed_conv2d", "any"), CPU, lambda: "differs")
+    assert launch.driver().launch(1, 2, 3) is None
 
 
 @pytest.fixture

@@ -67,8 +67,7 @@ def jobs(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def convolutions(batches) -> Iterator[calls.Call]:
         for *_, make in calls.convolutions(device, batches=batches):
-            for output in calls.OUTPUTS:
-                yield make(output)
+            yield make()
 
     yield from of_calls(convolutions(first), device)
     yield from of_calls((calls.product(device, size, size, size, output) for size in calls.SIZES

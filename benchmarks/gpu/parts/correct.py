@@ -42,8 +42,7 @@ def samples(which: kernels.Kernel | str, device: torch.device
 
 def timed_calls(device: torch.device) -> Iterator[calls.Call]:
     for *_, make in calls.convolutions(device):
-        for output in calls.OUTPUTS:
-            yield make(output)
+        yield make()
     for size in calls.SIZES:
         for output in ("packed", "fp16"):
             yield calls.product(device, size, size, size, output)
@@ -132,12 +131,14 @@ def run(folder: Path, name: str) -> None:
 
 
 @torch.no_grad()
-def small(folder: Path, name: str) -> None:
-    """The small cases of a kernel alone, as a sanitizer runs them; raises where one is wrong."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    for key, failure in samples(kernels.ALL[name], device):
-        wrong = failure()
-        torch.cuda.synchronize()
-        print(key, wrong or "exact", flush=True)
-        if wrong:
-            raise SystemExit(1)
+def small(folder: Path, names: str) -> None:
+    """The small cases of kernels alone, as a sanitizer runs them; exit code 1 where one is wrong."""
+    device, failed = torch.device("cuda", torch.cuda.current_device()), False
+    for name in names.split(","):
+        for key, failure in samples(kernels.ALL[name], device):
+            wrong = failure()
+            torch.cuda.synchronize()
+            print(name, key, wrong or "exact", flush=True)
+            failed |= wrong is not None
+    if failed:
+        raise SystemExit(1)
