@@ -132,7 +132,7 @@ def run(folder: Path, name: str) -> None:
 
 @torch.no_grad()
 def small(folder: Path, names: str) -> None:
-    """The small cases of kernels alone, as a sanitizer runs them; exit code 1 where one is wrong."""
+    """The small cases of kernels alone, as a sanitizer runs them; exit code 1 for wrong ones."""
     device, failed = torch.device("cuda", torch.cuda.current_device()), False
     for name in names.split(","):
         for key, failure in samples(kernels.ALL[name], device):
