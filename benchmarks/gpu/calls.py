@@ -55,9 +55,12 @@ class Call:
         return (first, *self.rest), kw
 
     def run(self, which: kernels.Kernel | str, number: int = 0) -> tuple:
+        """In a kernel of csrc/cuda, by `TRITON` as a user gets it, or in a `tile_name`."""
         args, kw = self.arguments(number)
-        if which == TRITON:
-            return by_triton(self.op, args, kw)
+        if isinstance(which, str):
+            tile = which.removeprefix(TRITON).removeprefix(":")
+            with in_tile(int(tile)) if tile else contextlib.nullcontext():
+                return by_triton(self.op, args, kw)
         return getattr(launch, self.op)(which, *args, **kw)
 
     def floors(self, copy: float) -> dict[str, float]:
@@ -82,8 +85,16 @@ def by_triton(op: str, args: tuple, kw: dict) -> tuple:
 def tiles(call: Call) -> int:
     """Configurations of Triton's kernel that tuning may choose for a call."""
     args, kw = call.arguments()
-    inner = inner_of(call.op, args, kw)
-    return 1 if inner is None else len(configs.table(inner, configs.family(args[0].device)))
+    inner, family = inner_of(call.op, args, kw), configs.family(args[0].device)
+    if inner is None:
+        return 1
+    size = getattr(triton_plan.decide(call.op, args, kw, args[0].device), "size", None)
+    return len(configs.table(inner, family) if size is None else
+               configs.table(inner, family, size.flat))
+
+
+def tile_name(number: int) -> str:
+    return f"{TRITON}:{number}"
 
 
 def in_tile(number: int) -> contextlib.AbstractContextManager:

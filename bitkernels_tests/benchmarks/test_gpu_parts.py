@@ -29,6 +29,7 @@ from parts import block, compiling, correct, digits, one, plan_table, speed, tra
 
 CPU = torch.device("cpu")
 NAMES = ("mma_64x32", "resident_64x64")
+TILES = ("triton", "triton:0", "triton:1")
 
 
 def by_reference(op, args, kw):
@@ -311,7 +312,7 @@ def test_rows_have_every_kernel_and_leave_out_what_is_wrong(emulated, clock, tmp
     call = small("packed", cache=1000)
     timed(tmp_path, call, others={"cudnn bf16": lambda i: None}, layer="64@4")
     (row,) = lines(tmp_path, "conv")
-    assert set(row["us"]) == {*NAMES, "triton", "cudnn bf16"} == set(row["warm"])
+    assert set(row["us"]) == {*NAMES, *TILES, "cudnn bf16"} == set(row["warm"])
     assert row["layer"] == "64@4" and row["errors"] == {} and len(clock) == 2
     assert row["entry"] == {"op": "packed_conv2d", "rows": 16, "cout": 64, "products": 576,
                             "real": False}
@@ -319,7 +320,7 @@ def test_rows_have_every_kernel_and_leave_out_what_is_wrong(emulated, clock, tmp
     bad.add(kernel=NAMES[0], key=call.name, wrong="output 1 differs")
     timed(tmp_path, call)
     row = lines(tmp_path, "conv")[-1]
-    assert set(row["us"]) == {NAMES[1], "triton"} and "not exact" in row["errors"][NAMES[0]]
+    assert set(row["us"]) == {NAMES[1], *TILES} and "not exact" in row["errors"][NAMES[0]]
     bad.add(kernel=NAMES[0], begun="something")
     timed(tmp_path, small("fp16"))
     assert "hung" in lines(tmp_path, "conv")[-1]["errors"][NAMES[0]]
@@ -336,7 +337,7 @@ def test_one_kernel_that_raises_ends_nothing(emulated, clock, tmp_path, monkeypa
     monkeypatch.setattr(launch, "packed_conv2d", packed_conv2d)
     timed(tmp_path, small("block"))
     (row,) = lines(tmp_path, "conv")
-    assert set(row["us"]) == {NAMES[1], "triton"}
+    assert set(row["us"]) == {NAMES[1], *TILES}
     assert row["errors"] == {NAMES[0]: "RuntimeError: no room"} and "entry" not in row
 
 
@@ -354,7 +355,7 @@ def test_a_kernel_that_breaks_the_gpu_is_left_out_in_a_new_process(emulated, clo
     timed(tmp_path, call)
     first, row = lines(tmp_path, "conv")
     assert "illegal" in first["error"] and row["errors"] == {NAMES[0]: "broke the GPU"}
-    assert set(row["us"]) == {NAMES[1], "triton"}
+    assert set(row["us"]) == {NAMES[1], *TILES}
 
 
 def test_conv_and_gemm_go_through_their_calls(emulated, few, clock, tmp_path, monkeypatch):

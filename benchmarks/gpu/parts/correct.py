@@ -63,8 +63,7 @@ def every_tile(call: calls.Call) -> str | None:
     """Of Triton's kernel in each configuration that tuning may choose."""
     right = calls.expected(call)
     for number in range(calls.tiles(call)):
-        with calls.in_tile(number):
-            wrong = calls.difference(call, call.run(calls.TRITON), right)
+        wrong = calls.difference(call, call.run(calls.tile_name(number)), right)
         if wrong is not None:
             return f"{wrong}, configuration {number}"
     return None

@@ -2,11 +2,13 @@
 
 A row has `us`, with operands that change from call to call as far as they would stay in the L2
 cache, and `warm`, with the same ones each time; both by kernel, the library's beside ours. Kernels
-that the part `correct` found to be wrong there are left out and named.
+that the part `correct` found to be wrong there are left out and named. `triton` is the tile that a
+user gets, `triton:0` and so on are each of those that there are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -66,7 +68,11 @@ def measure(call: Call, copies: int, others: dict[str, Run], left_out: dict[str,
             device: torch.device) -> dict:
     """A row without its key."""
     runs: dict[str, Run] = {}
-    for which in (*calls.takers(call, device), calls.TRITON):
+    tiles: list[str] = []
+    if calls.TRITON not in left_out:
+        with contextlib.suppress(Exception):  # without a kernel there, `triton` itself says why
+            tiles = [calls.tile_name(number) for number in range(calls.tiles(call))]
+    for which in (*calls.takers(call, device), calls.TRITON, *tiles):
         name = which if isinstance(which, str) else which.name
         if name not in left_out:
             runs[name] = lambda i, which=which: call.run(which, i)
