@@ -8,8 +8,9 @@
 
 Works in a plain copy of the tree with PyTorch, Triton and CuPy, without git, network or an install.
 Every part has processes of its own and a limit, at which they are killed. What a part finds is
-written line by line to OUT/raw; at the end that is packed into OUT/results.tar.gz beside
-OUT/summary.txt, also when the run is interrupted. OUT is benchmarks/results/<gpu> unless given.
+written line by line to OUT/raw; after each part that is packed into OUT/results.tar.gz beside
+OUT/summary.txt, which alone are left at the end, also of an interrupted run. OUT is
+benchmarks/results/<gpu> unless given.
 
 Parts that time have the GPU to themselves; before them all kernels are compiled side by side and
 checked, each in a process of its own, and what hangs or is wrong there is not timed.
@@ -227,14 +228,13 @@ def environment() -> dict[str, str]:
 
 
 def pack(out: Path, raw: Path) -> Path:
-    """All of `raw` as one file, then `raw` is gone."""
+    """All of `raw` as one file."""
     path, partial = out / "results.tar.gz", out / ".results.partial"
     with tarfile.open(partial, "w:gz") as tar:
         for found in sorted(raw.rglob("*")):
             if found.is_file() and "claims" not in found.parts:
                 tar.add(found, found.relative_to(raw))
     partial.replace(path)
-    shutil.rmtree(raw, ignore_errors=True)
     return path
 
 
@@ -312,10 +312,10 @@ def follow(planned: Sequence[Sequence[Part]], budget: float, out: Path, gpu: str
         signal.signal(number, interrupt)
     state: list[dict] = []
 
-    def write() -> str:
+    def write() -> tuple[str, Path]:
         text = summary.text(raw, state, gpu, time.time() - start)
         (out / "summary.txt").write_text(text)
-        return text
+        return text, pack(out, raw)
 
     def each(part: Part, seconds: float, ended: list[Ended] | None) -> None:
         failed = {one.job: one.failed for one in ended or () if one.failed}
@@ -331,8 +331,8 @@ def follow(planned: Sequence[Sequence[Part]], budget: float, out: Path, gpu: str
         state.append({"part": "interrupted", "seconds": 0.0, "failed": {}, "jobs": None})
         print("interrupted")
     finally:
-        text = write()
-        packed = pack(out, raw)
+        text, packed = write()
+        shutil.rmtree(raw, ignore_errors=True)
         print(f"\n{text}\nwritten: {out / 'summary.txt'}, {packed}")
     return int(any(part["failed"] for part in state) or summary.WRONG in text)
 

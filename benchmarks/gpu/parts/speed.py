@@ -111,7 +111,8 @@ def one_row(record: Record, call: Call, copies: int, others: dict[str, Run], cop
             record.broken(call.name, error)
         record.add(key=call.name, failed=message(error), **more)
         return
-    tag = {} if call.name.endswith("block") else {"entry": entry(call)}
+    # The plan knows no residual and no type: fp16 and int16 stand for what is written.
+    tag = {} if call.name.endswith(("block", "int32")) else {"entry": entry(call)}
     record.add(key=call.name, **more, **row, **tag, copies=copies, sets=len(call.sets),
                floors={k: round(t, 3) for k, t in call.floors(copy).items()},
                seconds=round(time.time() - start, 2))
