@@ -221,7 +221,6 @@ def environment() -> dict[str, str]:
     caches = Path(tempfile.gettempdir()) / f"bitkernels-gpu-check-{getattr(os, 'getuid', int)()}"
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1",
-            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
             **{name: os.environ.get(name) or str(caches / folder) for name, folder in (
                 ("TRITON_CACHE_DIR", "triton"), ("BITKERNELS_CACHE_DIR", "cuda"),
                 ("TORCHINDUCTOR_CACHE_DIR", "inductor"))}}

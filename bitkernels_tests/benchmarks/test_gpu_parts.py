@@ -476,6 +476,7 @@ def test_compilation_builds_what_is_timed_and_launches_nothing(emulated, few, mo
 def test_whole_networks_are_compiled_without_launches(emulated, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dispatch.trust, "has", dispatch.trust.has)  # as it was, afterwards
+    monkeypatch.setattr(compiling.inductor, "autotune_local_cache", True)
     ran = []
     monkeypatch.setattr(compiling.block, "warm", lambda: ran.append("block"))
     monkeypatch.setattr(compiling.train, "warm", lambda *args: ran.append(args) or 1 / 0)

@@ -154,7 +154,8 @@ def traced(step: Callable[[], object]) -> dict:
     gpu = torch.autograd.DeviceType.CUDA
     table = sorted(([event.key[:160], round(event.self_device_time_total / STEPS, 2),
                      round(event.count / STEPS, 2)] for event in seen.key_averages()
-                    if event.device_type == gpu), key=lambda line: -line[1])
+                    if event.device_type == gpu and not event.is_user_annotation),
+                   key=lambda line: -line[1])
     return {"device us": round(sum(line[1] for line in table), 1),
             "launches": round(sum(line[2] for line in table), 1), "kernels": table[:KERNELS]}
 
