@@ -438,7 +438,7 @@ def test_processes_share_the_jobs_of_compilation(tmp_path, monkeypatch):
 
     ran = []
     jobs = [("a", lambda: ran.append("a")), ("b", fails), ("c", lambda: ran.append("c"))]
-    assert compiling.claim(tmp_path, 2)
+    assert compiling.claim(tmp_path, "c")
     first = record.Record(tmp_path, "compile-0")
     compiling.work(first, iter(jobs), tmp_path)
     compiling.work(record.Record(tmp_path, "compile-1"), iter(jobs), tmp_path)
@@ -448,6 +448,26 @@ def test_processes_share_the_jobs_of_compilation(tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "end_of_job", lambda: 0.0)
     compiling.work(first, iter(jobs), tmp_path / "late")
     assert lines(tmp_path, "compile")[-1]["stopped"] == "before a: out of time"
+
+
+def test_a_call_without_operands_ends_no_list(emulated, few, monkeypatch, tmp_path):
+    def no_room(*args, **kw):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(calls, "convolution", no_room)
+    monkeypatch.setattr(speed, "setup", lambda: (CPU, 1000))
+    monkeypatch.setattr(speed, "copy_rate", lambda: 4e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    found = dict(compiling.of_calls([no_room, lambda: calls.product(CPU, 64, 64, 64, "fp16")], CPU))
+    assert list(found)[:2] == ["call 0", "triton 64x64x64 fp16"]
+    with pytest.raises(torch.OutOfMemoryError):
+        found["call 0"]()
+    found = dict(correct.large(kernels.ALL[NAMES[0]], CPU))
+    assert "no room" in found["call 0"]() and found["64x64x64 packed"]() is None
+    speed.conv(tmp_path)
+    plan_table.run(tmp_path)
+    assert sum("no room" in row.get("failed", "") for row in lines(tmp_path, "conv")) == 6
+    assert any(row.get("key", "").startswith("64x1024") for row in lines(tmp_path, "plan"))
 
 
 def test_compilation_builds_what_is_timed_and_launches_nothing(emulated, few, monkeypatch):

@@ -1,6 +1,6 @@
 """Part compile: everything that later parts run, compiled by many processes into the disk caches.
 
-The jobs of all processes are one list; who makes the file of a job's number does the job. Kernels
+The jobs of all processes are one list; who makes the file of a job's name does the job. Kernels
 of csrc/cuda are compiled and loaded but not launched: one that hangs must hang where it is checked.
 Triton's run, and so do whole networks under torch.compile, in processes of their own, on whatever
 the kernels that are not launched leave in memory.
@@ -9,8 +9,9 @@ the kernels that are not launched leave in memory.
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,25 +54,32 @@ def run_tiles(call: calls.Call) -> None:
     torch.cuda.synchronize()
 
 
-def of_calls(found: Iterator[calls.Call], device: torch.device
+def fails(error: Exception) -> None:
+    raise error
+
+
+def of_calls(found: Iterable[Callable[[], calls.Call]], device: torch.device
              ) -> Iterator[tuple[str, Callable[[], object]]]:
-    for call in found:
+    for number, make in enumerate(found):
+        try:
+            call = make()
+            takers = calls.takers(call, device)
+        except Exception as error:  # recorded as a job's
+            yield f"call {number}", partial(fails, error)
+            continue
         yield f"triton {call.name}", partial(run_tiles, call)
-        for kernel in calls.takers(call, device):
+        for kernel in takers:
             yield f"{kernel.name} {call.name}", partial(build, kernel, call)
 
 
 def jobs(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """What matters most first. Shapes do not depend on the batch but for Triton's."""
-    first = list(calls.BATCHES)[:1]
+    def convolutions(batches: Sequence[int]) -> list[Callable[[], calls.Call]]:
+        return [make for *_, make in calls.convolutions(device, batches=batches)]
 
-    def convolutions(batches) -> Iterator[calls.Call]:
-        for *_, make in calls.convolutions(device, batches=batches):
-            yield make()
-
-    yield from of_calls(convolutions(first), device)
-    yield from of_calls((calls.product(device, size, size, size, output) for size in calls.SIZES
-                         for output in ("packed", "fp16")), device)
+    yield from of_calls(convolutions(calls.BATCHES[:1]), device)
+    yield from of_calls([partial(calls.product, device, size, size, size, output)
+                         for size in calls.SIZES for output in ("packed", "fp16")], device)
     for kernel in calls.own_kernels(calls.architecture(device)):
         yield f"{kernel.name} small cases", partial(build_small, kernel, device)
     for name, failure in correct.samples(correct.OPERATORS, device):
@@ -80,10 +88,11 @@ def jobs(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     yield from of_calls(plan_table.more_calls(device), device)
 
 
-def claim(folder: Path, number: int) -> bool:
+def claim(folder: Path, name: str) -> bool:
     """Whether this process does a job."""
     try:
-        os.close(os.open(folder / str(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(folder / re.sub(r"[^A-Za-z0-9]+", "-", name),
+                         os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     return True
@@ -91,11 +100,11 @@ def claim(folder: Path, number: int) -> bool:
 
 def work(record: Record, found: Iterator[tuple[str, Callable[[], object]]], claims: Path) -> None:
     claims.mkdir(parents=True, exist_ok=True)
-    for number, (name, job) in enumerate(found):
+    for name, job in found:
         if time.time() > end_of_job():
             record.add(stopped=f"before {name}: out of time")
             return
-        if not claim(claims, number):
+        if not claim(claims, name):
             continue
         start = time.time()
         try:

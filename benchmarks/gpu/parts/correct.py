@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import calls
@@ -40,23 +41,31 @@ def samples(which: kernels.Kernel | str, device: torch.device
                    lambda op=op, inner=inner: triton_selfcheck.failure(op, inner, device))
 
 
-def timed_calls(device: torch.device) -> Iterator[calls.Call]:
+def timed_calls(device: torch.device) -> Iterator[Callable[[], calls.Call]]:
     for *_, make in calls.convolutions(device):
-        yield make()
+        yield make
     for size in calls.SIZES:
         for output in ("packed", "fp16"):
-            yield calls.product(device, size, size, size, output)
+            yield partial(calls.product, device, size, size, size, output)
 
 
-def large(which: kernels.Kernel | str, device: torch.device,
-          found: Callable[[torch.device], Iterator[calls.Call]] = timed_calls
+def large(which: kernels.Kernel | str, device: torch.device
           ) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    for call in found(device):
+    for number, make in enumerate(timed_calls(device)):
+        try:
+            call = make()
+            takes = isinstance(which, str) or which in calls.takers(call, device)
+        except Exception as error:
+            yield f"call {number}", partial(message, error)
+            continue
         if isinstance(which, str):
-            yield call.name, lambda call=call: every_tile(call)
-        elif which in calls.takers(call, device):
-            yield call.name, lambda call=call: calls.difference(
-                call, call.run(which), calls.expected(call))
+            yield call.name, partial(every_tile, call)
+        elif takes:
+            yield call.name, partial(exact, which, call)
+
+
+def exact(which: kernels.Kernel, call: calls.Call) -> str | None:
+    return calls.difference(call, call.run(which), calls.expected(call))
 
 
 def every_tile(call: calls.Call) -> str | None:

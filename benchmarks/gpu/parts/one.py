@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import calls
@@ -22,8 +22,8 @@ def kernel_of(folder: Path, name: str, call: calls.Call, device: torch.device) -
     return calls.takers(call, device)[0]
 
 
-def named(found: Iterator[calls.Call], name: str) -> calls.Call:
-    return next(call for call in found if call.name == name)
+def named(found: Iterator[Callable[[], calls.Call]], name: str) -> calls.Call:
+    return next(call for call in (make() for make in found) if call.name == name)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import calls
@@ -29,21 +30,21 @@ MATRICES = ((1024, 1024, 1024), (64, 1024, 1024), (64, 4096, 4096))  # rows, col
 SAME = ("op", "rows", "cout", "products", "real")
 
 
-def more_calls(device: torch.device, cache: int = 0) -> Iterator[calls.Call]:
+def more_calls(device: torch.device, cache: int = 0) -> Iterator[Callable[[], calls.Call]]:
     outputs = ("packed", "fp16")
     for batch in BATCHES:
         for cout, cin, size, kernel, stride in MORE:
             for output in outputs:
-                yield calls.convolution(device, cout, size, batch, output, cache, cin=cin,
-                                        kernel=kernel, stride=stride)
+                yield partial(calls.convolution, device, cout, size, batch, output, cache,
+                              cin=cin, kernel=kernel, stride=stride)
         if batch == BATCHES[0]:
             for matrix in MATRICES:
                 for output in outputs:
-                    yield calls.product(device, *matrix, output, cache)
+                    yield partial(calls.product, device, *matrix, output, cache)
         if batch not in calls.BATCHES:
             for channels, size in calls.LAYERS:
                 for output in outputs:
-                    yield calls.convolution(device, channels, size, batch, output, cache)
+                    yield partial(calls.convolution, device, channels, size, batch, output, cache)
 
 
 def known(found: Sequence[dict], folder: Path) -> list[dict]:
@@ -111,13 +112,20 @@ def run(folder: Path) -> None:
     write(path, arch, gpu, known(first, folder))
     record.add(merged=len(known(first, folder)))
     copy = speed.rate(record)
-    for call in more_calls(device, cache):
+    for number, make in enumerate(more_calls(device, cache)):
         if time.time() > end_of_job():
-            record.add(stopped=f"before {call.name}: out of time")
+            record.add(stopped=f"before call {number}: out of time")
             return
-        if call.name in record.done:
+        try:
+            call = make()
+            if call.name in record.done:
+                continue
+            wrong = right(call, device, record)
+        except Exception as error:
+            if not context_works():
+                raise
+            record.add(failed=message(error), key=f"call {number}")
             continue
-        wrong = right(call, device, record)
         for name in wrong:
             record.add(wrong=f"{name} in {call.name}: {wrong[name]}")
         speed.one_row(record, call, calls.COPIES, {}, copy, device, folder, wrong)

@@ -146,13 +146,17 @@ def conv(folder: Path) -> None:
     for layer, batch, output, make in calls.convolutions(device, cache):
         if out_of_time(record, f"{layer} batch {batch} {output}"):
             return
-        call, copies = make(), calls.conv_copies(batch)
-        if call.name in record.done:
+        copies, others = calls.conv_copies(batch), {}
+        try:
+            call = make()
+            if call.name in record.done:
+                continue
+            if output in BESIDE_LIBRARY:
+                channels, size = map(int, layer.split("@"))
+                others = library(device, channels, size, batch, cache, copies)
+        except Exception as error:
+            record.add(key=f"{layer} batch {batch} {output}", failed=message(error))
             continue
-        others = {}
-        if output in BESIDE_LIBRARY:
-            channels, size = map(int, layer.split("@"))
-            others = library(device, channels, size, batch, cache, copies)
         one_row(record, call, copies, others, copy, device, folder, layer=layer, batch=batch,
                 output=output)
         del call, others
