@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import calls
 import gpu_time
 import record
-from parts import block, compiling, correct, digits, one, plan_table, speed, train, trunk
+from parts import block, compiling, correct, one, plan_table, speed
 
 CPU = torch.device("cpu")
 NAMES = ("mma_64x32", "resident_64x64")
@@ -61,27 +61,6 @@ def emulated(monkeypatch, no_triton):
     launch.clear()
     dispatch.clear()
     plan.table.cache_clear()
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """In the place of gpu_time.in_turns: every call runs, each is faster than that before."""
-    asked = []
-
-    def in_turns(runs, rounds=9):
-        us, errors = {}, {}
-        for number, (name, (run, copies)) in enumerate(runs.items()):
-            try:
-                for i in range(min(copies, 3)):
-                    run(i)
-                us[name] = 1e-3 / (1 + number)
-            except Exception as error:
-                errors[name] = error
-        asked.append(list(runs))
-        return us, errors
-
-    monkeypatch.setattr(gpu_time, "in_turns", in_turns)
-    return asked
 
 
 def small(output, batch=1, **kw):
@@ -123,95 +102,6 @@ def test_operands_are_as_many_as_leave_the_cache():
     assert block_.arguments(1)[1]["residual"] is block_.sets[1][1]
 
 
-class Graph:
-    """Of torch.cuda.CUDAGraph what gpu_time uses; replays take `cost` of the calls captured."""
-
-    time, capturing, pools = 0.0, None, ()
-
-    def __init__(self):
-        self.cost = 0.0
-
-    def capture_begin(self, *pool):
-        assert Graph.capturing is None
-        Graph.capturing, Graph.pools = self, (*Graph.pools, *pool)
-
-    def capture_end(self):
-        Graph.capturing = None
-
-    def replay(self):
-        Graph.time += self.cost
-
-
-class Event:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = Graph.time
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, other):
-        return other.at - self.at
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    monkeypatch.setattr(Graph, "time", 0.0)
-    monkeypatch.setattr(Graph, "pools", ())
-    for name, value in (
-            ("CUDAGraph", Graph), ("Event", Event), ("Stream", Stream), ("current_stream", Stream),
-            ("stream", lambda one: contextlib.nullcontext()), ("synchronize", lambda: None),
-            ("empty_cache", lambda: None), ("graph_pool_handle", lambda: object())):
-        monkeypatch.setattr(torch.cuda, name, value)
-
-
-def call_of(milliseconds, seen=None):
-    def call(number):
-        if seen is not None:
-            seen.append(number)
-        if Graph.capturing is not None:
-            Graph.capturing.cost += milliseconds
-
-    return call
-
-
-def test_graphs_are_timed_in_turns_and_errors_are_apart(graphs):
-    def fails(number):
-        if Graph.capturing is not None:
-            raise ValueError("not in a capture")
-
-    seen = []
-    us, errors = gpu_time.in_turns({"a": (call_of(2.0, seen), 4), "b": (fails, 5),
-                                    "c": (call_of(3.0), 10)})
-    assert us == pytest.approx({"a": 2.0, "c": 3.0}) and list(errors) == ["b"]
-    assert seen == [0, 1, 2, 0, 1, 2, 3]  # warmed up, then captured
-    assert isinstance(errors["b"], ValueError) and len(set(Graph.pools)) == 2
-    assert gpu_time.in_turns({"b": (fails, 1)})[0] == {}
-    assert gpu_time.graph(lambda: call_of(2.0)(0)) == pytest.approx([2.0] * 15)
-
-
-def test_a_context_that_does_not_answer_is_told(graphs, monkeypatch):
-    def breaks(number):
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: 1 / 0)
-        raise RuntimeError("an illegal memory access")
-
-    with pytest.raises(gpu_time.Broken) as found:
-        gpu_time.in_turns({"a": (call_of(1.0), 2), "b": (breaks, 2)})
-    assert found.value.name == "b" and "illegal" in str(found.value.__cause__)
-
-
-def test_steps_are_timed_back_to_back(graphs):
-    ran = []
-    assert len(gpu_time.back_to_back(lambda: ran.append(1), 0.0)) == 1 and len(ran) == 3
-    assert len(gpu_time.back_to_back(lambda: ran.append(1), 9.0, most=4)) == 4
-
-
 def test_tiles_are_those_that_tuning_may_choose():
     """As the package's modules name them: on a GPU these are compiled and checked one by one."""
     from bitkernels.backends import gpus
@@ -223,16 +113,6 @@ def test_tiles_are_those_that_tuning_may_choose():
         assert calls.tiles(large) == len(configs.table("b1", "sm90"))
     with calls.in_tile(1):
         assert tuning._fixed.get() == 1
-
-
-def test_exact_chains_are_the_references(monkeypatch):
-    monkeypatch.setattr(block, "DEVICE", "cpu")
-    monkeypatch.setattr(block, "BATCH", 2)
-    fused = block.Fused(block.blocks(32, 3))
-    x = torch.randn(2, 32, 5, 5)
-    assert torch.equal(block.expected(fused, x), fused.expected(x))
-    made = trunk.bench_trunk.Trunk(2, 8, 2, trunk.common.CpuDevice())
-    assert trunk.bench_trunk.matches(lambda: trunk.expected(made), made.expected())
 
 
 def test_floors_are_those_of_the_analysis():
@@ -509,28 +389,6 @@ def test_whole_networks_are_compiled_without_launches(emulated, tmp_path, monkey
     assert launch.driver().launch(1, 2, 3) is None
 
 
-@pytest.fixture
-def no_gpu_needed(monkeypatch):
-    """torch.cuda's questions about memory and its waiting, on a CPU."""
-    for name, value in (("synchronize", None), ("empty_cache", None), ("memory_allocated", 1 << 20),
-                        ("reset_peak_memory_stats", None), ("max_memory_allocated", 5 << 20)):
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-
-
-def test_blocks_are_timed_by_form(clock, no_gpu_needed, tmp_path, monkeypatch):
-    monkeypatch.setattr(block, "DEVICE", "cpu")
-    monkeypatch.setattr(block, "BATCH", 2)
-    monkeypatch.setattr(block, "STEPS", 1)
-    monkeypatch.setattr(torch, "compile", lambda model, **kw: model)
-    monkeypatch.setattr(block, "traced", lambda step: step() or {"device us": 1.0, "launches": 2})
-    found = block.inference(32, 4, tmp_path)
-    assert list(found["us"]) == ["eager", "compiled", "triton", "cuda"]
-    assert found["wrong"] == found["errors"] == {}
-    for make in block.forms(32).values():
-        row = block.training(make, 32, 4)
-        assert row["peak MiB"] == 4 and row["wall us"] > 0 and row["launches"] == 2
-
-
 def test_kernels_at_fault_run_no_block(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "ALL", dict(kernels.ALL))
     record.Record(tmp_path, "correct-a").add(kernel=NAMES[0], key="x", wrong="differs")
@@ -547,48 +405,6 @@ def test_tasks_are_recorded_each_by_itself(tmp_path, monkeypatch):
     assert a["x"] == 1 and b["failed"] == "ValueError: out of memory"
     block.run_tasks(record.Record(tmp_path, "block"), [("a", fails)])
     assert len(lines(tmp_path, "block")) == 2
-
-
-def test_a_trunk_is_timed_by_backend(clock, no_gpu_needed, tmp_path, monkeypatch):
-    monkeypatch.setattr(trunk.common, "GpuDevice", trunk.common.CpuDevice)
-    monkeypatch.setattr(trunk.bench_trunk, "DEPTH", 1)
-    monkeypatch.setattr(trunk.bench_trunk, "SIZE", 8)
-    monkeypatch.setitem(trunk.COPIES, 2, 2)
-    conv = record.Record(tmp_path, "conv")
-    conv.add(key="3x3:64@8 batch 2 packed", us={NAMES[1]: 1.0, NAMES[0]: 2.0, "triton": 0.5})
-    found = trunk.one(2, tmp_path)
-    assert found["kernels"] == [NAMES[1], None, None, None] and found["wrong"] == {}
-    assert list(found["us"])[:3] == ["triton", "cuda", "mixed"] and len(found["us"]) == 5
-
-
-def test_training_rows_come_form_by_form(no_gpu_needed, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(train.bench_train, "StepDevice", train.common.CpuDevice)
-    monkeypatch.setattr(train.bench_train, "BLOCKS", 1)
-    monkeypatch.setattr(torch, "compile", lambda model, **kw: model)
-    monkeypatch.setattr(train, "SECONDS", 0.01)
-    monkeypatch.setattr(train, "make_case",
-                        lambda name, make=train.make_case: make(name, 2, 32))
-    one_, done = record.Record(tmp_path, "train"), []
-    train.networks(one_, ("reactnet_a",), tmp_path, done)
-    keys = [row["key"] for row in lines(tmp_path, "train")]
-    forms = ("published", "bitkernels", "layers", "lean")
-    assert keys == [*(f"reactnet_a {form}" for form in forms), "reactnet_a match",
-                    *(f"reactnet_a {form} compiled" for form in forms)]
-    assert not any("failed" in row for row in lines(tmp_path, "train"))
-    assert lines(tmp_path, "train")[4]["first block close to the emulation"] is True
-    assert (tmp_path / "train.csv").read_text().count("reactnet_a") == 8
-    assert (tmp_path / "train.png").exists() and done[0].match
-    monkeypatch.setattr(train, "end_of_job", lambda: 0.0)
-    train.networks(one_, ("quicknet",), tmp_path, done)
-    assert "out of time" in lines(tmp_path, "train")[-1]["stopped"] and len(done) == 1
-
-
-def test_digits_are_learned(tmp_path):
-    pytest.importorskip("sklearn")
-    digits.run(tmp_path, "cpu")
-    (found,) = lines(tmp_path, "digits")
-    assert found["accuracy"] > 0.5 and found["epochs"] == digits.EPOCHS
 
 
 def test_checks_wait_for_memory():
@@ -618,11 +434,3 @@ def test_a_kernel_that_breaks_the_gpu_in_the_plan_is_left_out_next_time(emulated
     again = record.Record(tmp_path, "plan")
     assert again.bad == {f"{name} {call.name}"}
     assert plan_table.right(call, CPU, again) == {}
-
-
-@pytest.mark.parametrize("limit, expected", [(7, 0), (8, 8), (100, 96), (1000, 1000), (1001, 1000)])
-def test_the_largest_batch_within_a_limit(limit, expected):
-    def peak(batch):
-        return batch if batch < 2000 else None
-
-    assert train.bench_train.largest_batch(peak, limit) == expected
