@@ -39,7 +39,7 @@ define kernel_test
 	$(4) build/$(3)/kernel_test $(5)
 endef
 
-.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon mutants gpu-check gpu-check-cuda abi-audit lint clean
+.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon mutants gpu-check abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -50,8 +50,7 @@ help:
 	@echo "make kernel-test-compilers  the same, quickly, by each of COMPILERS"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
 	@echo "make mutants           do the tests notice each mistake of a list?"
-	@echo "make gpu-check         on a GPU machine: every operator checked and measured, 8 minutes"
-	@echo "make gpu-check-cuda    on a GPU machine: the kernels of csrc/cuda checked and measured"
+	@echo "make gpu-check         on a GPU machine: all kernels checked, timed and tested, 7 minutes"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
 	@echo "make lint              ruff, mypy, clang-format"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' EXTRAS=$(EXTRAS)"
@@ -101,12 +100,11 @@ mutants: build
 kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))
 
-# Where $(PYTHON) has torch, as on a GPU machine without a network, it and its packages are used.
-gpu-check gpu-check-cuda:
-	@if $(PYTHON) -c "import torch" 2> /dev/null; then \
-	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps . && \
-	  $(PYTHON) benchmarks/gpu/$(subst -,_,$@).py; \
-	else $(MAKE) build && $(PY) benchmarks/gpu/$(subst -,_,$@).py; fi
+# Where $(PYTHON) has torch, as on a GPU machine without a network, it and this tree are used as they
+# are. GPU_CHECK: its options, as --parts compile,correct,conv or --minutes 3.
+gpu-check:
+	@if $(PYTHON) -c "import torch" 2> /dev/null; then $(PYTHON) benchmarks/gpu/check.py $(GPU_CHECK); \
+	else $(MAKE) build && $(PY) benchmarks/gpu/check.py $(GPU_CHECK); fi
 
 abi-audit: build
 	$(VENV)/bin/torch-abi-audit --check both bitkernels/_C.abi3.so

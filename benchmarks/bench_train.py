@@ -3,6 +3,7 @@
   python benchmarks/bench_train.py               ReActNet-18 and QuickNet at 224, fp32 and bf16
   python benchmarks/bench_train.py --quick       small images, one block a stage, short
   python benchmarks/bench_train.py --networks reactnet18 --precision bf16 --compile --threads 2
+  python benchmarks/bench_train.py --networks reactnet_a --batch 128 --memory-limit 24
 
 Timed is a step (forward, cross-entropy, backward; no optimizer) of the same network, made of
 
@@ -15,7 +16,9 @@ and, with --compile (on a GPU always), the same through torch.compile, as `publi
 bf16 is autocast of the whole step. `saved` is what the forward keeps for the backward, weights not
 counted (also not cast or binarized ones); `recomputed stem` is the same where the stem, whose
 activations are large and real in every form, is under torch.utils.checkpoint. --checkpoint-stem
-times it that way too. On a GPU `peak` is the most memory that a step allocates.
+times it that way too. On a GPU `peak` is the most memory that a step allocates, and the times are
+those of steps one behind the other. --memory-limit GIB adds the largest batch, a multiple of 8,
+whose eager step allocates no more than that.
 
 `match` says whether output and gradients of the network's first block, in this precision, were
 close to the lean emulation's (in float64 for fp32) in this run.
@@ -34,6 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import common
+import gpu_time
 import torch
 import torch.nn.functional as F
 from residual_block import saved_bytes
@@ -44,6 +48,7 @@ from training_networks import FORMS, NETWORKS, Network, in_form
 
 OURS, BASE = "bitkernels", "published"
 PRECISIONS = ("fp32", "bf16")
+DEFAULT = ("reactnet18", "quicknet")
 SIZE, BLOCKS = 224, 4
 BATCH = {"cpu": 8, "cuda": 64}
 # Largest relative distance (2-norm) of outputs and of gradients. Rounding moves values across the
@@ -141,6 +146,51 @@ class Case:
                    for i, (a, b) in enumerate(zip(*results, strict=True)))
 
 
+class StepDevice(common.GpuDevice):
+    """A GPU, on which a step is timed behind another: the host's part of it counts too."""
+
+    def once(self, call: Callable[[], object]) -> float:
+        return gpu_time.back_to_back(call, 0.0, 1)[0]
+
+    def measure(self, call: Callable[[], object], seconds: float) -> list[float]:
+        return gpu_time.back_to_back(call, seconds)
+
+
+def largest_batch(peak: Callable[[int], int | None], limit: int, step: int = 8) -> int:
+    """The largest multiple of `step` whose peak, None where there is no memory, is within `limit`.
+
+    0 if there is none. Peaks grow with the batch.
+    """
+    def fits(batch: int) -> bool:
+        found = peak(batch)
+        return found is not None and found <= limit
+
+    top = step
+    while fits(top):
+        top *= 2
+    low, top = (top // 2, top) if top > step else (0, step)
+    while top - low > step:
+        middle = (low + top) // 2 // step * step
+        low, top = (middle, top) if fits(middle) else (low, middle)
+    return low
+
+
+def batches_within(name: str, precision: str, size: int, blocks: int, device: common.Device,
+                   limit: int) -> dict[str, int]:
+    """By form."""
+    def peak(batch: int, form: str) -> int | None:
+        try:
+            case = Case(name, precision, batch, size, blocks, device, False)
+            return device.peak_memory(lambda: case.step(case.models[form]))
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            torch.cuda.empty_cache()
+
+    return {form: largest_batch(lambda batch, form=form: peak(batch, form), limit)
+            for form in FORMS}
+
+
 def measure(case: Case, name: str, threads: int, checkpoint_stem: bool, seconds: float,
             each: Callable[[str], object]) -> Row:
     match, saved, recomputed = case.match(), case.saved(False), case.saved(True)
@@ -199,7 +249,8 @@ def csv_rows(rows: Sequence[Row], record: dict) -> Iterator[dict]:
                 "checkpoint_stem": row.checkpoint_stem,
                 **{q: f"{value * 1e3:.6g}" for q, value in asdict(times).items()},
                 "images_per_second": f"{row.images(provider):.5g}",
-                "bitkernels_speedup": f"{row.speedup(provider):.4g}",
+                "bitkernels_speedup": (f"{row.speedup(provider):.4g}" if OURS in row.times
+                                       else ""),
                 "saved_bytes": row.saved.get(provider, ""),
                 "saved_bytes_recomputed_stem": row.saved_recomputed_stem.get(provider, ""),
                 "peak_bytes": row.peak.get(provider, ""),
@@ -234,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true",
                         help="images of 64, batch 2, one block a stage, short")
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(DEFAULT))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--size", type=int, help=f"height and width of the images ({SIZE})")
     parser.add_argument("--batch", type=int, help="default: 8; on a GPU 64")
@@ -245,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
                         help="time torch.compile of every form too; default: on a GPU")
     parser.add_argument("--min-run-time", type=float, metavar="SECONDS",
                         help="timed per provider and row (4; 0.1 with --quick)")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB",
+                        help="on a GPU: also the largest batch within so much memory")
     parser.add_argument("--output", type=Path, metavar="DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     args = parser.parse_args(arguments)
@@ -254,6 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         parser.error("--batch must be 2 or more")
 
     device = common.pick_device(args.device)
+    if device.type == "cuda":
+        device = StepDevice()
+    elif args.memory_limit is not None:
+        parser.error("--memory-limit is of a GPU's memory")
     size = args.size or (64 if args.quick else SIZE)
     batch = args.batch or (2 if args.quick else BATCH[device.type])
     threads = args.threads or device.threads[-1:]
@@ -262,6 +319,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows = run(args.networks, args.precision, threads, batch, size, 1 if args.quick else BLOCKS,
                args.checkpoint_stem, device, compiled, seconds)
     record = common.environment(device) | {"min_run_time": seconds}
+
+    if args.memory_limit is not None:
+        record["largest_batches"] = {
+            f"{name} {precision} in {args.memory_limit:g} GiB": batches_within(
+                name, precision, size, 1 if args.quick else BLOCKS, device,
+                int(args.memory_limit * 2**30))
+            for name, precision in itertools.product(args.networks, args.precision)}
 
     print(table(rows), "\n")
     print(", ".join(f"{key} {value}" for key, value in record.items()))
@@ -272,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
               "these speeds say nothing about a compiled backend")
     complete = not args.quick and not args.checkpoint_stem and (
         args.networks, args.precision, threads, batch, size) == (
-        list(NETWORKS), list(PRECISIONS), device.threads[-1:], BATCH[device.type], SIZE)
+        list(DEFAULT), list(PRECISIONS), device.threads[-1:], BATCH[device.type], SIZE)
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
     if output is not None:
         save(output, rows, device, record)

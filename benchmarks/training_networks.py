@@ -1,4 +1,4 @@
-"""The networks of bench_train.py: ReActNet-18 and QuickNet, of binary blocks or emulated."""
+"""The networks of bench_train.py, of binary blocks or emulated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bitkernels.nn as bnn
-from bitkernels.models import ReActNet18
+from bitkernels.models import ReActNet, ReActNet18
+from bitkernels.models.reactnet import PUBLISHED_CHANNELS
 from bitkernels.quantizers import SteSign
 
 STAGES = (64, 128, 256, 512)
@@ -60,6 +61,14 @@ def reactnet18(blocks: int) -> Network:
                                              model.classifier))
 
 
+def reactnet_a(blocks: int) -> Network:
+    """The published ReActNet-A: binary 3x3 and 1x1 convolutions in turns; blocks=1: two pairs."""
+    channels = PUBLISHED_CHANNELS if blocks > 1 else PUBLISHED_CHANNELS[:3]
+    model = ReActNet(1000, channels=channels, stem_stride=2)
+    body = [part for block in model.blocks for part in (block.spatial, block.pointwise)]
+    return Network(model.stem, nn.Sequential(*body, model.pool, nn.Flatten(), model.classifier))
+
+
 def quicknet(blocks: int) -> Network:
     """QuickNet: blocks of one resolution, between them a pooled, blurred 1x1 convolution."""
     stem = nn.Sequential(
@@ -79,7 +88,8 @@ def head(channels: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)]
 
 
-NETWORKS: dict[str, Callable[[int], Network]] = {"reactnet18": reactnet18, "quicknet": quicknet}
+NETWORKS: dict[str, Callable[[int], Network]] = {
+    "reactnet18": reactnet18, "quicknet": quicknet, "reactnet_a": reactnet_a}
 
 
 class LeanSign(torch.autograd.Function):

@@ -74,7 +74,8 @@ def test_reactnet18_keeps_a_fraction_at_full_size(precision, least):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--size", "16"), "--size must be 32"), (("--batch", "1"), "--batch must be 2")])
+    (("--size", "16"), "--size must be 32"), (("--batch", "1"), "--batch must be 2"),
+    (("--memory-limit", "4"), "--memory-limit is of a GPU")])
 def test_bad_options_are_named(options, message):
     run = bench(*options)
     assert run.returncode == 2 and message in run.stderr

@@ -1,85 +1,378 @@
-"""benchmarks/gpu/gpu_check.py and gpu_check_cuda.py without a GPU: goals, limits, shards, steps."""
+"""benchmarks/gpu/check.py without a GPU: budget, limits, kills, what a run leaves, its screen."""
 
 from __future__ import annotations
 
-import importlib
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+from pathlib import Path
 
 import pytest
-from torch import cuda as cuda_of_torch
 
-from bitkernels.backends.cuda import kernels
 from bitkernels_tests import ROOT, conftest
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+import check
+import goals
+import record
+import schedule
+import summary
+from schedule import Job, Part
+
+PYTHON = (sys.executable, "-c")
+
+
+def part(name, *codes, seconds=20.0, least=1.0, first=0, at_once=8, margin=0.5):
+    jobs = [Job(name if not i else f"{name}{i}", [*PYTHON, code]) for i, code in enumerate(codes)]
+    return Part(name, lambda: jobs, seconds, least, first, at_once, margin)
+
+
+def run(stages, tmp_path, budget=60.0):
+    """{part: (seconds, ended)}"""
+    found = {}
+    schedule.run(stages, budget, tmp_path / "log", tmp_path,
+                 lambda one, seconds, ended: found.update({one.name: (seconds, ended)}))
+    return found
+
+
+def test_a_job_that_hangs_is_killed_with_what_it_started(tmp_path):
+    code = ("import subprocess, sys, time; "
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']); "
+            "print(child.pid, flush=True); time.sleep(99)")
+    start = time.time()
+    found = run([[part("hangs", code, "print('well')", seconds=3)], [part("next", "pass")]],
+                tmp_path)
+    assert time.time() - start < 30
+    hung, well = found["hangs"][1]
+    assert hung.code is None and hung.failed.startswith("killed after") and well.failed is None
+    assert found["next"][1][0].failed is None
+    child = int((tmp_path / "log" / "hangs.txt").read_text())  # written before the kill
+    assert (tmp_path / "log" / "hangs-hangs1.txt").read_text() == "well\n"
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().split()[2]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the child of a killed job lives on")
+
+
+def test_failures_and_missing_programs_are_told(tmp_path):
+    stage = [part("fails", "raise SystemExit(3)"),
+             Part("absent", lambda: [Job("absent", ["/no/such/program"])], 9, 1, 0),
+             Part("unlisted", lambda: 1 / 0, 9, 1, 0), Part("nothing", list, 9, 1, 0)]
+    found = {name: ended for name, (_, ended) in run([stage], tmp_path).items()}
+    assert [one.failed for one in found["fails"]] == ["exit 3"]
+    assert [one.failed for one in found["absent"]] == ["exit 127"]
+    assert [one.failed for one in found["unlisted"]] == ["exit 1"] and found["nothing"] == []
+    assert "ZeroDivisionError" in (tmp_path / "log" / "unlisted.txt").read_text()
+
+
+def test_a_job_knows_its_end(tmp_path):
+    code = f"import os, time; print(float(os.environ['{schedule.END}']) - time.time())"
+    run([[part("asks", code, seconds=9, margin=4)]], tmp_path)
+    assert 3 < float((tmp_path / "log" / "asks.txt").read_text()) < 5
+    assert schedule.end_of_job() == float("inf")
+
+
+def test_jobs_behind_others_are_not_started_after_the_end(tmp_path):
+    ended = run([[part("queue", *["import time; time.sleep(9)"] * 3, seconds=2, at_once=1)]],
+                tmp_path)["queue"][1]
+    assert [one.code for one in ended] == [None] * 3
+    assert ended[1].failed == ended[2].failed == "no time left to start"
+
+
+@pytest.mark.parametrize("left, expected", [
+    (100, 50),  # its limit
+    (40, 30),  # what matters more keeps its least
+    (14, 0),  # too little
+])
+def test_shares_of_the_time_that_is_left(left, expected):
+    later = [part("more", seconds=60, least=10, first=1), part("less", least=30, first=9)]
+    assert schedule.share(part("this", seconds=50, least=5, first=3), later, left) == expected
+
+
+def test_parts_without_time_are_not_run(tmp_path):
+    found = run([[part("first", "import time; time.sleep(1)", seconds=2)],
+                 [part("second", "pass", least=9)]], tmp_path, budget=4)
+    assert found["second"] == (0.0, None) and found["first"][1][0].code == 0
+
+
+def test_parts_of_a_stage_run_side_by_side(tmp_path):
+    wait = "import os, time\nopen('{}', 'w')\nwhile not os.path.exists('{}'): time.sleep(0.02)"
+    found = run([[part("a", wait.format("a", "b")), part("b", wait.format("b", "a"))]], tmp_path)
+    assert [one.code for _, ended in found.values() for one in ended] == [0, 0]
+
+
+def test_a_part_may_span_the_next_stage_and_no_more(tmp_path):
+    begun = "import time; open('{}', 'w').write(str(time.time()))"
+    slow = Part("slow", lambda: [Job("slow", [*PYTHON, "import time; time.sleep(4); "
+                                              "open('slow', 'w').write(str(time.time()))"])],
+                20, 1, 0, spans=True)
+    found = run([[part("a", begun.format("a")), slow], [part("b", begun.format("b"))],
+                 [part("c", begun.format("c"))]], tmp_path)
+    at = {name: float((tmp_path / name).read_text()) for name in ("a", "b", "c", "slow")}
+    assert at["a"] < at["b"] < at["slow"] < at["c"] and set(found) == {"slow", "a", "b", "c"}
+
+
+# The command.
+
+
+def planned(**kw):
+    return [one for stage in check.stages(ROOT / "nowhere", check.PARTS, **kw) for one in stage]
+
+
+def test_the_default_parts_fit_seven_minutes_about():
+    """Some end early, and what matters least gives way to what matters more."""
+    stages = check.stages(ROOT / "nowhere", check.DEFAULT)
+    assert 400 <= sum(max(one.seconds for one in stage if not one.spans)
+                      for stage in stages) <= 440
+    assert sum(max(one.least for one in stage) for stage in stages) <= 180
+    assert [one.name for one in planned()] == list(check.PARTS)
+    assert all(two.seconds == 2 * one.seconds
+               for one, two in zip(planned(), planned(scale=2), strict=True))
+
+
+def test_only_what_is_not_timed_shares_the_gpu():
+    for stage in check.stages(ROOT / "nowhere", check.PARTS):
+        if len(stage) > 1:
+            assert {one.name for one in stage} in (
+                {"compile", "build"}, {"tests", "digits", "sanitizer"})
+    order = [one.name for one in planned()]
+    assert [one.name for one in planned() if one.spans] == ["build"] and order[2] == "correct"
+    assert not any(one.spans for stage in check.stages(ROOT, ("build", "conv")) for one in stage)
+    assert order.index("correct") < order.index("conv") < order.index("tests")
+
+
+def test_a_dry_run_lists_parts_limits_and_commands(monkeypatch, capsys):
+    monkeypatch.setattr(check, "gpu_name", lambda: None)
+    monkeypatch.setattr(check, "sanitizer", lambda: ("/opt/compute-sanitizer",))
+    assert check.main(["--dry-run", "--parts", "correct,conv", "tests", "sanitizer"]) == 0
+    said = capsys.readouterr().out
+    for kernel in check.kernel_names():
+        assert kernel in said
+    assert "correct      40   15 s" in said and "--run conv" in said
+    assert "-m pytest" in said and "--tool memcheck" in said and "train " not in said
+
+
+def test_every_job_is_one_that_the_script_runs(monkeypatch):
+    monkeypatch.setattr(check.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(check, "sanitizer", lambda: ("/opt/compute-sanitizer",))
+    for jobs in (*(one.jobs() for one in planned() if one.name not in ("tests", "ncu")),):
+        assert jobs
+        for job in jobs:
+            called = job.command[job.command.index("--run") + 1]
+            ran = []
+            monkeypatch.setattr(check.importlib, "import_module", lambda name, ran=ran: type(
+                "Module", (), {"__getattr__": lambda self, function: (
+                    lambda *args: ran.append((name, function, args)))})())
+            check.run_job(called, job.name, Path("out"))
+            assert ran
+            monkeypatch.undo()
+            monkeypatch.setattr(check.shutil, "which", lambda name: f"/opt/{name}")
+            monkeypatch.setattr(check, "sanitizer", lambda: ("/opt/compute-sanitizer",))
+    assert all((ROOT / "bitkernels_tests" / f"{name}.py").exists() for name in check.TESTS)
+
+
+def test_without_a_gpu_nothing_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check, "gpu_name", lambda: None)
+    assert check.main(["--out", str(tmp_path / "out")]) == 1
+    assert "no GPU" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", (["--parts", "nothing"], ["--minutes", "0"], ["--parts", ","]))
+def test_bad_options_are_refused(options):
+    with pytest.raises(SystemExit):
+        check.main(options)
+
+
+ROWS = "import json; print(json.dumps({'key': 'x'}), file=open('out/raw/conv.jsonl', 'w'))"
 
 
 @pytest.fixture
-def script(monkeypatch):
-    def load(name):
-        for folder in ("", "gpu"):
-            monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
-        return importlib.import_module(name)
-
-    return load
-
-
-def by_text(goals):
-    return {goal.text: goal for goal in goals}
-
-
-def test_without_results_no_goal_is_met_or_missed(script):
-    goals = list(script("gpu_goals").goals({"conv": {"error": "took more than 70 s"}}))
-    assert len(goals) == 20 and all(goal.met is None for goal in goals)
-    assert "not measured" in goals[0].line()
+def stays(monkeypatch):
+    """What a run changes in this process."""
+    monkeypatch.setattr(check, "ask_kernel_names", lambda: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = dict(os.environ)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
-def test_goals_compare_with_what_is_asked(script):
-    goals = by_text(script("gpu_goals").goals({
-        "selfcheck": {"rsign": "exact", "unpack": "differs", "seconds": 3.0},
-        "tests": {"not passed": {}},
-        "linear": {"times": {"cublas bf16": {"cold": 1.4}, "b1 fp16 out": {"cold": 0.3},
-                             "int8 fp16 out": {"error": "OutOfResources"}}},
-        "conv": {"layers": {"64@56": {"cudnn bfloat16": {"cold": 0.1},
-                                      "b1 fp16 in and out": {"cold": 0.08},
-                                      "int8 fp16 in and out": {"cold": 0.05}}}},
-        "block": {"training": {"compiled": {"cold": 3.0, "peak MiB": 100.0},
-                               "binary compiled": {"cold": 2.5, "peak MiB": 40.0}}},
-        "bandwidth": {"times": {"copy": {"GB/s": 4000.0}, "rprelu": {"GB/s": 3000.0}}},
-    }))
-    met = {text: goal.met for text, goal in goals.items() if goal.met is not None}
-    assert met == {
-        "operators that differ from the reference, or fail": False,
-        "test jobs that do not pass on the GPU": True,
-        "linear 8192^3, b1, fp16 out: times cuBLAS bf16": True,
-        "conv 64@56, fp16 in and out: times cuDNN bf16": True,
-        "block, training step: times compiled emulation": False,
-        "block, training step: peak memory of compiled emulation's": True,
-        "rprelu: of measured copy bandwidth": False,
+def test_a_run_leaves_a_summary_and_one_archive(tmp_path, monkeypatch, stays, capsys):
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    stages = [[part("conv", ROWS)],
+              [part("train", "print('here', flush=True); import time; time.sleep(99)", seconds=3)],
+              [Part("tests", list, 9, 1, 0), part("gemm", "print('at last'); raise SystemExit(1)")],
+              [part("plan", "pass", least=500)]]
+    assert check.follow(stages, 60, tmp_path / "out", "a GPU") == 1
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["results.tar.gz", "summary.txt"]
+    with tarfile.open(out / "results.tar.gz") as tar:
+        assert {"conv.jsonl", "parts.json", "log/conv.txt", "log/train.txt"} <= set(tar.getnames())
+        assert tar.extractfile("log/train.txt").read() == b"here\n"
+        state = {one["part"]: one for one in json.load(tar.extractfile("parts.json"))}
+    assert state["conv"]["failed"] == {} and "killed after" in state["train"]["failed"]["train"]
+    said = (out / "summary.txt").read_text()
+    assert said in capsys.readouterr().out
+    for line in ("train .* FAILED killed after 3 s", "plan .* no time left",
+                 "tests .* not installed", "gemm .* FAILED exit 1\n  gemm: at last"):
+        assert re.search(line, said), said
+
+
+def test_an_interrupted_run_packs_what_it_has(tmp_path):
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'benchmarks/gpu')!r}]\n"
+            "import check; from schedule import Job, Part; from pathlib import Path\n"
+            "check.ROOT = Path.cwd(); check.ask_kernel_names = lambda: None\n"
+            "def part(name, code): return Part(name, lambda: [Job(name, "
+            "[sys.executable, '-c', code])], 60, 1, 0)\n"
+            f"stages = [[part('conv', {ROWS!r} + '; open(\"begun\", \"w\"); import time; "
+            "time.sleep(99)')], [part('gemm', 'open(\"never\", \"w\")')]]\n"
+            "raise SystemExit(check.follow(stages, 60, Path('out').resolve(), 'a GPU'))")
+    child = subprocess.Popen([*PYTHON, code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=40)
+    assert "interrupted" in said and not (tmp_path / "never").exists()
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as tar:
+        assert tar.extractfile("conv.jsonl").read() == b'{"key": "x"}\n'
+
+
+# Records.
+
+
+def test_a_line_that_a_kill_cut_is_left_out(tmp_path):
+    one = record.Record(tmp_path, "conv")
+    one.add(key="a", us=1)
+    with one.path.open("a") as file:
+        file.write('{"key": "b", "u')
+    assert record.rows(tmp_path, "conv") == [{"key": "a", "us": 1}]
+    assert record.Record(tmp_path, "conv").done == {"a"}
+
+
+def test_a_broken_context_starts_the_process_anew_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(record.os, "execv", lambda *args: (_ for _ in ()).throw(SystemExit))
+    error = RuntimeError("an illegal\nmemory access")
+    with pytest.raises(SystemExit):
+        record.Record(tmp_path, "conv").broken("kernel a", error)
+    again = record.Record(tmp_path, "conv")
+    assert again.bad == {"kernel a"}
+    with pytest.raises(RuntimeError, match="illegal"):
+        again.broken("kernel a", error)
+
+
+def test_kernels_at_fault_are_known_by_their_checks(tmp_path):
+    for name, lines in {
+            "right": [{"begun": "x"}, {"key": "x", "wrong": None}, {"stopped": None}],
+            "hangs": [{"begun": "x"}, {"key": "x", "wrong": None}, {"begun": "y"}],
+            "breaks": [{"begun": "x"}, {"key": "x", "wrong": "illegal", "broken": True}],
+            "differs": [{"begun": "x"}, {"key": "x", "wrong": "output 0 differs"},
+                        {"stopped": "before y: out of time"}]}.items():
+        one = record.Record(tmp_path, f"correct-{name}")
+        for line in lines:
+            one.add(kernel=name, **line)
+    assert record.faulty(tmp_path) == ({"hangs", "breaks"}, {("differs", "x")})
+    said = "\n".join(summary.correctness(tmp_path))
+    assert f"{summary.WRONG} hangs: no end in y" in said and "right 1" in said
+    assert f"{summary.WRONG} differs: x: output 0 differs" in said and "stopped before y" in said
+
+
+# The screen.
+
+
+def results(folder):
+    conv = record.Record(folder, "conv")
+    conv.add(copy=4.1e12, gpu="a GPU")
+    floors = {"tensor": 4.4, "bytes": 25.0}
+    for output, us in {"packed": {"mine_a": 12.0, "triton": 30.0, "cudnn bf16": 90.0},
+                       "fp16 from fp16": {"mine_a": 20.0, "triton": 100.0, "cudnn bf16": 90.0},
+                       "block": {"mine_a": 50.0}}.items():
+        conv.add(key=f"c {output}", layer="256@14", batch=256, output=output, us=us, floors=floors,
+                 errors={"mine_b": "not exact when it was checked"} if output == "block" else {})
+    conv.add(stopped="before 512@7: out of time")
+    gemm = record.Record(folder, "gemm")
+    gemm.add(key="g", size=4096, output="packed", us={"bulk": 25.0, "cublas bf16": 180.0})
+    block = record.Record(folder, "block")
+    block.add(key="256@14 batch 256 inference", blocks=3,
+              us={"compiled": 400.0, "triton": 500.0, "cuda": 90.0}, wrong={"triton": "differs"})
+    for form, device, peak in (("block", 600.0, 30.0), ("emulation compiled", 500.0, 100.0)):
+        block.add(key=f"256@14 batch 256 training {form}", **{
+            "device us": device, "launches": 30, "host us": 1.0, "peak MiB": peak})
+    record.Record(folder, "trunk").add(key="batch 64", batch=64, us={
+        "cuda": 100.0, "bf16 channels_last": 700.0, "bf16 contiguous": 900.0})
+    train = record.Record(folder, "train")
+    for form, rate, peak in (
+            ("published compiled", 1000.0, 20480.0), ("bitkernels", 1200.0, 8192.0),
+            ("bitkernels compiled", 1400.0, 7168.0), ("layers", 900.0, 9999.0)):
+        train.add(key=f"reactnet18 {form}", **{"images/s": rate, "peak MiB": peak})
+    train.add(key="captured layers", yes=False)
+    record.Record(folder, "digits-cuda").add(key="digits cuda", accuracy=0.9)
+
+
+def test_goals_compare_with_what_is_asked(tmp_path):
+    results(tmp_path)
+    found = {goal.text: goal for goal in goals.goals(*(record.rows(tmp_path, name) for name in (
+        "conv", "gemm", "block", "trunk", "train")))}
+    measured = {text: (round(goal.measured, 3), goal.met) for text, goal in found.items()
+                if goal.met is not None}
+    assert measured == {
+        "conv 256@14 packed: times cuDNN bf16": (7.5, False),
+        "conv 256@14 fp16 in and out: times cuDNN bf16": (4.5, False),
+        "conv 256@14 fp16 in and out, Triton alone: times cuDNN bf16": (0.9, False),
+        "conv 256@14 block: of the bytes' floor": (0.5, True),
+        "product 4096^3 packed: POPS": (5.498, False),
+        "trunk, batch 64: times cuDNN bf16": (7.0, True),
+        "block 256@14, inference: times compiled emulation": (4.444, True),
+        "block 256@14, training: device us of compiled emulation's": (1.2, False),
+        "block 256@14, training: peak MiB of compiled emulation's": (0.3, True),
+        "ReActNet-18, blocks: images/s of compiled emulation's": (1.4, True),
+        "ReActNet-18, blocks: peak memory of compiled emulation's": (0.35, True),
+        "ReActNet-18, layers: images/s of compiled emulation's": (0.9, False),
     }
-    assert goals["rprelu: of measured copy bandwidth"].measured == 0.75
+    assert len(found) == 32 and all(goal.met is None for goal in goals.goals([], [], [], [], []))
+    assert "MISSED" in found["conv 256@14 packed: times cuDNN bf16"].line()
 
 
-@pytest.mark.parametrize("code,error", [
-    ("import sys, time; print('bitkernels: warned', file=sys.stderr, flush=True); time.sleep(60)",
-     "took more than 3 s"),
-    ("raise SystemExit('no such part')", "no such part"),
-    ("print('RESULT {\"a\": 1}')", None),
-])
-def test_a_part_that_hangs_or_fails_is_recorded(script, monkeypatch, code, error):
-    check = script("gpu_check")
-    monkeypatch.setitem(check.LIMITS, "conv", 3 if error == "took more than 3 s" else 60)
-    monkeypatch.setattr(check, "_start", lambda name: subprocess.Popen(
-        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True))
-    result = check.run_part("conv")
-    assert (result.get("error") or "").strip() == (error or "")
-    assert error or result["a"] == 1
-    assert ("bitkernels: warned" in result.get("warnings", ())) == ("warned" in code)
+def test_the_screen_shows_every_part(tmp_path):
+    results(tmp_path)
+    (tmp_path / "log").mkdir()
+    for name, last in (("tests-a", "12 passed in 3.1s"), ("tests-b", "1 failed, 8 passed in 2s"),
+                       ("tests-c", "..."), ("sanitizer-memcheck-x", "= ERROR SUMMARY: 0 errors"),
+                       ("sanitizer-racecheck-x", "= RACECHECK SUMMARY: 2 hazards displayed")):
+        (tmp_path / "log" / f"{name}.txt").write_text(f"output\n{last}\n")
+    (tmp_path / "measured.json").write_text(json.dumps({"sm_90a": {"calls": [1, 2]}}))
+    record.Record(tmp_path, "plan").add(wrong="mine_b in y: output 0 differs")
+    state = [{"part": "conv", "seconds": 9.0, "failed": {}, "jobs": 1}]
+    said = summary.text(tmp_path, state, "a GPU", 99.0)
+    for text in ("a GPU, 99 s", "12.0 m_a 208% 7.5x", "copy 4.10 TB/s",
+                 "4096^3, POPS  packed: bulk 5.50",
+                 "inference, us of 3: compiled 400", "WRONG triton: differs", "in  30 launches",
+                 "trunk batch 64, us: cuda 100", "published compiled 1000/s 20.0G",
+                 "captured layers: NO; digits cuda 0.900", "sm_90a 2 calls", "WRONG mine_b in y",
+                 "stopped before 512@7", "failed: mine_b", "passed on the GPU: 20",
+                 "tests-b: 1 failed", "tests-c: ...", "sanitizer: 1 of 2 clean", "goals: 6 met, 6"):
+        assert text in said, text
+    assert len(said.splitlines()) < 60 and summary.text(tmp_path / "none", [], "g", 0) == "g, 0 s\n"
 
 
-def test_parts_stay_within_eight_minutes(script):
-    assert sum(script("gpu_check").LIMITS.values()) <= 475
+def test_a_result_of_another_form_hides_no_other(tmp_path):
+    results(tmp_path)
+    record.Record(tmp_path, "gemm").add(key="odd", size=8192, output="packed", us={"bulk": None})
+    said = summary.text(tmp_path, [], "a GPU", 1.0)
+    assert "products: TypeError" in said and "trunk batch 64" in said
 
 
 def test_shards_are_all_the_tests_once(monkeypatch):
@@ -94,119 +387,3 @@ def test_shards_are_all_the_tests_once(monkeypatch):
         conftest.pytest_collection_modifyitems(items)
         seen += items
     assert len(seen) == 7 and set(seen) == set(every)
-
-
-@pytest.fixture
-def cuda(script, monkeypatch, tmp_path):
-    """gpu_check_cuda, which writes to a temporary folder, with a sanitizer to start."""
-    pytest.importorskip("tabulate")
-    check = script("gpu_check_cuda")
-    monkeypatch.setattr(check.shutil, "which", lambda name: f"/opt/{name}")
-    monkeypatch.setattr(script("common"), "RESULTS", tmp_path)
-    return check
-
-
-def listed(check, quick=False):
-    return list(check.steps(kernels.FAMILIES["sm_90a"], quick))
-
-
-def test_cuda_steps_stay_within_26_minutes(cuda):
-    limits = {one.group or one.name: one.limit for one in listed(cuda)}
-    assert sum(limits.values()) <= 26 * 60
-    families = {one.name.split()[1].split("_")[0] for one in listed(cuda)
-                if one.name.startswith("check ")}
-    assert families == set(kernels.FAMILIES["sm_90a"])
-    names = [one.name for one in listed(cuda)]
-    assert len(set(names)) == len(names)
-    assert all(one.needs in ("", *names) for one in listed(cuda))
-    assert not any("memcheck" in one.name for one in listed(cuda, quick=True))
-
-
-@pytest.mark.parametrize("name", ("gemm", "conv", "trunk", "block"))
-def test_cuda_steps_call_the_benchmarks_as_they_take_it(name, cuda, script, monkeypatch):
-    pytest.importorskip("tqdm")
-    (one,) = [one for one in listed(cuda) if one.name == name]
-    module = script(f"bench_{name}")
-    assert one.command[1] == f"benchmarks/bench_{name}.py"
-    assert one.command[-2:] == ["--output", str(cuda.results() / "cuda")]
-
-    class Parsed(Exception):
-        pass
-
-    def run(*arguments):
-        raise Parsed
-
-    monkeypatch.setattr(module, "run", run)
-    monkeypatch.setattr(module.common, "pick_device", lambda name: module.common.CpuDevice())
-    with pytest.raises(Parsed):
-        module.main(one.command[2:])
-
-
-def written(name, rows):
-    """A program that writes a csv file as a benchmark's."""
-    lines = [rows[0], *(row.values() for row in rows)]
-    text = "\n".join(",".join(map(str, line)) for line in lines)
-    return (f"import pathlib; p = pathlib.Path({str(name)!r}); p.parent.mkdir(exist_ok=True); "
-            f"p.write_text({text!r})")
-
-
-def test_cuda_run_ends_with_its_goals(cuda, monkeypatch, capsys):
-    """Steps that pass, fail and hang, on a pretended H200."""
-    name = "a GPU"
-    for attribute, value in (("is_available", True), ("get_device_name", name),
-                             ("get_device_capability", (9, 0))):
-        monkeypatch.setattr(cuda_of_torch, attribute, lambda value=value: value)
-    folder = cuda.results() / "cuda"
-    python = [sys.executable, "-c"]
-    gemm = [{"size": size, "provider": provider, "POPS": rate, "over bf16": over}
-            for size, provider, rate, over in (
-                (4096, "cuda packed", 4.5, 6), (8192, "cuda packed", 6.5, 9),
-                (8192, "triton packed", 9, 20))]
-    conv = [{"layer": "3x3:256@14", "batch": batch, "kernel_provider": provider,
-             "speedup_over_bf16": over}
-            for batch, provider, over in ((64, "cuda packed", 2), (256, "cuda packed", 9),
-                                          (256, "cuda fp16", 4.9), (256, "triton fp16", 8))]
-    trunk = [{"provider": "cuda packed", "graph over bf16": 5.5}]
-    block = [{"mode": "inference", "block": "256@14", "batch": 256, "kernel_provider": "compiled",
-              "cuda_speedup": 4.5}]
-    done = [cuda.Step("check a", [*python, "print('exact')"], 60),
-            cuda.Step("check b", [*python, "raise SystemExit('differs')"], 60),
-            *(cuda.Step(f"tests {n}", [*python, "import time; time.sleep(60)" if n else "pass"], 3,
-                        group="tests") for n in range(2)),
-            cuda.Step("memcheck b", [*python, "pass"], 60, needs="check b")]
-    for table, rows in (("gemm", gemm), ("conv", conv), ("trunk", trunk), ("block", block)):
-        fails = "; raise SystemExit(1)" if table == "block" else ""
-        done.append(cuda.Step(table, [*python, written(folder / f"{table}.csv", rows) + fails], 60))
-    monkeypatch.setattr(cuda, "steps", lambda families, quick: done)
-    monkeypatch.setattr(sys, "argv", ["gpu_check_cuda.py"])
-    assert cuda.main() == 1
-    report = json.loads((cuda.results() / "gpu_check_cuda.json").read_text())
-    failed = {name: step.get("failed") for name, step in report["steps"].items()}
-    assert failed["check a"] is failed["tests 0"] is failed["gemm"] is None
-    assert failed["check b"] == "exit 1" and failed["block"] == "exit 1"
-    assert failed["tests 1"].startswith("no end after")
-    assert failed["memcheck b"] == "not run, since check b failed"
-    goals = {goal["text"]: goal for goal in report["goals"]}
-    assert {text: goal["met"] for text, goal in goals.items() if goal["met"] is not None} == {
-        "kernels that differ from the reference, fail or hang": False,
-        "shards of the tests that do not pass": False,
-        "product 4096^3, packed out: POPS": True,
-        "product 8192^3, packed out: POPS": False,
-        "product 8192^3, packed out: times cuBLAS bf16": True,
-        "conv 256@14, fp16 in and out: times cuDNN bf16": False,
-        "conv 256@14, packed in and out: times cuDNN bf16": True,
-        "trunk in a CUDA graph: of cuDNN bf16's time": True,
-    }
-    trunk_goal = goals["trunk in a CUDA graph: of cuDNN bf16's time"]
-    assert trunk_goal["measured"] == pytest.approx(1 / 5.5) and trunk_goal["at_most"]
-    printed = capsys.readouterr().out
-    assert "not measured block 256@14" in printed and "MISSED" in printed and "met " in printed
-
-
-def test_cuda_goals_of_files_from_an_earlier_run_are_not_measured(cuda):
-    folder = cuda.results() / "cuda"
-    folder.mkdir(parents=True)
-    (folder / "gemm.csv").write_text("size,provider,POPS\n4096,cuda packed,9\n")
-    assert cuda.measured({}) == {} and list(cuda.measured({"gemm": {}})) == ["gemm"]
-    goals = list(cuda.gpu_goals.cuda_goals({}, {}))
-    assert len(goals) == 16 and all(goal.met is None for goal in goals)

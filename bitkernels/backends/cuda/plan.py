@@ -1,7 +1,7 @@
 """Which kernels a call may run, and which of them first: from measurements, else from a model.
 
-`measured.json` holds what `benchmarks/gpu/measure_plan.py` wrote on GPUs: by architecture the GPU,
-the day, and one entry a call, with the microseconds of Triton and of each kernel that was right:
+`measured.json` holds what `benchmarks/gpu/check.py` measured on GPUs: by architecture the GPU, the
+day, and one entry a call, with the microseconds of Triton and of each kernel that was right:
 
     {"sm_90a": {"gpu": ..., "date": ..., "calls": [{"op": "packed_conv2d", "rows": 50176,
      "cout": 256, "products": 2304, "real": false, "us": {"triton": ..., "resident_64x128": ...}}]}}

@@ -1,0 +1,182 @@
+"""Part train: training steps of whole networks in every form of bench_train.py, eager and compiled;
+whether a step can be captured.
+
+A row for every network and form as soon as it is measured: seconds of a step, steps one behind the
+other, images a second, the most memory allocated. train.csv, train.json and train.png are of all
+forms that were measured, of networks that were begun.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import bench_train
+import common
+import torch
+import torch.nn.functional as F
+from record import Record, message
+from schedule import end_of_job
+from torch import Tensor, nn
+from training_networks import NETWORKS, in_form
+
+from parts.block import run_tasks, without_faulty
+
+SIZE, BATCH, PRECISION = 224, 128, "bf16"
+# The base first, and what compiles last: without its base a form has no ratio.
+EAGER = ("published", "bitkernels", "layers", "lean")
+COMPILED = tuple(f"{form} compiled" for form in ("published", "bitkernels", "layers", "lean"))
+SECONDS = 1.0  # timed, of each form
+FIRST, REST = ("reactnet18",), ("quicknet", "reactnet_a")
+
+
+def make_case(network: str, batch: int = BATCH, size: int = SIZE) -> bench_train.Case:
+    return bench_train.Case(network, PRECISION, batch, size, bench_train.BLOCKS,
+                            bench_train.StepDevice(), True)
+
+
+def one_form(case: bench_train.Case, form: str, times: dict, peaks: dict) -> dict:
+    step = partial(case.step, case.models[form])
+    start = time.time()
+    step()
+    torch.cuda.synchronize()
+    first = time.time() - start
+    taken = common.Times.of(case.device.measure(step, SECONDS))
+    peak = case.device.peak_memory(step)
+    times[form] = taken
+    if peak is not None:
+        peaks[form] = peak
+    torch.cuda.empty_cache()
+    return {"ms": round(1e3 * taken.p50, 3), "images/s": round(len(case.x) / taken.p50, 1),
+            "peak MiB": round((peak or 0) / 2**20, 1), "first step s": round(first, 1)}
+
+
+def network_rows(name: str, case: bench_train.Case, times: dict, peaks: dict, match: bool
+                 ) -> bench_train.Row:
+    return bench_train.Row(name, PRECISION, len(case.x), case.x.shape[-1], 1, False, dict(times),
+                           {}, {}, dict(peaks), match)
+
+
+def networks(record: Record, names: tuple[str, ...], folder: Path, done: list[bench_train.Row]
+             ) -> None:
+    for name in names:
+        if time.time() > end_of_job():
+            record.add(stopped=f"before {name}: out of time")
+            return
+        try:
+            case = make_case(name)
+        except Exception as error:
+            record.add(key=name, failed=message(error))
+            continue
+        times: dict[str, common.Times] = {}
+        peaks: dict[str, int] = {}
+        match: list[bool] = []
+
+        def exact(case=case, match=match) -> dict:
+            match.append(case.match())
+            return {"first block close to the emulation": match[0]}
+
+        tasks = [(f"{name} {form}", partial(one_form, case, form, times, peaks))
+                 for form in (*EAGER, *COMPILED)]
+        tasks.insert(len(EAGER), (f"{name} match", exact))
+        run_tasks(record, tasks)
+        if bench_train.BASE in times:
+            done.append(network_rows(name, case, times, peaks, bool(match and match[0])))
+            save(folder, done, case.device)
+        del case, tasks
+        torch.cuda.empty_cache()
+
+
+def save(folder: Path, done: list[bench_train.Row], device: common.Device) -> None:
+    try:
+        bench_train.save(folder, done, device, common.environment(device))
+    except Exception as error:  # as without matplotlib: the rows are written in any case
+        print(f"no chart: {message(error)}")
+
+
+class Step:
+    """Forward, loss, backward and update of a small network, for captures."""
+
+    def __init__(self, form: str, compiled: Callable[[nn.Module], Callable] = lambda m: m) -> None:
+        torch.manual_seed(0)
+        network = NETWORKS["reactnet18"](1).to("cuda", memory_format=torch.channels_last)
+        self.model = in_form(network, form)
+        self.call = compiled(self.model)
+        x = torch.randn(16, 3, 64, 64, device="cuda")
+        self.x = x.to(memory_format=torch.channels_last)
+        self.labels = torch.arange(16, device="cuda")
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            loss = F.cross_entropy(self.call(self.x).float(), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def captured(form: str) -> dict:
+    """Whether a CUDA graph of a whole step trains as the step does."""
+    step = Step(form)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    step.optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    state = copy.deepcopy(step.model.state_dict())
+    replayed = []
+    for _ in range(3):
+        graph.replay()
+        replayed.append(loss.item())
+    step.model.load_state_dict(state)
+    eager = [step().item() for _ in range(3)]
+    same = all(math.isclose(a, b, rel_tol=2e-2) for a, b in zip(replayed, eager, strict=True))
+    return {"yes": same, "replayed": replayed, "eager": eager}
+
+
+def reduced(form: str) -> dict:
+    """Whether torch.compile(fullgraph=True, mode="reduce-overhead") trains, with its graphs."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    step = Step(form, lambda model: torch.compile(model, fullgraph=True, mode="reduce-overhead"))
+    losses = []
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        losses.append(step().item())
+    skips = int(counters["inductor"].get("cudagraph_skips", 0))
+    return {"yes": all(map(math.isfinite, losses)) and not skips, "losses": losses,
+            "graphs skipped": skips}
+
+
+def run(folder: Path) -> None:
+    record = Record(folder, "train")
+    torch.backends.cudnn.benchmark = True
+    record.add(left_out=sorted(without_faulty(folder)), size=SIZE, batch=BATCH)
+    done: list[bench_train.Row] = []
+    networks(record, FIRST, folder, done)
+    run_tasks(record, [
+        *((f"captured {form}", partial(captured, form)) for form in ("bitkernels", "layers")),
+        ("reduce-overhead bitkernels", partial(reduced, "bitkernels"))])
+    networks(record, REST, folder, done)
+
+
+def warm(network: str, form: str) -> None:
+    """Compiles what this part gives torch.compile."""
+    case = make_case(network)
+    case.step(case.models[f"{form} compiled"])
+    torch.cuda.synchronize()
+
+

@@ -1,0 +1,105 @@
+"""The parts of benchmarks/gpu with blocks and networks, on the CPU: block, trunk, train, digits."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from bitkernels_tests import ROOT
+
+pytest.importorskip("tabulate")
+pytest.importorskip("tqdm")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+import record
+from parts import block, digits, train, trunk
+
+KERNEL = "resident_64x64"
+
+
+def lines(folder, part):
+    return record.rows(folder, part)
+
+
+def test_exact_chains_are_the_references(monkeypatch):
+    monkeypatch.setattr(block, "DEVICE", "cpu")
+    monkeypatch.setattr(block, "BATCH", 2)
+    fused = block.Fused(block.blocks(32, 3))
+    x = torch.randn(2, 32, 5, 5)
+    assert torch.equal(block.expected(fused, x), fused.expected(x))
+    made = trunk.bench_trunk.Trunk(2, 8, 2, trunk.common.CpuDevice())
+    assert trunk.bench_trunk.matches(lambda: trunk.expected(made), made.expected())
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """torch.cuda's questions about memory and its waiting, on a CPU."""
+    for name, value in (("synchronize", None), ("empty_cache", None), ("memory_allocated", 1 << 20),
+                        ("reset_peak_memory_stats", None), ("max_memory_allocated", 5 << 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+
+
+def test_blocks_are_timed_by_form(clock, no_gpu_needed, tmp_path, monkeypatch):
+    monkeypatch.setattr(block, "DEVICE", "cpu")
+    monkeypatch.setattr(block, "BATCH", 2)
+    monkeypatch.setattr(block, "STEPS", 1)
+    monkeypatch.setattr(torch, "compile", lambda model, **kw: model)
+    monkeypatch.setattr(block, "traced", lambda step: step() or {"device us": 1.0, "launches": 2})
+    found = block.inference(32, 4, tmp_path)
+    assert list(found["us"]) == ["eager", "compiled", "triton", "cuda"]
+    assert found["wrong"] == found["errors"] == {}
+    for make in block.forms(32).values():
+        row = block.training(make, 32, 4)
+        assert row["peak MiB"] == 4 and row["wall us"] > 0 and row["launches"] == 2
+
+
+def test_a_trunk_is_timed_by_backend(clock, no_gpu_needed, tmp_path, monkeypatch):
+    monkeypatch.setattr(trunk.common, "GpuDevice", trunk.common.CpuDevice)
+    monkeypatch.setattr(trunk.bench_trunk, "DEPTH", 1)
+    monkeypatch.setattr(trunk.bench_trunk, "SIZE", 8)
+    monkeypatch.setitem(trunk.COPIES, 2, 2)
+    conv = record.Record(tmp_path, "conv")
+    conv.add(key="3x3:64@8 batch 2 packed", us={KERNEL: 1.0, "mma_64x32": 2.0, "triton": 0.5})
+    found = trunk.one(2, tmp_path)
+    assert found["kernels"] == [KERNEL, None, None, None] and found["wrong"] == {}
+    assert list(found["us"])[:3] == ["triton", "cuda", "mixed"] and len(found["us"]) == 5
+
+
+def test_training_rows_come_form_by_form(no_gpu_needed, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(train.bench_train, "StepDevice", train.common.CpuDevice)
+    monkeypatch.setattr(train.bench_train, "BLOCKS", 1)
+    monkeypatch.setattr(torch, "compile", lambda model, **kw: model)
+    monkeypatch.setattr(train, "SECONDS", 0.01)
+    monkeypatch.setattr(train, "make_case",
+                        lambda name, make=train.make_case: make(name, 2, 32))
+    one_, done = record.Record(tmp_path, "train"), []
+    train.networks(one_, ("reactnet_a",), tmp_path, done)
+    keys = [row["key"] for row in lines(tmp_path, "train")]
+    forms = ("published", "bitkernels", "layers", "lean")
+    assert keys == [*(f"reactnet_a {form}" for form in forms), "reactnet_a match",
+                    *(f"reactnet_a {form} compiled" for form in forms)]
+    assert not any("failed" in row for row in lines(tmp_path, "train"))
+    assert lines(tmp_path, "train")[4]["first block close to the emulation"] is True
+    assert (tmp_path / "train.csv").read_text().count("reactnet_a") == 8
+    assert (tmp_path / "train.png").exists() and done[0].match
+    monkeypatch.setattr(train, "end_of_job", lambda: 0.0)
+    train.networks(one_, ("quicknet",), tmp_path, done)
+    assert "out of time" in lines(tmp_path, "train")[-1]["stopped"] and len(done) == 1
+
+
+def test_digits_are_learned(tmp_path):
+    pytest.importorskip("sklearn")
+    digits.run(tmp_path, "cpu")
+    (found,) = lines(tmp_path, "digits")
+    assert found["accuracy"] > 0.5 and found["epochs"] == digits.EPOCHS
+
+
+@pytest.mark.parametrize("limit, expected", [(7, 0), (8, 8), (100, 96), (1000, 1000), (1001, 1000)])
+def test_the_largest_batch_within_a_limit(limit, expected):
+    def peak(batch):
+        return batch if batch < 2000 else None
+
+    assert train.bench_train.largest_batch(peak, limit) == expected
