@@ -97,8 +97,19 @@ POPC = {
     "default": (_popc(32, 32, 4), _popc(64, 32, 4), _popc(16, 32, 2)),
     "interpret": (_popc(64, 64, 4),),
 }
-# Every warp owns 64 x 64 outputs, warps are stacked along M.
-B1 = tuple(Tile({"BLOCK_M": 64 * warps}, warps) for warps in (4, 2, 1))
+
+
+def _b1(slots: int, warps: int) -> Tile:
+    return Tile({"SLOTS": slots, "BLOCK_M": 8 * slots * warps}, warps)
+
+
+# A warp owns 8 SLOTS x 64 outputs, warps are stacked along M.
+B1 = (_b1(4, 4), _b1(8, 4), _b1(4, 2))
+
+
+def load_words(depth: int) -> int:
+    """Words that a thread of the 1-bit kernel loads at once, of pixels of so many words."""
+    return 4 if depth % 16 == 0 else 2 if depth % 2 == 0 else 1
 
 
 def table(inner: str, family: str) -> tuple[Tile, ...]:

@@ -95,8 +95,8 @@ def choose(family: str, rows: int, columns: int, depth: int, whole: bool, taps: 
         fitting.insert(0, "int8")
         if not configs.has_b1(family):
             reason = "the tensor core on bytes: this GPU has no 1-bit one"
-        elif taps > 32:
-            reason = "the tensor core on bytes: the 1-bit kernel takes at most 32 taps"
+        elif taps > 31:
+            reason = "the tensor core on bytes: the 1-bit kernel takes at most 31 taps"
         else:
             fitting.insert(0, "b1")
             reason = "the 1-bit tensor core"
