@@ -13,8 +13,8 @@ t = lane % 4, element `slot` of a tensor belongs to row 8 slot + g, and
   c[2 j + b]   is column 8 j + 2 t + b
 The order of words in K and the order of columns are free, and chosen for wide loads and stores:
   a thread reads its WORDS words of a step (words t, 4 + t, ... of the products) side by side, and
-  column 8 j + 2 t + b is channel 32 (j / 4) + 8 t + 2 (j % 4) + b: a thread owns 8 neighbours twice,
-  which are 16 bytes of fp16, and a byte of the row's signs.
+  column 8 j + 2 t + b is channel 32 (j / 4) + 8 t + 2 (j % 4) + b: a thread owns twice 8
+  neighbours, which are 16 bytes of fp16, and a byte of the row's signs.
 A ninth column tile of ones counts the bits of each row's window, pa of contraction.py.
 """
 
@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 
 from bitkernels.backends.triton.b1_ptx import (
+    FENCE,
+    FENCE_IO,
     FLOAT32,
     HALVES,
     INT32,
@@ -45,6 +47,8 @@ from bitkernels.backends.triton.b1_ptx import (
 from bitkernels.backends.triton.contraction import border_class, outside
 from bitkernels.backends.triton.jit import activate
 
+UNROLLED = tl.constexpr(16)  # steps of products, at most, without a loop
+
 
 @triton.jit
 def place(i, WARPS: tl.constexpr, SLOTS: tl.constexpr):
@@ -57,11 +61,26 @@ def place(i, WARPS: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def fence(x, SLOTS: tl.constexpr):
+    """A copy; loads below it are not drawn up past it, where registers are short."""
+    return tl.inline_asm_elementwise(FENCE[SLOTS // 8], FENCE_IO[SLOTS // 8], [x], dtype=tl.int32,
+                                     is_pure=False, pack=SLOTS)
+
+
+@triton.jit
 def divide(n, magic, shift):
     """n // d for 0 <= n < 2^31, by `gemm.reciprocal(d)`."""
     u = n.to(tl.uint32, bitcast=True)
     high = tl.umulhi(u, magic.to(tl.uint32, bitcast=True))
     return ((high + u) >> shift.to(tl.uint32)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def pixel_of(m, OH, OW, OWM, OWS, OHM, OHS):
+    """(image, row, column) of an output."""
+    line = divide(m, OWM, OWS)
+    image = divide(line, OHM, OHS)
+    return image, line - image * OH, m - line * OW
 
 
 @triton.jit
@@ -172,13 +191,14 @@ def fetch(words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW,
     for part in tl.static_range(CHUNK // (4 * WORDS)):
         lane = part * 4 * WORDS + t * WORDS
         k = start + lane
+        # What is constant comes last: it becomes the offset inside the instruction.
         if WIDTH % CHUNK == 0:
             tap = start // WIDTH
-            step = ((tap // KW) * DH * W + (tap % KW) * DW) * PIXEL + start % WIDTH
-            at = words + (pixel + (step + lane))
+            at = words + (pixel + ((tap // KW) * DH * W * PIXEL + lane))
+            at += (tap % KW) * DW * PIXEL + start % WIDTH
         else:
             tap = k // WIDTH
-            at = words + (pixel + (((tap // KW) * DH * W + (tap % KW) * DW) * PIXEL + k % WIDTH))
+            at = (words + pixel) + (((tap // KW) * DH * W + (tap % KW) * DW) * PIXEL + k % WIDTH)
         if PADDED:
             condition = (open_taps >> tap) & 1
             if TOTAL % CHUNK != 0:
@@ -210,8 +230,8 @@ def multiply(rows, tiles, acc, SLOTS: tl.constexpr, CHUNK: tl.constexpr):
         low = ()
         high = ()
         for j in tl.static_range(8):
-            low = low + (tiles[EACH * j + 2 * u],)
-            high = high + (tiles[EACH * j + 2 * u + 1],)
+            low = low + (tiles[EACH * j + 2 * u],)  # type: ignore[assignment]
+            high = high + (tiles[EACH * j + 2 * u + 1],)  # type: ignore[assignment]
         acc = tl.inline_asm_elementwise(
             MMA[SLOTS // 8], MMA_IO[SLOTS // 8],
             (rows[2 * u], rows[2 * u + 1]) + low + high + acc, dtype=INT32[18], is_pure=False,
@@ -248,7 +268,9 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
     """
     WARPS: tl.constexpr = BLOCK_M // (8 * SLOTS)
     TOTAL: tl.constexpr = KH * KW * WIDTH
-    CHUNK: tl.constexpr = 4 * WORDS if WORDS > 1 else 8
+    # Four would not fit beside the accumulators of 8 slots.
+    EACH: tl.constexpr = 2 if SLOTS == 8 and WORDS == 4 else WORDS
+    CHUNK: tl.constexpr = 4 * EACH if EACH > 1 else 8
     i = tl.arange(0, WARPS * 32 * SLOTS)
     t, slot, g, first = place(i, WARPS, SLOTS)
     m = tl.minimum(first + slot * 8 + g, M - 1)
@@ -264,9 +286,7 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
         ow = m * 0
         pixel = m * (GROUPS * WIDTH) + group * WIDTH
     else:
-        line = divide(m, OWM, OWS)
-        image = divide(line, OHM, OHS)
-        oh, ow = line - image * OH, m - line * OW
+        image, oh, ow = pixel_of(m, OH, OW, OWM, OWS, OHM, OHS)
         ih0, iw0 = oh * SH - PT, ow * SW - PL
         pixel = ((image * H + ih0) * W + iw0) * (GROUPS * WIDTH) + group * WIDTH
         if PADDED:
@@ -278,25 +298,30 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
     n = first_n + 8 * (g // 2) + g % 2
     column = filters + n * TOTAL
     acc = (i * 0,) * 18
-    rows, tiles = fetch(words, pixel, open_taps, column, filters, n, N, 0, t, W, DH, DW, SLOTS,
-                        WORDS, CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
-    if TOTAL <= 16 * CHUNK:
-        for start in tl.static_range(CHUNK, TOTAL, CHUNK):
-            next_rows, next_tiles = fetch(
-                words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS, WORDS,
+    if SLOTS == 8:  # the next words would not fit beside these accumulators
+        for start in range(0, TOTAL, CHUNK):
+            rows, tiles = fetch(
+                words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS, EACH,
                 CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
             acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
-            rows, tiles = next_rows, next_tiles
+    elif TOTAL <= UNROLLED * CHUNK:
+        for start in tl.static_range(0, TOTAL, CHUNK):
+            rows, tiles = fetch(
+                words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS, EACH,
+                CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
+            acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
     else:
+        rows, tiles = fetch(words, pixel, open_taps, column, filters, n, N, 0, t, W, DH, DW, SLOTS,
+                            EACH, CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
         for start in range(CHUNK, TOTAL, CHUNK):
             next_rows, next_tiles = fetch(
-                words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS, WORDS,
+                words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS, EACH,
                 CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
             acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
             rows, tiles = next_rows, next_tiles
-    acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
+        acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
 
-    t, slot, g, first = place(i, WARPS, SLOTS)
+    t, slot, g, first = place(fence(i, SLOTS), WARPS, SLOTS)
     m = first + slot * 8 + g
     row_ok = m < M
     safe_m = tl.minimum(m, M - 1)
@@ -315,6 +340,8 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
             out_at = image * oon + oh * ooh + ow * oow
     bits = i * 0
     for h in tl.static_range(4):
+        if h > 0 and (SLOTS == 8 or h == 2):
+            t = fence(t, SLOTS)
         n = first_n + 32 * (h // 2) + 4 * (h % 2) + 8 * t
         safe_n = n
         condition = row_ok.to(tl.int32)
@@ -377,11 +404,13 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
                 if not OUT_WIDE:
                     tl.store(out + (out_at + (n + k) * ooc), value.to(TYPE), mask=ok)
                 elif TYPE.primitive_bitwidth == 32:
-                    whole_words = whole_words + (value.to(tl.int32, bitcast=True),)
+                    word = (value.to(tl.int32, bitcast=True),)
+                    whole_words = whole_words + word  # type: ignore[assignment]
                 elif k % 2 == 0:
                     before = value
                 else:
-                    halves = halves + (pair(before, value, TYPE),)
+                    word = (pair(before, value, TYPE),)
+                    halves = halves + word  # type: ignore[assignment]
             if packed is not None:
                 if threshold is not None:
                     bit = (dot >= lows[k]) & (dot <= highs[k])

@@ -30,9 +30,12 @@ def _mma(slots: int) -> tuple[str, str]:
     b_lo = a_hi + slots
     b_hi = b_lo + COLUMN_TILES * slots
     c = b_hi + COLUMN_TILES * slots
-    lines = [".reg .b32 ones;", "mov.b32 ones, -1;"]
+    lines = [".reg .b32 ones, zero, a0, a1, a2, a3;", "mov.b32 ones, -1;",
+             "mov.u32 zero, %ctaid.z;"]
     for m in range(slots // 2):
-        a = ", ".join(f"${base + 2 * m + half}" for base in (a_lo, a_hi) for half in (0, 1))
+        given = [f"${base + 2 * m + half}" for base in (a_lo, a_hi) for half in (0, 1)]
+        lines += [f"or.b32 a{i}, {name}, zero;" for i, name in enumerate(given)]
+        a = "a0, a1, a2, a3"
         for n in range(COLUMN_TILES + 1):
             # Accumulator 2 half + b of tile (m, n) is element 2 m + half of tensor 2 n + b.
             tile = [(2 * n + b) * slots + 2 * m + half for half in (0, 1) for b in (0, 1)]
@@ -54,6 +57,12 @@ def _where(slots: int) -> tuple[str, str]:
         lines += [f"mov.u32 ${slot}, lane;", f"mov.u32 ${slots + slot}, warp;",
                   f"mov.u32 ${2 * slots + slot}, {slot};"]
     return _braced(*lines), _constraints(3 * slots, (slots, "r"))
+
+
+def _fence(slots: int) -> tuple[str, str]:
+    """A copy that no load passes."""
+    lines = ["bar.warp.sync -1;", *(f"mov.b32 ${i}, ${slots + i};" for i in range(slots))]
+    return _braced(*lines), _constraints(slots, (slots, "r"))
 
 
 def _registers(tensors: int, slots: int, slot: int, base: int = 0) -> str:
@@ -151,6 +160,7 @@ def _table(*blocks: tuple[str, str]) -> tuple[tl.constexpr, tl.constexpr]:
 # By SLOTS // 8, and within by the width in words // 2: 1, 2 or 4.
 MMA, MMA_IO = _table(*(_mma(s) for s in (4, 8)))
 WHERE, WHERE_IO = _table(*(_where(s) for s in (4, 8)))
+FENCE, FENCE_IO = _table(*(_fence(s) for s in (4, 8)))
 LOAD, LOAD_IO = _table(*(_load(w, s) for s in (4, 8) for w in (1, 2, 4)))
 LOAD_WHERE, LOAD_WHERE_IO = _table(*(_load_where(w, s) for s in (4, 8) for w in (1, 2, 4)))
 LOAD_ONCE, LOAD_ONCE_IO = _table(*(_load_once(w, s) for s in (4, 8) for w in (1, 2, 4)))

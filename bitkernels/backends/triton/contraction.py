@@ -95,7 +95,7 @@ def filter_kernel(filters, corr, N, BORDERS, CHANNELS, BOTTOM: tl.constexpr, LEF
     ok = n < N
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
-    for tap in range(KH * KW):
+    for tap in tl.range(KH * KW, loop_unroll_factor=9):  # loads of several taps at once
         count = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
         at = filters + (n.to(tl.int64) * (KH * KW) + tap) * WIDTH
         for start in range(0, WIDTH, BLOCK_K):

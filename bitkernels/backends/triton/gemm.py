@@ -35,6 +35,9 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
         return
     if inner != "popc" and elementwise.wide(residual):  # its offsets would not fit int32
         residual = cast(torch.Tensor, residual).contiguous()
+    flat = height * width * kh * kw * oh * ow == 1
+    writes = "block" if residual is not None else "packed" if out is None else "real"
+    size = configs.Size(rows, cout, kh * kw, depth, writes, flat)
     geometry = (height, width, oh, ow, *stride, pad[0], pad[2], *dilation)
     strides = [(0,) * 4 if t is None else (t.stride(0), t.stride(1), t.stride(2), t.stride(3))
                for t in (residual, out)]
@@ -67,15 +70,15 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
         common |= zip(("OWM", "OWS", "OHM", "OHS"), (*reciprocal(ow), *reciprocal(oh)),
                       strict=True)
         common |= zip(("TOP", "BOTTOM", "LEFT", "RIGHT"), border, strict=True)
-        common |= dict(FLAT=height * width * kh * kw * oh * ow == 1, WHOLE=cout % 64 == 0,
+        common |= dict(FLAT=flat, WHOLE=cout % 64 == 0,
                        EIGHTS=cout % 8 == 0, OUT_WIDE=wide(out), RESIDUAL_WIDE=wide(residual),
                        WORDS=configs.load_words(depth))
 
     def grid(tile):
         return triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cout, tile.get("BLOCK_N", 64))
 
-    tuning.launch(inner, family, grid, words=words, filters=filters, GROUPS=groups, KH=kh, KW=kw,
-                  WIDTH=depth, size_class=tuning.size_class(rows), enable_fp_fusion=False,
+    tuning.launch(inner, family, size, grid, words=words, filters=filters, GROUPS=groups, KH=kh,
+                  KW=kw, WIDTH=depth, size_class=tuning.size_class(rows), enable_fp_fusion=False,
                   **common)
 
 
