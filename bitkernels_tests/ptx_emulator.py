@@ -52,6 +52,8 @@ def _run(asm: str, registers: dict[str, np.ndarray], threads: int) -> None:
             return lanes
         if name == "%laneid":
             return lanes % 32
+        if name == "%ctaid.z":
+            return np.zeros(threads, int)
         if name in registers:
             return registers[name]
         return np.full(threads, int(name, 0))
