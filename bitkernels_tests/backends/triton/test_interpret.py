@@ -320,6 +320,40 @@ else:
             same(kernel("packed_conv2d")(*args, **kw, inner=inner),
                  reference.packed_conv2d(*args, **kw))
 
+    @pytest.mark.parametrize("columns", (64, 72))
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_b1_reads_and_writes_wide(dtype, columns, monkeypatch):
+        """Channels-last tensors of whole eighths of channels; also those that must not be read so:
+        views at odd addresses, planes, a zero that is expanded."""
+        case = ConvCase(batch=1, channels=64, out_channels=columns, size=(3, 4))
+        args = *case.words(), case.channels, *case.args
+        wide, of = [], gemm.wide
+        monkeypatch.setattr(gemm, "wide", lambda t: wide.append(of(t)) or wide[-1])
+        vectors = {name: reals(columns + 1)[1:] for name in (
+            "bias", "shift_in", "slope", "shift_out", "sign_shift")}
+        shape = case.output_shape
+        odd = reals(1 + torch.Size(shape).numel(), dtype=torch.float16)[1:]
+        residuals = [(LAYOUTS["channels_last"](reals(*shape, dtype=kind)), True)
+                     for kind in FLOATS]
+        residuals += [(odd.view(shape[0], *shape[2:], columns).permute(0, 3, 1, 2), False),
+                      (reals(*shape, dtype=torch.bfloat16), False),
+                      (torch.zeros(1, dtype=torch.float16).expand(shape), False)]
+        for residual, expected_wide in residuals:
+            kw = dict(vectors, scale=reals(columns) / 64, residual=residual, packed=True)
+            got = kernel("packed_conv2d")(*args, **kw, real=True, dtype=dtype, inner="b1")
+            out, signs = reference.packed_conv2d(*args, **kw, real=True, dtype=torch.float32)
+            same(got, (as_interpreted(out, dtype), signs))
+            assert wide == [True, expected_wide]
+            wide.clear()
+
+    @pytest.mark.parametrize("columns", (64, 72))
+    @pytest.mark.parametrize("dtype", (torch.int16, torch.int32))
+    def test_b1_writes_wide_integers(dtype, columns):
+        case = ConvCase(batch=1, channels=64, out_channels=columns, size=(3, 4))
+        args = *case.words(), case.channels, *case.args
+        got, _ = kernel("packed_conv2d")(*args, real=True, dtype=dtype, inner="b1")
+        same(got, reference.packed_conv2d(*args, real=True, dtype=torch.int32)[0].to(dtype))
+
     @pytest.mark.parametrize("inner", configs.INNER)
     def test_threshold_and_tiled_weight(inner):
         case = FEW_CONV_CASES[3]
