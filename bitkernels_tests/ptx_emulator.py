@@ -13,47 +13,59 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-PER_THREAD = 8
+READABLE = ("ld.global.nc.", "st.global.")
 
 
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     asm, dtype = getattr(asm, "value", asm), getattr(dtype, "value", dtype)
-    assert pack == PER_THREAD, "only the blocks of eight registers are emulated"
-    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    pack = getattr(pack, "value", pack)
+    dtypes = tuple(dtype) if isinstance(dtype, tuple) else (dtype,)
     count = args[0].handle.data.size
-    threads = count // PER_THREAD
-    deal = np.random.default_rng(threads).permutation(count).reshape(PER_THREAD, threads)
+    shape = args[0].handle.data.shape
+    threads = count // pack
+    deal = np.random.default_rng(threads).permutation(count).reshape(pack, threads)
     registers: dict[str, np.ndarray] = {}
     for i, arg in enumerate(args):
-        assert arg.handle.data.shape == (count,)
-        for slot in range(PER_THREAD):
-            number = (len(dtypes) + i) * PER_THREAD + slot
-            registers[f"${number}"] = arg.handle.data[deal[slot]]
+        assert arg.handle.data.shape == shape
+        values = arg.handle.data.reshape(-1)
+        if values.dtype == np.float32:
+            values = values.view(np.int32)
+        for slot in range(pack):
+            registers[f"${(len(dtypes) + i) * pack + slot}"] = values[deal[slot]]
     _run(asm, registers, threads)
     outputs = []
     for i, one in enumerate(dtypes):
         data = np.empty(count, np.float32 if one == tl.float32 else np.int32)
-        for slot in range(PER_THREAD):
-            value = registers[f"${i * PER_THREAD + slot}"]
+        for slot in range(pack):
+            value = registers[f"${i * pack + slot}"]
             data[deal[slot]] = value.astype(np.int32).view(data.dtype)
-        outputs.append(tl.tensor(TensorHandle(data, one), tl.block_type(one, [count])))
-    return tuple(outputs) if isinstance(dtype, tuple) else outputs[0]
+        outputs.append(tl.tensor(TensorHandle(data.reshape(shape), one),
+                                 tl.block_type(one, list(shape))))
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _run(asm: str, registers: dict[str, np.ndarray], threads: int) -> None:
+    lanes = np.arange(threads)
+
     def read(name: str) -> np.ndarray:
         if name == "%tid.x":
-            return np.arange(threads)
+            return lanes
         if name == "%laneid":
-            return np.arange(threads) % 32
-        if name.lstrip("-").isdigit():
-            return np.full(threads, int(name))
-        return registers[name]
+            return lanes % 32
+        if name == "%ctaid.z":
+            return np.zeros(threads, int)
+        if name in registers:
+            return registers[name]
+        return np.full(threads, int(name, 0))
 
     for statement in re.split(r";\s*", asm):
-        statement = statement.strip(" \n").removeprefix("{ ")
+        statement = statement.strip(" \n").removeprefix("{").strip()
         if statement in ("", "}") or statement.startswith(".reg"):
             continue
+        where = np.ones(threads, bool)
+        if statement.startswith("@"):
+            condition, _, statement = statement.partition(" ")
+            where = registers[condition[1:]]
         op, _, rest = statement.partition(" ")
         if op == "bar.warp.sync":
             continue
@@ -63,24 +75,73 @@ def _run(asm: str, registers: dict[str, np.ndarray], threads: int) -> None:
             results = _mma(*([read(r) for r in group] for group in (a, b, c)))
             registers.update(zip(d, results, strict=True))
             continue
+        if op.startswith(READABLE):
+            _memory(op, rest, where, read, registers)
+            continue
         names = [name.strip() for name in rest.split(",")]
-        if op in ("mov.u32", "mov.b32"):
-            registers[names[0]] = read(names[1])
-        elif op == "shr.u32":
-            registers[names[0]] = read(names[1]) >> read(names[2])
-        elif op == "or.b32":
-            registers[names[0]] = read(names[1]) | read(names[2])
-        elif op == "shfl.sync.bfly.b32":
-            registers[names[0]] = read(names[1])[np.arange(threads) ^ int(names[2])]
-        elif op == "ld.global.b32":
-            first = int(names[1].strip("[]$"))
-            at = read(f"${first}")
-            for slot in range(1, PER_THREAD):
-                assert np.array_equal(at, read(f"${first + slot}")), "not one column a thread"
-            registers[names[0]] = np.array(
-                [ctypes.c_int32.from_address(int(a)).value for a in at], np.int32)
+        assert where.all(), "only loads and stores have conditions"
+        values = [read(name) for name in names[1:]]
+        registers[names[0]] = _value(op, values, lanes)
+
+
+def _value(op: str, v: list[np.ndarray], lanes: np.ndarray) -> np.ndarray:
+    match op:
+        case "mov.u32" | "mov.b32":
+            return v[0]
+        case "shr.u32":
+            return v[0] >> v[1]
+        case "or.b32":
+            return v[0] | v[1]
+        case "and.b32":
+            return v[0] & v[1]
+        case "xor.b32":
+            return v[0] ^ v[1]
+        case "add.u32":
+            return v[0] + v[1]
+        case "setp.ne.b32":
+            return v[0] != v[1]
+        case "selp.b32":
+            return np.where(v[2], v[0], v[1])
+        case "shfl.sync.bfly.b32":
+            return v[0][lanes ^ v[1]]
+        case "prmt.b32":
+            pool = np.stack([(x.astype(np.int64) >> 8 * i) & 255 for x in v[:2] for i in range(4)])
+            picks = [(v[2] >> 4 * i) & 15 for i in range(4)]
+            return sum(pool[p, lanes] << 8 * i for i, p in enumerate(picks)
+                       ).astype(np.uint32).view(np.int32)
+        case "cvt.rn.f16x2.f32" | "cvt.rn.bf16x2.f32":
+            high, low = (_short(x.view(np.float32), op) for x in v)
+            return (low | high << 16).view(np.int32)
+    raise NotImplementedError(op)
+
+
+def _short(x: np.ndarray, op: str) -> np.ndarray:
+    """float32 as bits of a 16-bit type; bfloat16 cut off, as the interpreter does."""
+    if "bf16" in op:
+        return x.view(np.uint32) >> 16
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def _memory(op: str, rest: str, where, read, registers) -> None:
+    """A vector of 32-bit words, at an address that its size divides."""
+    words = int(re.search(r"\.v(\d)\.", op)[1]) if ".v" in op else 1
+    base, offset = re.search(r"\[(\$\d+)(?: \+ (\d+))?\]", rest).groups()
+    names = re.findall(r"[$\w]+", rest.replace(rest[rest.index("["):rest.index("]") + 1], ""))
+    assert len(names) == words
+    at = read(base) + int(offset or 0)
+    assert not np.any(at[where] % (4 * words)), f"not aligned: {op} {rest} {at[where][:8]}"
+    for i, name in enumerate(names):
+        if op.startswith("ld."):
+            value = registers[name].copy() if not where.all() else np.zeros(len(at), np.int32)
+            for thread in np.flatnonzero(where):
+                value[thread] = ctypes.c_int32.from_address(int(at[thread]) + 4 * i).value
+            registers[name] = value
         else:
-            raise NotImplementedError(statement)
+            value = read(name)
+            for thread in np.flatnonzero(where):
+                cell = ctypes.c_int32.from_address(int(at[thread]) + 4 * i)
+                cell.value = int(value[thread])
 
 
 def _mma(a, b, c):

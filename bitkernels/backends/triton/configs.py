@@ -3,17 +3,21 @@
 Environment, read at call time:
   BITKERNELS_TRITON            0: the reference runs instead of every Triton kernel
   BITKERNELS_TRITON_INNER      popc, int8 or b1: forces the inner product where it applies
-  BITKERNELS_TRITON_AUTOTUNE   0: fixed tiles; else the shipped tiles are timed once a shape class
+  BITKERNELS_TRITON_AUTOTUNE   1: the shipped tiles are timed once a shape class; 0: nothing is
+                               timed; unset: large calls are tuned, others run in one tile
 
-The tiles were chosen from register and spill counts of ahead-of-time compiles. The autotuner timed
-them on an H200 (2026-11-26: 0.51 to 0.96 of cuDNN's bf16 speed with fp16 in and out, see
-docs/performance.md); no other GPU has.
+One tile is one kernel to compile. Which one that is: the entry of MEASURED, else the largest that
+gives every multiprocessor of a large GPU two programs, else the smallest.
+
+The tiles were chosen from register and spill counts of ahead-of-time compiles; no GPU has timed
+those of the 1-bit kernel yet (benchmarks/gpu/tune_triton.py does).
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,10 +32,6 @@ def interpreting() -> bool:
 
 def enabled() -> bool:
     return os.environ.get("BITKERNELS_TRITON", "1") != "0"
-
-
-def autotuning() -> bool:
-    return os.environ.get("BITKERNELS_TRITON_AUTOTUNE", "1") != "0"
 
 
 def forced_inner() -> str | None:
@@ -64,13 +64,44 @@ def inline_ptx(family: str) -> bool:
     return family.startswith("sm")
 
 
+class Size(NamedTuple):
+    """Of a contraction: output pixels and channels, taps, words of a pixel (of its group); what is
+    written, `block` if it adds a residual, else `real` or `packed`; flat: of a linear layer."""
+
+    rows: int
+    columns: int
+    taps: int
+    words: int
+    writes: str = "real"
+    flat: bool = False
+
+
+LARGE = 1 << 31  # pairs of words, as a product of 4096 x 4096 x 4096 has: tuning pays
+
+
+def tunes(size: Size | None = None) -> bool:
+    """Whether tiles are timed: in a call of this size, or in some call."""
+    asked = os.environ.get("BITKERNELS_TRITON_AUTOTUNE")
+    if asked is None and size is not None:
+        return size.rows * size.columns * size.taps * size.words >= LARGE
+    return asked != "0"
+
+
 @dataclass(frozen=True)
 class Tile:
-    """A kernel's configuration: its tile's constants by name, warps, pipeline stages."""
+    """A kernel's configuration: its tile's constants by name, warps, pipeline stages, and the
+    registers that a thread may have, if bounded."""
 
     tile: dict[str, int]
     warps: int
     stages: int = 1
+    registers: int | None = None
+
+    def __hash__(self) -> int:
+        return hash((*self.tile.items(), self.warps, self.stages, self.registers))
+
+    def __str__(self) -> str:
+        return f"{self.tile['BLOCK_M']}x{self.tile.get('BLOCK_N', COLUMNS)}"
 
 
 def _int8(rows: int, columns: int, warps: int, stages: int = 3) -> Tile:
@@ -81,8 +112,8 @@ def _popc(rows: int, columns: int, warps: int) -> Tile:
     return Tile({"BLOCK_M": rows, "BLOCK_N": columns}, warps)
 
 
-# The first is the fixed configuration. BLOCK_K of int8 is in bytes, of 8 channels each. Every
-# BLOCK_N of int8 and b1 divides COLUMNS, so that no tile of whole groups spans two of them.
+# Of int8 and popc the first is the fixed configuration. BLOCK_K of int8 is in bytes, of 8 channels
+# each. Every BLOCK_N of int8 and b1 divides COLUMNS, so that no tile of whole groups spans two.
 COLUMNS = 64
 _INT8 = (_int8(128, 64, 4), _int8(256, 64, 8), _int8(64, 64, 4))
 INT8 = {
@@ -97,16 +128,49 @@ POPC = {
     "default": (_popc(32, 32, 4), _popc(64, 32, 4), _popc(16, 32, 2)),
     "interpret": (_popc(64, 64, 4),),
 }
-# Every warp owns 64 x 64 outputs, warps are stacked along M.
-B1 = tuple(Tile({"BLOCK_M": 64 * warps}, warps) for warps in (4, 2, 1))
 
 
-def table(inner: str, family: str) -> tuple[Tile, ...]:
-    """The shipped configurations of an inner product, the fixed one first."""
+def b1(slots: int, warps: int) -> Tile:
+    """A warp owns 8 SLOTS x 64 outputs, warps are stacked along M. 8 slots only without taps."""
+    return Tile({"SLOTS": slots, "BLOCK_M": 8 * slots * warps}, warps)
+
+
+B1 = (b1(4, 4), b1(4, 2), b1(4, 1))
+B1_FLAT = (b1(8, 4), b1(4, 4), b1(4, 2))
+
+# The fastest tile of the 1-bit kernel where a GPU has measured it: to be edited by hand, one of
+# B1 or B1_FLAT. (family, output channels, taps, words of a pixel, what is written)
+MEASURED: dict[tuple[str, int, int, int, str], Tile] = {}
+
+
+def load_words(depth: int) -> int:
+    """Words that a thread of the 1-bit kernel loads at once, of pixels of so many words."""
+    return 4 if depth % 16 == 0 else 2 if depth % 2 == 0 else 1
+
+
+def table(inner: str, family: str, flat: bool = False) -> tuple[Tile, ...]:
+    """The shipped configurations of an inner product."""
     if inner == "b1":
-        return B1[:1] if family == "interpret" else B1
+        tiles = B1_FLAT if flat else B1
+        return tiles[:1] if family == "interpret" else tiles
     if inner == "popc":
         return POPC.get(family, POPC["default"])
     if family not in INT8:
         family = "sm80" if family.startswith("sm8") else "sm120"
     return INT8[family]
+
+
+PROGRAMS = 264  # two for each multiprocessor of an H200
+
+
+def fixed_tile(inner: str, family: str, size: Size) -> Tile:
+    """What runs where nothing is timed."""
+    tiles = table(inner, family, size.flat)
+    if inner != "b1":
+        return tiles[0]
+    measured = MEASURED.get((family, size.columns, size.taps, size.words, size.writes))
+    if measured in tiles:
+        return measured
+    columns = -(-size.columns // COLUMNS)
+    return next((tile for tile in tiles
+                 if -(-size.rows // tile.tile["BLOCK_M"]) * columns >= PROGRAMS), tiles[-1])

@@ -40,6 +40,13 @@ def outside(first, size, K: tl.constexpr, step):
 
 
 @triton.jit
+def border_class(top, bottom, left, right, BOTTOM: tl.constexpr, LEFT: tl.constexpr,
+                 RIGHT: tl.constexpr):
+    """Number of the class of windows with so many taps outside, of BOTTOM.. at most."""
+    return ((top * (BOTTOM + 1) + bottom) * (LEFT + 1) + left) * (RIGHT + 1) + right
+
+
+@triton.jit
 def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
                   TOP: tl.constexpr, BOTTOM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
                   GROUPS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -47,7 +54,8 @@ def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
                   WIDE: tl.constexpr):
     """pa of every output pixel and group, border class of every output pixel.
 
-    TOP.. are the largest counts of taps outside, WIDTH the words of a group. Program axis 1: group.
+    TOP.. are the largest counts of taps outside, of these windows exactly; WIDTH the words of a
+    group. Program axis 1: group.
     """
     group = tl.program_id(1)
     m = block_index(BLOCK_M, WIDE)
@@ -69,8 +77,7 @@ def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
     if TOP + BOTTOM + LEFT + RIGHT > 0:
         top, bottom = outside(ih0.to(tl.int32), H, KH, DH)
         left, right = outside(iw0.to(tl.int32), W, KW, DW)
-        label = ((tl.minimum(top, TOP) * (BOTTOM + 1) + tl.minimum(bottom, BOTTOM)) * (LEFT + 1)
-                 + tl.minimum(left, LEFT)) * (RIGHT + 1) + tl.minimum(right, RIGHT)
+        label = border_class(top, bottom, left, right, BOTTOM, LEFT, RIGHT)
         tl.store(border + m, label, mask=ok)
 
 
@@ -88,7 +95,7 @@ def filter_kernel(filters, corr, N, BORDERS, CHANNELS, BOTTOM: tl.constexpr, LEF
     ok = n < N
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
-    for tap in range(KH * KW):
+    for tap in tl.range(KH * KW, loop_unroll_factor=9):  # loads of several taps at once
         count = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
         at = filters + (n.to(tl.int64) * (KH * KW) + tap) * WIDTH
         for start in range(0, WIDTH, BLOCK_K):

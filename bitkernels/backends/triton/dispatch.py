@@ -85,7 +85,7 @@ def explain(op: str, *args, **kw) -> Answer:
     for inner in found.inners:
         tried, known = trust.state((op, inner), device)
         if tried:
-            tiles = _tiles(inner, device)
+            tiles = _tiles(inner, found.size, device)
             name = f"{inner or op} {tiles[0]}" if len(tiles) == 1 else inner or op
             timed = f"; the fastest of {len(tiles)} tiles, timed once" if len(tiles) > 1 else ""
             return Answer("triton", name, f"{wrong}{found.reason}{timed}", wrong + known)
@@ -93,13 +93,14 @@ def explain(op: str, *args, **kw) -> Answer:
     return Answer("triton", None, wrong.removesuffix("; ") or found.reason)
 
 
-def _tiles(inner: str | None, device: torch.device) -> list[str]:
+def _tiles(inner: str | None, size: configs.Size | None, device: torch.device) -> list[str]:
     """Rows x columns of a product's tile, or of those that tuning chooses among."""
-    if inner is None:
+    if inner is None or size is None:
         return []
-    table = configs.table(inner, configs.family(device))
-    sizes = [f"{t.tile['BLOCK_M']}x{t.tile.get('BLOCK_N', configs.COLUMNS)}" for t in table]
-    return sizes if configs.autotuning() else sizes[:1]
+    family = configs.family(device)
+    if configs.tunes(size):
+        return [str(tile) for tile in configs.table(inner, family, size.flat)]
+    return [str(configs.fixed_tile(inner, family, size))]
 
 
 def _launch(op: str, *args, **kw):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import cast
 
 import torch
@@ -33,6 +35,9 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
         return
     if inner != "popc" and elementwise.wide(residual):  # its offsets would not fit int32
         residual = cast(torch.Tensor, residual).contiguous()
+    flat = height * width * kh * kw * oh * ow == 1
+    writes = "block" if residual is not None else "packed" if out is None else "real"
+    size = configs.Size(rows, cout, kh * kw, depth, writes, flat)
     geometry = (height, width, oh, ow, *stride, pad[0], pad[2], *dilation)
     strides = [(0,) * 4 if t is None else (t.stride(0), t.stride(1), t.stride(2), t.stride(3))
                for t in (residual, out)]
@@ -50,41 +55,83 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
                        PAD_VALUE=pad_value, PTX=ptx,
                        WIDE=elementwise.wide(words, filters, out, packed, residual))
     else:
-        tables = prepare(words, filters, channels, groups, geometry, pad, pad_value, rows, ptx)
-        common |= dict(**tables, BORDERS=tables["corr"].shape[0], PADDED=any(pad))
+        border = borders(geometry, pad, pad_value, kh, kw)
+        corr = corrections(filters, channels, groups, border, pad_value, ptx)
+        common |= dict(corr=corr, PADDED=any(pad))
     if inner == "int8":
+        pa, labels = windows(words, groups, geometry, border, kh, kw, depth, rows, ptx)
         words, filters, depth = words.view(torch.int8), filters.view(torch.int8), 4 * depth
-        common |= dict(PTX=ptx)
+        common |= dict(pa=pa, border=labels, BORDERS=corr.shape[0], PTX=ptx)
     elif inner == "b1":
-        common |= {k: v.float() for k, v in vectors.items() if v is not None}
+        words, filters = aligned(words), aligned(filters)
+        common |= {k: aligned(v.float()) for k, v in vectors.items() if v is not None}
+        if threshold is not None:
+            common |= dict(threshold=aligned(threshold))
+        common |= zip(("OWM", "OWS", "OHM", "OHS"), (*reciprocal(ow), *reciprocal(oh)),
+                      strict=True)
+        common |= zip(("TOP", "BOTTOM", "LEFT", "RIGHT"), border, strict=True)
+        common |= dict(FLAT=flat, WHOLE=cout % 64 == 0,
+                       EIGHTS=cout % 8 == 0, OUT_WIDE=wide(out), RESIDUAL_WIDE=wide(residual),
+                       WORDS=configs.load_words(depth))
 
     def grid(tile):
         return triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cout, tile.get("BLOCK_N", 64))
 
-    tuning.launch(inner, family, grid, words=words, filters=filters, GROUPS=groups, KH=kh, KW=kw,
-                  WIDTH=depth, size_class=tuning.size_class(rows), enable_fp_fusion=False,
+    tuning.launch(inner, family, size, grid, words=words, filters=filters, GROUPS=groups, KH=kh,
+                  KW=kw, WIDTH=depth, size_class=tuning.size_class(rows), enable_fp_fusion=False,
                   **common)
 
 
-def prepare(words, filters, channels, groups, geometry, pad, pad_value, rows, ptx) -> dict:
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """The tensor at an address that 16 divides."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def wide(t: torch.Tensor | None) -> bool:
+    """Whether 8 channels are neighbours in memory, at an address that 16 divides, and pixels follow
+    one another."""
+    return (t is not None and t.shape[1] % 8 == 0 and t.data_ptr() % 16 == 0
+            and t.permute(0, 2, 3, 1).is_contiguous())
+
+
+@functools.cache
+def reciprocal(d: int) -> tuple[int, int]:
+    """(magic, shift) as int32: n // d = (umulhi(n, magic) + n) >> shift for 0 <= n < 2^31.
+
+    Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994, figure 4.1.
+    """
+    shift = (d - 1).bit_length()
+    magic = (2**32 * (2**shift - d)) // d + 1
+    return magic - 2**32 if magic >= 2**31 else magic, shift
+
+
+def borders(geometry, pad, pad_value: int, kh: int, kw: int) -> tuple[int, int, int, int]:
+    """The most taps outside, above, below, left and right, that are not plain clear bits."""
     height, width, oh, ow, sh, sw, top, left, dh, dw = geometry
-    cout, kh, kw, depth = filters.shape
-    border = (0, 0, 0, 0)
-    if pad_value != -1:  # with -1 the taps outside are plain clear bits
-        border = (*outside(height, oh, kh, sh, top, dh), *outside(width, ow, kw, sw, left, dw))
-    classes = 1
-    for taps in border:
-        classes *= taps + 1
-    block_k = min(triton.next_power_of_2(depth), 32)
-    pa, labels = words.new_empty((rows, groups)), words.new_empty((rows if classes > 1 else 1,))
-    corr = words.new_empty((classes, cout))
+    if pad_value == -1 or not any(pad):
+        return 0, 0, 0, 0
+    return *outside(height, oh, kh, sh, top, dh), *outside(width, ow, kw, sw, left, dw)
+
+
+def windows(words, groups, geometry, border, kh, kw, depth, rows, ptx):
+    """Set bits of every window and group (pixels, groups), border class of every window."""
+    pa = words.new_empty((rows, groups))
+    labels = words.new_empty((rows if any(border) else 1,))
     window_kernel[(triton.cdiv(rows, 128), groups)](
         words, pa, labels, rows, *geometry, *border, GROUPS=groups, WIDTH=depth, KH=kh,
-        KW=kw, PTX=ptx, BLOCK_M=128, BLOCK_K=block_k, WIDE=False,
+        KW=kw, PTX=ptx, BLOCK_M=128, BLOCK_K=min(triton.next_power_of_2(depth), 32), WIDE=False,
         num_warps=4, enable_fp_fusion=False)
+    return pa, labels
+
+
+def corrections(filters, channels, groups, border, pad_value, ptx):
+    """corr of contraction.py, (border classes, filters)."""
+    cout, kh, kw, depth = filters.shape
+    classes = math.prod(taps + 1 for taps in border)
+    corr = filters.new_empty((classes, cout))
     block_b = min(triton.next_power_of_2(classes), 64)
     filter_kernel[(triton.cdiv(cout, 32), triton.cdiv(classes, block_b))](
         filters, corr, cout, classes, channels // groups, *border[1:], WIDTH=depth, KH=kh, KW=kw,
-        PAD_VALUE=max(pad_value, 0), PTX=ptx, BLOCK_B=block_b, BLOCK_N=32, BLOCK_K=block_k,
-        num_warps=4, enable_fp_fusion=False)
-    return dict(pa=pa, border=labels, corr=corr)
+        PAD_VALUE=max(pad_value, 0), PTX=ptx, BLOCK_B=block_b, BLOCK_N=32,
+        BLOCK_K=min(triton.next_power_of_2(depth), 32), num_warps=4, enable_fp_fusion=False)
+    return corr

@@ -68,65 +68,59 @@ def pack_signs(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
     return tl.sum(wide << tl.arange(0, 32)[None, None, :], axis=2)
 
 
-_BROADCAST_ASM = tl.constexpr(
-    "ld.global.b32 $0, [$8];\n" + "\n".join(f"mov.b32 ${i}, $0;" for i in range(1, 8)))
-_BROADCAST_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["l"] * 8))
+@triton.jit
+def vector(ptr, cols, mask, ONCE: tl.constexpr = False):
+    """Values of a channel vector as float32, 0 outside."""
+    return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_once(ptr):
-    """32-bit values of pointers of which a thread's 8 are equal: one load instead of 8."""
-    return tl.inline_asm_elementwise(_BROADCAST_ASM, _BROADCAST_CONSTRAINTS, [ptr.to(tl.int64)],
-                                     dtype=ptr.dtype.element_ty, is_pure=False, pack=8)
+def activate(y, clamp_min, clamp_max, scale, bias, residual, shift_in, slope, shift_out):
+    """reference.epilogue on float32 values; absent parts are None.
 
-
-@triton.jit
-def vector(ptr, cols, mask, ONCE: tl.constexpr):
-    """Values of a channel vector; with ONCE float32 ones, one column a thread, none outside."""
-    if ONCE:
-        return load_once(ptr + cols)
-    else:
-        return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def epilogue(dot, cols, col_mask, residual, clamp_min, clamp_max, scale, bias, shift_in, slope,
-             shift_out, ONCE: tl.constexpr = False):
-    """reference.epilogue on a tile of dot products; absent parts are None.
-
-    `cols` broadcasts against `dot`. Compiled without fused multiply-add: one rounding a step.
+    Compiled without fused multiply-add: one rounding a step.
     """
-    y = dot.to(tl.float32)
     if clamp_min is not None:
         y = tl.maximum(y, clamp_min)
     if clamp_max is not None:
         y = tl.minimum(y, clamp_max)
     if scale is not None:
-        y = y * vector(scale, cols, col_mask, ONCE)
+        y = y * scale
     if bias is not None:
-        y = y + vector(bias, cols, col_mask, ONCE)
+        y = y + bias
     if residual is not None:
-        y = y + residual.to(tl.float32)
+        y = y + residual
     if slope is not None:
         if shift_in is not None:
-            y = y + vector(shift_in, cols, col_mask, ONCE)
-        y = tl.where(y > 0, y, y * vector(slope, cols, col_mask, ONCE))
+            y = y + shift_in
+        y = tl.where(y > 0, y, y * slope)
         if shift_out is not None:
-            y = y + vector(shift_out, cols, col_mask, ONCE)
+            y = y + shift_out
     return y
 
 
 @triton.jit
-def sign_bits(y, dot, cols, col_mask, sign_shift, threshold, N, ONCE: tl.constexpr = False):
+def epilogue(dot, cols, col_mask, residual, clamp_min, clamp_max, scale, bias, shift_in, slope,
+             shift_out):
+    """The same on a tile of dot products, which `cols` broadcasts against."""
+    return activate(
+        dot.to(tl.float32), clamp_min, clamp_max,
+        vector(scale, cols, col_mask) if scale is not None else None,
+        vector(bias, cols, col_mask) if bias is not None else None,
+        residual.to(tl.float32) if residual is not None else None,
+        vector(shift_in, cols, col_mask) if slope is not None and shift_in is not None else None,
+        vector(slope, cols, col_mask) if slope is not None else None,
+        vector(shift_out, cols, col_mask) if slope is not None and shift_out is not None else None)
+
+
+@triton.jit
+def sign_bits(y, dot, cols, col_mask, sign_shift, threshold, N):
     """Output bits of a tile: not (y + sign_shift < 0), or low <= dot <= high with thresholds."""
     if threshold is not None:
-        if ONCE:
-            low, high = load_once(threshold + cols), load_once(threshold + N + cols)
-        else:
-            low = tl.load(threshold + cols, mask=col_mask, other=0)
-            high = tl.load(threshold + N + cols, mask=col_mask, other=0)
+        low = tl.load(threshold + cols, mask=col_mask, other=0)
+        high = tl.load(threshold + N + cols, mask=col_mask, other=0)
         return (dot >= low) & (dot <= high) & col_mask
     else:
         if sign_shift is not None:
-            y = y + vector(sign_shift, cols, col_mask, ONCE)
+            y = y + vector(sign_shift, cols, col_mask)
         return ~(y < 0) & col_mask

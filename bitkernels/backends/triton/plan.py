@@ -19,10 +19,11 @@ PRODUCTS = ("packed_conv2d", "packed_conv2d_moments", "packed_linear")
 
 class Plan(NamedTuple):
     """inners: what to try, the preferred first: inner products, or None of an operator that has
-    one kernel; empty where the reference runs. reason: why, in words."""
+    one kernel; empty where the reference runs. reason: why, in words. size: of a product."""
 
     inners: tuple[str | None, ...]
     reason: str
+    size: configs.Size | None = None
 
 
 _ONE_KERNEL = Plan((None,), "the operator's kernel")
@@ -69,8 +70,17 @@ def _conv2d(family: str, words, weight_words, channels, stride=(1,), padding=(0,
     addressable = max(4 * words.numel(), 4 * weight_words.numel(), shape.numel()) < 2**31
     whole = groups == 1 or (channels // groups % 32 == 0
                             and shape[1] // groups % configs.COLUMNS == 0)
-    return choose(family, shape[0] * shape[2] * shape[3], shape[1], kh * kw_ * depth, whole,
-                  kh * kw_, addressable)
+    flat = weight_words.shape[1] * weight_words.shape[2] * words.shape[1] * words.shape[2] == 1
+    flat = flat and shape[2] * shape[3] == 1
+    size = configs.Size(shape[0] * shape[2] * shape[3], shape[1], kh * kw_, depth, _writes(kw),
+                        flat)
+    return choose(family, size, whole, addressable)
+
+
+def _writes(kw) -> str:
+    if kw.get("residual") is not None:
+        return "block"
+    return "real" if kw.get("real", True) else "packed"
 
 
 def _linear(family: str, words, weight_words, channels, *, out_channels=None, **kw) -> Plan:
@@ -78,11 +88,11 @@ def _linear(family: str, words, weight_words, channels, *, out_channels=None, **
     width = words.shape[-1]
     rows = words.numel() // width
     addressable = max(4 * words.numel(), 4 * columns * width, rows * columns) < 2**31
-    return choose(family, rows, columns, width, True, 1, addressable)
+    return choose(family, configs.Size(rows, columns, 1, width, _writes(kw), True), True,
+                  addressable)
 
 
-def choose(family: str, rows: int, columns: int, depth: int, whole: bool, taps: int,
-           addressable: bool) -> Plan:
+def choose(family: str, size: configs.Size, whole: bool, addressable: bool) -> Plan:
     """Inner products that take this contraction, the preferred first; popc takes everything.
 
     `whole`: one group, or groups of whole words in and whole tiles out.
@@ -95,17 +105,17 @@ def choose(family: str, rows: int, columns: int, depth: int, whole: bool, taps: 
         fitting.insert(0, "int8")
         if not configs.has_b1(family):
             reason = "the tensor core on bytes: this GPU has no 1-bit one"
-        elif taps > 32:
-            reason = "the tensor core on bytes: the 1-bit kernel takes at most 32 taps"
+        elif size.taps > 31:
+            reason = "the tensor core on bytes: the 1-bit kernel takes at most 31 taps"
         else:
             fitting.insert(0, "b1")
             reason = "the 1-bit tensor core"
     if forced in fitting:
-        return Plan((forced,), "BITKERNELS_TRITON_INNER names it")
+        return Plan((forced,), "BITKERNELS_TRITON_INNER names it", size)
     if family == "interpret":
-        return Plan(("popc",), "interpreted")
-    if rows * columns * depth < SMALL:
-        return Plan(("popc",), "few products: one launch, with nothing to prepare")
+        return Plan(("popc",), "interpreted", size)
+    if size.rows * size.columns * size.taps * size.words < SMALL:
+        return Plan(("popc",), "few products: one launch, with nothing to prepare", size)
     if forced is not None:
         reason += f"; BITKERNELS_TRITON_INNER={forced} does not take this call"
-    return Plan(tuple(fitting), reason)
+    return Plan(tuple(fitting), reason, size)

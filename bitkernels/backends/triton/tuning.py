@@ -1,9 +1,9 @@
 """The kernels of the products under `triton.autotune`, and which of their configurations runs.
 
 Tuning is of speed alone: the configurations of a kernel give equal bits. It happens at the first
-call of a shape class, never at import, and Triton keeps its result on disk. Where nothing can be
-timed (while a CUDA graph is captured, or without memory for the timer's buffer) the first
-configuration runs, and a later call tunes.
+call of a shape class that is large, or of any where the environment asks for it, never at import,
+and Triton keeps its result on disk. Where nothing can be timed (while a CUDA graph is captured, or
+without memory for the timer's buffer) `configs.fixed_tile` runs, and a later call tunes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import triton
 
 from bitkernels.backends.triton import configs
 from bitkernels.backends.triton.b1 import b1_kernel
+from bitkernels.backends.triton.configs import Size, Tile
 from bitkernels.backends.triton.contraction import int8_kernel, popc_kernel
 
 KERNELS = {"b1": b1_kernel, "int8": int8_kernel, "popc": popc_kernel}
 # What the best configuration depends on, beside the types of the tensors, which Triton adds.
 SHAPE_CLASS = ["size_class", "N", "KH", "KW", "WIDTH"]
 
-_fixed: ContextVar[int | None] = ContextVar("fixed configuration", default=None)
+_fixed: ContextVar[int | Tile | None] = ContextVar("fixed configuration", default=None)
 _lock = threading.Lock()
 
 
@@ -34,9 +35,10 @@ class Untimed(Exception):
 
 
 @contextlib.contextmanager
-def fixed(number: int) -> Iterator[None]:
-    """Inside, this configuration runs, or the last of a shorter table, and nothing is timed."""
-    token = _fixed.set(number)
+def fixed(choice: int | Tile) -> Iterator[None]:
+    """Inside, this configuration runs, by number the last of a shorter table, and nothing is
+    timed."""
+    token = _fixed.set(choice)
     try:
         yield
     finally:
@@ -58,22 +60,24 @@ def milliseconds(call, quantiles):
 
 
 @functools.cache
-def tuner(inner: str, family: str, number: int | None):
-    """The kernel with one configuration, or with all of its family's to choose from."""
-    table = configs.table(inner, family)
-    if number is not None:
-        table = (table[min(number, len(table) - 1)],)
+def tuner(inner: str, tiles: tuple[Tile, ...]):
+    """The kernel with one configuration, or with several to choose from."""
     return triton.autotune(
-        [triton.Config(c.tile, num_warps=c.warps, num_stages=c.stages) for c in table],
+        [triton.Config(t.tile, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers)
+         for t in tiles],
         SHAPE_CLASS, do_bench=milliseconds, cache_results=not configs.interpreting(),
     )(KERNELS[inner])
 
 
-def launch(inner: str, family: str, grid, **arguments) -> None:
+def launch(inner: str, family: str, size: Size, grid, **arguments) -> None:
     """One call of a product's kernel; `grid` is a function of the configuration."""
-    number = _fixed.get()
-    if number is None and configs.autotuning():
+    table, choice = configs.table(inner, family, size.flat), _fixed.get()
+    if choice is None and configs.tunes(size):
         with contextlib.suppress(Untimed), _lock:  # a tuner holds the arguments of one call
-            tuner(inner, family, None)[grid](**arguments)
+            tuner(inner, table)[grid](**arguments)
             return
-    tuner(inner, family, number or 0)[grid](**arguments)
+    if choice is None:
+        choice = configs.fixed_tile(inner, family, size)
+    elif isinstance(choice, int):
+        choice = table[min(choice, len(table) - 1)]
+    tuner(inner, (choice,))[grid](**arguments)

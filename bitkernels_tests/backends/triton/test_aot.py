@@ -63,6 +63,8 @@ LINEAR = dict(H=1, W=1, OH=1, OW=1, PT=0, PL=0, KH=1, KW=1, WIDTH=256, PADDED=Fa
 NARROW = dict(WIDTH=2)
 WHOLE_GROUPS = dict(GROUPS=2, WIDTH=4)
 DOTS = {**PACKED_ONLY, "out": "*i16", "packed": None, "threshold": None}
+B1 = dict(TOP=1, BOTTOM=1, LEFT=1, RIGHT=1, FLAT=False, WHOLE=True, EIGHTS=True, OUT_WIDE=True,
+          RESIDUAL_WIDE=True, WORDS=2)
 PRODUCTS = {"full": {}, "packed": PACKED_ONLY, "linear": LINEAR, "narrow": NARROW,
             "grouped": WHOLE_GROUPS, "dots": DOTS}
 
@@ -163,16 +165,55 @@ def test_int8(what, gpu, number):
     assert code.count(INT8_INSTRUCTION[gpu]) >= 8, "one integer product a bit plane at least"
 
 
-@pytest.mark.parametrize("what,gpu", [(what, gpu) for what in PRODUCTS for gpu in ("sm80", "sm90")
-                                      if (what, gpu) != ("dots", "sm80")])
-def test_b1(what, gpu):
-    tile = configs.table("b1", gpu)[0]
-    code = build(gpu, load("b1", "b1_kernel"), {**CONV, **PRODUCTS[what], **tile.tile},
-                 num_warps=tile.warps, num_stages=tile.stages)
-    assert code.count(r"\bBMMA\.168256\.AND\.POPC\b") == 32
+def b1(gpu: str, what: str, tile, **overrides):
+    flat = dict(TOP=0, BOTTOM=0, LEFT=0, RIGHT=0, FLAT=True, WORDS=4) if what == "linear" else {}
+    shape = {**CONV, **B1, **PRODUCTS[what], **flat, **overrides, **tile.tile}
+    return build(gpu, load("b1", "b1_kernel"), shape, num_warps=tile.warps,
+                 num_stages=tile.stages)
+
+
+B1_CASES = [(what, gpu, 0) for what in PRODUCTS for gpu in ("sm80", "sm90")]
+B1_CASES += [("full", gpu, 0) for gpu in ("sm86", "sm89")]
+B1_CASES += [(what, "sm90", number) for what in ("full", "linear") for number in (1, 2)]
+
+
+@pytest.mark.parametrize("what,gpu,number", B1_CASES)
+def test_b1(what, gpu, number):
+    """Products, also those that count a window's bits, and how wide memory is read and written."""
+    tile = configs.table("b1", gpu, what == "linear")[number]
+    code = b1(gpu, what, tile)
+    products, step = code.count(r"\bBMMA\.168256\.AND\.POPC\b"), tile.tile["SLOTS"] // 2 * 9
+    assert products >= step and products % step == 0
     assert code.spilled == 0
     # Shared memory would mean that two tensors are laid out differently.
     assert code.shared == 0
+    assert code.count(r"\bLDG\.E(\.CONSTANT)? ") == 0, "a word at a time"
+
+
+@pytest.mark.parametrize("gpu", ("sm80", "sm90"))
+@pytest.mark.parametrize("what,real,packed", [("full", 8, 1), ("dots", 8, 0), ("packed", 0, 1)])
+def test_b1_stores(what, real, packed, gpu):
+    """A thread has 4 rows of 2 x 8 channels: 16 bytes each of fp16, and 8 of signs in all."""
+    code = b1(gpu, what, configs.B1[0])
+    assert code.count(r"\bSTG\.E\.128 ") == real
+    assert code.count(r"\bSTG\.E\.64 ") == packed
+    assert code.count(r"\bSTG\b") == real + packed
+
+
+@pytest.mark.parametrize("words,suffix", [(1, ""), (2, r"\.64"), (4, r"\.128")])
+def test_b1_loads_of_words(words, suffix):
+    """32 channels have one word a pixel, 512 have 16."""
+    code = b1("sm90", "packed", configs.B1[0], WIDTH={1: 1, 2: 2, 4: 16}[words], WORDS=words)
+    assert code.spilled == 0
+    assert code.count(rf"\bLDG\.E{suffix}(\.CONSTANT)? ") >= 12 * (2 if words == 1 else 1)
+
+
+def test_b1_of_any_channels():
+    """Channels that 8 does not divide, memory that is not channels-last: an element at a time."""
+    code = b1("sm90", "full", configs.B1[0], N="i32", WHOLE=False, EIGHTS=False, OUT_WIDE=False,
+              RESIDUAL_WIDE=False, oon="i32", ooc="i32", ooh="i32", oow=1)
+    assert code.spilled == 0 and code.shared == 0
+    assert code.count(r"\bSTG\.E\.U16 ") == 64
 
 
 @pytest.mark.parametrize("gpu,native", [("sm90", True), ("sm100", False), ("sm120", False)])

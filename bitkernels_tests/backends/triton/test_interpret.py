@@ -35,7 +35,7 @@ else:
     from triton.runtime import interpreter
 
     from bitkernels import reference
-    from bitkernels.backends.triton import configs, dispatch, plan, selfcheck, tuning
+    from bitkernels.backends.triton import configs, dispatch, gemm, plan, selfcheck, tuning
     from bitkernels_tests import ptx_emulator
     from bitkernels_tests.cases import (
         CONV_CASES,
@@ -69,10 +69,10 @@ else:
     EVERY_CONV = (*CONV_CASES, *WHOLE_GROUPS)
 
     def takers(case):
-        """The inner products that take a convolution: all take whole groups, b1 up to 32 taps."""
+        """The inner products that take a convolution: all take whole groups, b1 up to 31 taps."""
         if case.groups > 1 and case not in WHOLE_GROUPS:
             return ("popc",)
-        return configs.INNER if case.kernel[0] * case.kernel[1] <= 32 else ("int8", "popc")
+        return configs.INNER if case.kernel[0] * case.kernel[1] < 32 else ("int8", "popc")
 
     @pytest.fixture(scope="module", autouse=True)
     def language_patched_once():
@@ -235,7 +235,7 @@ else:
             same(kernel(op)(*none, **kw), getattr(reference, op)(*none, **kw))
             double = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else
                       torch.float64 if isinstance(a, torch.dtype) else a for a in args]
-            assert plan.decide(op, double, kw, CPU) == ((), "the kernels do not take float64")
+            assert plan.decide(op, double, kw, CPU)[:2] == ((), "the kernels do not take float64")
             same(dispatch.run(op, *double, **kw), getattr(reference, op)(*double, **kw))
 
     def test_sums_of_several_programs(monkeypatch):
@@ -320,6 +320,40 @@ else:
             same(kernel("packed_conv2d")(*args, **kw, inner=inner),
                  reference.packed_conv2d(*args, **kw))
 
+    @pytest.mark.parametrize("columns", (64, 72))
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_b1_reads_and_writes_wide(dtype, columns, monkeypatch):
+        """Channels-last tensors of whole eighths of channels; also those that must not be read so:
+        views at odd addresses, planes, a zero that is expanded."""
+        case = ConvCase(batch=1, channels=64, out_channels=columns, size=(3, 4))
+        args = *case.words(), case.channels, *case.args
+        wide, of = [], gemm.wide
+        monkeypatch.setattr(gemm, "wide", lambda t: wide.append(of(t)) or wide[-1])
+        vectors = {name: reals(columns + 1)[1:] for name in (
+            "bias", "shift_in", "slope", "shift_out", "sign_shift")}
+        shape = case.output_shape
+        odd = reals(1 + torch.Size(shape).numel(), dtype=torch.float16)[1:]
+        residuals = [(LAYOUTS["channels_last"](reals(*shape, dtype=kind)), True)
+                     for kind in FLOATS]
+        residuals += [(odd.view(shape[0], *shape[2:], columns).permute(0, 3, 1, 2), False),
+                      (reals(*shape, dtype=torch.bfloat16), False),
+                      (torch.zeros(1, dtype=torch.float16).expand(shape), False)]
+        for residual, expected_wide in residuals:
+            kw = dict(vectors, scale=reals(columns) / 64, residual=residual, packed=True)
+            got = kernel("packed_conv2d")(*args, **kw, real=True, dtype=dtype, inner="b1")
+            out, signs = reference.packed_conv2d(*args, **kw, real=True, dtype=torch.float32)
+            same(got, (as_interpreted(out, dtype), signs))
+            assert wide == [True, expected_wide]
+            wide.clear()
+
+    @pytest.mark.parametrize("columns", (64, 72))
+    @pytest.mark.parametrize("dtype", (torch.int16, torch.int32))
+    def test_b1_writes_wide_integers(dtype, columns):
+        case = ConvCase(batch=1, channels=64, out_channels=columns, size=(3, 4))
+        args = *case.words(), case.channels, *case.args
+        got, _ = kernel("packed_conv2d")(*args, real=True, dtype=dtype, inner="b1")
+        same(got, reference.packed_conv2d(*args, real=True, dtype=torch.int32)[0].to(dtype))
+
     @pytest.mark.parametrize("inner", configs.INNER)
     def test_threshold_and_tiled_weight(inner):
         case = FEW_CONV_CASES[3]
@@ -397,7 +431,8 @@ else:
     def test_tuning_times_a_shape_class_once(timed):
         product(5)
         assert len(timed) == 2
-        assert tuning.tuner("popc", "interpret", None).best_config.kwargs["BLOCK_M"] == 32
+        popc = configs.table("popc", "interpret")
+        assert tuning.tuner("popc", popc).best_config.kwargs["BLOCK_M"] == 32
         product(7)
         assert len(timed) == 2, "5 and 7 rows are one class"
         product(9)
@@ -410,8 +445,8 @@ else:
         with tuning.fixed(1):
             product(5)
         assert timed == []
-        assert [tuning.tuner("popc", "interpret", i).best_config.kwargs["BLOCK_M"]
-                for i in (0, 1)] == [64, 32]
+        assert [tuning.tuner("popc", (tile,)).best_config.kwargs["BLOCK_M"]
+                for tile in configs.table("popc", "interpret")] == [64, 32]
 
     @pytest.mark.parametrize("why", ("a graph is captured", "no memory for the timer"))
     def test_where_nothing_can_be_timed_the_fixed_tile_runs(timed, monkeypatch, why):
@@ -424,7 +459,8 @@ else:
             else:
                 context.setattr(tuning.triton.testing, "do_bench", no_memory)
             product(5)
-            assert timed == [] and tuning.tuner("popc", "interpret", None).cache == {}
+            popc = configs.table("popc", "interpret")
+            assert timed == [] and tuning.tuner("popc", popc).cache == {}
         product(5)
         assert len(timed) == 2, "a later call tunes"
 
@@ -436,13 +472,43 @@ else:
         assert selfcheck.failure("packed_linear", "popc", CPU) is None
         assert ran == {("popc", 0), ("popc", 1)} and timed == []
 
-    def test_choice_of_inner_product():
-        big = dict(rows=10**5, columns=256, depth=72, whole=True, taps=9, addressable=True)
-        assert plan.choose("sm90", **big).inners == ("b1", "int8", "popc")
-        for family in ("sm100", "hip"):
-            assert plan.choose(family, **big).inners == ("int8", "popc")
-        assert plan.choose("sm90", **{**big, "whole": False}).inners == ("popc",)
-        assert plan.choose("sm90", **{**big, "addressable": False}).inners == ("popc",)
-        assert plan.choose("sm90", **{**big, "taps": 49}).inners == ("int8", "popc")
-        assert plan.choose("sm90", **{**big, "rows": 4}).inners == ("popc",)
+    def test_large_calls_are_tuned_unasked(timed, monkeypatch):
+        monkeypatch.delenv("BITKERNELS_TRITON_AUTOTUNE")
+        product(5)
+        assert timed == []
+        monkeypatch.setattr(configs, "LARGE", 5 * 40 * 3)
+        product(5)
+        assert len(timed) == 2
 
+    def test_choice_of_inner_product():
+        big, kw = configs.Size(10**5, 256, 9, 8), dict(whole=True, addressable=True)
+        assert plan.choose("sm90", big, **kw).inners == ("b1", "int8", "popc")
+        for family in ("sm100", "hip"):
+            assert plan.choose(family, big, **kw).inners == ("int8", "popc")
+        assert plan.choose("sm90", big, False, True).inners == ("popc",)
+        assert plan.choose("sm90", big, True, False).inners == ("popc",)
+        assert plan.choose("sm90", big._replace(taps=49), **kw).inners == ("int8", "popc")
+        assert plan.choose("sm90", big._replace(rows=4), **kw).inners == ("popc",)
+
+    def test_choice_of_tile(monkeypatch):
+        """The largest that fills a GPU, or what was measured."""
+        layer = configs.Size(256 * 14 * 14, 256, 9, 8)
+        assert configs.fixed_tile("b1", "sm90", layer) == configs.B1[0]
+        assert configs.fixed_tile("b1", "sm90", layer._replace(rows=8 * 14 * 14)) == configs.B1[2]
+        flat = configs.Size(8192, 8192, 1, 256, flat=True)
+        assert configs.fixed_tile("b1", "sm90", flat) == configs.B1_FLAT[0]
+        monkeypatch.setitem(configs.MEASURED, ("sm90", 256, 9, 8, "real"), configs.b1(4, 2))
+        assert configs.fixed_tile("b1", "sm90", layer) == configs.B1[1]
+        assert configs.fixed_tile("b1", "sm80", layer) == configs.B1[0]
+        for call, tile in configs.MEASURED.items():
+            assert tile in (*configs.B1, *configs.B1_FLAT), call
+
+    def test_reciprocals():
+        """Every divisor of a size class, at the ends of its multiples and of the range."""
+        for d in (*range(1, 300), 2**15 - 1, 2**15 + 1, 2**16, 2**30 + 1, 2**31 - 1):
+            magic, shift = gemm.reciprocal(d)
+            assert -2**31 <= magic < 2**31 and 0 <= shift < 32
+            last = (2**31 - 1) // d * d
+            for n in (0, 1, d - 1, d, d + 1, last - 1, last, 2**31 - 1):
+                if 0 <= n < 2**31:
+                    assert ((n * (magic % 2**32) >> 32) + n) >> shift == n // d

@@ -108,7 +108,7 @@ def test_a_product_is_tuned_and_then_runs_in_its_fastest_tile(launched, monkeypa
     for _ in range(2):
         first_case("packed_linear", inner="popc")
     assert len(timed) == 3 and launched == 5 * [("popc_kernel", (1, 3, 1))]
-    best = tuning.tuner("popc", "sm90", None).best_config
+    best = tuning.tuner("popc", configs.table("popc", "sm90")).best_config
     assert best.kwargs == {"BLOCK_M": 16, "BLOCK_N": 32} and best.num_warps == 2
 
 
