@@ -23,7 +23,9 @@ packed_linear: Any
 packed_max_pool2d: Any
 residual_block_backward: Any
 residual_block_forward: Any
+residual_block_gradients: Any
 residual_block_norm_backward: Any
+residual_block_statistics: Any
 rprelu: Any
 rprelu_backward: Any
 rsign: Any
@@ -49,7 +51,9 @@ __all__ = [
     "packed_max_pool2d",
     "residual_block_backward",
     "residual_block_forward",
+    "residual_block_gradients",
     "residual_block_norm_backward",
+    "residual_block_statistics",
     "rprelu",
     "rprelu_backward",
     "rsign",

@@ -26,6 +26,15 @@ def block_index(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def row_offset(r, inner, outer_stride, inner_stride):
+    """Where rows begin; inner None: one run of rows, which saves the divisions."""
+    if inner is None:
+        return r * inner_stride
+    else:
+        return (r // inner) * outer_stride + (r % inner) * inner_stride
+
+
+@triton.jit
 def shift_tile(shift, r, c, ok, col_ok, channels, each):
     """Shifts of rows by channels, float32: (channels,), or one such vector for `each` rows."""
     if each is None:

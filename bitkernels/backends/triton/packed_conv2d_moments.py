@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.backends.triton import elementwise, sums
+from bitkernels.backends.triton import elementwise, passes, sums
 from bitkernels.backends.triton.jit import block_index
 from bitkernels.backends.triton.packed_conv2d import packed_conv2d
 from bitkernels.backends.triton.residual_block import positive, size_of
@@ -48,12 +48,12 @@ def moments(dot: Tensor, relu: bool) -> Tensor:
     rows, channels = size_of(dot)
     if not rows or not channels:
         return dot.new_zeros((3, channels), dtype=torch.int64)
-    block_r, block_c = sums.tile_shape(1, channels)
-    tiles = triton.cdiv(rows, block_r)
-    partial = sums.partials(dot, tiles, 3, channels, dtype=torch.int64)
-    moments_kernel[(len(partial), triton.cdiv(channels, block_c))](
-        dot, partial, rows, channels, tiles, RELU=relu, BLOCK_R=block_r, BLOCK_C=block_c,
-        WIDE=elementwise.wide(dot), num_warps=4, enable_fp_fusion=False)
+    walk = passes.walk("moments", 1, rows, channels, elementwise.wide(dot))
+    partial = dot.new_empty((walk.programs, 3, channels), dtype=torch.int64)
+    moments_kernel[(walk.programs, walk.blocks)](
+        dot, partial, rows, channels, walk.tiles, RELU=relu, BLOCK_R=walk.block_r,
+        BLOCK_C=walk.block_c, WIDE=walk.wide, num_warps=passes.PASSES["moments"].warps,
+        enable_fp_fusion=False)
     return sums.reduce(partial)
 
 
