@@ -13,6 +13,7 @@ binary_conv2d_forward: Any
 binary_conv_transpose2d: Any
 binary_linear: Any
 binary_residual_block: Any
+latent_weight_grad: Any
 mask_grad: Any
 packed_conv2d: Any
 packed_conv2d_input_grad: Any
@@ -41,6 +42,7 @@ __all__ = [
     "binary_conv_transpose2d",
     "binary_linear",
     "binary_residual_block",
+    "latent_weight_grad",
     "mask_grad",
     "packed_conv2d",
     "packed_conv2d_input_grad",

@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
     normal: Tensor  # of dot - center, to give the normalized value
     slope: Tensor  # of dot
     offset: Tensor
-    count: Tensor  # of values, the same in every channel
+    values: Tensor  # how many, the same number in every channel
 
 
 def check_statistics(moments, scale, weight, bias, eps, dtype):
@@ -96,7 +96,7 @@ def reference_gradients(sums, total, vectors, scale, dtype):
     """(p, q, r) of residual_block_norm_backward; gradients of norm weight, norm bias, shift_in,
     slope and shift_out."""
     v = Statistics(*vectors)
-    mean, product = (sums[:2] if total is None else total) / v.count
+    mean, product = (sums[:2] if total is None else total) / v.values
     p = v.factor if scale is None else v.factor * scale.double()
     q = -p * v.normal * v.normal * product
     grads = sums[1] * v.normal, sums[0], sums[0], sums[2], sums[3]

@@ -271,3 +271,22 @@ gradients("scale must be of shape (4,), got float32 of shape (3,)", scale=real(3
 gradients("dtype must be a real type, got torch.int32", dtype=torch.int32)
 gradients("scale must not require grad, this operator has no gradient; use binary_conv2d or "
           "binary_linear to train, or .detach()", scale=grad(4))
+
+
+def latent(text, g=DENSE[1], w=DENSE[1], *args, **kw):
+    row(ops.latent_weight_grad.default, text, g, w, *args, **kw)
+
+
+latent(f"weight must be {FLOATS}, got int32 of shape (8, 6)", w=words(8, 6))
+latent(f"grad must be {FLOATS}, got int32 of shape (8, 6)", words(8, 6))
+latent("weight must be (Cout, ...), got float32 of shape (8,)", real(8), real(8))
+latent("grad must be float32 of shape (8, 6), got float32 of shape (6, 8)", real(6, 8))
+latent("grad must be float32 of shape (8, 6), got float64 of shape (8, 6)",
+       real(8, 6, dtype=torch.float64))
+latent("grad must be on cpu as the first argument, got meta", real(8, 6, device="meta"))
+latent("scale must be of shape (8,), got float32 of shape (6,)", scale=real(6))
+latent("estimator must be one of ste_sign, approx_sign, swish_sign, identity, none, got 'relu'",
+       estimator="relu")
+latent("clip must be at least 0, got -1", clip=-1.0)
+latent("weight must not require grad, this operator has no gradient; use binary_conv2d or "
+       "binary_linear to train, or .detach()", w=grad(8, 6))

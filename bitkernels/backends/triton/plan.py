@@ -55,6 +55,8 @@ def _is_double(op: str, args, kw) -> bool:
         found = [args[1].dtype]
     elif op.startswith("residual_block"):
         found = [args[0].dtype]
+    elif op == "latent_weight_grad":  # not its scale
+        found = [args[0].dtype]
     elif op == "sign_backward":  # not its shift
         found = [t.dtype for t in (args[0], args[1], args[3]) if t is not None]
     else:

@@ -159,7 +159,6 @@ else:
              reference.rprelu_backward(grad, x, *vectors))
 
     def few_programs(monkeypatch):
-        """Of each walk 3 programs for each block of channels, with several tiles each."""
         for name, found in passes.PASSES.items():
             monkeypatch.setitem(passes.PASSES, name, found._replace(programs=3, columns=32))
 
