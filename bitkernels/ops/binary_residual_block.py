@@ -25,7 +25,7 @@ from bitkernels.ops._conv2d_backward import conv2d_backward
 from bitkernels.ops._record import Call, Operator, Sample, define, each
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
-from bitkernels.ops.residual_block_vectors import Statistics
+from bitkernels.ops.residual_block_vectors import Statistics, gradients, statistics
 
 ops = torch.ops.bitkernels
 
@@ -121,7 +121,7 @@ def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
     dot, moments = _moments(words, weight_words, t.input.shape[1], conv, spec.relu)
     if spec.group is not None:
         moments = _all_reduce(moments.double(), spec.group)
-    vectors, mean, variance = ops.residual_block_statistics.default(
+    vectors, mean, variance = statistics(
         moments, t.scale, t.norm_weight, t.norm_bias, spec.eps,
         torch.float64 if t.input.dtype == torch.float64 else torch.float32)
     norm = Statistics(*vectors.unbind(0))
@@ -167,6 +167,7 @@ class _ResidualBlock(FirstOrder):
         ctx.residual_format = None if t.residual is None else training.memory_format(t.residual)
         ctx.dtypes = PerTensor(*(None if x is None else x.dtype for x in t))
         ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)  # zeros for these two
         return out, mean, variance
 
     @staticmethod
@@ -175,6 +176,8 @@ class _ResidualBlock(FirstOrder):
          vectors) = ctx.saved_tensors
         conv, spec, train, estimator = ctx.conv, ctx.spec, ctx.train, ctx.estimator
         needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         norm = Statistics(*vectors.unbind(0))
         dot, _ = _moments(words, weight_words, weight.shape[1] * conv.groups, conv, spec.relu)
         grad_value, sums = ops.residual_block_backward.default(
@@ -217,7 +220,7 @@ class _ResidualBlock(FirstOrder):
 def _gradients(ctx, needs: PerTensor, sums, total, vectors, factor) -> tuple[Tensor, PerTensor]:
     """(p, q, r) of the norm's backward, and the gradients of the vectors."""
     dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
-    pqr, *found = ops.residual_block_gradients.default(
+    pqr, *found = gradients(
         sums, total, vectors, factor, dtypes.pop() if len(dtypes) == 1 else torch.float64)
     return pqr, PerTensor(None, None, **{
         name: t.to(getattr(ctx.dtypes, name)) for name, t in zip(VECTORS, found, strict=True)

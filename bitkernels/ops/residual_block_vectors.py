@@ -48,23 +48,20 @@ def fake_statistics(moments, scale, weight, bias, eps, dtype):
 
 def reference_statistics(moments, scale, weight, bias, eps, dtype):
     """The affine function of dot that normalizes scale * dot; its mean and unbiased variance."""
-    total, squares, count = moments.double()
+    total, squares, count = moments.double().unbind(0)
     center = total / count
-    variance = squares / count - center * center
-    variance = torch.where(variance < 0, 0.0, variance)
+    variance = (squares / count - center * center).clamp_min(0)
     mean = center
     if scale is not None:
         alpha = scale.double()
         mean, variance = mean * alpha, variance * alpha * alpha
-    inverse = 1 / (variance + eps).sqrt()
+    inverse = (variance + eps).sqrt().reciprocal()
     factor = inverse if weight is None else inverse * weight.double()
     normal = inverse if scale is None else inverse * alpha
     slope = factor if scale is None else factor * alpha
-    offset = -slope * center
-    if bias is not None:
-        offset = offset + bias.double()
-    less = count - 1
-    unbiased = variance * (count / torch.where(less < 1, 1.0, less))
+    offset = slope * center
+    offset = -offset if bias is None else bias.double() - offset
+    unbiased = variance * (count / (count - 1).clamp_min(1))
     vectors = torch.stack(Statistics(center, factor, normal, slope, offset, count))
     return vectors, *(t.to(dtype, copy=True) for t in (mean, unbiased))
 
@@ -95,12 +92,29 @@ def fake_gradients(sums, total, vectors, scale, dtype):
 def reference_gradients(sums, total, vectors, scale, dtype):
     """(p, q, r) of residual_block_norm_backward; gradients of norm weight, norm bias, shift_in,
     slope and shift_out."""
-    v = Statistics(*vectors)
-    mean, product = (sums[:2] if total is None else total) / v.values
+    v = Statistics(*vectors.unbind(0))
+    value, norm, slope, grad = sums.unbind(0)
+    mean, product = ((sums[:2] if total is None else total) / v.values).unbind(0)
     p = v.factor if scale is None else v.factor * scale.double()
-    q = -p * v.normal * v.normal * product
-    grads = sums[1] * v.normal, sums[0], sums[0], sums[2], sums[3]
-    return torch.stack((p, q, -p * mean)), *(t.to(dtype, copy=True) for t in grads)
+    minus = -p
+    q = minus * v.normal * v.normal * product
+    grads = norm * v.normal, value, value, slope, grad
+    return torch.stack((p, q, minus * mean)), *(t.to(dtype, copy=True) for t in grads)
+
+
+def statistics(moments, *rest):
+    """The operator, or on a CPU what it would run: its way costs as much again as its arithmetic.
+    """
+    if moments.device.type == "cpu":
+        return reference_statistics(moments, *rest)
+    return torch.ops.bitkernels.residual_block_statistics.default(moments, *rest)
+
+
+def gradients(sums, *rest):
+    """As `statistics`."""
+    if sums.device.type == "cpu":
+        return reference_gradients(sums, *rest)
+    return torch.ops.bitkernels.residual_block_gradients.default(sums, *rest)
 
 
 def _moments(v) -> Tensor:

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bitkernels.backends.triton import configs, dispatch, selfcheck, tuning
+from bitkernels_tests.backends import test_training_launches
 
 
 class NoGpu:
@@ -123,3 +124,13 @@ def test_image_sizes_are_arguments(launched, monkeypatch):
         dispatch.kernel("packed_conv2d")(
             words, torch.zeros(9, 3, 3, 3, dtype=torch.int32), 96, (1, 1), (1, 1), inner="popc")
     assert len(launched) == 4 and loaded == ["popc_kernel"]
+
+
+@pytest.mark.parametrize("op", [
+    "sign_pack", "sign_pack_mask", "unpack", "mask_grad", "rsign", "rprelu", "rprelu_backward",
+    "sign_backward", "residual_block_forward", "residual_block_backward",
+    "residual_block_norm_backward", "residual_block_statistics", "residual_block_gradients",
+    "latent_weight_grad"])
+def test_launches_of_a_training_step_are_those_that_are_counted(launched, op):
+    first_case(op)
+    assert len(launched) == test_training_launches.OURS.get(op, 1)
