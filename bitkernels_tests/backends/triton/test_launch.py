@@ -26,8 +26,9 @@ from bitkernels_tests.backends import test_training_launches
 class NoGpu:
     """As much of a driver as launching asks for, tensors being on the CPU."""
 
+    launched: list[tuple[str, tuple[int, int, int]]] = []  # compiled kernels keep their first one
+
     def __init__(self) -> None:
-        self.launched: list[tuple[str, tuple[int, int, int]]] = []
         self.loaded: list[str] = []
         self.utils = self
 
@@ -61,6 +62,7 @@ def launched(monkeypatch):
     driver.set_active(gpu)
     monkeypatch.setattr(configs, "family", lambda device: "sm90")
     tuning.tuner.cache_clear()
+    gpu.launched.clear()
     yield gpu.launched
     tuning.tuner.cache_clear()
     vars(driver).update(before)
