@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, passes, sums
-from bitkernels.backends.triton.jit import block_index
+from bitkernels.backends.triton.jit import tile_rows
 from bitkernels.backends.triton.packed_conv2d import packed_conv2d
 from bitkernels.backends.triton.residual_block import positive, size_of
 
@@ -24,18 +24,17 @@ def moments_kernel(dot, partial, rows, channels, tiles, RELU: tl.constexpr, BLOC
                    BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     """Sums, sums of squares and count of a program's tiles: int64 throughout."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r = block_index(BLOCK_R, WIDE)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = column.to(r.dtype)[None, :]
+    c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.int64)
     squares = tl.zeros([BLOCK_R, BLOCK_C], tl.int64)
-    for _ in range(program, tiles, programs):
+    for tile in range(program, tiles, programs):
+        r = tile_rows(tile, BLOCK_R, WIDE)
         d = tl.load(dot + r[:, None] * channels + c, mask=(r < rows)[:, None] & (c < channels),
                     other=0)
         d = positive(d, RELU).to(tl.int64)
         total += d
         squares += d * d
-        r += programs * BLOCK_R
     to = partial + program * 3 * channels + column
     tl.store(to, tl.sum(total, axis=0), mask=column < channels)
     tl.store(to + channels, tl.sum(squares, axis=0), mask=column < channels)

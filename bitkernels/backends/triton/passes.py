@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 class Pass(NamedTuple):
     """elements: of a tile. columns: its channels at most, where channels are contiguous in memory.
-    programs: of a walk at most, over all blocks of channels; 0: one program a tile."""
+    programs: of a walk at most, over all blocks of channels; 0: one for each two tiles, or where
+    there is no walk for each."""
 
     elements: int
     columns: int = 256
@@ -21,7 +22,7 @@ class Pass(NamedTuple):
 
 
 PASSES = {
-    "block_forward": Pass(2048),
+    "block_forward": Pass(1024),
     "norm_backward": Pass(2048),
     "rprelu": Pass(2048),
     "rsign": Pass(2048),
@@ -31,7 +32,7 @@ PASSES = {
     "block_backward": Pass(1024, programs=396),
     "sign_backward": Pass(1024, programs=792),
     "rprelu_backward": Pass(1024, programs=528),
-    "moments": Pass(1024, programs=528),
+    "moments": Pass(2048, programs=528),
 }
 
 
@@ -57,8 +58,8 @@ class Walk(NamedTuple):
 
 def walk(name: str, channel_stride: int, rows: int, channels: int, far: bool) -> Walk:
     """far: whether offsets are int64 anyway."""
-    block_r, block_c = tile(name, channel_stride, channels)
+    (block_r, block_c), most = tile(name, channel_stride, channels), PASSES[name].programs
     tiles, blocks = -(-rows // block_r), -(-channels // block_c)
-    programs = min(tiles, max(PASSES[name].programs // blocks, 1))
+    programs = min(tiles, max(most // blocks, 1)) if most else -(-tiles // 2)
     wide = far or rows + 2 * programs * block_r >= 2**31
     return Walk(block_r, block_c, tiles, programs, blocks, wide)

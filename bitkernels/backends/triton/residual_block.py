@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, passes, sums
-from bitkernels.backends.triton.jit import block_index, vector
+from bitkernels.backends.triton.jit import tile_rows, vector
 from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_real
 
@@ -39,25 +39,44 @@ def value(dot, residual, scale, bias, inside, shift_in, RELU: tl.constexpr):
 
 
 @triton.jit
+def forward_tile(d, x, out, ok, scale, bias, inside, steep, last, shift_in, slope, shift_out,
+                 RELU: tl.constexpr):
+    y = value(d, x, scale, bias, inside, shift_in, RELU)
+    if slope is not None:
+        y = tl.where(y > 0, y, y * steep)
+    if shift_out is not None:
+        y = y + last
+    tl.store(out, y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def block_forward_kernel(dot, residual, scale, bias, shift_in, slope, shift_out, out, rows,
-                         channels, RELU: tl.constexpr, BLOCK_R: tl.constexpr,
+                         channels, tiles, RELU: tl.constexpr, BLOCK_R: tl.constexpr,
                          BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    r = block_index(BLOCK_R, WIDE)[:, None]
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)[None, :]
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
+    c = c[None, :]
     col_ok = c < channels
-    ok = (r < rows) & col_ok
-    at = r * channels + c
-    d, x = tl.load(dot + at, mask=ok, other=0), tl.load(residual + at, mask=ok, other=0.0)
     factor, added = vector(scale, c, col_ok, False), vector(bias, c, col_ok, False)
-    inside = added
+    inside, steep, last = added, added, added
     if shift_in is not None:
         inside = vector(shift_in, c, col_ok, False)
-    y = value(d, x, factor, added, inside, shift_in, RELU)
     if slope is not None:
-        y = tl.where(y > 0, y, y * vector(slope, c, col_ok, False))
+        steep = vector(slope, c, col_ok, False)
     if shift_out is not None:
-        y = y + vector(shift_out, c, col_ok, False)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=ok)
+        last = vector(shift_out, c, col_ok, False)
+    for tile in range(program, tiles, 2 * programs):
+        r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+        r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
+        ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
+        at, at2 = r * channels + c, r2 * channels + c
+        d, d2 = tl.load(dot + at, mask=ok, other=0), tl.load(dot + at2, mask=ok2, other=0)
+        x = tl.load(residual + at, mask=ok, other=0.0)
+        x2 = tl.load(residual + at2, mask=ok2, other=0.0)
+        forward_tile(d, x, out + at, ok, factor, added, inside, steep, last, shift_in, slope,
+                     shift_out, RELU)
+        forward_tile(d2, x2, out + at2, ok2, factor, added, inside, steep, last, shift_in, slope,
+                     shift_out, RELU)
 
 
 @triton.jit
@@ -81,9 +100,8 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
                           rows, channels, tiles, RELU: tl.constexpr, STEPS: tl.constexpr,
                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r = block_index(BLOCK_R, WIDE)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = column.to(r.dtype)[None, :]
+    c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
     col_ok = c < channels
     middle = vector(center, c, col_ok, False)
     factor, added, inside, steep = middle, middle, middle, middle
@@ -98,13 +116,11 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
         sum_norm = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         sum_slope = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         sum_grad = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for _ in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
-            ok = (r < rows) & col_ok
-            at = r * channels + c
-            r += programs * BLOCK_R
-            ok2 = (r < rows) & col_ok
-            at2 = r * channels + c
-            r += programs * BLOCK_R
+        for tile in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
+            r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+            r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
+            ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
+            at, at2 = r * channels + c, r2 * channels + c
             g = tl.load(grad + at, mask=ok, other=0.0)
             d = tl.load(dot + at, mask=ok, other=0)
             g2 = tl.load(grad + at2, mask=ok2, other=0.0)
@@ -130,21 +146,34 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
 
 
 @triton.jit
-def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, RELU: tl.constexpr,
-                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    row = block_index(BLOCK_R, WIDE)[:, None]
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(row.dtype)[None, :]
-    col_ok = c < channels
-    ok = (row < rows) & col_ok
-    at = row * channels + c
-    g = tl.load(grad + at, mask=ok, other=0.0)
-    dots = tl.load(dot + at, mask=ok, other=0)
-    d = positive(dots, RELU).to(tl.float32) - vector(center, c, col_ok, False)
-    y = g.to(tl.float32) * vector(p, c, col_ok, False) + d * vector(q, c, col_ok, False)
-    y = y + vector(r, c, col_ok, False)
+def norm_tile(g, dots, out, ok, p, q, r, middle, RELU: tl.constexpr):
+    d = positive(dots, RELU).to(tl.float32) - middle
+    y = g.to(tl.float32) * p + d * q
+    y = y + r
     if RELU:
         y = tl.where(dots > 0, y, 0.0)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=ok)
+    tl.store(out, y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, tiles,
+                         RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                         WIDE: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
+    c = c[None, :]
+    col_ok = c < channels
+    of_grad, of_dot = vector(p, c, col_ok, False), vector(q, c, col_ok, False)
+    added, middle = vector(r, c, col_ok, False), vector(center, c, col_ok, False)
+    for tile in range(program, tiles, 2 * programs):
+        row = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+        row2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
+        ok, ok2 = (row < rows) & col_ok, (row2 < rows) & col_ok
+        at, at2 = row * channels + c, row2 * channels + c
+        g, g2 = tl.load(grad + at, mask=ok, other=0.0), tl.load(grad + at2, mask=ok2, other=0.0)
+        d, d2 = tl.load(dot + at, mask=ok, other=0), tl.load(dot + at2, mask=ok2, other=0)
+        norm_tile(g, d, out + at, ok, of_grad, of_dot, added, middle, RELU)
+        norm_tile(g2, d2, out + at2, ok2, of_grad, of_dot, added, middle, RELU)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -169,11 +198,11 @@ def _elementwise(name: str, kernel, dot: Tensor, real: Tensor, vectors, dtype: t
     if rows and channels:
         dot, real = rows_of(dot), rows_of(real)
         pair = (dot, real) if name == "block_forward" else (real, dot)
-        block_r, block_c = passes.tile(name, 1, channels)
-        kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
-            *pair, *_vectors(*vectors), out, rows, channels, RELU=relu, BLOCK_R=block_r,
-            BLOCK_C=block_c, WIDE=elementwise.wide(out), num_warps=passes.PASSES[name].warps,
-            enable_fp_fusion=False)
+        walk = passes.walk(name, 1, rows, channels, elementwise.wide(out))
+        kernel[(walk.programs, walk.blocks)](
+            *pair, *_vectors(*vectors), out, rows, channels, walk.tiles, RELU=relu,
+            BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
+            num_warps=passes.PASSES[name].warps, enable_fp_fusion=False)
     return out
 
 

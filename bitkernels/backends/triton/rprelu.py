@@ -14,7 +14,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import together, wide
-from bitkernels.backends.triton.jit import block_index, row_offset
+from bitkernels.backends.triton.jit import block_index, row_offset, tile_rows
 from bitkernels.backends.triton.sums import COLUMNS, rows_at_once
 from bitkernels.ops.geometry import empty_around
 
@@ -50,16 +50,16 @@ def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, 
                            go, gi, gc, so, si, sc, oo, oi, oc,
                            BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r = block_index(BLOCK_R, WIDE)
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
     col_ok = c < channels
     inside = tl.load(shift_in + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     steep = tl.load(slope + c, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     sum_in = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_slope = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_out = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for _ in range(program, tiles, 2 * programs):
-        r2 = r + programs * BLOCK_R
+    for tile in range(program, tiles, 2 * programs):
+        r = tile_rows(tile, BLOCK_R, WIDE)
+        r2 = tile_rows(tile + programs, BLOCK_R, WIDE)
         ok = (r < rows)[:, None] & col_ok[None, :]
         ok2 = (r2 < rows)[:, None] & col_ok[None, :]
         at = row_offset(r, inner, go, gi)[:, None] + (c * gc)[None, :]
@@ -75,7 +75,6 @@ def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, 
         sum_in = sum_in + of_in + of_in2
         sum_slope = sum_slope + of_slope + of_slope2
         sum_out = sum_out + of_out + of_out2
-        r = r2 + programs * BLOCK_R
     at = partial + program * 3 * channels + c
     tl.store(at, tl.sum(sum_in, axis=0), mask=col_ok)
     tl.store(at + channels, tl.sum(sum_slope, axis=0), mask=col_ok)

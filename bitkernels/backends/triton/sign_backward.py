@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from bitkernels.backends.triton import elementwise, passes, sums
-from bitkernels.backends.triton.jit import block_index, row_offset, vector
+from bitkernels.backends.triton.jit import row_offset, tile_rows, vector
 from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_around
 
@@ -58,17 +58,17 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
                          ESTIMATOR: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
                          BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r = block_index(BLOCK_R, WIDE)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = column.to(r.dtype)[None, :]
+    c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
     col_ok = c < channels
     added = tl.zeros([1, BLOCK_C], tl.float32)
     if shift is not None:
         added = vector(shift, c, col_ok, False)
     for first in range(program, tiles, programs * STEPS):
         some = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for _ in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
-            r2 = r + programs * BLOCK_R
+        for tile in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
+            r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+            r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
             ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
             at, at2 = row_offset(r, inner, go, gi) + c * gc, row_offset(r2, inner, go, gi) + c * gc
             g, g2 = tl.load(grad + at, mask=ok, other=0.0), tl.load(grad + at2, mask=ok2, other=0.0)
@@ -87,7 +87,6 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
             some += sign_tile(g, v, a, to_out, ok, added, shift, add, clip, beta, ESTIMATOR)
             to_out = out + (row_offset(r2, inner, oo, oi) + c * oc)
             some += sign_tile(g2, v2, a2, to_out, ok2, added, shift, add, clip, beta, ESTIMATOR)
-            r = r2 + programs * BLOCK_R
         add_rows(partial + program * channels, column, channels, some, first > program)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 
 import pytest
 
@@ -99,7 +100,7 @@ SIMPLE = {
     "rprelu_backward, planes": ("rprelu", {**NCHW, "BLOCK_R": 128, "BLOCK_C": 8}),
     "rprelu_reduce": ("rprelu", {"grad_in": "*fp32", "grad_slope": "*fp32", "grad_out": "*fp32",
                                  "BLOCK_P": 1024, "BLOCK_C": 8}),
-    "block_forward": ("residual_block", {**ROWS, **NORM}),
+    "block_forward": ("residual_block", {**ROWS, **NORM, **WALK}),
     "block_backward": ("residual_block", {**ROWS, **NORM, **WALK, "partial": "*fp64"}),
     "norm_backward": ("residual_block", ROWS),
     "sign_backward": ("sign_backward", {**CHANNELS_LAST, **ROWS, **WALK, "partial": "*fp64",
@@ -128,20 +129,32 @@ def test_simple_kernels_spill_nothing(name, gpu):
         assert code.count(r"\bPOPC\b") > 0
 
 
-# Elements of 16 bits that a thread loads and stores at once, and loads of a turn: those of two
-# tiles of a walk, of all of a tile elsewhere.
-TRAFFIC = {"block_forward": (4, 2), "norm_backward": (4, 2), "rprelu": (2, 2), "mask_grad": (2, 2),
-           "block_backward": (6, 2), "sign_backward": (6, 2), "rprelu_backward": (4, 2),
-           "sign_pack_rows": (2, 0), "unpack": (0, 4)}
+# 16-byte loads and stores of a turn of a walk, which takes two tiles: nothing stands between them,
+# neither a barrier nor a load of a channel's vector.
+TURNS = {"block_forward": (4, 2), "norm_backward": (4, 2), "block_backward": (6, 2),
+         "sign_backward": (6, 2), "rprelu_backward": (4, 2)}
+# Of a tile elsewhere; vectors of channels come on top.
+TILES = {"rprelu": (2, 2), "mask_grad": (2, 2), "sign_pack_rows": (2, 0), "unpack": (0, 2)}
 
 
-@pytest.mark.parametrize("name", TRAFFIC)
-def test_activations_move_16_bytes_at_once(name):
-    """On sm_90 with channels last; vectors of channels come on top."""
+def on_sm90(name: str, **tile):
     module, overrides = SIMPLE[name]
-    code = build("sm90", load(module, f"{name}_kernel"), overrides,
+    return build("sm90", load(module, f"{name}_kernel"), {**overrides, **tile},
                  num_warps=8 if module == "sign_pack" else 4)
-    loads, stores = TRAFFIC[name]
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_walk_loads_two_tiles_before_it_stores_one(name):
+    found = re.findall(r"\b(LDG|STG|BAR|LDS|STS|ATOM|BRA)\b(\.E\.128)?", on_sm90(name, **WALK).text)
+    loads, stores = TURNS[name]
+    turn = [("LDG", ".E.128")] * loads + [("STG", ".E.128")] * stores + [("BRA", "")]
+    assert any(found[i:i + len(turn)] == turn for i in range(len(found))), found
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_activations_move_16_bytes_at_once(name):
+    loads, stores = TILES[name]
+    code = on_sm90(name)
     assert code.count(r"\bLDG\.E\.128") >= loads and code.count(r"\bSTG\.E\.128") >= stores
     assert code.count(r"\bSTG\.E\.U16") == 0
 
