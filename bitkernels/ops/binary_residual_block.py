@@ -198,8 +198,10 @@ class _ResidualBlock(FirstOrder):
         if wants_input or wants_weight:
             grad_dot = ops.residual_block_norm_backward.default(
                 grad_value, dot, *pqr.unbind(0), norm.center, spec.relu, dtype)
+            del dot  # here and below: each is as large as the input
             grad_signs, grad_weight_signs = conv2d_backward(
                 grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
+            del grad_dot
             if wants_weight:
                 of_weight, of_scale = training.finish_weight_grad(
                     grad_weight_signs, weight, weight_words, scale, train, needs.weight,
