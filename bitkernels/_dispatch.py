@@ -125,6 +125,9 @@ class _Recomputed:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
 
 def is_traced() -> bool:
     """Whether a kernel of the Autograd key has to leave its operator whole: a dispatch mode, of

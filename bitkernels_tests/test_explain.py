@@ -296,7 +296,8 @@ def test_an_operator_that_is_made_of_others():
                                target="sm_90")
     assert operators(found.layers[0])[-1] == "packed_conv2d"
     found = bitkernels.explain("binary_residual_block", x, weight, padding=1, target="sm_90")
-    assert operators(found.layers[0])[2:] == ["packed_conv2d_moments", "residual_block_forward"]
+    assert operators(found.layers[0])[2:] == [
+        "packed_conv2d_moments", "residual_block_statistics", "residual_block_forward"]
     found = bitkernels.explain("binary_conv_transpose2d", x, weight, stride=2, target="sm_80")
     assert operators(found.layers[0]).count("packed_conv2d") == 4, "one a phase"
 

@@ -13,6 +13,7 @@ binary_conv2d_forward: Any
 binary_conv_transpose2d: Any
 binary_linear: Any
 binary_residual_block: Any
+latent_weight_grad: Any
 mask_grad: Any
 packed_conv2d: Any
 packed_conv2d_input_grad: Any
@@ -23,7 +24,9 @@ packed_linear: Any
 packed_max_pool2d: Any
 residual_block_backward: Any
 residual_block_forward: Any
+residual_block_gradients: Any
 residual_block_norm_backward: Any
+residual_block_statistics: Any
 rprelu: Any
 rprelu_backward: Any
 rsign: Any
@@ -39,6 +42,7 @@ __all__ = [
     "binary_conv_transpose2d",
     "binary_linear",
     "binary_residual_block",
+    "latent_weight_grad",
     "mask_grad",
     "packed_conv2d",
     "packed_conv2d_input_grad",
@@ -49,7 +53,9 @@ __all__ = [
     "packed_max_pool2d",
     "residual_block_backward",
     "residual_block_forward",
+    "residual_block_gradients",
     "residual_block_norm_backward",
+    "residual_block_statistics",
     "rprelu",
     "rprelu_backward",
     "rsign",

@@ -78,14 +78,18 @@ def _input_grad(grad, words, weight, weight_words, scale, conv) -> Tensor:
     top, bottom, left, right = conv.pad
     size, channels = words.shape[1:3], weight.shape[1] * conv.groups
     uneven = top != bottom or left != right
-    shape = (size[0] + top + bottom, size[1] + left + right) if uneven else size
-    x = torch.empty(grad.shape[0], channels, *shape, dtype=grad.dtype, device=grad.device,
-                    memory_format=torch.channels_last)  # only its shape and layout are read
+    if uneven:
+        size = size[0] + top + bottom, size[1] + left + right
+    x, shape = grad, (grad.shape[0], channels, *size)  # of which only shape and layout are read
+    if x.shape != shape:
+        x = torch.empty(shape, dtype=grad.dtype, device=grad.device,
+                        memory_format=torch.channels_last)
     scaled = scaled_signs(weight, weight_words, scale, grad.dtype)
     grad_input = _library_backward(grad, x, scaled, conv, (0, 0) if uneven else (top, left),
                                    (True, False))[0]
     if uneven:
-        grad_input = grad_input[:, :, top : top + size[0], left : left + size[1]]
+        height, width = words.shape[1:3]
+        grad_input = grad_input[:, :, top : top + height, left : left + width]
     return grad_input
 
 

@@ -147,6 +147,8 @@ def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tenso
 
     words: the weight's packed signs.
     """
+    if weight.is_cuda and torch.float64 not in (grad.dtype, weight.dtype):
+        return finish_in_one(grad, weight, scale, train, wants_weight, wants_scale)
     grad_weight = grad_scale = None
     rows = (-1, *[1] * (weight.dim() - 1))
     if scale is not None and wants_scale:
@@ -156,6 +158,21 @@ def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tenso
     if wants_weight:
         grad_weight = latent_grad(grad, weight, None if scale is None else scale.view(rows), train)
     return grad_weight, grad_scale
+
+
+def finish_in_one(grad, weight, scale, train: Estimators, wants_weight: bool,
+                   wants_scale: bool) -> tuple[Tensor | None, Tensor | None]:
+    """`finish_weight_grad` by one operator: one launch where there were four to nine. On a CPU the
+    engine's sign_backward is faster than the operator's reference."""
+    estimator = train.weight_estimator if wants_weight else "none"
+    wants_scale = wants_scale and scale is not None
+    if estimator == "none" and not wants_scale:
+        return None, None
+    grad_weight, grad_scale = ops.latent_weight_grad.default(
+        grad, weight, scale, estimator=estimator, clip=train.weight_clip, beta=train.beta,
+        scale_weight_grad=train.scale_weight_grad, wants_scale=wants_scale)
+    return (None if estimator == "none" else grad_weight,
+            grad_scale.to(scale.dtype) if wants_scale else None)
 
 
 def latent_grad(grad: Tensor, weight: Tensor, factor: Tensor | None,

@@ -25,6 +25,7 @@ from bitkernels.ops._conv2d_backward import conv2d_backward
 from bitkernels.ops._record import Call, Operator, Sample, define, each
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
+from bitkernels.ops.residual_block_vectors import Statistics, gradients, statistics
 
 ops = torch.ops.bitkernels
 
@@ -42,6 +43,10 @@ class PerTensor(NamedTuple):
     slope: Any = None
     shift_out: Any = None
     scale: Any = None
+
+
+# Those whose gradients are sums over the batch, in the order of residual_block_gradients.
+VECTORS = ("norm_weight", "norm_bias", "shift_in", "slope", "shift_out")
 
 
 class NormSpec(NamedTuple):
@@ -92,36 +97,10 @@ def fake(input, weight, *rest):
             *(input.new_empty(shape[1], dtype=vector) for _ in range(2)))
 
 
-def _all_reduce(t: Tensor, group: str | None) -> Tensor:
+def _all_reduce(t: Tensor, group: str) -> Tensor:
     """The sum of `t` over the processes of a group, given by name."""
-    if group is None:
-        return t
     functional = torch.ops._c10d_functional
     return functional.wait_tensor(functional.all_reduce(t, "sum", group))
-
-
-class _Norm:
-    """Batch statistics of scale * dot and the affine function of dot that they make."""
-
-    def __init__(self, moments: Tensor, scale, weight, bias, eps: float,
-                 group: str | None) -> None:
-        sums = _all_reduce(moments.double(), group)
-        self.count = total = sums[2]
-        self.center = sums[0] / total  # mean of dot
-        variance = (sums[1] / total - self.center * self.center).clamp_min(0)
-        self.mean = self.center
-        if scale is not None:
-            alpha = scale.double()
-            self.mean, variance = self.mean * alpha, variance * alpha * alpha
-        inverse = (variance + eps).rsqrt()
-        self.factor = inverse if weight is None else inverse * weight.double()  # of scale * dot
-        # of dot - center, to give the normalized value
-        self.normal = inverse if scale is None else inverse * alpha
-        self.slope = self.factor if scale is None else self.factor * alpha  # of dot
-        self.offset = -self.slope * self.center
-        if bias is not None:
-            self.offset = self.offset + bias.double()
-        self.variance = variance * (total / (total - 1).clamp_min(1))  # unbiased
 
 
 def _moments(words: Tensor, weight_words: Tensor, channels: int, conv: ConvSpec,
@@ -132,18 +111,24 @@ def _moments(words: Tensor, weight_words: Tensor, channels: int, conv: ConvSpec,
 
 
 def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
-    """(output, packed signs, packed mask or None, statistics)."""
+    """(output, mean, variance, what the backward needs of the norm, packed signs of input and
+    weight, packed mask or None)."""
     mask, weight_words = None, ops.sign_pack.default(t.weight, None, 1)
     if clip is None:
         words = ops.sign_pack.default(t.input, t.sign_shift, 1)
     else:
         words, mask = ops.sign_pack_mask.default(t.input, clip, t.sign_shift, 1)
     dot, moments = _moments(words, weight_words, t.input.shape[1], conv, spec.relu)
-    norm = _Norm(moments, t.scale, t.norm_weight, t.norm_bias, spec.eps, spec.group)
+    if spec.group is not None:
+        moments = _all_reduce(moments.double(), spec.group)
+    vectors, mean, variance = statistics(
+        moments, t.scale, t.norm_weight, t.norm_bias, spec.eps,
+        torch.float64 if t.input.dtype == torch.float64 else torch.float32)
+    norm = Statistics(*vectors.unbind(0))
     out = ops.residual_block_forward.default(
         dot, t.input if t.residual is None else t.residual, norm.slope, norm.offset, t.shift_in,
         t.slope, t.shift_out, spec.relu)
-    return out, words, mask, norm
+    return out, mean, variance, vectors, words, weight_words, mask
 
 
 class _ResidualBlock(FirstOrder):
@@ -159,10 +144,7 @@ class _ResidualBlock(FirstOrder):
     @staticmethod
     def below(*args):
         *tensors, conv, spec, _ = args
-        out, *_, norm = _forward(PerTensor(*tensors), conv, spec, None)
-        if out.dtype == torch.float64:
-            return out, norm.mean, norm.variance
-        return out, norm.mean.float(), norm.variance.float()
+        return _forward(PerTensor(*tensors), conv, spec, None)[:3]
 
     @staticmethod
     def forward(ctx, *args):
@@ -176,57 +158,50 @@ class _ResidualBlock(FirstOrder):
         from_input = estimator in ("approx_sign", "swish_sign") or stream is t.input
         clip = train.input_clip if estimator == "ste_sign" and not from_input else None
         with below_autograd():
-            out, words, mask, norm = _forward(t, conv, spec, clip)
+            out, mean, variance, vectors, words, weight_words, mask = _forward(t, conv, spec, clip)
         kept = t.input if from_input and estimator not in ("identity", "none") else None
-        ctx.save_for_backward(words, t.weight, t.scale, stream, kept, mask, t.sign_shift,
-                              t.shift_in, t.slope, norm.slope, norm.offset, norm.center,
-                              norm.factor, norm.normal, norm.count)
+        ctx.save_for_backward(words, weight_words, t.weight, t.scale, stream, kept, mask,
+                              t.sign_shift, t.shift_in, t.slope, vectors)
         ctx.conv, ctx.spec, ctx.train, ctx.estimator = conv, spec, train, estimator
         ctx.input_dtype, ctx.memory_format = t.input.dtype, training.memory_format(t.input)
         ctx.residual_format = None if t.residual is None else training.memory_format(t.residual)
         ctx.dtypes = PerTensor(*(None if x is None else x.dtype for x in t))
-        mean, variance = norm.mean, norm.variance
-        if t.input.dtype != torch.float64:
-            mean, variance = mean.float(), variance.float()
-        else:  # outputs of a Function must not alias what it keeps
-            mean = mean.clone()
         ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)  # zeros for these two
         return out, mean, variance
 
     @staticmethod
     def backward(ctx, grad, _mean, _variance):
-        (words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
-         norm_slope, offset, center, factor, normal, count) = ctx.saved_tensors
+        (words, weight_words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
+         vectors) = ctx.saved_tensors
         conv, spec, train, estimator = ctx.conv, ctx.spec, ctx.train, ctx.estimator
         needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
-        weight_words = ops.sign_pack.default(weight, None, 1)
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        norm = Statistics(*vectors.unbind(0))
         dot, _ = _moments(words, weight_words, weight.shape[1] * conv.groups, conv, spec.relu)
         grad_value, sums = ops.residual_block_backward.default(
-            grad, dot, stream, norm_slope, offset, shift_in, slope, center, spec.relu)
+            grad, dot, stream, norm.slope, norm.offset, shift_in, slope, norm.center, spec.relu)
         if slope is None:
             grad_value = grad
-
-        def vector(name: str, value: Tensor) -> Tensor | None:
-            return value.to(getattr(ctx.dtypes, name)) if getattr(needs, name) else None
-
-        grads = PerTensor(
-            None, None, norm_weight=vector("norm_weight", sums[1] * normal),
-            norm_bias=vector("norm_bias", sums[0]), shift_in=vector("shift_in", sums[0]),
-            slope=vector("slope", sums[2]), shift_out=vector("shift_out", sums[3]))
         wants_input = estimator != "none" and (needs.input or needs.sign_shift)
         wants_scale = scale is not None and needs.scale
         wants_weight = (needs.weight and train.weight_estimator != "none") or wants_scale
+        total, dtype = None, train.dtype or grad.dtype
+        if spec.group is not None and (wants_input or wants_weight):
+            total = _all_reduce(sums[:2].contiguous(), spec.group)
+        factor = None
+        if (scale is not None and train.scale_weight_grad and not wants_scale
+                and dtype != torch.float16):  # which it might bring below the normal numbers
+            factor, scale = scale, None  # where it costs no pass
+        pqr, grads = _gradients(ctx, needs, sums, total, vectors, factor)
         if wants_input or wants_weight:
-            total = _all_reduce(sums[:2].contiguous(), spec.group) / count
-            dtype = train.dtype or grad.dtype
-            if (scale is not None and train.scale_weight_grad and not wants_scale
-                    and dtype != torch.float16):  # which it might bring below the normal numbers
-                factor, scale = factor * scale.double(), None  # where it costs no pass
             grad_dot = ops.residual_block_norm_backward.default(
-                grad_value, dot, factor, -factor * normal * normal * total[1],
-                -factor * total[0], center, spec.relu, dtype)
+                grad_value, dot, *pqr.unbind(0), norm.center, spec.relu, dtype)
+            del dot  # here and below: each is as large as the input
             grad_signs, grad_weight_signs = conv2d_backward(
                 grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
+            del grad_dot
             if wants_weight:
                 of_weight, of_scale = training.finish_weight_grad(
                     grad_weight_signs, weight, weight_words, scale, train, needs.weight,
@@ -242,6 +217,16 @@ class _ResidualBlock(FirstOrder):
         if needs.residual:
             grads = grads._replace(residual=in_memory_format(grad_value, ctx.residual_format))
         return (*grads, None, None, None)
+
+
+def _gradients(ctx, needs: PerTensor, sums, total, vectors, factor) -> tuple[Tensor, PerTensor]:
+    """(p, q, r) of the norm's backward, and the gradients of the vectors."""
+    dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
+    pqr, *found = gradients(
+        sums, total, vectors, factor, dtypes.pop() if len(dtypes) == 1 else torch.float64)
+    return pqr, PerTensor(None, None, **{
+        name: t.to(getattr(ctx.dtypes, name)) for name, t in zip(VECTORS, found, strict=True)
+        if getattr(needs, name)})
 
 
 def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | None]:

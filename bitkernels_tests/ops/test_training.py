@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitkernels.ops._contract import estimator_grad
-from bitkernels.ops._training import SHORT_PLANE, estimated_grad
+from bitkernels.ops._training import (
+    SHORT_PLANE,
+    Estimators,
+    estimated_grad,
+    finish_in_one,
+    finish_weight_grad,
+)
 
 ops = torch.ops.bitkernels
 
@@ -57,3 +65,26 @@ def test_every_form_gives_the_slopes_of_the_contract(shape, estimator, clip):
                if shape else x):  # the last one: a stride that is no image's
         found = estimated_grad(grad, at, estimator, 5.0, clip)
         assert torch.equal(found, estimator_grad(grad, at, estimator, clip, 5.0))
+
+
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("estimator", ("ste_sign", "approx_sign", "identity", "none"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_a_weight_is_finished_alike_by_one_operator_and_by_many(estimator, dtype, last):
+    """As on a GPU, and as on a CPU; the scale's gradient but for the order of its sum."""
+    weight = torch.randn(12, 40, 3, 3)
+    if last:
+        weight = weight.to(memory_format=torch.channels_last)
+    grad, scale = torch.randn(12, 40, 3, 3).to(dtype), torch.rand(12)
+    words = ops.sign_pack(weight, None, 1)
+    for scaled, given, wanted in itertools.product((True, False), (scale, None), (True, False)):
+        train = Estimators(weight_estimator=estimator, weight_clip=0.75, scale_weight_grad=scaled)
+        args = True, given is not None and wanted
+        expected = finish_weight_grad(grad, weight, words, given, train, *args)
+        found = finish_in_one(grad, weight, given, train, *args)
+        for have, want in zip(found, expected, strict=True):
+            assert (have is None) == (want is None)
+        if expected[0] is not None:
+            assert torch.equal(found[0], expected[0]) and found[0].stride() == weight.stride()
+        if expected[1] is not None:
+            torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)

@@ -235,3 +235,58 @@ block("weight_clip must be at least 0, got nan", weight_clip=float("nan"))
 block(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
 block("dtype must be a real type, float64 for float64 only, got torch.float64",
       dtype=torch.float64)
+
+
+MOMENTS = words(3, 4, dtype=torch.int64)
+SUMS, VECTORS = real(4, 4, dtype=torch.float64), real(6, 4, dtype=torch.float64)
+
+
+def statistics(text, moments=MOMENTS, scale=None, eps=1e-5, dtype=torch.float32):
+    row(ops.residual_block_statistics.default, text, moments, scale, None, None, eps, dtype)
+
+
+def gradients(text, sums=SUMS, total=None, vectors=VECTORS, scale=None, dtype=torch.float32):
+    row(ops.residual_block_gradients.default, text, sums, total, vectors, scale, dtype)
+
+
+for shape in ((3, 4, 1), (4, 3)):
+    statistics(f"moments must be int64 or float64 of shape (3, C), got int64 of shape {shape}",
+               words(*shape, dtype=torch.int64))
+statistics("moments must be int64 or float64 of shape (3, C), got float32 of shape (3, 4)",
+           real(3, 4))
+statistics("scale must be of shape (4,), got float32 of shape (3,)", scale=real(3))
+statistics("scale must be on cpu as the first argument, got meta", scale=real(4, device="meta"))
+statistics("eps must be at least 0, got -1", eps=-1.0)
+statistics("dtype must be a real type, got torch.int32", dtype=torch.int32)
+statistics("scale must not require grad, this operator has no gradient; use binary_conv2d or "
+           "binary_linear to train, or .detach()", scale=grad(4))
+gradients("sums must be float64 of shape (4, C), got float32 of shape (4, 4)", real(4, 4))
+gradients("total must be float64 of shape (2, 4), got float64 of shape (4, 4)",
+          total=real(4, 4, dtype=torch.float64))
+gradients("vectors must be float64 of shape (6, 4), got float64 of shape (6, 3)",
+          vectors=real(6, 3, dtype=torch.float64))
+gradients("vectors must be on cpu as the first argument, got meta",
+          vectors=real(6, 4, dtype=torch.float64, device="meta"))
+gradients("scale must be of shape (4,), got float32 of shape (3,)", scale=real(3))
+gradients("dtype must be a real type, got torch.int32", dtype=torch.int32)
+gradients("scale must not require grad, this operator has no gradient; use binary_conv2d or "
+          "binary_linear to train, or .detach()", scale=grad(4))
+
+
+def latent(text, g=DENSE[1], w=DENSE[1], *args, **kw):
+    row(ops.latent_weight_grad.default, text, g, w, *args, **kw)
+
+
+latent(f"weight must be {FLOATS}, got int32 of shape (8, 6)", w=words(8, 6))
+latent(f"grad must be {FLOATS}, got int32 of shape (8, 6)", words(8, 6))
+latent("weight must be (Cout, ...), got float32 of shape (8,)", real(8), real(8))
+latent("grad must be float32 of shape (8, 6), got float32 of shape (6, 8)", real(6, 8))
+latent("grad must be float32 of shape (8, 6), got float64 of shape (8, 6)",
+       real(8, 6, dtype=torch.float64))
+latent("grad must be on cpu as the first argument, got meta", real(8, 6, device="meta"))
+latent("scale must be of shape (8,), got float32 of shape (6,)", scale=real(6))
+latent("estimator must be one of ste_sign, approx_sign, swish_sign, identity, none, got 'relu'",
+       estimator="relu")
+latent("clip must be at least 0, got -1", clip=-1.0)
+latent("weight must not require grad, this operator has no gradient; use binary_conv2d or "
+       "binary_linear to train, or .detach()", w=grad(8, 6))

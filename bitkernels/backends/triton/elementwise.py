@@ -51,14 +51,6 @@ def together(dim: int, out: Tensor, *tensors: Tensor
     return tensors, *found
 
 
-def tile_shape(channel_stride: int, channels: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_C): 2048 elements, long along what is contiguous in memory."""
-    if channel_stride != 1:
-        return 256, 8
-    block_c = min(max(32, 1 << (channels - 1).bit_length()), 256)
-    return max(2048 // block_c, 8), block_c
-
-
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an element of some tensor lies 2^31 or more elements from its first."""
     return any(

@@ -26,6 +26,25 @@ def block_index(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def tile_rows(tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Indices of a walk's tile, as `block_index`. Made anew from a number in every turn: carried
+    along they would change their layout in each, through shared memory and its barriers."""
+    if WIDE:
+        return tl.arange(0, BLOCK).to(tl.int64) + tile * tl.full([BLOCK], BLOCK, tl.int64)
+    else:
+        return tl.arange(0, BLOCK) + tile * BLOCK
+
+
+@triton.jit
+def row_offset(r, inner, outer_stride, inner_stride):
+    """Where rows begin; inner None: one run of rows, which saves the divisions."""
+    if inner is None:
+        return r * inner_stride
+    else:
+        return (r // inner) * outer_stride + (r % inner) * inner_stride
+
+
+@triton.jit
 def shift_tile(shift, r, c, ok, col_ok, channels, each):
     """Shifts of rows by channels, float32: (channels,), or one such vector for `each` rows."""
     if each is None:

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.backends.triton import elementwise, sums
-from bitkernels.backends.triton.jit import block_index
+from bitkernels.backends.triton import elementwise, passes, sums
+from bitkernels.backends.triton.jit import tile_rows
 from bitkernels.backends.triton.packed_conv2d import packed_conv2d
 from bitkernels.backends.triton.residual_block import positive, size_of
 
@@ -24,18 +24,17 @@ def moments_kernel(dot, partial, rows, channels, tiles, RELU: tl.constexpr, BLOC
                    BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     """Sums, sums of squares and count of a program's tiles: int64 throughout."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r = block_index(BLOCK_R, WIDE)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = column.to(r.dtype)[None, :]
+    c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.int64)
     squares = tl.zeros([BLOCK_R, BLOCK_C], tl.int64)
-    for _ in range(program, tiles, programs):
+    for tile in range(program, tiles, programs):
+        r = tile_rows(tile, BLOCK_R, WIDE)
         d = tl.load(dot + r[:, None] * channels + c, mask=(r < rows)[:, None] & (c < channels),
                     other=0)
         d = positive(d, RELU).to(tl.int64)
         total += d
         squares += d * d
-        r += programs * BLOCK_R
     to = partial + program * 3 * channels + column
     tl.store(to, tl.sum(total, axis=0), mask=column < channels)
     tl.store(to + channels, tl.sum(squares, axis=0), mask=column < channels)
@@ -48,12 +47,12 @@ def moments(dot: Tensor, relu: bool) -> Tensor:
     rows, channels = size_of(dot)
     if not rows or not channels:
         return dot.new_zeros((3, channels), dtype=torch.int64)
-    block_r, block_c = sums.tile_shape(1, channels)
-    tiles = triton.cdiv(rows, block_r)
-    partial = sums.partials(dot, tiles, 3, channels, dtype=torch.int64)
-    moments_kernel[(len(partial), triton.cdiv(channels, block_c))](
-        dot, partial, rows, channels, tiles, RELU=relu, BLOCK_R=block_r, BLOCK_C=block_c,
-        WIDE=elementwise.wide(dot), num_warps=4, enable_fp_fusion=False)
+    walk = passes.walk("moments", 1, rows, channels, elementwise.wide(dot))
+    partial = dot.new_empty((walk.programs, 3, channels), dtype=torch.int64)
+    moments_kernel[(walk.programs, walk.blocks)](
+        dot, partial, rows, channels, walk.tiles, RELU=relu, BLOCK_R=walk.block_r,
+        BLOCK_C=walk.block_c, WIDE=walk.wide, num_warps=passes.PASSES["moments"].warps,
+        enable_fp_fusion=False)
     return sums.reduce(partial)
 
 

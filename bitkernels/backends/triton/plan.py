@@ -50,9 +50,13 @@ def _is_double(op: str, args, kw) -> bool:
                                     if kw.get(n) is not None)]
     elif op == "unpack":
         found = [args[2]]
+    elif op in ("residual_block_statistics", "residual_block_gradients"):  # it is all they do
+        found = []
     elif op == "residual_block_forward":
         found = [args[1].dtype]
     elif op.startswith("residual_block"):
+        found = [args[0].dtype]
+    elif op == "latent_weight_grad":  # not its scale
         found = [args[0].dtype]
     elif op == "sign_backward":  # not its shift
         found = [t.dtype for t in (args[0], args[1], args[3]) if t is not None]

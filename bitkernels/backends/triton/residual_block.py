@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.backends.triton import elementwise, sums
-from bitkernels.backends.triton.jit import block_index, vector
+from bitkernels.backends.triton import elementwise, passes, sums
+from bitkernels.backends.triton.jit import tile_rows, vector
+from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_real
 
 
@@ -26,32 +27,72 @@ def positive(dot, RELU: tl.constexpr):
 
 
 @triton.jit
-def value(dot, residual, scale, bias, shift_in, c, col_ok, RELU: tl.constexpr):
-    """reference._value of a tile; c and col_ok broadcast against it."""
-    y = positive(dot, RELU).to(tl.float32) * vector(scale, c, col_ok, False)
-    y = y + vector(bias, c, col_ok, False)
+def value(dot, residual, scale, bias, inside, shift_in, RELU: tl.constexpr):
+    """reference._value of a tile, by vectors that broadcast against it; inside: values of shift_in.
+    """
+    y = positive(dot, RELU).to(tl.float32) * scale
+    y = y + bias
     y = y + residual.to(tl.float32)
     if shift_in is not None:
-        y = y + vector(shift_in, c, col_ok, False)
+        y = y + inside
     return y
 
 
 @triton.jit
-def block_forward_kernel(dot, residual, scale, bias, shift_in, slope, shift_out, out, rows,
-                         channels, RELU: tl.constexpr, BLOCK_R: tl.constexpr,
-                         BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    r = block_index(BLOCK_R, WIDE)[:, None]
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)[None, :]
-    col_ok = c < channels
-    ok = (r < rows) & col_ok
-    at = r * channels + c
-    y = value(tl.load(dot + at, mask=ok, other=0), tl.load(residual + at, mask=ok, other=0.0),
-              scale, bias, shift_in, c, col_ok, RELU)
+def forward_tile(d, x, out, ok, scale, bias, inside, steep, last, shift_in, slope, shift_out,
+                 RELU: tl.constexpr):
+    y = value(d, x, scale, bias, inside, shift_in, RELU)
     if slope is not None:
-        y = tl.where(y > 0, y, y * vector(slope, c, col_ok, False))
+        y = tl.where(y > 0, y, y * steep)
     if shift_out is not None:
-        y = y + vector(shift_out, c, col_ok, False)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=ok)
+        y = y + last
+    tl.store(out, y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def block_forward_kernel(dot, residual, scale, bias, shift_in, slope, shift_out, out, rows,
+                         channels, tiles, RELU: tl.constexpr, BLOCK_R: tl.constexpr,
+                         BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
+    c = c[None, :]
+    col_ok = c < channels
+    factor, added = vector(scale, c, col_ok, False), vector(bias, c, col_ok, False)
+    inside, steep, last = added, added, added
+    if shift_in is not None:
+        inside = vector(shift_in, c, col_ok, False)
+    if slope is not None:
+        steep = vector(slope, c, col_ok, False)
+    if shift_out is not None:
+        last = vector(shift_out, c, col_ok, False)
+    for tile in range(program, tiles, 2 * programs):
+        r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+        r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
+        ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
+        at, at2 = r * channels + c, r2 * channels + c
+        d, d2 = tl.load(dot + at, mask=ok, other=0), tl.load(dot + at2, mask=ok2, other=0)
+        x = tl.load(residual + at, mask=ok, other=0.0)
+        x2 = tl.load(residual + at2, mask=ok2, other=0.0)
+        forward_tile(d, x, out + at, ok, factor, added, inside, steep, last, shift_in, slope,
+                     shift_out, RELU)
+        forward_tile(d2, x2, out + at2, ok2, factor, added, inside, steep, last, shift_in, slope,
+                     shift_out, RELU)
+
+
+@triton.jit
+def backward_tile(g, d, x, out, ok, scale, bias, inside, steep, middle, shift_in, slope,
+                  RELU: tl.constexpr):
+    """Of a loaded tile: what its four sums add. Stores the value's gradient at `out`."""
+    g = g.to(tl.float32)
+    of_slope = g
+    of_grad = g
+    if slope is not None:
+        y = value(d, x, scale, bias, inside, shift_in, RELU)
+        of_slope = tl.where((y > 0) | ~ok, 0.0, g * y)
+        g = tl.where(y > 0, g, g * steep)
+        tl.store(out, g.to(out.dtype.element_ty), mask=ok)
+    of_norm = tl.where(ok, g * (positive(d, RELU).to(tl.float32) - middle), 0.0)
+    return tl.where(ok, g, 0.0), of_norm, of_slope, of_grad
 
 
 @triton.jit
@@ -59,63 +100,80 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
                           rows, channels, tiles, RELU: tl.constexpr, STEPS: tl.constexpr,
                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r = block_index(BLOCK_R, WIDE)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = column.to(r.dtype)[None, :]
+    c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
     col_ok = c < channels
     middle = vector(center, c, col_ok, False)
-    total_value = tl.zeros([BLOCK_C], tl.float64)
-    total_norm = tl.zeros([BLOCK_C], tl.float64)
-    total_slope = tl.zeros([BLOCK_C], tl.float64)
-    total_grad = tl.zeros([BLOCK_C], tl.float64)
+    factor, added, inside, steep = middle, middle, middle, middle
+    if slope is not None:
+        factor, added = vector(scale, c, col_ok, False), vector(bias, c, col_ok, False)
+        steep = vector(slope, c, col_ok, False)
+        if shift_in is not None:
+            inside = vector(shift_in, c, col_ok, False)
+    to = partial + program * 4 * channels
     for first in range(program, tiles, programs * STEPS):
         sum_value = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         sum_norm = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         sum_slope = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         sum_grad = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for _ in range(first, tl.minimum(first + programs * STEPS, tiles), programs):
-            ok = (r < rows) & col_ok
-            at = r * channels + c
-            g = tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
+        for tile in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
+            r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+            r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
+            ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
+            at, at2 = r * channels + c, r2 * channels + c
+            g = tl.load(grad + at, mask=ok, other=0.0)
             d = tl.load(dot + at, mask=ok, other=0)
+            g2 = tl.load(grad + at2, mask=ok2, other=0.0)
+            d2 = tl.load(dot + at2, mask=ok2, other=0)
+            x, x2 = g, g2
             if slope is not None:
-                y = value(d, tl.load(residual + at, mask=ok, other=0.0), scale, bias, shift_in, c,
-                          col_ok, RELU)
-                sum_slope += tl.where((y > 0) | ~ok, 0.0, g * y)
-                sum_grad += g
-                g = tl.where(y > 0, g, g * vector(slope, c, col_ok, False))
-                tl.store(out + at, g.to(out.dtype.element_ty), mask=ok)
-            sum_value += tl.where(ok, g, 0.0)
-            sum_norm += tl.where(ok, g * (positive(d, RELU).to(tl.float32) - middle), 0.0)
-            r += programs * BLOCK_R
-        total_value += tl.sum(sum_value.to(tl.float64), axis=0)
-        total_norm += tl.sum(sum_norm.to(tl.float64), axis=0)
-        if slope is not None:
-            total_slope += tl.sum(sum_slope.to(tl.float64), axis=0)
-            total_grad += tl.sum(sum_grad.to(tl.float64), axis=0)
-    to = partial + program * 4 * channels + column
-    tl.store(to, total_value, mask=column < channels)
-    tl.store(to + channels, total_norm, mask=column < channels)
-    tl.store(to + 2 * channels, total_slope, mask=column < channels)
-    tl.store(to + 3 * channels, total_grad, mask=column < channels)
+                x = tl.load(residual + at, mask=ok, other=0.0)
+                x2 = tl.load(residual + at2, mask=ok2, other=0.0)
+            v, n, s, o = backward_tile(g, d, x, out + at, ok, factor, added, inside, steep, middle,
+                                       shift_in, slope, RELU)
+            v2, n2, s2, o2 = backward_tile(g2, d2, x2, out + at2, ok2, factor, added, inside, steep,
+                                           middle, shift_in, slope, RELU)
+            sum_value = sum_value + v + v2
+            sum_norm = sum_norm + n + n2
+            if slope is not None:
+                sum_slope = sum_slope + s + s2
+                sum_grad = sum_grad + o + o2
+        more = first > program
+        add_rows(to, column, channels, sum_value, more)
+        add_rows(to + channels, column, channels, sum_norm, more)
+        add_rows(to + 2 * channels, column, channels, sum_slope, more)
+        add_rows(to + 3 * channels, column, channels, sum_grad, more)
 
 
 @triton.jit
-def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, RELU: tl.constexpr,
-                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    row = block_index(BLOCK_R, WIDE)[:, None]
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(row.dtype)[None, :]
-    col_ok = c < channels
-    ok = (row < rows) & col_ok
-    at = row * channels + c
-    g = tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
-    dots = tl.load(dot + at, mask=ok, other=0)
-    d = positive(dots, RELU).to(tl.float32) - vector(center, c, col_ok, False)
-    y = g * vector(p, c, col_ok, False) + d * vector(q, c, col_ok, False)
-    y = y + vector(r, c, col_ok, False)
+def norm_tile(g, dots, out, ok, p, q, r, middle, RELU: tl.constexpr):
+    d = positive(dots, RELU).to(tl.float32) - middle
+    y = g.to(tl.float32) * p + d * q
+    y = y + r
     if RELU:
         y = tl.where(dots > 0, y, 0.0)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=ok)
+    tl.store(out, y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, tiles,
+                         RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                         WIDE: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
+    c = c[None, :]
+    col_ok = c < channels
+    of_grad, of_dot = vector(p, c, col_ok, False), vector(q, c, col_ok, False)
+    added, middle = vector(r, c, col_ok, False), vector(center, c, col_ok, False)
+    for tile in range(program, tiles, 2 * programs):
+        row = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+        row2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
+        ok, ok2 = (row < rows) & col_ok, (row2 < rows) & col_ok
+        at, at2 = row * channels + c, row2 * channels + c
+        g, g2 = tl.load(grad + at, mask=ok, other=0.0), tl.load(grad + at2, mask=ok2, other=0.0)
+        d, d2 = tl.load(dot + at, mask=ok, other=0), tl.load(dot + at2, mask=ok2, other=0)
+        norm_tile(g, d, out + at, ok, of_grad, of_dot, added, middle, RELU)
+        norm_tile(g2, d2, out + at2, ok2, of_grad, of_dot, added, middle, RELU)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -132,27 +190,31 @@ def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in vectors]
 
 
-def _elementwise(kernel, dot: Tensor, real: Tensor, vectors, dtype: torch.dtype, relu: bool):
+def _elementwise(name: str, kernel, dot: Tensor, real: Tensor, vectors, dtype: torch.dtype,
+                 relu: bool):
     """A kernel from (two of dot and real in its order, vectors) to a tensor of dtype."""
     out = empty_real(dot, dot.shape, dtype, True)
     rows, channels = size_of(dot)
     if rows and channels:
         dot, real = rows_of(dot), rows_of(real)
-        pair = (dot, real) if kernel is block_forward_kernel else (real, dot)
-        block_r, block_c = elementwise.tile_shape(1, channels)
-        kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
-            *pair, *_vectors(*vectors), out, rows, channels, RELU=relu, BLOCK_R=block_r,
-            BLOCK_C=block_c, WIDE=elementwise.wide(out), num_warps=4, enable_fp_fusion=False)
+        pair = (dot, real) if name == "block_forward" else (real, dot)
+        walk = passes.walk(name, 1, rows, channels, elementwise.wide(out))
+        kernel[(walk.programs, walk.blocks)](
+            *pair, *_vectors(*vectors), out, rows, channels, walk.tiles, RELU=relu,
+            BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
+            num_warps=passes.PASSES[name].warps, enable_fp_fusion=False)
     return out
 
 
 def residual_block_forward(dot, residual, scale, bias, shift_in, slope, shift_out, relu):
     vectors = (scale, bias, shift_in, slope, shift_out)
-    return _elementwise(block_forward_kernel, dot, residual, vectors, residual.dtype, relu)
+    return _elementwise("block_forward", block_forward_kernel, dot, residual, vectors,
+                        residual.dtype, relu)
 
 
 def residual_block_norm_backward(grad, dot, p, q, r, center, relu, dtype):
-    return _elementwise(norm_backward_kernel, dot, grad, (p, q, r, center), dtype, relu)
+    return _elementwise("norm_backward", norm_backward_kernel, dot, grad, (p, q, r, center), dtype,
+                        relu)
 
 
 def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, center, relu):
@@ -161,11 +223,11 @@ def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, c
     if not rows or not channels:
         return out, dot.new_zeros((4, channels), dtype=torch.float64)
     residual = None if slope is None else rows_of(residual)
-    block_r, block_c = sums.tile_shape(1, channels)
-    tiles = triton.cdiv(rows, block_r)
-    partial = sums.partials(dot, tiles, 4, channels, dtype=torch.float64)
-    block_backward_kernel[(len(partial), triton.cdiv(channels, block_c))](
+    walk = passes.walk("block_backward", 1, rows, channels, elementwise.wide(dot))
+    partial = dot.new_empty((walk.programs, 4, channels), dtype=torch.float64)
+    block_backward_kernel[(walk.programs, walk.blocks)](
         rows_of(grad), rows_of(dot), residual, *_vectors(scale, bias, shift_in, slope, center), out,
-        partial, rows, channels, tiles, RELU=relu, STEPS=sums.STEPS, BLOCK_R=block_r,
-        BLOCK_C=block_c, WIDE=elementwise.wide(dot), num_warps=4, enable_fp_fusion=False)
+        partial, rows, channels, walk.tiles, RELU=relu, STEPS=sums.STEPS, BLOCK_R=walk.block_r,
+        BLOCK_C=walk.block_c, WIDE=walk.wide,
+        num_warps=passes.PASSES["block_backward"].warps, enable_fp_fusion=False)
     return out, sums.reduce(partial)

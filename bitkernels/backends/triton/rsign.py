@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels.backends.triton.elementwise import tile_shape, together, wide
-from bitkernels.backends.triton.jit import block_index, shift_tile
+from bitkernels.backends.triton import passes
+from bitkernels.backends.triton.elementwise import together, wide
+from bitkernels.backends.triton.jit import block_index, row_offset, shift_tile
 from bitkernels.ops.geometry import empty_around
 
 
@@ -18,11 +19,12 @@ def rsign_kernel(x, shift, out, rows, inner, channels, so, si, sc, oo, oi, oc,
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     col_ok = c < channels
     ok = (r < rows)[:, None] & col_ok[None, :]
-    outer, rest = r // inner, r % inner
-    v = tl.load(x + (outer * so + rest * si)[:, None] + (c * sc)[None, :], mask=ok, other=0.0)
+    at = row_offset(r, inner, so, si)[:, None] + (c * sc)[None, :]
+    v = tl.load(x + at, mask=ok, other=0.0)
     v = v.to(tl.float32) + shift_tile(shift, r, c, ok, col_ok, channels, each)
     sign = tl.where(v < 0, -1.0, 1.0).to(out.dtype.element_ty)
-    tl.store(out + (outer * oo + rest * oi)[:, None] + (c * oc)[None, :], sign, mask=ok)
+    at = row_offset(r, inner, oo, oi)[:, None] + (c * oc)[None, :]
+    tl.store(out + at, sign, mask=ok)
 
 
 def rsign(input, shift):
@@ -30,10 +32,11 @@ def rsign(input, shift):
     (input,), outer, inner, [strides, out_strides] = together(1, out, input)
     channels = input.shape[1]
     if outer * inner and channels:
-        block_r, block_c = tile_shape(strides[2], channels)
+        block_r, block_c = passes.tile("rsign", strides[2], channels)
         each = None if shift.dim() == 1 else outer * inner // input.shape[0]
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
-        rsign_kernel[grid](input, shift.contiguous(), out, outer * inner, inner, channels, *strides,
-                           *out_strides, each, BLOCK_R=block_r, BLOCK_C=block_c,
-                           WIDE=wide(input, out), num_warps=4, enable_fp_fusion=False)
+        rsign_kernel[grid](input, shift.contiguous(), out, outer * inner,
+                           None if outer == 1 else inner, channels, *strides, *out_strides, each,
+                           BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, out),
+                           num_warps=passes.PASSES["rsign"].warps, enable_fp_fusion=False)
     return out

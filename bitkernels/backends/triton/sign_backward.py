@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from bitkernels.backends.triton import elementwise, sums
-from bitkernels.backends.triton.jit import block_index, vector
+from bitkernels.backends.triton import elementwise, passes, sums
+from bitkernels.backends.triton.jit import row_offset, tile_rows, vector
+from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_around
 
 ESTIMATORS = {"identity": 0, "ste_sign": 1, "approx_sign": 2, "swish_sign": 3}
@@ -36,36 +37,57 @@ def estimator_grad(g, x, clip, beta, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
+def sign_tile(g, v, a, out, ok, added, shift, add, clip, beta, ESTIMATOR: tl.constexpr):
+    """Of a loaded tile: what its sum adds. Stores the input's gradient at `out`."""
+    g = g.to(tl.float32)
+    if ESTIMATOR != IDENTITY:
+        v = v.to(tl.float32)
+        if shift is not None:
+            v = v + added
+        g = estimator_grad(g, v, clip, beta, ESTIMATOR)
+    some = tl.where(ok, g, 0.0)
+    if add is not None:
+        g = g + a.to(tl.float32)
+    tl.store(out, g.to(out.dtype.element_ty), mask=ok)
+    return some
+
+
+@triton.jit
 def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, inner, channels,
                          tiles, go, gi, gc, so, si, sc, ao, ai, ac, oo, oi, oc,
                          ESTIMATOR: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
                          BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    r = block_index(BLOCK_R, WIDE)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = column.to(r.dtype)[None, :]
+    c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
     col_ok = c < channels
-    total = tl.zeros([BLOCK_C], tl.float64)
+    added = tl.zeros([1, BLOCK_C], tl.float32)
+    if shift is not None:
+        added = vector(shift, c, col_ok, False)
     for first in range(program, tiles, programs * STEPS):
         some = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for _ in range(first, tl.minimum(first + programs * STEPS, tiles), programs):
-            ok = (r < rows) & col_ok
-            outer, rest = r // inner, r % inner
-            g = tl.load(grad + (outer * go + rest * gi + c * gc), mask=ok, other=0.0).to(tl.float32)
+        for tile in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
+            r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
+            r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
+            ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
+            at, at2 = row_offset(r, inner, go, gi) + c * gc, row_offset(r2, inner, go, gi) + c * gc
+            g, g2 = tl.load(grad + at, mask=ok, other=0.0), tl.load(grad + at2, mask=ok2, other=0.0)
+            v, v2, a, a2 = g, g2, g, g2
             if ESTIMATOR != IDENTITY:
-                v = tl.load(x + (outer * so + rest * si + c * sc), mask=ok, other=0.0)
-                v = v.to(tl.float32)
-                if shift is not None:
-                    v = v + vector(shift, c, col_ok, False)
-                g = estimator_grad(g, v, clip, beta, ESTIMATOR)
-            some += tl.where(ok, g, 0.0)
+                at = row_offset(r, inner, so, si) + c * sc
+                at2 = row_offset(r2, inner, so, si) + c * sc
+                v = tl.load(x + at, mask=ok, other=0.0)
+                v2 = tl.load(x + at2, mask=ok2, other=0.0)
             if add is not None:
-                g += tl.load(add + (outer * ao + rest * ai + c * ac), mask=ok,
-                             other=0.0).to(tl.float32)
-            tl.store(out + (outer * oo + rest * oi + c * oc), g.to(out.dtype.element_ty), mask=ok)
-            r += programs * BLOCK_R
-        total += tl.sum(some.to(tl.float64), axis=0)
-    tl.store(partial + program * channels + column, total, mask=column < channels)
+                at = row_offset(r, inner, ao, ai) + c * ac
+                at2 = row_offset(r2, inner, ao, ai) + c * ac
+                a = tl.load(add + at, mask=ok, other=0.0)
+                a2 = tl.load(add + at2, mask=ok2, other=0.0)
+            to_out = out + (row_offset(r, inner, oo, oi) + c * oc)
+            some += sign_tile(g, v, a, to_out, ok, added, shift, add, clip, beta, ESTIMATOR)
+            to_out = out + (row_offset(r2, inner, oo, oi) + c * oc)
+            some += sign_tile(g2, v2, a2, to_out, ok2, added, shift, add, clip, beta, ESTIMATOR)
+        add_rows(partial + program * channels, column, channels, some, first > program)
 
 
 def sign_backward(grad, input, shift, add, estimator, clip, beta):
@@ -82,13 +104,14 @@ def sign_backward(grad, input, shift, add, estimator, clip, beta):
     if clip is None and estimator == "ste_sign":
         estimator = "identity"
     rows = outer * inner
-    block_r, block_c = sums.tile_shape(strides[1][2], channels)
-    tiles = triton.cdiv(rows, block_r)
-    partial = sums.partials(input, tiles, channels, dtype=torch.float64)
-    sign_backward_kernel[(len(partial), triton.cdiv(channels, block_c))](
+    walk = passes.walk("sign_backward", strides[1][2], rows, channels,
+                       elementwise.wide(*operands, out))
+    partial = input.new_empty((walk.programs, channels), dtype=torch.float64)
+    sign_backward_kernel[(walk.programs, walk.blocks)](
         *operands[:2], None if shift is None else shift.contiguous(), add, out, partial,
-        0.0 if clip is None else float(clip), float(beta), rows, inner, channels, tiles,
+        0.0 if clip is None else float(clip), float(beta), rows,
+        None if outer == 1 else inner, channels, walk.tiles,
         *(s for each in strides for s in each), ESTIMATOR=ESTIMATORS[estimator], STEPS=sums.STEPS,
-        BLOCK_R=block_r, BLOCK_C=block_c, WIDE=elementwise.wide(*operands, out), num_warps=4,
-        enable_fp_fusion=False)
+        BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
+        num_warps=passes.PASSES["sign_backward"].warps, enable_fp_fusion=False)
     return out, sums.reduce(partial)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import collapse, wide
-from bitkernels.backends.triton.jit import block_index, pack_signs, shift_tile
+from bitkernels.backends.triton.jit import block_index, pack_signs, row_offset, shift_tile
 from bitkernels.ops.geometry import empty_words, word_count
 
 
@@ -23,7 +24,7 @@ def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, w
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ok, col_ok = r < rows, c < channels
     ok = row_ok[:, None] & col_ok[None, :]
-    row = (r // inner) * so + (r % inner) * si
+    row = row_offset(r, inner, so, si)
     v = tl.load(x + row[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
     if shift is not None:
         v = v + shift_tile(shift, r, c, ok, col_ok, channels, each)
@@ -41,7 +42,7 @@ def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels,
     r = block_index(BLOCK_R, WIDE)
     w = tl.program_id(1)
     row_ok = r < rows
-    source = x + (r // inner) * so + (r % inner) * si
+    source = x + row_offset(r, inner, so, si)
     sign_word = tl.zeros([BLOCK_R], tl.int32)
     mask_word = tl.zeros([BLOCK_R], tl.int32)
     for bit in tl.static_range(32):
@@ -80,12 +81,14 @@ def _launch(input, shift, clip, dim, with_mask):
         shift = shift.contiguous()
     words = word_count(channels)
     if sc == 1:
-        block_c = min(max(32, triton.next_power_of_2(channels)), 256)
-        block_r = 4096 // block_c
+        block_r, block_c = passes.tile("sign_pack", 1, channels)
         grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
-        sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels, words,
+        sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows,
+                                    None if outer == 1 else inner, channels, words,
                                     so, si, each, BLOCK_R=block_r, BLOCK_C=block_c,
-                                    WIDE=wide(input, signs), num_warps=8, enable_fp_fusion=False)
+                                    WIDE=wide(input, signs),
+                                    num_warps=passes.PASSES["sign_pack"].warps,
+                                    enable_fp_fusion=False)
     else:
         grid = (triton.cdiv(rows, 512), words)
         sign_pack_planes_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels,

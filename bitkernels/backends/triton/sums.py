@@ -1,51 +1,56 @@
 """Sums over rows in two stages, without atomics: the same input gives the same bits on every run.
 
 The programs of a kernel each walk every `programs`-th tile, add what they see in a fixed order and
-write one row of partial sums; `reduce_kernel` adds those rows in order. Float32 values are added in
-float32 over at most STEPS tiles and in float64 beyond, where every sum of STEPS is exact: float64
-throughput is low on most GPUs. How many programs there are depends on the shape alone.
+write one row of partial sums; `reduce_kernel` adds those rows in a fixed order. Float32 values are
+added in float32 over at most STEPS tiles and in float64 beyond, where every sum of STEPS is exact:
+float64 throughput is low on most GPUs. How many programs there are depends on the shape alone.
+
+The walks take two tiles a turn: the loads of both are issued before the first store, behind which
+none would be moved.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTIALS = 512  # rows of partial sums at most: about four programs for each of 132 processors
 STEPS = 16
+COLUMNS = 8  # of a reduction's program: few, for there are few programs to share the rows
 
 
-def tile_shape(channel_stride: int, channels: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_C): 1024 elements, which leaves registers for several sums of each."""
-    if channel_stride != 1:
-        return 128, 8
-    block_c = min(max(32, 1 << (channels - 1).bit_length()), 128)
-    return 1024 // block_c, block_c
+@triton.jit
+def add_rows(to, column, channels, values, more):
+    """Adds a tile's columns to `to + column`, in its type, or puts them there if not `more`.
+
+    What a walk has so far stays in memory: its registers are needed for the loads in flight.
+    """
+    kind: tl.constexpr = to.dtype.element_ty
+    before = tl.load(to + column, mask=column < tl.where(more, channels, 0), other=0)
+    tl.store(to + column, before + tl.sum(values.to(kind), axis=0), mask=column < channels)
+    tl.debug_barrier()  # the next load may be another thread's
 
 
 @triton.jit
 def reduce_kernel(partial, out, programs, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """partial (programs, width) to out (width,), in partial's type."""
+    """partial (programs, width) to out (width,); at most BLOCK_P programs."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_P, BLOCK_C], partial.dtype.element_ty)
-    for start in range(0, programs, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        total += tl.load(partial + p[:, None] * width + c[None, :],
-                         mask=(p < programs)[:, None] & (c < width)[None, :], other=0)
-    tl.store(out + c, tl.sum(total, axis=0), mask=c < width)
+    p = tl.arange(0, BLOCK_P)
+    rows = tl.load(partial + p[:, None] * width + c[None, :],
+                   mask=(p < programs)[:, None] & (c < width)[None, :], other=0)
+    tl.store(out + c, tl.sum(rows, axis=0), mask=c < width)
+
+
+def rows_at_once(programs: int) -> int:
+    """BLOCK_P of a reduction: all rows by one load, whose latency is most of the time."""
+    return max(triton.next_power_of_2(programs), 32)
 
 
 def reduce(partial: Tensor) -> Tensor:
     """The sum over the first dimension."""
     out = partial.new_empty(partial.shape[1:])
-    reduce_kernel[(triton.cdiv(out.numel(), 32),)](
-        partial, out, partial.shape[0], out.numel(), BLOCK_P=32, BLOCK_C=32, num_warps=4,
+    reduce_kernel[(triton.cdiv(out.numel(), COLUMNS),)](
+        partial, out, partial.shape[0], out.numel(),
+        BLOCK_P=rows_at_once(partial.shape[0]), BLOCK_C=COLUMNS, num_warps=4,
         enable_fp_fusion=False)
     return out
-
-
-def partials(like: Tensor, tiles: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Room for one row of partial sums a program; as many programs as its first dimension."""
-    return like.new_empty((min(tiles, PARTIALS), *shape), dtype=dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 
 import pytest
 
@@ -38,9 +39,9 @@ POINTERS = {
     "shift_out": "*fp32", "sign_shift": "*fp32", "clip": "fp32", "clamp_min": "fp32",
     "clamp_max": "fp32", "dot": "*i16", "center": "*fp64", "p": "*fp64", "q": "*fp64",
     "r": "*fp64", "add": "*fp16", "beta": "fp32", "STEPS": 16, "RELU": True, "WIDE": False,
-    "each": None,
+    "each": None, "inner": "i32",
 }
-CHANNELS_LAST = {"so": 0, "oo": 0, "go": 0, "ao": 0, "si": "i32:16", "oi": "i32:16",
+CHANNELS_LAST = {"inner": None, "so": 0, "oo": 0, "go": 0, "ao": 0, "si": "i32:16", "oi": "i32:16",
                  "gi": "i32:16", "ai": "i32:16", "sc": 1, "oc": 1, "gc": 1, "ac": 1}
 NCHW = {"so": "i32:16", "oo": "i32:16", "go": "i32:16", "si": 1, "oi": 1, "gi": 1,
         "sc": "i32:16", "oc": "i32:16", "gc": "i32:16"}
@@ -52,7 +53,11 @@ CONV = {
     "GROUPS": 1, "PIXEL": 8, "PAD_VALUE": 0, "TOP": 1, "BOTTOM": 1, "LEFT": 1, "RIGHT": 1,
     **NHWC_OUT,
 }
-ROWS = {"channels": "i32:16", "BLOCK_R": 8, "BLOCK_C": 128}  # of a residual block
+ROWS = {"channels": "i32:16", "width": "i32:16", "BLOCK_R": 8, "BLOCK_C": 256}  # whole channels
+WALK = {"BLOCK_R": 4}
+VECTORS = {**dict.fromkeys(("vectors", "sums", "total", "pqr"), "*fp64"), "moments": "*i64",
+           **dict.fromkeys(("mean", "variance", "weight", "norm_weight", "norm_bias"), "*fp32"),
+           "EPS": 1e-5, "BLOCK": 32}
 NORM = {"scale": "*fp64", "bias": "*fp64"}
 PACKED_ONLY = dict(out=None, residual=None, scale=None, bias=None, shift_in=None, slope=None,
                    shift_out=None, sign_shift=None, clamp_min=None, clamp_max=None,
@@ -80,30 +85,35 @@ def load(module: str, name: str):
 
 
 SIMPLE = {
-    "sign_pack_rows": ("sign_pack", {**CHANNELS_LAST, "words": "i32", "BLOCK_R": 16,
-                                     "BLOCK_C": 256}),
+    "sign_pack_rows": ("sign_pack", {**CHANNELS_LAST, **ROWS, "words": "i32", "BLOCK_R": 16}),
     "sign_pack_planes": ("sign_pack", {**NCHW, "words": "i32", "BLOCK_R": 512}),
     "sign_pack_rows, of samples": ("sign_pack", {**CHANNELS_LAST, "words": "i32", "each": "i32",
                                                  "BLOCK_R": 16, "BLOCK_C": 256}),
     "sign_pack_planes, of samples": ("sign_pack", {**NCHW, "words": "i32", "each": "i32",
                                                    "BLOCK_R": 512}),
-    "unpack": ("unpack", {"BLOCK_R": 16, "BLOCK_C": 256}),
-    "mask_grad": ("mask_grad", {**CHANNELS_LAST, "words": "i32", "BLOCK_R": 8,
-                                "BLOCK_C": 256}),
+    "unpack": ("unpack", {**ROWS, "words": "*i8", "BLOCK_R": 16}),
+    "mask_grad": ("mask_grad", {**CHANNELS_LAST, **ROWS, "masks": "*i8"}),
+    "mask_grad, planes": ("mask_grad", {**NCHW, "masks": "*i8", "BLOCK_R": 256, "BLOCK_C": 8}),
     "packed_max_pool2d": ("packed_max_pool2d", {"out": "*i32", "KH": 3, "KW": 3, "BLOCK": 512}),
     "rsign": ("rsign", {**NCHW, "BLOCK_R": 256, "BLOCK_C": 8}),
     "rsign, of samples": ("rsign", {**NCHW, "each": "i32", "BLOCK_R": 256, "BLOCK_C": 8}),
-    "rprelu": ("rprelu", {**CHANNELS_LAST, "BLOCK_R": 8, "BLOCK_C": 256}),
-    "rprelu_backward": ("rprelu", {**CHANNELS_LAST, "BLOCK_R": 8, "BLOCK_C": 256}),
+    "rprelu": ("rprelu", {**CHANNELS_LAST, **ROWS}),
+    "rprelu_backward": ("rprelu", {**CHANNELS_LAST, **ROWS, **WALK}),
+    "rprelu_backward, planes": ("rprelu", {**NCHW, "BLOCK_R": 128, "BLOCK_C": 8}),
     "rprelu_reduce": ("rprelu", {"grad_in": "*fp32", "grad_slope": "*fp32", "grad_out": "*fp32",
-                                 "BLOCK_P": 32, "BLOCK_C": 32}),
-    "block_forward": ("residual_block", {**ROWS, **NORM, "BLOCK_C": 256}),
-    "block_backward": ("residual_block", {**ROWS, **NORM, "partial": "*fp64"}),
-    "norm_backward": ("residual_block", {**ROWS, "dot": "*i32", "BLOCK_C": 256}),
-    "sign_backward": ("sign_backward", {**CHANNELS_LAST, **ROWS, "partial": "*fp64",
-                                        "ESTIMATOR": 3}),
-    "moments": ("packed_conv2d_moments", {**ROWS, "partial": "*i64"}),
-    "reduce": ("sums", {"partial": "*fp64", "out": "*fp64", "BLOCK_P": 32, "BLOCK_C": 32}),
+                                 "BLOCK_P": 1024, "BLOCK_C": 8}),
+    "block_forward": ("residual_block", {**ROWS, **NORM, **WALK}),
+    "block_backward": ("residual_block", {**ROWS, **NORM, **WALK, "partial": "*fp64"}),
+    "norm_backward": ("residual_block", ROWS),
+    "sign_backward": ("sign_backward", {**CHANNELS_LAST, **ROWS, **WALK, "partial": "*fp64",
+                                        "ESTIMATOR": 1}),
+    "sign_backward, planes": ("sign_backward", {
+        **NCHW, "ao": "i32:16", "ai": 1, "ac": "i32:16", "partial": "*fp64", "ESTIMATOR": 3,
+        "BLOCK_R": 128, "BLOCK_C": 8}),
+    "moments": ("packed_conv2d_moments", {**ROWS, **WALK, "partial": "*i64"}),
+    "reduce": ("sums", {"partial": "*fp64", "out": "*fp64", "BLOCK_P": 1024, "BLOCK_C": 8}),
+    "statistics": ("residual_block_vectors", VECTORS),
+    "gradients": ("residual_block_vectors", VECTORS),
     "window": ("contraction", {**CONV, "BLOCK_M": 128, "BLOCK_K": 8}),
     "filter": ("contraction", {**CONV, "BORDERS": "i32", "CHANNELS": "i32", "BLOCK_B": 64,
                                "BLOCK_N": 32, "BLOCK_K": 8}),
@@ -114,15 +124,46 @@ SIMPLE = {
 @pytest.mark.parametrize("name", SIMPLE)
 def test_simple_kernels_spill_nothing(name, gpu):
     module, overrides = SIMPLE[name]
-    warps = 8 if module == "sign_pack" else 4
+    warps = {"sign_pack": 8, "residual_block_vectors": 1}.get(module, 4)
     code = build(gpu, load(module, f"{name.split(',')[0]}_kernel"), overrides, num_warps=warps)
     assert code.spilled == 0
     if name in ("window", "filter") and gpu != "gfx942":
         assert code.count(r"\bPOPC\b") > 0
 
 
+# 16-byte loads and stores of a turn of a walk, which takes two tiles: nothing stands between them,
+# neither a barrier nor a load of a channel's vector.
+TURNS = {"block_forward": (4, 2), "norm_backward": (4, 2), "block_backward": (6, 2),
+         "sign_backward": (6, 2), "rprelu_backward": (4, 2)}
+# Of a tile elsewhere; vectors of channels come on top.
+TILES = {"rprelu": (2, 2), "mask_grad": (2, 2), "sign_pack_rows": (2, 0), "unpack": (0, 2)}
+
+
+def on_sm90(name: str, **tile):
+    module, overrides = SIMPLE[name]
+    return build("sm90", load(module, f"{name}_kernel"), {**overrides, **tile},
+                 num_warps=8 if module == "sign_pack" else 4)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_walk_loads_two_tiles_before_it_stores_one(name):
+    found = re.findall(r"\b(LDG|STG|BAR|LDS|STS|ATOM|BRA)\b(\.E\.128)?", on_sm90(name, **WALK).text)
+    loads, stores = TURNS[name]
+    turn = [("LDG", ".E.128")] * loads + [("STG", ".E.128")] * stores + [("BRA", "")]
+    assert any(found[i:i + len(turn)] == turn for i in range(len(found))), found
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_activations_move_16_bytes_at_once(name):
+    loads, stores = TILES[name]
+    code = on_sm90(name)
+    assert code.count(r"\bLDG\.E\.128") >= loads and code.count(r"\bSTG\.E\.128") >= stores
+    assert code.count(r"\bSTG\.E\.U16") == 0
+
+
 WIDE = [name for name in SIMPLE
-        if "," not in name and name not in ("reduce", "rprelu_reduce", "filter")]
+        if "," not in name and name not in ("reduce", "rprelu_reduce", "filter", "statistics",
+                                            "gradients")]
 
 
 @pytest.mark.parametrize("name", [*WIDE, "popc"])

@@ -114,6 +114,15 @@ def test_images_far_apart(op, decided):
         assert decided(op, x, *rest) == {far}
 
 
+@pytest.mark.parametrize("op", ("rprelu_backward", "sign_backward"))
+def test_a_walk_counts_beyond_its_last_row(op, decided):
+    """All rows are one in memory; the turn after the last one has an index, too."""
+    for rows, far in ((BIG - 2**14, True), (BIG - 2**20, False)):
+        x = meta(1, 1).expand(rows, 1)
+        rest = activations(1, 1)[op][2:]
+        assert decided(op, x, x, *rest) == {far}
+
+
 def test_words_of_an_expanded_input(decided):
     """All rows are one in memory; their words are not."""
     for rows, far in ((BIG, True), (BIG // 4, False)):

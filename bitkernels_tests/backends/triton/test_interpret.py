@@ -35,7 +35,15 @@ else:
     from triton.runtime import interpreter
 
     from bitkernels import reference
-    from bitkernels.backends.triton import configs, dispatch, gemm, plan, selfcheck, tuning
+    from bitkernels.backends.triton import (
+        configs,
+        dispatch,
+        gemm,
+        passes,
+        plan,
+        selfcheck,
+        tuning,
+    )
     from bitkernels_tests import ptx_emulator
     from bitkernels_tests.cases import (
         CONV_CASES,
@@ -158,10 +166,12 @@ else:
         same(as_promised("rprelu_backward", grad, x, *vectors),
              reference.rprelu_backward(grad, x, *vectors))
 
-    def test_rprelu_backward_of_several_programs(monkeypatch):
-        from bitkernels.backends.triton import rprelu
+    def few_programs(monkeypatch):
+        for name, found in passes.PASSES.items():
+            monkeypatch.setitem(passes.PASSES, name, found._replace(programs=3, columns=32))
 
-        monkeypatch.setattr(rprelu, "PARTIALS", 3)
+    def test_rprelu_backward_of_several_programs(monkeypatch):
+        few_programs(monkeypatch)
         x, grad = dyadic(4000, 33), dyadic(4000, 33)
         vectors = dyadic(33), dyadic(33)
         same(kernel("rprelu_backward")(grad, x, *vectors),
@@ -242,7 +252,7 @@ else:
         """Exact values: the sums are those of any order. Squares reach 2^60."""
         from bitkernels.backends.triton import packed_conv2d_moments, sums
 
-        monkeypatch.setattr(sums, "PARTIALS", 3)
+        few_programs(monkeypatch)
         monkeypatch.setattr(sums, "STEPS", 2)
         dot = LAYOUTS["channels_last"](torch.randint(-2**24, 2**24, (2, 33, 20, 25)).int())
         for relu in (False, True):

@@ -20,13 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bitkernels.backends.triton import configs, dispatch, selfcheck, tuning
+from bitkernels_tests.backends import test_training_launches
 
 
 class NoGpu:
     """As much of a driver as launching asks for, tensors being on the CPU."""
 
+    launched: list[tuple[str, tuple[int, int, int]]] = []  # compiled kernels keep their first one
+
     def __init__(self) -> None:
-        self.launched: list[tuple[str, tuple[int, int, int]]] = []
         self.loaded: list[str] = []
         self.utils = self
 
@@ -60,6 +62,7 @@ def launched(monkeypatch):
     driver.set_active(gpu)
     monkeypatch.setattr(configs, "family", lambda device: "sm90")
     tuning.tuner.cache_clear()
+    gpu.launched.clear()
     yield gpu.launched
     tuning.tuner.cache_clear()
     vars(driver).update(before)
@@ -74,12 +77,14 @@ def first_case(op, **forced):
 @pytest.mark.parametrize("op,kernels", [
     ("sign_pack", [("sign_pack_planes_kernel", (1, 3, 1))]),
     ("rprelu_backward", [("rprelu_backward_kernel", (1, 9, 1)),
-                         ("rprelu_reduce_kernel", (3, 3, 1))]),
+                         ("rprelu_reduce_kernel", (9, 3, 1))]),
     ("residual_block_forward", [("block_forward_kernel", (6, 1, 1))]),
     ("residual_block_backward", [("block_backward_kernel", (12, 1, 1)),
-                                 ("reduce_kernel", (9, 1, 1))]),
-    ("residual_block_norm_backward", [("norm_backward_kernel", (6, 1, 1))]),
-    ("sign_backward", [("sign_backward_kernel", (1, 9, 1)), ("reduce_kernel", (3, 1, 1))]),
+                                 ("reduce_kernel", (35, 1, 1))]),
+    ("residual_block_statistics", [("statistics_kernel", (2, 1, 1))]),
+    ("residual_block_gradients", [("gradients_kernel", (2, 1, 1))]),
+    ("residual_block_norm_backward", [("norm_backward_kernel", (3, 1, 1))]),
+    ("sign_backward", [("sign_backward_kernel", (1, 9, 1)), ("reduce_kernel", (9, 1, 1))]),
 ])
 def test_elementwise(launched, op, kernels):
     first_case(op)
@@ -87,10 +92,10 @@ def test_elementwise(launched, op, kernels):
 
 
 def test_moments_follow_the_convolution(launched):
-    """2 x 4 x 10 pixels by 40 channels, in tiles of 32 x 32, then of 16 x 64."""
+    """2 x 4 x 10 pixels by 40 channels, in tiles of 32 x 32, then of 32 x 64."""
     first_case("packed_conv2d_moments", inner="popc")
-    assert launched == [("popc_kernel", (3, 2, 1)), ("moments_kernel", (5, 1, 1)),
-                        ("reduce_kernel", (4, 1, 1))]
+    assert launched == [("popc_kernel", (3, 2, 1)), ("moments_kernel", (3, 1, 1)),
+                        ("reduce_kernel", (15, 1, 1))]
 
 
 def test_a_product_is_tuned_and_then_runs_in_its_fastest_tile(launched, monkeypatch):
@@ -121,3 +126,13 @@ def test_image_sizes_are_arguments(launched, monkeypatch):
         dispatch.kernel("packed_conv2d")(
             words, torch.zeros(9, 3, 3, 3, dtype=torch.int32), 96, (1, 1), (1, 1), inner="popc")
     assert len(launched) == 4 and loaded == ["popc_kernel"]
+
+
+@pytest.mark.parametrize("op", [
+    "sign_pack", "sign_pack_mask", "unpack", "mask_grad", "rsign", "rprelu", "rprelu_backward",
+    "sign_backward", "residual_block_forward", "residual_block_backward",
+    "residual_block_norm_backward", "residual_block_statistics", "residual_block_gradients",
+    "latent_weight_grad"])
+def test_launches_of_a_training_step_are_those_that_are_counted(launched, op):
+    first_case(op)
+    assert len(launched) == test_training_launches.OURS.get(op, 1)
