@@ -56,10 +56,9 @@ struct TileSlot {
   // lie side by side, one 16-byte load.
   DEVICE static int place(int c) { return c / 16 * 16 + c % 8 / 2 * 4 + c % 16 / 8 * 2 + c % 2; }
 
-  // By 96 threads. Every thread's loads are on their way before it uses one.
-  DEVICE static void fill(const Params& p, u32 slot, int m0, int n0, int thread) {
-    const int warp = thread / 32, lane = thread % 32;
-    for (int i = thread; i < BM; i += 96) {
+  // By three warps. Every thread's loads are on their way before it uses one.
+  DEVICE static void fill(const Params& p, u32 slot, int m0, int n0, int warp, int lane) {
+    for (int i = 32 * warp + lane; i < BM; i += 96) {
       const bool there = m0 + i < p.rows;
       copy_async<4>(slot + 4 * i, there ? p.pa + m0 + i : p.pa, there);
     }
