@@ -329,6 +329,7 @@ inline u32 byte_perm(u32 a, u32 b, u32 selector) {
   return out;
 }
 
+inline int unknown_one() { return 1; }
 inline u32 push_sign(u32 word, int value) { return word << 1 | (value < 0); }
 inline u32 half_pair_bits(float a, float b) { return half_bits(a) | half_bits(b) << 16; }
 inline u32 bfloat_pair_bits(float a, float b) { return bfloat_bits(a) | bfloat_bits(b) << 16; }

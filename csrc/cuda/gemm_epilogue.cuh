@@ -144,7 +144,8 @@ DEVICE u32 fields_transpose(u32 w) {
 // The sign bits of half h of a fragment row. A lane gets whole words, BN / 128 neighbouring ones.
 template <int BN>
 DEVICE void sign_words(u32 (&words)[BN / 128], const int (&acc)[BN / 8][4], int h, u32 table,
-                       int half, int t) {
+                       int half, int one, int t) {
+  const int minus = -one;
 #pragma unroll
   for (int g = 0; g < BN / 128; ++g) {
     u32 word = 0;
@@ -156,7 +157,10 @@ DEVICE void sign_words(u32 (&words)[BN / 128], const int (&acc)[BN / 8][4], int 
       load_shared4(v, table + 64 * at + 16 * t);
 #pragma unroll
       for (int k = 3; k >= 0; --k) {
-        word = push_sign(word, static_cast<int>(v[k]) + half - acc[2 * at + k / 2][2 * h + k % 2]);
+        const int count = acc[2 * at + k / 2][2 * h + k % 2], entry = v[k];
+        // The shifts fill the ALU; every second sum is left to the multipliers, in two steps.
+        word = push_sign(word,
+                         k % 2 == 0 ? entry + half - count : count * minus + (entry * one + half));
       }
     }
     words[g] = fields_transpose(bytes_transpose(word, t));
@@ -183,6 +187,7 @@ DEVICE void table_signs(const int (&acc)[STRIPS][BN / 8][4], const Params& p, u3
                         int m0, int n0, int lane) {
   using Slot = TileSlot<BM, BN>;
   const int t = lane % 4;
+  const int one = unknown_one();
   const bool between =
       THRESHOLD && any_lane(load_shared(slot + Slot::BETWEEN + 4 * (lane % Slot::MASKS)) != 0);
 #pragma unroll
@@ -193,7 +198,7 @@ DEVICE void table_signs(const int (&acc)[STRIPS][BN / 8][4], const Params& p, u3
       const int pa = load_shared(slot + 4 * r), half = pa >> 1;
       const u32 table = slot + Slot::TABLES + (pa & 1) * Slot::TABLE;
       u32 words[BN / 128];
-      sign_words<BN>(words, acc[s], h, table, half, t);
+      sign_words<BN>(words, acc[s], h, table, half, one, t);
       if (THRESHOLD) {
 #pragma unroll
         for (int g = 0; g < BN / 128; ++g) {
@@ -202,7 +207,7 @@ DEVICE void table_signs(const int (&acc)[STRIPS][BN / 8][4], const Params& p, u3
       }
       if (between) {
         u32 past[BN / 128];
-        sign_words<BN>(past, acc[s], h, table + 2 * Slot::TABLE, half, t);
+        sign_words<BN>(past, acc[s], h, table + 2 * Slot::TABLE, half, one, t);
 #pragma unroll
         for (int g = 0; g < BN / 128; ++g) words[g] &= ~past[g];
       }

@@ -275,6 +275,14 @@ DEVICE void sync_warp() { __syncwarp(); }
 // Four bytes of the eight of (b, a), a's first, by the four digits of `selector`.
 DEVICE u32 byte_perm(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
+// 1, which the compiler does not know: a product by it stays a product. It is the height of the
+// grid.
+DEVICE int unknown_one() {
+  int one;
+  asm("mov.u32 %0, %%nctaid.y;" : "=r"(one));
+  return one;
+}
+
 // The word shifted left, with the sign bit of `value` below.
 DEVICE u32 push_sign(u32 word, int value) {
   return __funnelshift_l(static_cast<u32>(value), word, 1);
