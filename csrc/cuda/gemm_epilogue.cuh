@@ -233,7 +233,7 @@ struct TileRows {
   // Adding the constants last leaves one address for all rows.
   template <class T>
   DEVICE T* at(T* p, int s, int h, int lane_column, int column) const {
-    return p + (start + lane_column) + (past(s, h) * COUT + column);
+    return p + (start + lane_column) + (static_cast<i64>(past(s, h)) * COUT + column);
   }
 
   // The residual of two channels, as it lies in memory.

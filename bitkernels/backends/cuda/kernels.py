@@ -101,7 +101,7 @@ WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 
 BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, head_start=1),
         _bulk(1, 256, 4, head_start=2), _bulk(2, 128, 6, turns=True))
 RESIDENT = (_resident(128), _resident(64))
-PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 4)
+PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)
 ALL = {kernel.name: kernel for kernel in (*RESIDENT, *BULK, *WGMMA, *MMA, PREPARE)}
