@@ -391,6 +391,7 @@ inline void sync_warp() {
   machine.meet(machine.warps[machine.current / 32], 32, SYNC_WARP, [] {});
 }
 
+inline int unknown_one() { return 1; }
 inline u32 half_pair_bits(float a, float b) { return half_bits(a) | half_bits(b) << 16; }
 inline u32 bfloat_pair_bits(float a, float b) { return bfloat_bits(a) | bfloat_bits(b) << 16; }
 inline u32 load_if(bool real, const u32* p) { return real ? load(p) : 0; }

@@ -65,7 +65,7 @@ struct BulkGemm {
     if (thread < 128) {
       give_registers<PRODUCER_REGISTERS>();
       if (thread == 0) g.copy(words, filters);
-      if (thread >= 32) g.bring(p, thread - 32);
+      if (thread >= 32) g.bring(p, uniform(thread / 32 - 1), thread % 32);
     } else {
       take_registers<CONSUMER_REGISTERS>();
       g.consume(p, uniform(thread / 128 - 1), thread % 128);
@@ -87,12 +87,12 @@ struct BulkGemm {
     }
   }
 
-  DEVICE void bring(const Params& p, int thread) const {
+  DEVICE void bring(const Params& p, int warp, int lane) const {
     dependency_wait();
     for (int n = 0, index = block_index(); index < tiles(); ++n, index += block_count()) {
       const Tile tile = tile_at(index, tiles_m, tiles_n);
       barrier_wait(used(n), n / 2 % 2 ^ 1);
-      Slot::fill(p, slot(n), tile.m * BM, tile.n * BN, thread);
+      Slot::fill(p, slot(n), tile.m * BM, tile.n * BN, warp, lane);
       barrier_arrive(brought(n));
     }
   }

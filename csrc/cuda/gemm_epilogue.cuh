@@ -35,10 +35,9 @@ struct TileSlot {
   // lie side by side, one 16-byte load.
   DEVICE static int place(int c) { return c / 16 * 16 + c % 8 / 2 * 4 + c % 16 / 8 * 2 + c % 2; }
 
-  // By 96 threads. Every thread's loads are on their way before it uses one.
-  DEVICE static void fill(const Params& p, u32 slot, int m0, int n0, int thread) {
-    const int warp = thread / 32, lane = thread % 32;
-    for (int i = thread; i < BM; i += 96) {
+  // By three warps. Every thread's loads are on their way before it uses one.
+  DEVICE static void fill(const Params& p, u32 slot, int m0, int n0, int warp, int lane) {
+    for (int i = 32 * warp + lane; i < BM; i += 96) {
       const bool there = m0 + i < p.rows;
       copy_async<4>(slot + 4 * i, there ? p.pa + m0 + i : p.pa, there);
     }
@@ -118,7 +117,8 @@ DEVICE u32 fields_transpose(u32 w) {
 // The sign bits of half h of a fragment row. A lane gets whole words, BN / 128 neighbouring ones.
 template <int BN>
 DEVICE void sign_words(u32 (&words)[BN / 128], const int (&acc)[BN / 8][4], int h, u32 table,
-                       int half, int t) {
+                       int half, int one, int t) {
+  const int minus = -one;
 #pragma unroll
   for (int g = 0; g < BN / 128; ++g) {
     u32 word = 0;
@@ -130,7 +130,10 @@ DEVICE void sign_words(u32 (&words)[BN / 128], const int (&acc)[BN / 8][4], int 
       load_shared4(v, table + 64 * at + 16 * t);
 #pragma unroll
       for (int k = 3; k >= 0; --k) {
-        word = funnel(word, static_cast<int>(v[k]) + half - acc[2 * at + k / 2][2 * h + k % 2]);
+        const int count = acc[2 * at + k / 2][2 * h + k % 2], entry = v[k];
+        // The shifts fill the ALU; every second sum is left to the multipliers, in two steps.
+        word =
+            funnel(word, k % 2 == 0 ? entry + half - count : count * minus + (entry * one + half));
       }
     }
     words[g] = fields_transpose(bytes_transpose(word, t));
@@ -157,6 +160,7 @@ DEVICE void table_signs(const int (&acc)[STRIPS][BN / 8][4], const Params& p, u3
                         int m0, int n0, int lane) {
   using Slot = TileSlot<BM, BN>;
   const int t = lane % 4;
+  const int one = unknown_one();
   const bool between =
       THRESHOLD && any_lane(load_shared(slot + Slot::BETWEEN + 4 * (lane % Slot::MASKS)) != 0);
 #pragma unroll
@@ -167,7 +171,7 @@ DEVICE void table_signs(const int (&acc)[STRIPS][BN / 8][4], const Params& p, u3
       const int pa = load_shared(slot + 4 * r), half = pa >> 1;
       const u32 table = slot + Slot::TABLES + (pa & 1) * Slot::TABLE;
       u32 words[BN / 128];
-      sign_words<BN>(words, acc[s], h, table, half, t);
+      sign_words<BN>(words, acc[s], h, table, half, one, t);
       if (THRESHOLD) {
 #pragma unroll
         for (int g = 0; g < BN / 128; ++g) {
@@ -176,7 +180,7 @@ DEVICE void table_signs(const int (&acc)[STRIPS][BN / 8][4], const Params& p, u3
       }
       if (between) {
         u32 past[BN / 128];
-        sign_words<BN>(past, acc[s], h, table + 2 * Slot::TABLE, half, t);
+        sign_words<BN>(past, acc[s], h, table + 2 * Slot::TABLE, half, one, t);
 #pragma unroll
         for (int g = 0; g < BN / 128; ++g) words[g] &= ~past[g];
       }
@@ -202,7 +206,7 @@ struct TileRows {
   // Adding the constants last leaves one address for all rows.
   template <class T>
   DEVICE T* at(T* p, int s, int h, int lane_column, int column) const {
-    return p + (start + lane_column) + (past(s, h) * COUT + column);
+    return p + (start + lane_column) + (static_cast<i64>(past(s, h)) * COUT + column);
   }
 
   // The residual of two channels, as it lies in memory.

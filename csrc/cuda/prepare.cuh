@@ -28,7 +28,7 @@ DEVICE void prepare_filter(const Params& p, int n, int lane) {
     const Cut h = axis_cut(label / across, TOP, BOTTOM, BOTH_H);
     const Cut w = axis_cut(label % across, LEFT, RIGHT, BOTH_W);
     int sum = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int at = SIZE * lane; at < K_BYTES; at += 32 * SIZE) {
       const int tap = at / PIXEL, kh = tap / KW, kw = tap % KW;
       const bool inside = kh >= h.before && kh < KH - h.past && kw >= w.before && kw < KW - w.past;
@@ -47,7 +47,7 @@ template <int SIZE>
 DEVICE void prepare_window(const Params& p, int m, int lane) {
   const Window window = window_of(m, p.rows);
   int count = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int at = SIZE * lane; at < K_BYTES; at += 32 * SIZE) {
     const Chunk chunk = chunk_at(at);
     if (reads(window, chunk)) {

@@ -311,6 +311,14 @@ DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
 DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 DEVICE void sync_warp() { __syncwarp(); }
 
+// 1, which the compiler does not know: a product by it stays a product. It is the height of the
+// grid.
+DEVICE int unknown_one() {
+  int one;
+  asm("mov.u32 %0, %%nctaid.y;" : "=r"(one));
+  return one;
+}
+
 // Two conversions in one instruction, a in the low half.
 DEVICE u32 half_pair_bits(float a, float b) {
   u32 pair;

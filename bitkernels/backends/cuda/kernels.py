@@ -104,7 +104,7 @@ def _bulk(strips: int, bn: int, stages: int, turns: bool = False, head_start: in
     bm = (1 if turns else 2) * strips * 64
     slot = 4 * bm + 7 * 4 * bn + 4 * (4 * bn + 64) + 2 * bn // 8
     shared = stages * (bm + bn) * 128 + 2 * slot + 16 * stages + 48
-    name = f"bulk_{bm}x{bn}" + "_turns" * turns + "_ahead" * (head_start > 0)
+    name = f"bulk_{bm}x{bn}" + "_turns" * turns + f"_ahead{head_start}" * (head_start > 0)
     cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {str(turns).lower()}, {head_start}>"
     return Kernel(name, "bulk_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=True,
                   persistent=True)
@@ -124,9 +124,9 @@ MMA = (
 )
 WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 6))
 BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, head_start=1),
-        _bulk(2, 128, 6, turns=True))
+        _bulk(1, 256, 4, head_start=2), _bulk(2, 128, 6, turns=True))
 RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4))
-PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 4)
+PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)
 ALL = {kernel.name: kernel for kernel in (*RESIDENT, *BULK, *WGMMA, *MMA, PREPARE)}

@@ -30,6 +30,25 @@ def cases(op: str) -> list[tuple[tuple, dict]]:
     return found
 
 
+def many_tiles(kernel: kernels.Kernel, device: torch.device) -> tuple[tuple, dict, Tensor]:
+    """A packed_linear that gives each block more tiles than it has places for, and its signs.
+
+    64 rows, of which the others are copies, so that the reference has little to do.
+    """
+    v = selfcheck.Values()
+    columns, channels = 2 * kernel.bn - 30, 1408
+    rows = (3 * launch.multiprocessors(device) // 2 + 1) * kernel.bm - 5
+    few, filters = v.words(64, channels), v.words(columns, channels)
+    low = torch.arange(columns, dtype=torch.int32) % 61 - 30
+    high = low + torch.where(low % 3 == 0, 20, 2**31 - 100).to(torch.int32)
+    low[::7] = -2**31
+    kw = dict(threshold=torch.stack([low, high]), real=False, packed=True)
+    signs = OPERATORS["packed_linear"].reference(few, filters, channels, **kw)[1]
+    assert signs is not None
+    which = torch.arange(rows) * 37 % 64
+    return (few[which], filters, channels), kw, signs[which]
+
+
 def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None:
     """What is wrong with this kernel on this device, or None."""
 
@@ -45,4 +64,10 @@ def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None
         for i, (want, have) in enumerate(zip(expected, got, strict=True)):
             if want is not None and not torch.equal(want, have.cpu()):
                 return f"differs from the reference in case {number}, output {i}"
+    if op == "packed_linear" and kernel.windows:
+        args, kw, want = many_tiles(kernel, device)
+        _, have = launch.packed_linear(kernel, *map(move, args),
+                                       **{k: move(v) for k, v in kw.items()})
+        if not torch.equal(want, have.cpu()):
+            return "differs from the reference over many tiles"
     return None

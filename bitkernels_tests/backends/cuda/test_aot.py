@@ -114,14 +114,16 @@ def test_wgmma(kernel, what):
 
 @pytest.mark.parametrize("kernel", kernels.BULK, ids=name_of)
 def test_signs_of_matrices_take_few_instructions(kernel):
-    """An addition and a shift an output, and no load from global memory between them."""
+    """A sum and a shift an output, half of the sums on the multipliers, and no load from global
+    memory between them."""
     code, _, _ = build(kernel, SPECS["linear"], "sm_90a")
     last = max(i for i, line in enumerate(code) if "BGMMA" in line)
     stored = max(i for i, line in enumerate(code) if "STG" in line)
     epilogue = code[last:stored]
     outputs = int(re.findall(r"\d+", kernel.type)[1]) * kernel.bn // 2  # of a lane
-    assert sum("IADD3" in line for line in epilogue) >= outputs
-    assert len(epilogue) < 4 * outputs
+    assert sum("SHF.L" in line for line in epilogue) >= outputs
+    assert outputs // 2 <= sum("IADD3" in line for line in epilogue) < outputs
+    assert len(epilogue) < 4 * outputs + 40  # and what a tile costs
     assert not any("LDG" in line for line in epilogue)
 
 

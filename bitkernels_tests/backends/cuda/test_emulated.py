@@ -260,6 +260,14 @@ def test_selfcheck_covers_every_kernel(op, driver):
         assert selfcheck.failure(op, kernel, torch.device("cpu")) is None
 
 
+@pytest.mark.parametrize("kernel", [kernels.WGMMA[3], *kernels.BULK], ids=lambda k: k.name)
+def test_selfcheck_turns_every_block_over(kernel, driver):
+    (words, filters, _), _, _ = selfcheck.many_tiles(kernel, torch.device("cpu"))
+    tiles = -(-len(words) // kernel.bm) * -(-len(filters) // kernel.bn)
+    assert tiles > 3 * launch.multiprocessors(torch.device("cpu"))
+    assert selfcheck.failure("packed_linear", kernel, torch.device("cpu")) is None
+
+
 # What is wrong; the file; the right text; the same with the mistake where MUTANT is its number.
 MUTATIONS = (
     ("a copy that nothing waits for", "mma_gemm.cuh", "copy_async_wait<STAGES - 2>();",
@@ -350,7 +358,7 @@ MUTATIONS = (
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
-         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead": (300, 260, 1024),
+         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead2": (300, 260, 3072),
          "bulk_128x128_turns": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
 
 
