@@ -68,11 +68,14 @@ def context_works() -> bool:
 
 
 def faulty(folder: Path) -> tuple[set[str], set[tuple[str, str]]]:
-    """Of `correct`: kernels that hung or broke the GPU; (kernel, call) that differed or failed."""
+    """Of `correct`: kernels that hung or broke the GPU; (kernel, call) that differed or failed.
+
+    Triton's may have been compiling when the time was over: it counts as slow.
+    """
     bad: set[str] = set()
     wrong: set[tuple[str, str]] = set()
     for kernel, found in by_kernel(rows(folder, "correct")).items():
-        if hung(found):
+        if hung(found) and not kernel.startswith("triton"):
             bad.add(kernel)
         for row in found:
             if row.get("broken"):

@@ -278,6 +278,7 @@ def test_kernels_at_fault_are_known_by_their_checks(tmp_path):
     for name, lines in {
             "right": [{"begun": "x"}, {"key": "x", "wrong": None}, {"stopped": None}],
             "hangs": [{"begun": "x"}, {"key": "x", "wrong": None}, {"begun": "y"}],
+            "triton": [{"begun": "x"}],
             "breaks": [{"begun": "x"}, {"key": "x", "wrong": "illegal", "broken": True}],
             "differs": [{"begun": "x"}, {"key": "x", "wrong": "output 0 differs"},
                         {"stopped": "before y: out of time"}]}.items():
