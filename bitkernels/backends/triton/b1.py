@@ -256,15 +256,15 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
               GROUPS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr,
               KW: tl.constexpr, PADDED: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr,
               EIGHTS: tl.constexpr, OUT_WIDE: tl.constexpr, RESIDUAL_WIDE: tl.constexpr,
-              WORDS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+              WORDS: tl.constexpr, SLOTS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr):
     """Every tensor has fewer than 2^31 elements, channel vectors are float32, kh * kw < 32.
 
     BLOCK_M is 8 SLOTS for each warp; WIDTH is the words of a group, whose output channels 64
     divides where GROUPS > 1. WORDS divides WIDTH: 1, 2 or 4. OWM, OWS, OHM, OHS: reciprocals of
     OW and OH. FLAT: images and filters of one pixel. WHOLE: 64 divides N; EIGHTS: 8 does, and
     vectors are at addresses that 16 divides. OUT_WIDE, RESIDUAL_WIDE: 8 channels of the tensor are
-    neighbours, at such an address, and pixels follow one another. size_class is not used here:
-    tuning depends on it.
+    neighbours, at such an address, and pixels follow one another. LINES: a loop over the lines of
+    a filter, if its words fill steps. size_class is not used here: tuning depends on it.
     """
     WARPS: tl.constexpr = BLOCK_M // (8 * SLOTS)
     TOTAL: tl.constexpr = KH * KW * WIDTH
@@ -304,6 +304,17 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
                 words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS, EACH,
                 CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
             acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
+    elif LINES and KH > 1 and WIDTH % CHUNK == 0:
+        for _ in range(KH):
+            for start in tl.static_range(0, KW * WIDTH, CHUNK):
+                rows, tiles = fetch(
+                    words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS,
+                    EACH, CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
+                acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
+            pixel += DH * W * (GROUPS * WIDTH)
+            open_taps = open_taps >> KW
+            column += KW * WIDTH
+            filters += KW * WIDTH
     elif TOTAL <= UNROLLED * CHUNK:
         for start in tl.static_range(0, TOTAL, CHUNK):
             rows, tiles = fetch(
