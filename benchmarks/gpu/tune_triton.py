@@ -16,7 +16,6 @@ Writes tune_triton.json, prints a table and lines for `configs.MEASURED`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -45,8 +44,8 @@ TILES = {
     "2 warps": configs.b1(4, 2),
     "1 warp": configs.b1(4, 1),
     "8 warps": configs.b1(4, 8),
-    "4 warps, 168 registers": dataclasses.replace(configs.b1(4, 4), registers=168),
-    "2 warps, 128 registers": dataclasses.replace(configs.b1(4, 2), registers=128),
+    "4 warps, 168 registers": configs.b1(4, 4, registers=168),
+    "4 warps, 168 registers, lines": configs.b1(4, 4, lines=1, registers=168),
 }
 BETTER = 0.97  # of the time of the tile that runs unasked: below, a line is worth its place
 COMPILING = 40.0  # seconds at most
@@ -169,14 +168,14 @@ def rows(end: float) -> Iterator[dict]:
 
 
 def table(found: list[dict]) -> Iterator[str]:
-    names = [name.replace(" registers", "r") for name in TILES]
-    yield "  ".join(f"{name:>15}" for name in ("layer, batch", "output", "exact", "cuDNN fp16",
+    names = [name.replace(" warps", "w").replace(" registers", "r") for name in TILES]
+    yield "  ".join(f"{name:>13}" for name in ("layer, batch", "output", "exact", "cuDNN fp16",
                                                "unasked", *names))
     for row in found:
         us = [row["us"].get(name, "wrong") for name in TILES]
         cells = (f"{row['layer']} {row['batch']}", row["output"], row["exact"], row["cudnn"],
                  row["unasked"], *us)
-        yield "  ".join(f"{cell!s:>15}" for cell in cells)
+        yield "  ".join(f"{cell!s:>13}" for cell in cells)
     for row in found:
         for name, what in row["wrong"].items():
             yield f"{row['layer']} {row['batch']} {row['output']}, {name}: {what}"

@@ -23,24 +23,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bitkernels.backends.triton.b1_memory import (
+    channels,
+    corrections,
+    fence,
+    half_of,
+    load,
+    load_once,
+    load_where,
+    pair,
+    store,
+)
 from bitkernels.backends.triton.b1_ptx import (
-    FENCE,
-    FENCE_IO,
-    FLOAT32,
-    HALVES,
     INT32,
-    LOAD,
-    LOAD_IO,
-    LOAD_ONCE,
-    LOAD_ONCE_IO,
-    LOAD_WHERE,
-    LOAD_WHERE_IO,
     MMA,
     MMA_IO,
     STORE_SIGNS,
     STORE_SIGNS_IO,
-    STORE_WHERE,
-    STORE_WHERE_IO,
     WHERE,
     WHERE_IO,
 )
@@ -61,13 +60,6 @@ def place(i, WARPS: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def fence(x, SLOTS: tl.constexpr):
-    """A copy; loads below it are not drawn up past it, where registers are short."""
-    return tl.inline_asm_elementwise(FENCE[SLOTS // 8], FENCE_IO[SLOTS // 8], [x], dtype=tl.int32,
-                                     is_pure=False, pack=SLOTS)
-
-
-@triton.jit
 def divide(n, magic, shift):
     """n // d for 0 <= n < 2^31, by `gemm.reciprocal(d)`."""
     u = n.to(tl.uint32, bitcast=True)
@@ -81,102 +73,6 @@ def pixel_of(m, OH, OW, OWM, OWS, OHM, OHS):
     line = divide(m, OWM, OWS)
     image = divide(line, OHM, OHS)
     return image, line - image * OH, m - line * OW
-
-
-@triton.jit
-def load(at, SLOTS: tl.constexpr, WORDS: tl.constexpr):
-    """A tuple of the WORDS words at each address."""
-    KIND: tl.constexpr = (SLOTS // 8) * 3 + WORDS // 2
-    found = tl.inline_asm_elementwise(LOAD[KIND], LOAD_IO[KIND], [at.to(tl.int64)],
-                                      dtype=INT32[WORDS], is_pure=False, pack=SLOTS)
-    if WORDS == 1:
-        return (found,)
-    else:
-        return found
-
-
-@triton.jit
-def load_where(at, condition, SLOTS: tl.constexpr, WORDS: tl.constexpr):
-    KIND: tl.constexpr = (SLOTS // 8) * 3 + WORDS // 2
-    found = tl.inline_asm_elementwise(
-        LOAD_WHERE[KIND], LOAD_WHERE_IO[KIND], [at.to(tl.int64), condition],
-        dtype=INT32[WORDS], is_pure=False, pack=SLOTS)
-    if WORDS == 1:
-        return (found,)
-    else:
-        return found
-
-
-@triton.jit
-def load_once(at, SLOTS: tl.constexpr, WORDS: tl.constexpr):
-    """The same of one address a thread, which the first slot has."""
-    KIND: tl.constexpr = (SLOTS // 8) * 3 + WORDS // 2
-    if at.dtype.element_ty.is_floating():
-        found = tl.inline_asm_elementwise(
-            LOAD_ONCE[KIND], LOAD_ONCE_IO[KIND], [at.to(tl.int64)], dtype=FLOAT32[WORDS],
-            is_pure=False, pack=SLOTS)
-    else:
-        found = tl.inline_asm_elementwise(
-            LOAD_ONCE[KIND], LOAD_ONCE_IO[KIND], [at.to(tl.int64)], dtype=INT32[WORDS],
-            is_pure=False, pack=SLOTS)
-    if WORDS == 1:
-        return (found,)
-    else:
-        return found
-
-
-@triton.jit
-def channels(vector, n, N, SLOTS: tl.constexpr, EIGHTS: tl.constexpr):
-    """Values of channels n to n + 3 of a 32-bit vector; those past the end are anything."""
-    if EIGHTS:
-        return load_once(vector + n, SLOTS, 4)
-    else:
-        return (load_once(vector + tl.minimum(n, N - 1), SLOTS, 1)
-                + load_once(vector + tl.minimum(n + 1, N - 1), SLOTS, 1)
-                + load_once(vector + tl.minimum(n + 2, N - 1), SLOTS, 1)
-                + load_once(vector + tl.minimum(n + 3, N - 1), SLOTS, 1))
-
-
-@triton.jit
-def corrections(corr, row, n, N, SLOTS: tl.constexpr, EIGHTS: tl.constexpr):
-    """The same of rows that each have a vector of their own, `row` elements on."""
-    if EIGHTS:
-        return load(corr + (row + n), SLOTS, 4)
-    else:
-        return (load(corr + (row + tl.minimum(n, N - 1)), SLOTS, 1)
-                + load(corr + (row + tl.minimum(n + 1, N - 1)), SLOTS, 1)
-                + load(corr + (row + tl.minimum(n + 2, N - 1)), SLOTS, 1)
-                + load(corr + (row + tl.minimum(n + 3, N - 1)), SLOTS, 1))
-
-
-@triton.jit
-def store(at, values, condition, SLOTS: tl.constexpr):
-    """16 bytes a slot; values: 4 tensors of 32 bits."""
-    tl.inline_asm_elementwise(
-        STORE_WHERE[SLOTS // 8], STORE_WHERE_IO[SLOTS // 8],
-        values + (at.to(tl.int64), condition), dtype=tl.int32, is_pure=False, pack=SLOTS)
-
-
-@triton.jit
-def pair(low, high, TYPE: tl.constexpr):
-    """Two values as 16-bit ones in a word."""
-    if TYPE.is_int():
-        return (low & 0xFFFF) | (high << 16)
-    else:
-        return tl.inline_asm_elementwise(HALVES[1 if TYPE.is_bf16() else 0], "=r,r,r", [low, high],
-                                         dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def half_of(word, HIGH: tl.constexpr, TYPE: tl.constexpr):
-    """The lower or upper 16 bits of a word, which are a TYPE, as float32."""
-    part = word.to(tl.uint32, bitcast=True)
-    if TYPE.is_bf16():
-        bits = part & 0xFFFF0000 if HIGH else part << 16
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        part = part >> 16 if HIGH else part & 0xFFFF
-        return part.to(tl.uint16).to(TYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -256,15 +152,15 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
               GROUPS: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr,
               KW: tl.constexpr, PADDED: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr,
               EIGHTS: tl.constexpr, OUT_WIDE: tl.constexpr, RESIDUAL_WIDE: tl.constexpr,
-              WORDS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+              WORDS: tl.constexpr, SLOTS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr):
     """Every tensor has fewer than 2^31 elements, channel vectors are float32, kh * kw < 32.
 
     BLOCK_M is 8 SLOTS for each warp; WIDTH is the words of a group, whose output channels 64
     divides where GROUPS > 1. WORDS divides WIDTH: 1, 2 or 4. OWM, OWS, OHM, OHS: reciprocals of
     OW and OH. FLAT: images and filters of one pixel. WHOLE: 64 divides N; EIGHTS: 8 does, and
     vectors are at addresses that 16 divides. OUT_WIDE, RESIDUAL_WIDE: 8 channels of the tensor are
-    neighbours, at such an address, and pixels follow one another. size_class is not used here:
-    tuning depends on it.
+    neighbours, at such an address, and pixels follow one another. LINES: a loop over the lines of
+    a filter, if its words fill steps. size_class is not used here: tuning depends on it.
     """
     WARPS: tl.constexpr = BLOCK_M // (8 * SLOTS)
     TOTAL: tl.constexpr = KH * KW * WIDTH
@@ -304,6 +200,17 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
                 words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS, EACH,
                 CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
             acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
+    elif LINES and KH > 1 and WIDTH % CHUNK == 0:
+        for _ in range(KH):
+            for start in tl.static_range(0, KW * WIDTH, CHUNK):
+                rows, tiles = fetch(
+                    words, pixel, open_taps, column, filters, n, N, start, t, W, DH, DW, SLOTS,
+                    EACH, CHUNK, GROUPS, WIDTH, KH, KW, PADDED, WHOLE)
+                acc = multiply(rows, tiles, acc, SLOTS, CHUNK)
+            pixel += DH * W * (GROUPS * WIDTH)
+            open_taps = open_taps >> KW
+            column += KW * WIDTH
+            filters += KW * WIDTH
     elif TOTAL <= UNROLLED * CHUNK:
         for start in tl.static_range(0, TOTAL, CHUNK):
             rows, tiles = fetch(

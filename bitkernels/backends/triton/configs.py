@@ -130,9 +130,11 @@ POPC = {
 }
 
 
-def b1(slots: int, warps: int) -> Tile:
-    """A warp owns 8 SLOTS x 64 outputs, warps are stacked along M. 8 slots only without taps."""
-    return Tile({"SLOTS": slots, "BLOCK_M": 8 * slots * warps}, warps)
+def b1(slots: int, warps: int, lines: int = 0, registers: int | None = None) -> Tile:
+    """A warp owns 8 SLOTS x 64 outputs, warps are stacked along M. 8 slots only without taps.
+    lines: a loop over the lines of a filter, where their words allow, instead of no loop."""
+    tile = {"SLOTS": slots, "BLOCK_M": 8 * slots * warps, "LINES": lines}
+    return Tile(tile, warps, registers=registers)
 
 
 B1 = (b1(4, 4), b1(4, 2), b1(4, 1))

@@ -356,6 +356,20 @@ else:
             assert wide == [True, expected_wide]
             wide.clear()
 
+    @pytest.mark.parametrize("case", (
+        ConvCase(batch=1, channels=256, out_channels=64, size=(4, 5)),
+        ConvCase(batch=2, channels=256, out_channels=9, size=(7, 5), kernel=(2, 3), stride=(2, 1),
+                 padding=(1, 2), dilation=(1, 2), pad_value=1),
+        ConvCase(batch=1, channels=512, groups=2, out_channels=128, size=(3, 3))), ids=str)
+    @pytest.mark.parametrize("tile", (configs.b1(4, 2, lines=1), configs.b1(8, 1)), ids=str)
+    def test_tiles_that_do_not_run_unasked(tile, case):
+        words, weight_words = case.words()
+        args = words, weight_words, case.channels, *case.args
+        kw = dict(pad_value=case.pad_value, dtype=torch.int32, real=True, packed=True)
+        with tuning.fixed(tile):
+            got = kernel("packed_conv2d")(*args, **kw, inner="b1")
+        same(got, reference.packed_conv2d(*args, **kw))
+
     @pytest.mark.parametrize("columns", (64, 72))
     @pytest.mark.parametrize("dtype", (torch.int16, torch.int32))
     def test_b1_writes_wide_integers(dtype, columns):
