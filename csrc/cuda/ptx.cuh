@@ -48,6 +48,13 @@ DEVICE u32 funnel(u32 word, u32 value) { return __funnelshift_l(value, word, 1);
 // Bytes of a (0 to 3) and b (4 to 7), as the digits of `order` say.
 DEVICE u32 permute(u32 a, u32 b, u32 order) { return __byte_perm(a, b, order); }
 
+// The sign bits of the halves of a and b, each eight times: 4 bytes.
+DEVICE u32 sign_bytes(u32 a, u32 b) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, 0xFDB9;" : "=r"(bytes) : "r"(a), "r"(b));
+  return bytes;
+}
+
 // One rounding a step, whatever the compiler would like to contract.
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -149,6 +156,10 @@ DEVICE void store_shared4(u32 address, const u32 (&v)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
                : "memory");
+}
+
+DEVICE void store_shared_half(u32 address, u32 value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(value)) : "memory");
 }
 
 // A fragment of 16 rows by 32 bytes for mma_and and wgmma_and, from rows in shared memory: lane l
