@@ -132,9 +132,6 @@ struct Resident {
                    border_classes() > 1 ? static_cast<int>(shuffle(label, lane() / 4 + 8 * h)) : 0};
       }
       const int column = forget(n0);
-      Residuals<BN> residuals;
-      residuals.fetch(p, rows, column, lane() % 4);
-
       int acc[N / 8][4];
       u32 a[2][AHEAD][4];
       multiply(acc, a, Reader::of(image(buffer), place, lane()));
@@ -142,8 +139,11 @@ struct Resident {
         make_table();
         both = only_signs() && THRESHOLD && filters.any_both();
       }
+      // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons;
+      Residuals<BN> residuals;
       if (only_signs()) comparisons.fetch(filters, 0, rows, lane() % 4);
+      residuals.fetch(p, rows, column, lane() % 4);
       wgmma_wait<0>();
 
       if (only_signs()) {
