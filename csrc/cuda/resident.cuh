@@ -20,7 +20,7 @@ struct Resident {
   static constexpr int BM = 64;
   static constexpr int THREADS = 128 * GROUPS;
   static constexpr int N = BN + 16;
-  static constexpr int AHEAD = 4;  // products whose fragments are read together
+  static constexpr int AHEAD = GROUPS == 4 ? 3 : 4;  // products whose fragments are read together
   using F = Filters<BN, THREADS>;
 
   // Of shared memory; IMAGE is what the lines of a tile take at most.
@@ -68,6 +68,7 @@ struct Resident {
     copy_async_wait<1>();  // the filters
     fence_async();
     sync_threads();
+    if (MOMENTS) make_table();
     work(p, n * BN, first, GROUPS * sharing, line);
     if (MOMENTS) finish(p, n * BN);
   }
@@ -100,7 +101,7 @@ struct Resident {
     }
   }
 
-  // The table takes a while: products are queued before.
+  // The table takes a while: products are queued before, where registers are left.
   DEVICE static void make_table() {
     filters().tables(thread_index() / 32, lane());
     sync_threads();
@@ -135,7 +136,7 @@ struct Resident {
       int acc[N / 8][4];
       u32 a[2][AHEAD][4];
       multiply(acc, a, Reader::of(image(buffer), place, lane()));
-      if (tile == first) {
+      if (!MOMENTS && tile == first) {
         make_table();
         both = only_signs() && THRESHOLD && filters.any_both();
       }
@@ -156,7 +157,7 @@ struct Resident {
         seen = 0;
       }
     }
-    if (first >= tiles) make_table();
+    if (!MOMENTS && first >= tiles) make_table();
     copy_async_wait<0>();
     if (MOMENTS) moments.flush(warp_totals(), lane());
   }

@@ -70,7 +70,7 @@ class Kernel:
     @property
     def sums(self) -> bool:
         """Whether it takes moments: registers hold sums of 64 channels."""
-        return self.name == "resident_64x64"
+        return self.resident and self.bn == 64
 
     @property
     def source(self) -> str:
