@@ -10,9 +10,10 @@ older tree (`git archive REVISION bitkernels csrc`, and bitkernels/_C*) whose ke
 
 In a round each warpgroup of a multiprocessor has one tile. The groups run in phase, as Nsight
 Compute showed: all multiply, then all are in their epilogues. So a round takes the tensor core's
-clocks of all its tiles and LATENCY clocks for each instruction of a tile, since 3 or 4 warps of a
-scheduler are too few to hide more (an IPC of 3 or 4 / LATENCY); but no less than the issue slots,
-the ALU (two clocks an instruction) or the data pipe of L1 and shared memory allow.
+clocks of all its tiles, and for each instruction of a tile the clocks after which a warp issues its
+next, more the more warps there are; but no less than the issue slots, the ALU (two clocks an
+instruction) or the data pipe of L1 and shared memory allow. Conflicts of banks, the time that bytes
+and instructions do not overlap, and clocks that fall under load are not in it.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from sass_budget import Case, Measured, kernels
 CLOCK = 1.70e3  # a microsecond, as Nsight Compute saw it while the tensor core works
 MULTIPROCESSORS = 132
 COPY = 4.19e6  # bytes a microsecond of a copy
-# Calibrated on resident4_64x64, 64@56, signs, batches 256 and 64, of 2026-11-27.
-LAUNCH = 0.9  # us: launch, first loads, drain
-ALONE, BESIDE = 2.2, 0.62  # clocks an instruction of a warp, and for each warp of its scheduler
+# Calibrated on one call: 64@56, signs, in resident_64x64 and resident4_64x64, at batches 256 and 1;
+# SUMS on moments of the same at batch 1.
+LAUNCH = 0.6  # us: launch, first loads, drain
+SUMS = 3.5  # us, of moments: a launch before, which zeros the sums, and adding them up at the end
+ALONE, BESIDE = 2.6, 0.6  # clocks an instruction of a warp, and for each warp of its scheduler
 # Of the data pipe's wavefronts, without conflicts, in the Nsight report of 64@56 block.
 REACHED = 0.83
 ISSUE = 0.95  # the most instructions a clock of a scheduler
@@ -88,7 +91,10 @@ def predict(m: Measured, rows: int) -> tuple[float, str]:
     groups = kernel.groups or 1
     tiles = -(-rows // kernel.bm) * -(-case.spec.cout // kernel.bn)
     rounds, rest = divmod(tiles, MULTIPROCESSORS * groups)
-    clocks = (m.prologue.total + m.table.total) * latency(kernel.threads // 128)
+    clocks = m.prologue.total * latency(kernel.threads // 128)
+    # The table is made while the first products run.
+    first = min(groups, -(-tiles // MULTIPROCESSORS)) * tensor(case)
+    clocks += max(0.0, m.table.total * latency(kernel.threads // 128) - first)
     full = round_parts(m, groups)
     bound = max(full, key=lambda name: full[name])
     clocks += rounds * full[bound]
@@ -97,7 +103,7 @@ def predict(m: Measured, rows: int) -> tuple[float, str]:
         clocks += max(last.values())
         if not rounds:
             bound = max(last, key=lambda name: last[name])
-    launches = LAUNCH * (1 if kernel.resident else 2)
+    launches = LAUNCH * (1 if kernel.resident else 2) + (SUMS if case.spec.moments else 0)
     time, bytes_ = launches + clocks / CLOCK, moved(case, rows) / COPY
     return max((time, bound), (bytes_, "bytes"))
 

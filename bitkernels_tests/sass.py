@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bitkernels.backends.cuda import compiler, kernels
 
-BRANCH = re.compile(r"^(BRA|BRX|JMP|EXIT|RET|BRA\.DIV|BRA\.U\w*|KILL)\b")
+BRANCH = re.compile(r"^(BRA|BRX|JMP|CALL|EXIT|RET|KILL)\b")
 PRODUCTS = ("BGMMA", "BMMA")
 # What every way that counts does as often as any: copies and outputs, and products.
 WORK = ("BGMMA", "STG", "LDG", "LDGSTS", "UTMALDG", "RED", "ATOMG")
@@ -237,6 +237,8 @@ class Flow:
                     targets.append((here, target[1]))
                 # A branch on a uniform predicate has it as an operand.
                 guarded = guarded or op.startswith("BRA.") or ", `" in line
+                # A call is one that returns, or a way out of a loop.
+                guarded = guarded or op.startswith("CALL")
                 falls[here] = guarded
                 fresh = True
                 self.blocks.append(Block([]))

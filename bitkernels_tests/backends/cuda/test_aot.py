@@ -6,18 +6,17 @@ registers within the budget that the kernel's threads leave.
 
 from __future__ import annotations
 
-import functools
 import re
-import subprocess
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from bitkernels.backends.cuda import compiler, kernels
 from bitkernels.backends.cuda.spec import conv_spec, linear_spec
+from bitkernels_tests import sass
 
+if sass.disassembler() is None:
+    pytest.skip("no nvdisasm; it comes with Triton", allow_module_level=True)
 try:
     compiler.version()
 except Exception as error:
@@ -36,66 +35,10 @@ SPECS = {"conv": replace(CONV, **FULL), "linear": replace(LINEAR, packed=1),
          "nchw": replace(NARROW, chunk=4, nhwc=0, **FULL)}
 
 
-@functools.cache
-def disassembler() -> Path | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return path if path.exists() else None
-
-
-def instructions(code: bytes) -> list[str]:
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("no nvdisasm; it comes with Triton")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        text = subprocess.run([tool, "-c", file.name], check=True, capture_output=True,
-                              text=True).stdout
-    return [line for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
-
-
 def build(kernel: kernels.Kernel, spec, arch: str) -> tuple[list[str], int, int]:
     """(instructions, registers, spilled bytes)."""
-    binary = compiler.compile(kernel.source, spec.header(), arch, cached=False)
-    assert "serialized" not in binary.log and "warning" not in binary.log, binary.log
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", binary.log)
-    registers = re.search(r"Used (\d+) registers", binary.log)
-    assert spilled and registers, binary.log
-    return instructions(binary.code), int(registers[1]), int(spilled[1]) + int(spilled[2])
-
-
-def touched_in_flight(code: list[str]) -> list[str]:
-    """Instructions that use registers of a product which nothing has waited for yet."""
-    flight: list[tuple[set[int], set[int]]] = []
-    groups: list[int] = []
-    found = []
-    for line in code:
-        text = re.sub(r"^.*?\*/\s*|@!?U?P\d+ ", "", line)
-        product = re.match(r"BGMMA\.64x(\d+)x256\.AND\.POPC R(\d+), R(\d+), gdesc", text)
-        wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text)
-        if product:
-            columns, sums, fragment = map(int, product.groups())
-            flight.append((set(range(sums, sums + columns // 2)),
-                           set(range(fragment, fragment + 4))))
-            if "gsb0" in text:
-                groups.append(len(flight))
-        elif wait:
-            while len(groups) > int(wait[1]):
-                done = groups.pop(0)
-                flight, groups = flight[done:], [n - done for n in groups]
-        elif flight:
-            registers = [int(r) for r in re.findall(r"\bR(\d+)\b", text)]
-            width = 4 if ".128" in text or "LDSM" in text else 2 if "64" in text else 1
-            writes = not text.startswith(("ST", "RED", "BAR", "LDGSTS", "ISETP"))
-            written = set(range(registers[0], registers[0] + width)) if registers and writes else ()
-            sums, fragments = (set().union(*each) for each in zip(*flight, strict=True))
-            if sums & {*registers, *written} or fragments & {*written}:
-                found.append(line)
-    return found
+    built = sass.build(kernel, spec, arch)
+    return built.code, built.registers, built.spilled
 
 
 def name_of(value) -> str:
@@ -185,7 +128,7 @@ def test_resident(kernel, what):
     assert kernel.shared_bytes(spec) <= kernels.MOST_SHARED
     assert any("LDGSTS" in line for line in code) and any("LDS" in line for line in code)
     # The table is made while the first products run, whose registers are not the compiler's.
-    assert not touched_in_flight(code)
+    assert not sass.touched_in_flight(code)
     if spec.pixel % 16 == 0:
         assert sum("LDSM.16.M88.4" in line for line in code) == -(-spec.k_bytes // 32)
 
