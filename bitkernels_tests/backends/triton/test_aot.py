@@ -161,8 +161,8 @@ def test_a_walk_loads_two_tiles_before_it_stores_one(name):
 @pytest.mark.parametrize("name, loads", [("block_backward", 6), ("sign_backward", 6),
                                          ("rprelu_backward", 4)])
 def test_a_staged_walk_loads_into_shared_memory(name, loads):
-    """16 bytes at a time: of two turns before the loop, and of the next but one in it. The registers
-    are those of three programs of 128 threads on a multiprocessor."""
+    """16 bytes at a time: of two turns before the loop, and of the next but one in it.
+    The registers are those of three programs of 128 threads on a multiprocessor."""
     code = on_sm90(f"{name}, staged")
     assert code.count(r"\bLDGSTS\.E(\.BYPASS)?(\.LTC128B)?\.128") == 3 * loads
     assert code.registers <= 168
