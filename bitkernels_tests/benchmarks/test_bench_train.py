@@ -31,8 +31,7 @@ def bench(*options):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench_train")
-    # Of two images of 64 the packed weights, the same for any, are a tenth of what is kept.
-    run = bench("--threads", "1", "--batch", "4", "--output", str(output))
+    run = bench("--threads", "1", "--output", str(output))
     assert run.returncode == 0, run.stderr
     return output, run.stdout
 
