@@ -23,11 +23,6 @@ struct Cursor {
   DEVICE void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
-  DEVICE void skip(int stages) {
-    stage += stages;
-    parity ^= stage / STAGES & 1;
-    stage %= STAGES;
-  }
 };
 
 template <int ROWS, int STRIPS, int BN, int STAGES>
@@ -66,13 +61,15 @@ struct Ring {
     wgmma_commit();
   }
 
-  // The products of a tile, of all K; `issued(step)` is called when those of a step are queued.
-  template <class Issued>
+  // The products of a tile, of all K; `before_step(step)` is called before those of a step are
+  // queued, `issued(step)` when they are.
+  template <class Before, class Issued>
   DEVICE void products(int (&acc)[STRIPS][BN / 8][4], Cursor<STAGES>& at, int steps, int strips,
-                       int lane, const Issued& issued) const {
+                       int lane, const Before& before_step, const Issued& issued) const {
     int before = at.stage;
     for (int step = 0; step < steps; ++step, at.next()) {
       barrier_wait(full(at.stage), at.parity);
+      before_step(step);
       const u32 from = stage(at.stage);
       // The last step multiplies only as far as K reaches.
       const int rest = (K_BYTES % STEP + 31) / 32;

@@ -345,21 +345,19 @@ MUTATIONS = (
      "      if (MUTANT != 38) barrier_wait(brought(n)"),
     ("window counts that nothing waits for", "gemm_epilogue.cuh", "    copy_async_wait<0>();",
      "    if (MUTANT != 39) copy_async_wait<0>();"),
-    ("another group's stages", "bulk_gemm.cuh", "if (TURNS) at.skip((GROUPS - 1) * steps);",
-     "if (TURNS && MUTANT != 40) at.skip((GROUPS - 1) * steps);"),
-    ("the phase of other turns of the ring", "wgmma_ring.cuh", "parity ^= stage / STAGES & 1;",
-     "parity ^= MUTANT == 41 ? 0 : stage / STAGES & 1;"),
-    ("a head start that nobody gives", "bulk_gemm.cuh", "          barrier_arrive(ahead());",
-     "          if (MUTANT != 42) barrier_arrive(ahead());"),
+    ("a head start that nobody gives", "bulk_gemm.cuh", "barrier_arrive(ahead(at.stage));",
+     "if (MUTANT != 40) barrier_arrive(ahead(at.stage));"),
+    ("a head start beyond the tile", "bulk_gemm.cuh", "if (step + HEAD_START < steps)",
+     "if (step + HEAD_START < steps + (MUTANT == 41 ? STAGES : 0))"),
     ("rows of another strip", "gemm_epilogue.cuh", "const int r = row + 64 * s + lane / 4 + 8 * h;",
-     "const int r = row + 64 * (MUTANT == 43 ? 0 : s) + lane / 4 + 8 * h;"),
+     "const int r = row + 64 * (MUTANT == 42 ? 0 : s) + lane / 4 + 8 * h;"),
     ("inputs read before the kernel before has ended", "resident.cuh", "    dependency_wait();",
-     "    if (MUTANT != 44) dependency_wait();"),
+     "    if (MUTANT != 43) dependency_wait();"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
-         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead2": (300, 260, 3072),
-         "bulk_128x128_turns": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
+         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead1": (300, 260, 3072),
+         "bulk_256x128": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
