@@ -88,6 +88,14 @@ inline u32 permute(u32 a, u32 b, u32 order) {
   }
   return found;
 }
+inline u32 sign_bytes(u32 a, u32 b) {
+  u32 found = 0;
+  for (int i = 0; i < 4; ++i) {
+    if ((i < 2 ? a : b) >> (15 + i % 2 * 16) & 1) found |= 0xFFu << 8 * i;
+  }
+  return found;
+}
+
 // A NaN of the hardware is positive.
 inline float add(float a, float b) {
   const float sum = a + b;
@@ -163,6 +171,13 @@ inline void store_shared(u32 address, u32 value) {
   memcpy(machine.at(address, 4), &value, 4);
   machine.own(address, 4);
   machine.waited[machine.current].emplace_back(address, 4);
+}
+
+inline void store_shared_half(u32 address, u32 value) {
+  const u16 half = static_cast<u16>(value);
+  memcpy(machine.at(address, 2), &half, 2);
+  machine.own(address, 2);
+  machine.waited[machine.current].emplace_back(address, 2);
 }
 
 inline void store_shared2(u32 address, u32 a, u32 b) {

@@ -48,6 +48,13 @@ DEVICE u32 funnel(u32 word, u32 value) { return __funnelshift_l(value, word, 1);
 // Bytes of a (0 to 3) and b (4 to 7), as the digits of `order` say.
 DEVICE u32 permute(u32 a, u32 b, u32 order) { return __byte_perm(a, b, order); }
 
+// A byte of ones for each of the signs of a's and b's halves that is set, a's low half first.
+DEVICE u32 sign_bytes(u32 a, u32 b) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, 0xFDB9;" : "=r"(bytes) : "r"(a), "r"(b));
+  return bytes;
+}
+
 // One rounding a step, whatever the compiler would like to contract.
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -139,6 +146,10 @@ DEVICE u32 load_shared(u32 address) {
 
 DEVICE void store_shared(u32 address, u32 value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+DEVICE void store_shared_half(u32 address, u32 value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(value)) : "memory");
 }
 
 DEVICE void store_shared2(u32 address, u32 a, u32 b) {

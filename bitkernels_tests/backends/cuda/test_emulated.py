@@ -223,6 +223,24 @@ def test_views_are_taken_as_they_lie():
           dict(INT32, out_channels=24))
 
 
+@pytest.mark.parametrize("channels", (31999, 32000, 32128))
+@pytest.mark.parametrize("kernel", kernels.BULK[:3], ids=lambda k: k.name)
+def test_signs_of_the_largest_counts(kernel, channels, driver):
+    """Two sums in a word up to K = 32000, one past it: rows of ones and of none, bounds at the ends
+    and beside them."""
+    words = reference.sign_pack(torch.tensor([[1.0], [-1.0]]).expand(2, channels))
+    rows = torch.cat([words, words_of(3, channels)])
+    ends = torch.tensor([-channels - 1, -channels, -channels + 1, -1, 0, 1, channels - 1, channels,
+                         channels + 1], dtype=torch.int32)
+    low, high = (t.reshape(-1) for t in torch.meshgrid(ends, ends, indexing="ij"))
+    columns = len(low)
+    filters = torch.cat([words, words_of(1, channels)]).repeat(columns, 1)[:3 * columns]
+    threshold = torch.stack([low, high]).repeat_interleave(3, 1).contiguous()
+    kw = dict(threshold=threshold, real=False, packed=True)
+    got = launch.packed_linear(kernel, rows, filters, channels, **kw)[1]
+    assert torch.equal(got, reference.packed_linear(rows, filters, channels, **kw)[1])
+
+
 @pytest.fixture
 def chosen(driver, monkeypatch):
     """Runs a call as the plan chooses; the kernels launched and what explain says."""
@@ -353,6 +371,12 @@ MUTATIONS = (
      "const int r = row + 64 * (MUTANT == 42 ? 0 : s) + lane / 4 + 8 * h;"),
     ("inputs read before the kernel before has ended", "resident.cuh", "    dependency_wait();",
      "    if (MUTANT != 43) dependency_wait();"),
+    ("a sum that borrows from its neighbour", "gemm_epilogue.cuh", "within + 0x8000",
+     "within + (MUTANT == 44 ? 0 : 0x8000)"),
+    ("halves of other quarters", "gemm_epilogue.cuh", "+ quarter % 2;",
+     "+ quarter % 2 * (MUTANT != 45);"),
+    ("entries that do not fit into a half", "gemm_epilogue.cuh", "entry > most ? most",
+     "entry > most && MUTANT != 46 ? most"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
