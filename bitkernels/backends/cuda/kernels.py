@@ -6,6 +6,7 @@ A kernel is a class template of csrc/cuda with its tile; everything else about a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,10 @@ class Kernel:
 
     def shared_bytes(self, spec: Spec) -> int:
         """Of dynamic shared memory for a call."""
-        if not self.resident:
-            return self.shared
+        return self._resident_bytes(spec) if self.resident else self.shared
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  kernels are few
+    def _resident_bytes(self, spec: Spec) -> int:
         filters = -(-spec.k_bytes // 128) * (self.bn + 16) * 128
         bare = not (spec.out_type or spec.packed)  # what the outputs are is not known yet
         tables = 4 if bare else (4 if spec.threshold else 2) if spec.only_signs else 1

@@ -67,7 +67,15 @@ class Spec:
     hp: int = 1
     moments: int = 0
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Every call of a kernel asks for it several times."""
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    @functools.cached_property
     def classes(self) -> int:
         def axis(before, past, both):
             return (before + 1) * (past + 1) if both else before + past + 1
@@ -75,7 +83,7 @@ class Spec:
         return (axis(self.top, self.bottom, self.both_h)
                 * axis(self.left, self.right, self.both_w))
 
-    @property
+    @functools.cached_property
     def only_signs(self) -> bool:
         """Whether the epilogue is nothing but comparisons of the dot product."""
         real = any(getattr(self, name) for name in (*VECTORS, "residual", "clamp_min", "clamp_max"))
