@@ -2,7 +2,7 @@
 // channels in shared memory. What is computed is epilogue.cuh's; here no load from global memory
 // but the residual's is left.
 //
-// Signs that depend on the dot product alone, `dot >= low`, take 1.5 instructions an output. With
+// Signs that depend on the dot product alone, `dot >= low`, take two instructions an output. With
 //
 //   dot = 4 acc + corr - 2 pa     and     T[parity] = ceil((low - corr + 2 parity) / 4) - 1
 //
