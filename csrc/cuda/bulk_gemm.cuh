@@ -4,9 +4,9 @@
 // shared tiles and three warps bring what the epilogue of each tile needs (gemm_epilogue.cuh), one
 // tile ahead, into one of two slots. GROUPS further warpgroups multiply.
 //
-// All groups share a tile, and its filters, and each has STRIPS times 64 rows. With a HEAD_START
-// the others issue no step of a tile before the first has issued the one so many steps later, so
-// they still multiply when it begins its epilogue, and it multiplies while they are in theirs.
+// All groups share a tile, and its filters, and each has STRIPS times 64 rows. AHEAD: the others
+// multiply a stage only when the first has left it, so they still multiply when it begins its
+// epilogue, and it multiplies while they are in theirs.
 //
 // The kernel may start before `prepare` has ended: tiles do not depend on it. The three warps wait
 // for it, and the consumers for them.
@@ -15,7 +15,7 @@
 #include "scheduler.cuh"
 #include "wgmma_ring.cuh"
 
-template <int GROUPS, int STRIPS, int BN, int STAGES, int HEAD_START>
+template <int GROUPS, int STRIPS, int BN, int STAGES, bool AHEAD>
 struct BulkGemm {
   static constexpr int BM = 64 * STRIPS * GROUPS;
   using Tiles = Ring<BM, STRIPS, BN, STAGES>;
@@ -26,8 +26,17 @@ struct BulkGemm {
   static constexpr int SHARED = BARRIERS + 24 * STAGES + 32;
   static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
   static_assert(registers_suffice(THREADS, PRODUCER_REGISTERS, GROUPS, CONSUMER_REGISTERS), "");
-  // A stage is left when the next step is issued, and one more should be on its way.
-  static_assert(HEAD_START < STAGES - 2, "the ring holds it");
+
+  // Barriers end a phase when the first group has left a stage.
+  struct Order {
+    u32 barriers;
+    int group;
+    DEVICE bool follows() const { return AHEAD && group > 0; }
+    DEVICE void wait(int stage, int parity) const { barrier_wait(barriers + 8 * stage, parity); }
+    DEVICE void left(int stage) const {
+      if (AHEAD && group == 0) barrier_arrive(barriers + 8 * stage);
+    }
+  };
 
   Tiles ring;
   u32 slots, barriers;
@@ -36,8 +45,6 @@ struct BulkGemm {
   DEVICE u32 slot(int n) const { return slots + n % 2 * Slot::BYTES; }
   DEVICE u32 brought(int n) const { return barriers + 8 * (n % 2); }
   DEVICE u32 used(int n) const { return barriers + 16 + 8 * (n % 2); }
-  // Ends a phase when the first group has issued the products of a stage.
-  DEVICE u32 ahead(int stage) const { return barriers + 32 + 8 * stage; }
   DEVICE int tiles() const { return tiles_m * tiles_n; }
 
   DEVICE static void run(const Params& p, const TensorMap& words, const TensorMap& filters) {
@@ -56,7 +63,7 @@ struct BulkGemm {
         barrier_init(g.brought(n), 96);
         barrier_init(g.used(n), 4 * GROUPS);
       }
-      for (int i = 0; i < STAGES; ++i) barrier_init(g.ahead(i), 4);
+      for (int i = 0; i < STAGES; ++i) barrier_init(g.barriers + 32 + 8 * i, 4);
       barrier_init_fence();
     }
     sync_threads();
@@ -98,21 +105,12 @@ struct BulkGemm {
   DEVICE void consume(const Params& p, int group, int thread) const {
     const int lane = thread % 32, warp = thread / 32;
     const int strips = group * STRIPS;
-    Cursor<STAGES> at, first;  // `first`: where the first group must have been
+    Cursor<STAGES> at;
     int acc[STRIPS][BN / 8][4];
-    for (int i = 0; i < HEAD_START; ++i) first.next();
 #pragma unroll 1
     for (int n = 0, index = block_index(); index < tiles(); ++n, index += block_count()) {
       const Tile tile = tile_at(index, tiles_m, tiles_n);
-      const auto follow = [&](int step) {
-        if (HEAD_START == 0 || group == 0) return;
-        if (step + HEAD_START < steps) barrier_wait(ahead(first.stage), first.parity);
-        first.next();
-      };
-      const auto lead = [&](int) {
-        if (HEAD_START > 0 && group == 0 && lane == 0) barrier_arrive(ahead(at.stage));
-      };
-      ring.products(acc, at, steps, strips, lane, follow, lead);
+      ring.products(acc, at, steps, strips, lane, Order{barriers + 32, group});
       barrier_wait(brought(n), n / 2 % 2);
       // No address of the epilogue stays in a register beside the counts.
       finish_tile<BM, BN>(acc, p, slot(n), strips * 64 + warp * 16, tile.m * BM, tile.n * BN,

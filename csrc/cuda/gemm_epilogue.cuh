@@ -7,7 +7,7 @@
 //   dot = 4 acc + corr - 2 pa     and     T[parity] = ceil((low - corr + 2 parity) / 4) - 1
 //
 // dot >= low is the sign bit of T[pa & 1] + (pa >> 1) - acc. Two such sums fit into one word where
-// K is below 2^15, so one addition serves two outputs, and a permutation that repeats sign bits
+// K is 32000 at most, so one addition serves two outputs, and a permutation that repeats sign bits
 // collects four; with a longer K a funnel shift collects each. An upper bound is T of high + 1 with
 // the bits flipped; a channel with both bounds has a second table, which is looked at only in tiles
 // that have such a channel.

@@ -101,13 +101,13 @@ def _wgmma(strips: int, bn: int, stages: int) -> Kernel:
                   bm, bn, 384, shared, 1, windows=True, persistent=True)
 
 
-def _bulk(strips: int, bn: int, stages: int, head_start: int = 0) -> Kernel:
-    """head_start: steps by which the first group is kept ahead of the other."""
+def _bulk(strips: int, bn: int, stages: int, ahead: bool = False) -> Kernel:
+    """ahead: the first group is kept a step ahead of the other."""
     bm = 2 * strips * 64
     slot = 4 * bm + 7 * 4 * bn + 4 * (4 * bn + 64) + 2 * bn // 8
     shared = stages * (bm + bn) * 128 + 2 * slot + 24 * stages + 32
-    name = f"bulk_{bm}x{bn}" + f"_ahead{head_start}" * (head_start > 0)
-    cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {head_start}>"
+    name = f"bulk_{bm}x{bn}" + "_ahead" * ahead
+    cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {str(ahead).lower()}>"
     return Kernel(name, "bulk_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=True,
                   persistent=True)
 
@@ -125,7 +125,7 @@ MMA = (
     _mma(64, 32, 16, 32, 4, 4),
 )
 WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 6))
-BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, head_start=1))
+BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, ahead=True))
 RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)

@@ -301,8 +301,7 @@ MUTATIONS = (
      "if (MUTANT == 6) wgmma_wait<2>(); else wgmma_wait<1>();"),
     ("the wrong parity", "wgmma_gemm.cuh", "at.parity ^ 1", "at.parity ^ (MUTANT != 7)"),
     ("a stage that is never left", "wgmma_ring.cuh",
-     "if (lane == 0) barrier_arrive(empty(before));\n  }",
-     "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n  }"),
+     "    leave(before);\n  }", "    if (MUTANT != 8) leave(before);\n  }"),
     ("the accumulators of the tile before", "wgmma_ring.cuh", "accumulate || k > 0",
      "accumulate || k > 0 || MUTANT == 9"),
     ("more registers taken than given", "wgmma_gemm.cuh", "give_registers<PRODUCER_REGISTERS>();",
@@ -363,10 +362,10 @@ MUTATIONS = (
      "      if (MUTANT != 38) barrier_wait(brought(n)"),
     ("window counts that nothing waits for", "gemm_epilogue.cuh", "    copy_async_wait<0>();",
      "    if (MUTANT != 39) copy_async_wait<0>();"),
-    ("a head start that nobody gives", "bulk_gemm.cuh", "barrier_arrive(ahead(at.stage));",
-     "if (MUTANT != 40) barrier_arrive(ahead(at.stage));"),
-    ("a head start beyond the tile", "bulk_gemm.cuh", "if (step + HEAD_START < steps)",
-     "if (step + HEAD_START < steps + (MUTANT == 41 ? STAGES : 0))"),
+    ("a head start that nobody gives", "bulk_gemm.cuh", "if (AHEAD && group == 0) barrier",
+     "if (AHEAD && group == 0 && MUTANT != 40) barrier"),
+    ("a stage left before it is multiplied", "wgmma_ring.cuh", "wgmma_wait<0>(), leave(before);",
+     "(MUTANT == 41 ? wgmma_wait<1>() : wgmma_wait<0>()), leave(before);"),
     ("rows of another strip", "gemm_epilogue.cuh", "const int r = row + 64 * s + lane / 4 + 8 * h;",
      "const int r = row + 64 * (MUTANT == 42 ? 0 : s) + lane / 4 + 8 * h;"),
     ("inputs read before the kernel before has ended", "resident.cuh", "    dependency_wait();",
@@ -380,7 +379,7 @@ MUTATIONS = (
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
-         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead1": (300, 260, 3072),
+         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead": (300, 260, 3072),
          "bulk_256x128": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
 
 
