@@ -89,13 +89,12 @@ inline u32 permute(u32 a, u32 b, u32 order) {
   return found;
 }
 inline u32 sign_bytes(u32 a, u32 b) {
-  u32 found = 0;
+  u32 bytes = 0;
   for (int i = 0; i < 4; ++i) {
-    if ((i < 2 ? a : b) >> (15 + i % 2 * 16) & 1) found |= 0xFFu << 8 * i;
+    if ((i < 2 ? a : b) >> (i % 2 * 16 + 15) & 1) bytes |= 0xFFu << 8 * i;
   }
-  return found;
+  return bytes;
 }
-
 // A NaN of the hardware is positive.
 inline float add(float a, float b) {
   const float sum = a + b;
@@ -173,13 +172,6 @@ inline void store_shared(u32 address, u32 value) {
   machine.waited[machine.current].emplace_back(address, 4);
 }
 
-inline void store_shared_half(u32 address, u32 value) {
-  const u16 half = static_cast<u16>(value);
-  memcpy(machine.at(address, 2), &half, 2);
-  machine.own(address, 2);
-  machine.waited[machine.current].emplace_back(address, 2);
-}
-
 inline void store_shared2(u32 address, u32 a, u32 b) {
   const u32 v[2] = {a, b};
   memcpy(machine.at(address, 8), v, 8);
@@ -191,6 +183,13 @@ inline void store_shared4(u32 address, const u32 (&v)[4]) {
   memcpy(machine.at(address, 16), v, 16);
   machine.own(address, 16);
   machine.waited[machine.current].emplace_back(address, 16);
+}
+
+inline void store_shared_half(u32 address, u32 value) {
+  const u16 half = value;
+  memcpy(machine.at(address, 2), &half, 2);
+  machine.own(address, 2);
+  machine.waited[machine.current].emplace_back(address, 2);
 }
 
 inline void load_fragment(u32 (&v)[4], u32 address) {

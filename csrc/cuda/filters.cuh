@@ -45,7 +45,7 @@ struct Filters {
   HOST_DEVICE static int filter_bytes() { return (products() + 3) / 4 * TILE; }
   HOST_DEVICE static int line_bytes() { return LINES * BN * 4; }
   HOST_DEVICE static int table_bytes() {
-    return border_classes() * BN * 4 * (!only_signs() ? 1 : THRESHOLD ? 4 : 2);
+    return border_classes() * BN * (!only_signs() ? 4 : THRESHOLD ? 4 : 2);
   }
 
   DEVICE u32 address(int row, int word) const {
@@ -75,6 +75,14 @@ struct Filters {
 
   // Starts to copy the filters from n0 on, and stores the rest but for the table.
   DEVICE void fill(const Params& p, int n0) const {
+    const int channel = n0 + thread_index();
+    const bool mine = thread_index() < BN, inside = mine && channel < COUT;
+    int low = 0, high = MOST;
+    if (THRESHOLD && inside) {  // first, for they take the longest
+      low = load_fresh(p.threshold + channel);
+      high = load_fresh(p.threshold + COUT + channel);
+    }
+    if (!only_signs() && mine) values(p, n0, thread_index());
     if (CHUNK == 16) {
       copy<16>(p, n0);
     } else {
@@ -85,24 +93,19 @@ struct Filters {
     for (int i = thread_index(); i < 8 * 8 * products(); i += THREADS) {
       store_shared(address(BN + i % 8, i / 8), 4 * (i / 8) < K_BYTES ? ~0u : 0);
     }
-    if (thread_index() >= BN) return;
+    if (!mine) return;
     if (only_signs()) {
-      bounds(p, n0, thread_index());
-    } else {
-      values(p, n0, thread_index());
+      bounds(Bounds::of(low, high, inside), thread_index());
+    } else if (THRESHOLD) {
+      store_shared(line(LINE_LOW, thread_index()), low);
+      store_shared(line(LINE_HIGH, thread_index()), high);
     }
   }
 
-  DEVICE void bounds(const Params& p, int n0, int i) const {
-    const int channel = n0 + i;
-    int low = 0, high = MOST;
-    if (THRESHOLD && channel < COUT) {
-      low = load(p.threshold + channel);
-      high = load(p.threshold + COUT + channel);
-    }
-    const Bounds found = Bounds::of(low, high, channel < COUT);
-    store_shared(line(LINE_FIRST, i), found.low);
-    store_shared(line(LINE_SECOND, i), found.end);
+  DEVICE void bounds(const Bounds& found, int i) const {
+    const int never = CHANNELS * KH * KW + 1;
+    store_shared(line(LINE_FIRST, i), found.low < never ? found.low : never);
+    store_shared(line(LINE_SECOND, i), found.end < never ? found.end : never);
     const u32 flips = ballot(found.flip), both = ballot(found.between);
     if (i % 32 == 0) {
       store_shared(line(LINE_FLIP, i / 32), flips);
@@ -110,10 +113,9 @@ struct Filters {
     }
   }
 
-  // A sum is -0.0 only of two that are: with +0.0 for -0.0 its sign bit says whether it is below 0.
   DEVICE void value(int name, const float* from, int n0, int i) const {
-    const float x = n0 + i < COUT ? load(from + n0 + i) : 0.0f;
-    store_shared(line(name, i), float_bits(name == LINE_SIGN_SHIFT ? add(x, 0.0f) : x));
+    const bool inside = n0 + i < COUT;
+    copy_async<4>(line(name, i), inside ? from + n0 + i : from, inside);
   }
 
   DEVICE void values(const Params& p, int n0, int i) const {
@@ -123,23 +125,24 @@ struct Filters {
     if (SLOPE) value(LINE_SLOPE, p.slope, n0, i);
     if (SHIFT_OUT) value(LINE_SHIFT_OUT, p.shift_out, n0, i);
     if (SIGN_SHIFT) value(LINE_SIGN_SHIFT, p.sign_shift, n0, i);
-    if (THRESHOLD && n0 + i < COUT) {
-      store_shared(line(LINE_LOW, i), load(p.threshold + n0 + i));
-      store_shared(line(LINE_HIGH, i), load(p.threshold + COUT + n0 + i));
-    }
   }
 
-  // Where the table has 4 channels from `channel` on. Of comparisons it has T, with
+  // The table has corr, of border class and channel. Of comparisons it has corr - bound + 2^15 in
+  // 16 bits, of two bounds: `which` of them. With them in the halves of a word
   //
-  //   dot >= bound  is  T[which][class][popcount(window) odd] + popcount(window) / 2 - acc < 0,
-  //   T = ceil((bound - corr + 2 odd) / 4) - 1
+  //   word - 2 popcount(window) + 4 acc
   //
-  // and lane t of a quad reads channels 8 t on: two pieces, in turn so that rows of the tile with
-  // odd and with even windows are in different banks. Else it has corr.
-  HOST_DEVICE static int signs_at(int label, int odd, int half) {
-    return (label * 2 + odd) * BN * 4 + (half ^ odd) * 64;
+  // has dot - bound + 2^15 in each, which lies between 0 and 2^16, so nothing is carried from one
+  // to the other, and the first bit of a half says whether dot >= bound. The words of lane t of a
+  // quad are its channels 32 q + 8 t + k, those of q and q + 1 in one, by k and then q.
+  static constexpr int EACH = BN / 8;  // words of a lane
+  HOST_DEVICE static int line_at(int label, int which) {
+    return (which * border_classes() + label) * BN * 2;
   }
-  HOST_DEVICE static int second_table() { return border_classes() * 2 * BN * 4; }
+  HOST_DEVICE static int half_at(int q, int t, int k) {
+    const int word = k * (BN / 64) + q / 2;
+    return word / 4 * 64 + t * 16 + word % 4 * 4 + q % 2 * 2;
+  }
 
   // Whether some channel has a lower and an upper bound.
   DEVICE bool any_both() const {
@@ -169,6 +172,12 @@ struct Filters {
   DEVICE void tables(int warp, int lane) const {
     constexpr int STRIPS = BN / 64;
     const int t = lane % 4, classes = border_classes();
+    if (SIGN_SHIFT && warp * 32 < BN) {
+      // A sum is -0.0 only of two that are: with +0.0 for it, its sign bit says whether it is below
+      // 0.
+      const u32 at = line(LINE_SIGN_SHIFT, warp * 32 + lane);
+      store_shared(at, float_bits(add(float_value(load_shared(at)), 0.0f)));
+    }
     if (warp >= 8) return;
     const bool second = THRESHOLD && any_both();
     for (int first = 0; first < classes; first += 16) {
@@ -176,7 +185,7 @@ struct Filters {
       u32 taps[2];
       for (int h = 0; h < 2; ++h) taps[h] = label[h] < classes ? taps_inside(label[h]) : 0;
       int acc[STRIPS][4] = {};
-#pragma unroll
+#pragma unroll 3
       for (int product = 0; product < products(); ++product) {
         u32 a[2][2];
 #pragma unroll
@@ -217,11 +226,7 @@ struct Filters {
     for (int which = 0; which < (THRESHOLD ? 2 : 1); ++which) {
       if (which && !second) return;
       const int bound = load_shared(line(LINE_FIRST + which, channel));
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int at = which * second_table() + signs_at(label, odd, k / 4) + q * 128 + t * 16;
-        store_shared(table + at + k % 4 * 4, table_entry(bound, corr, odd));
-      }
+      store_shared_half(table + line_at(label, which) + half_at(q, t, k), corr - bound + (1 << 15));
     }
   }
 };

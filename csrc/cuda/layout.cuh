@@ -17,16 +17,16 @@ HOST_DEVICE Pixel pixel_of(int row) {
           static_cast<int>(row - line * OW)};
 }
 
-// Taps of `kernel` at first, first + step, ... that fall before the image; at most `most`.
-HOST_DEVICE int taps_before(int first, int step, int kernel, int most) {
-  const int taps = step == 1 ? -first : (-first + step - 1) / step;
-  return first >= 0 ? 0 : most < kernel || taps < kernel ? taps : kernel;
+// Taps of `kernel` at first, first + step, ... that fall before the image.
+HOST_DEVICE int taps_before(int first, int step, int kernel) {
+  if (first >= 0) return 0;
+  const int taps = (-first + step - 1) / step;
+  return taps < kernel ? taps : kernel;
 }
 
 // ... and past the image of `size` pixels.
-HOST_DEVICE int taps_past(int first, int step, int kernel, int size, int most) {
+HOST_DEVICE int taps_past(int first, int step, int kernel, int size) {
   const int room = size - first;
-  if (step == 1 && most < kernel) return room < kernel ? kernel - room : 0;
   if (room <= 0) return kernel;
   const int taps = (room + step - 1) / step;
   return taps < kernel ? kernel - taps : 0;
@@ -57,13 +57,20 @@ HOST_DEVICE int border_classes() {
   return axis_classes(TOP, BOTTOM, BOTH_H) * axis_classes(LEFT, RIGHT, BOTH_W);
 }
 
-HOST_DEVICE int border_class(Pixel p) {
-  const int ih = p.oh * SH - PT, iw = p.ow * SW - PL;
-  const Cut h = {taps_before(ih, DH, KH, TOP), taps_past(ih, DH, KH, H, BOTTOM)};
-  const Cut w = {taps_before(iw, DW, KW, LEFT), taps_past(iw, DW, KW, W, RIGHT)};
-  return axis_class(h, TOP, BOTTOM, BOTH_H) * axis_classes(LEFT, RIGHT, BOTH_W) +
-         axis_class(w, LEFT, RIGHT, BOTH_W);
+// What a row and a column of the output add to it.
+HOST_DEVICE int row_class(int oh) {
+  const int ih = oh * SH - PT;
+  const Cut h = {taps_before(ih, DH, KH), taps_past(ih, DH, KH, H)};
+  return axis_class(h, TOP, BOTTOM, BOTH_H) * axis_classes(LEFT, RIGHT, BOTH_W);
 }
+
+HOST_DEVICE int column_class(int ow) {
+  const int iw = ow * SW - PL;
+  const Cut w = {taps_before(iw, DW, KW), taps_past(iw, DW, KW, W)};
+  return axis_class(w, LEFT, RIGHT, BOTH_W);
+}
+
+HOST_DEVICE int border_class(Pixel p) { return row_class(p.oh) + column_class(p.ow); }
 
 // Where a row of the tile of activations starts: the first tap of its window. Rows past the end
 // carry a position outside every image, so that all their taps read as zeros.
@@ -109,7 +116,7 @@ HOST_DEVICE bool reads(const Window& window, const Chunk& chunk) {
 HOST_DEVICE int line_of(Pixel p) { return p.image * HP + p.oh * SH; }
 
 // How many of them the windows of a tile read at most.
-HOST_DEVICE int lines() { return (IMAGE / PIXEL - PL) / WP; }
+HOST_DEVICE int lines() { return (IMAGE / PIXEL - LEAD) / WP; }
 
 // Bytes of K that a lane reads at once, and how many of them there are.
 HOST_DEVICE int unit() { return PIXEL % 16 == 0 ? 16 : PIXEL % 8 == 0 ? 8 : 4; }

@@ -8,10 +8,10 @@
 DEVICE void clear_borders(u32 pixels, int thread) {
   const u32 words = PIXEL / 4, right = WP > W ? WP - W : 1;
 #pragma unroll 1
-  for (u32 i = thread; i < (PL + lines() * (WP - W)) * words; i += 128) {
+  for (u32 i = thread; i < (LEAD + lines() * (WP - W)) * words; i += 128) {
     const int border = i / words;
-    const u32 after = border - PL;
-    const int place = border < PL ? border : after / right * WP + PL + W + after % right;
+    const u32 after = border - LEAD;
+    const int place = border < LEAD ? border : after / right * WP + LEAD + W + after % right;
     store_shared(pixels + pixel_offset(place, i % words * 4), 0);
   }
 }
@@ -50,7 +50,7 @@ DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
     for (int round = 0; round < rounds; ++round) {
       const u32 c = round * 32 + lane;
       if (chunks % across && c >= chunks) break;
-      const u32 to = pixels + pixel_offset(i * WP + PL + c * SIZE / PIXEL, c * SIZE % PIXEL);
+      const u32 to = pixels + pixel_offset(i * WP + LEAD + c * SIZE / PIXEL, c * SIZE % PIXEL);
       if (inside) {
         copy_async<SIZE>(to, from + round * 32 * SIZE);
       } else {
@@ -61,9 +61,9 @@ DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
 }
 
 DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
-  if (CHUNK == 16) {
+  if (LINE_CHUNK == 16) {
     copy_lines<16>(pixels, p, begin, thread);
-  } else if (CHUNK == 8) {
+  } else if (LINE_CHUNK == 8) {
     copy_lines<8>(pixels, p, begin, thread);
   } else {
     copy_lines<4>(pixels, p, begin, thread);

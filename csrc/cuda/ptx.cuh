@@ -48,7 +48,7 @@ DEVICE u32 funnel(u32 word, u32 value) { return __funnelshift_l(value, word, 1);
 // Bytes of a (0 to 3) and b (4 to 7), as the digits of `order` say.
 DEVICE u32 permute(u32 a, u32 b, u32 order) { return __byte_perm(a, b, order); }
 
-// A byte of ones for each of the signs of a's and b's halves that is set, a's low half first.
+// The sign bits of the halves of a and b, each eight times: 4 bytes.
 DEVICE u32 sign_bytes(u32 a, u32 b) {
   u32 bytes;
   asm("prmt.b32 %0, %1, %2, 0xFDB9;" : "=r"(bytes) : "r"(a), "r"(b));
@@ -148,10 +148,6 @@ DEVICE void store_shared(u32 address, u32 value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-DEVICE void store_shared_half(u32 address, u32 value) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(value)) : "memory");
-}
-
 DEVICE void store_shared2(u32 address, u32 a, u32 b) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
@@ -160,6 +156,10 @@ DEVICE void store_shared4(u32 address, const u32 (&v)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
                : "memory");
+}
+
+DEVICE void store_shared_half(u32 address, u32 value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(value)) : "memory");
 }
 
 // A fragment of 16 rows by 32 bytes for mma_and and wgmma_and, from rows in shared memory: lane l

@@ -20,13 +20,13 @@ struct Resident {
   static constexpr int BM = 64;
   static constexpr int THREADS = 128 * GROUPS;
   static constexpr int N = BN + 16;
-  static constexpr int AHEAD = 4;  // products whose fragments are read together
+  static constexpr int AHEAD = GROUPS == 4 ? 3 : 4;  // products whose fragments are read together
   using F = Filters<BN, THREADS>;
 
   // Of shared memory; IMAGE is what the lines of a tile take at most.
   HOST_DEVICE static int total_bytes() { return MOMENTS ? GROUPS * 4 * 2 * BN * 8 : 0; }
   HOST_DEVICE static int shared() {
-    return F::filter_bytes() + F::table_bytes() + F::line_bytes() + total_bytes() +
+    return F::filter_bytes() + F::line_bytes() + F::table_bytes() + total_bytes() + label_bytes() +
            GROUPS * 2 * IMAGE;
   }
 
@@ -36,9 +36,12 @@ struct Resident {
   }
   DEVICE static u32 totals() { return filters().table + F::table_bytes(); }
   DEVICE static u32 warp_totals() { return totals() + thread_index() / 32 * 2 * BN * 8; }
+  // What each row and each column of the output adds to the border class.
+  HOST_DEVICE static int label_bytes() { return border_classes() > 1 ? (OH + OW + 3) / 4 * 16 : 0; }
+  DEVICE static u32 labels() { return totals() + total_bytes(); }
   // Of this warpgroup, one of two.
   DEVICE static u32 image(int buffer) {
-    return totals() + total_bytes() + (group() * 2 + buffer) * IMAGE;
+    return labels() + label_bytes() + (group() * 2 + buffer) * IMAGE;
   }
 
   DEVICE static int group() { return thread_index() / 128; }
@@ -55,14 +58,17 @@ struct Resident {
     filters().fill(p, n * BN);
     const int line = fetch(p, first, 0);
     for (int buffer = 0; buffer < 2; ++buffer) clear_borders(image(buffer), thread());
+#pragma unroll 1
+    for (int i = thread_index(); i < (border_classes() > 1 ? OH + OW : 0); i += THREADS) {
+      store_shared(labels() + 4 * i, i < OH ? row_class(i) : column_class(i - OH));
+    }
     for (int i = lane(); i < total_bytes() / (THREADS / 32) / 4; i += 32) {
       store_shared(warp_totals() + 4 * i, 0);
     }
     copy_async_wait<1>();  // the filters
     fence_async();
     sync_threads();
-    filters().tables(thread_index() / 32, lane());
-    sync_threads();
+    if (MOMENTS) make_table();
     work(p, n * BN, first, GROUPS * sharing, line);
     if (MOMENTS) finish(p, n * BN);
   }
@@ -75,11 +81,12 @@ struct Resident {
     return line;
   }
 
-  DEVICE static void multiply(int (&acc)[N / 8][4], const Reader& reader) {
-    u32 a[2][AHEAD][4];
+  // Queues the products of a tile; the fragments are theirs until they are waited for.
+  DEVICE static void multiply(int (&acc)[N / 8][4], u32 (&a)[2][AHEAD][4], const Reader& reader) {
 #pragma unroll
     for (int first = 0; first < products(); first += AHEAD) {
       const int now = first / AHEAD % 2;
+      if (first >= 2 * AHEAD) wgmma_wait<1>();  // those that these registers belong to
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (first + i < products()) reader.read(a[now][i], first + i);
@@ -91,16 +98,20 @@ struct Resident {
         wgmma_and<N>(acc, a[now][i], filters().descriptor(first + i), first + i > 0);
       }
       wgmma_commit();
-      wgmma_wait<1>();  // the products that the next fragments' registers belong to
     }
-    wgmma_wait<0>();
+  }
+
+  // The table takes a while: products are queued before, where registers are left.
+  DEVICE static void make_table() {
+    filters().tables(thread_index() / 32, lane());
+    sync_threads();
   }
 
   DEVICE static void work(const Params& p, int n0, int first, int stride, int line) {
     const int tiles = (p.rows + BM - 1) / BM;
     const F filters = Resident::filters();
     Moments<BN> moments;
-    const bool both = only_signs() && THRESHOLD && filters.any_both();
+    bool both = false;
     int buffer = 0, seen = 0;
     for (int tile = first; tile < tiles; tile += stride, buffer ^= 1) {
       // The tile's pixels are there, and nobody still reads those of the tile before.
@@ -111,8 +122,10 @@ struct Resident {
       // Of the warp's 16 windows this lane finds one; those past the last are the last.
       const int top = tile * BM + thread() / 32 * 16, window = top + lane() % 16;
       const Pixel pixel = pixel_of(window < p.rows ? window : p.rows - 1);
-      const int place = (line_of(pixel) - line) * WP + pixel.ow * SW;
-      const int label = border_classes() > 1 ? border_class(pixel) : 0;
+      const int place = (line_of(pixel) - line) * WP + pixel.ow * SW + LEAD - PL;
+      const u32 label = border_classes() > 1 ? load_shared(labels() + 4 * pixel.oh) +
+                                                   load_shared(labels() + 4 * (OH + pixel.ow))
+                                             : 0;
       line = next_line;
       TileRow rows[2];
       for (int h = 0; h < 2; ++h) {
@@ -120,14 +133,22 @@ struct Resident {
                    border_classes() > 1 ? static_cast<int>(shuffle(label, lane() / 4 + 8 * h)) : 0};
       }
       const int column = forget(n0);
-      Residuals<BN> residuals;
-      residuals.fetch(p, rows, column, lane() % 4);
-
       int acc[N / 8][4];
-      multiply(acc, Reader::of(image(buffer), place, lane()));
+      u32 a[2][AHEAD][4];
+      multiply(acc, a, Reader::of(image(buffer), place, lane()));
+      if (!MOMENTS && tile == first) {
+        make_table();
+        both = only_signs() && THRESHOLD && filters.any_both();
+      }
+      // What the epilogue reads comes while the products run.
+      Comparisons<BN> comparisons;
+      Residuals<BN> residuals;
+      if (only_signs()) comparisons.fetch(filters, 0, rows, lane() % 4);
+      residuals.fetch(p, rows, column, lane() % 4);
+      wgmma_wait<0>();
 
       if (only_signs()) {
-        signs(acc, filters, both, p, rows, column, lane());
+        signs(acc, filters, comparisons, both, p, rows, column, lane());
       } else {
         outputs(acc, filters, p, rows, residuals, moments, column, lane());
       }
@@ -136,6 +157,7 @@ struct Resident {
         seen = 0;
       }
     }
+    if (!MOMENTS && first >= tiles) make_table();
     copy_async_wait<0>();
     if (MOMENTS) moments.flush(warp_totals(), lane());
   }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WINDOW = 16  # bytes of a Window (layout.cuh)
 MOMENTS = "packed_conv2d_moments"
 MOST_TAPS = 32  # that a resident kernel's border classes name, a bit each
-MOST_SUMMED = 1 << 14  # products of which 16 squares fit into 32 bits
+MOST_PAIRED = 1 << 14  # products: comparisons fit into 16 bits, 16 squares into 32
 MOST_SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 can have
 
 
@@ -54,25 +54,26 @@ class Kernel:
     def _resident_bytes(self, spec: Spec) -> int:
         filters = -(-spec.k_bytes // 128) * (self.bn + 16) * 128
         bare = not (spec.out_type or spec.packed)  # what the outputs are is not known yet
-        tables = 4 if bare else (4 if spec.threshold else 2) if spec.only_signs else 1
-        lines = (spec.classes * tables + 8) * self.bn * 4
+        each = 2 if spec.only_signs and not spec.threshold and not bare else 4
+        lines = (spec.classes * each + 8 * 4) * self.bn
+        labels = -(-(spec.oh + spec.ow) // 4) * 16 if spec.classes > 1 else 0
         totals = self.groups * 4 * 2 * self.bn * 8 if spec.moments else 0
-        return filters + lines + totals + self.groups * 2 * spec.resident(self.bm).image
+        image = spec.image or spec.resident(self.bm).image
+        return filters + lines + totals + labels + self.groups * 2 * image
 
     def takes(self, problem: Problem) -> bool:
         """Of what these kernels take at all."""
         spec = problem.spec
         if self.bulk and not problem.aligned or problem.op == MOMENTS and not self.sums:
             return False
-        if self.resident and (spec.kh * spec.kw > MOST_TAPS or problem.op == MOMENTS
-                              and 8 * spec.k_bytes > MOST_SUMMED):
+        if self.resident and (spec.kh * spec.kw > MOST_TAPS or 8 * spec.k_bytes >= MOST_PAIRED):
             return False
         return self.shared_bytes(spec) <= MOST_SHARED
 
     @property
     def sums(self) -> bool:
         """Whether it takes moments: registers hold sums of 64 channels."""
-        return self.name == "resident_64x64"
+        return self.resident and self.bn == 64
 
     @property
     def source(self) -> str:

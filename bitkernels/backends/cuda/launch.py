@@ -260,7 +260,7 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         ("clamp_max", int(clamp_max is not None)), ("windows", int(kernel.windows)),
         *((name, 1) for name in vectors))
     if kernel.resident:
-        spec = spec.resident(kernel.bm)
+        spec = spec.resident(kernel.bm, words.data_ptr() % 16 == 0)
     main = _function(kernel, spec, device)
     tensors = dict(words=words, filters=filters, out=out, packed=packed, residual=residual,
                    threshold=threshold, moments=moments, **vectors)

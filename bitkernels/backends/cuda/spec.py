@@ -60,11 +60,13 @@ class Spec:
     sign_shift: int = 0
     windows: int = 0  # whether `prepare` counts the windows too
     # Of a resident kernel: bytes of the lines that a tile reads at most, pixels from one of them to
-    # the next and lines from one image to the next, with the borders; 1 and 2: sums are taken, of
-    # the dot products or of their positive parts.
+    # the next and before the first, lines from one image to the next, all with the borders; bytes
+    # of a line's cp.async; 1 and 2: sums are taken, of the dot products or of their positive parts.
     image: int = 0
     wp: int = 1
+    lead: int = 0
     hp: int = 1
+    line_chunk: int = 4
     moments: int = 0
 
     def __hash__(self) -> int:
@@ -96,8 +98,8 @@ class Spec:
                 max(0, (self.ow - 1) * self.sw - self.pl + (self.kw - 1) * self.dw + 1 - self.w))
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def resident(self, rows: int) -> Spec:
-        """For a resident kernel with tiles of so many output pixels.
+    def resident(self, rows: int, aligned: bool = True) -> Spec:
+        """For a resident kernel with tiles of so many output pixels; aligned: the words, to 16.
 
         A border serves the image before it and the one after it, so it is as wide as the window
         that reaches furthest, on whichever side. A tile's lines go from the first that its first
@@ -111,8 +113,12 @@ class Spec:
         for first in range(self.oh):
             image, oh = divmod(first + (self.ow + rows - 2) // self.ow, self.oh)
             lines = max(lines, image * hp + (oh - first) * self.sh + (self.kh - 1) * self.dh + 1)
-        size = (lines * wp + self.pl) * self.pixel
-        return replace(self, image=-(-size // 16) * 16, wp=wp, hp=hp)
+        chunk, lead = self.chunk, self.pl
+        if aligned and self.pixel < 16 and 16 % self.pixel == 0 and self.w * self.pixel % 16 == 0:
+            chunk, together = 16, 16 // self.pixel  # pixels; lines start where such copies may
+            wp, lead = (-(-n // together) * together for n in (wp, lead))
+        size = (lines * wp + lead) * self.pixel
+        return replace(self, image=-(-size // 16) * 16, wp=wp, lead=lead, hp=hp, line_chunk=chunk)
 
     def header(self) -> str:
         """spec.cuh."""
@@ -128,8 +134,8 @@ class Spec:
         """Without what `prepare` does not look at, so that calls share its compiled kernel."""
         plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
                                "clamp_max"), 0)
-        return replace(self, chunk=16 if self.chunk == 16 else 4, nhwc=1, image=0, wp=1, hp=1,
-                       **plain)
+        return replace(self, chunk=16 if self.chunk == 16 else 4, nhwc=1, image=0, wp=1, lead=0,
+                       hp=1, line_chunk=4, **plain)
 
 
 class Params(ctypes.Structure):

@@ -322,12 +322,12 @@ MUTATIONS = (
      "unit() == 8 ? within / 2", "unit() == (MUTANT == 17 ? 7 : 8) ? within / 2"),
     ("filters in the order of memory", "layout.cuh", "return row / 32 * 32 +",
      "if (MUTANT == 18) return row;\n  return row / 32 * 32 +"),
-    ("comparisons of windows with an odd count", "filters.cuh", "corr, odd)",
-     "corr, MUTANT == 19 ? 0 : odd)"),
+    ("halves of a word the other way round", "filters.cuh", "+ q % 2 * 2;",
+     "+ (MUTANT == 19 ? 1 - q % 2 : q % 2) * 2;"),
     ("a table that nothing waits for", "resident.cuh", "lane());\n    sync_threads();",
      "lane());\n    if (MUTANT != 20) sync_threads();"),
-    ("no zeros around the lines", "pixels.cuh", "after / right * WP + PL + W",
-     "after / right * WP + PL + (MUTANT == 21 ? W + 1 : W)"),
+    ("no zeros around the lines", "pixels.cuh", "after / right * WP + LEAD + W",
+     "after / right * WP + LEAD + (MUTANT == 21 ? W + 1 : W)"),
     ("upper bounds that do not flip", "filters.cuh", "ballot(found.flip)",
      "ballot(found.flip && MUTANT != 22)"),
     ("both bounds taken for one", "filters.cuh", "ballot(found.between)",
@@ -376,6 +376,8 @@ MUTATIONS = (
      "+ quarter % 2 * (MUTANT != 45);"),
     ("entries that do not fit into a half", "gemm_epilogue.cuh", "entry > most ? most",
      "entry > most && MUTANT != 46 ? most"),
+    ("signs of other channels", "signs.cuh", "0x01010101u << k",
+     "0x01010101u << (MUTANT == 47 ? 7 - k : k)"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
@@ -423,7 +425,8 @@ def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
     for number, (name, file, *_) in enumerate(MUTATIONS, 1):
         library.set_mutant(number)
         nearest = {"gemm_epilogue.cuh": "bulk_gemm.cuh", "pixels.cuh": "resident.cuh",
-                   "filters.cuh": "resident.cuh", "outputs.cuh": "resident.cuh"}.get(file, file)
+                   "filters.cuh": "resident.cuh", "outputs.cuh": "resident.cuh",
+                   "signs.cuh": "resident.cuh"}.get(file, file)
         calls.sort(key=lambda call, nearest=nearest: call[0].header != nearest)
         if all(right(seed, call) for call in calls for seed in range(2)):
             survived.append(name)
