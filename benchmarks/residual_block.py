@@ -151,11 +151,13 @@ def training_step(model: nn.Module, x: Tensor, grad: Tensor) -> None:
 def saved_bytes(model: nn.Module, x: Tensor, weights: bool = True) -> int:
     """Memory that the forward keeps for the backward, each allocation once, parameters apart.
 
-    Without `weights` nothing in the shape of a parameter counts: cast, binarized or transposed
-    weights.
+    Without `weights` nothing in the shape of a parameter counts, or of its packed signs: cast,
+    binarized or transposed weights.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    shapes = {tuple(sorted(t.shape)) for t in model.parameters() if t.dim() > 1 and not weights}
+    given = [t.shape for t in model.parameters() if t.dim() > 1 and not weights]
+    packed = [(s[0], *s[2:], -(-s[1] // 32)) for s in given]
+    shapes = {tuple(sorted(s)) for s in (*given, *packed)}
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:

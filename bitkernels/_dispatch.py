@@ -75,15 +75,24 @@ class _NoSecondDerivative(Function):
         raise RuntimeError(f"{ctx.name} has no second derivative: trying to differentiate twice")
 
 
-def _once(name: str, backward):
-    """torch's `once_differentiable`, with a message that names the operator, and in torch.func."""
+def _once(name: str, backward, is_operators: bool):
+    """torch's `once_differentiable`, with a message that names the operator, and in torch.func.
+
+    is_operators: of a Function of an operator, whose backward calls operators: straight below their
+    refusals of gradients.
+    """
 
     @functools.wraps(backward)
     def once(ctx, *grads):
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, grads)
         with torch.no_grad():
-            outputs = backward(ctx, *grads)
+            # The levels of torch.func find their tensors by the keys that are left out elsewhere.
+            if is_operators and not functorch_active():
+                with below_autograd():
+                    outputs = backward(ctx, *grads)
+            else:
+                outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return outputs
         inputs = [g for g in grads if isinstance(g, Tensor) and (g.requires_grad or _is_wrapped(g))]
@@ -110,7 +119,9 @@ class FirstOrder(Function):
     operator: str
 
     def __init_subclass__(cls) -> None:
-        cls.backward = staticmethod(_once(cls.operator, cls.backward))  # type: ignore
+        is_operators = "setup_context" not in vars(cls)  # Dynamo reads the others' backward
+        cls.backward = staticmethod(  # type: ignore
+            _once(cls.operator, cls.backward, is_operators))
 
 
 class _Recomputed:

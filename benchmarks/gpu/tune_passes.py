@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/tune_passes.py FOLDER               at most 60 s on a GPU
     python benchmarks/gpu/tune_passes.py FOLDER --only block_backward sign_backward
+    python benchmarks/gpu/tune_passes.py FOLDER --write       and changes backends/triton/passes.py
 
 Each pass runs at 64@56, 128@28, 256@14 and 512@7, batch 256, float16, channels last, in a CUDA
 graph whose calls take operands in turns, more of them than the L2 cache holds. Printed are bytes a
@@ -18,6 +19,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -43,8 +45,10 @@ TRAFFIC = {
 }
 TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8))  # elements, warps
 WALKS = ((1024, 4), (1024, 8), (2048, 8))
-PROGRAMS = (0, 396, 528, 792, 1056)  # 0: two tiles each, which keeps too many sums for some
+PROGRAMS = (0, 264, 396, 528, 792)  # 0: two tiles each, which keeps too many sums for some
+STEPS_STAGES = ((16, 1), (64, 1), (64, 2), (64, 3))
 SUMS = ("block_backward", "sign_backward", "rprelu_backward", "moments")
+STAGED = SUMS[:3]
 WALK = ("block_forward", "norm_backward", *SUMS)
 
 
@@ -99,8 +103,11 @@ def candidates(name: str) -> Iterator[passes.Pass]:
     yield present
     walks = name in WALK
     found = ((present._replace(elements=e, warps=w) for e, w in TILES) if not walks else
-             (present._replace(elements=e, warps=w, programs=p)
-              for (e, w), p in itertools.product(WALKS, PROGRAMS) if p or name not in SUMS))
+             (present._replace(elements=e, warps=w, programs=p, steps=steps, stages=stages)
+              for (e, w), p, (steps, stages) in itertools.product(
+                  WALKS, PROGRAMS,
+                  STEPS_STAGES if name in STAGED else [(present.steps, present.stages)])
+              if p or name not in SUMS))
     yield from (tile for tile in found if tile != present)
 
 
@@ -109,7 +116,8 @@ def compile_some(share: tuple[list[str], int, int]) -> None:
     names, number, processes = share
     jobs: list[tuple[str, passes.Pass, int]] = []
     for name in names:
-        tiles = {tile[:3]: tile for tile in candidates(name)}  # programs are no constants
+        # programs are no constants
+        tiles = {tile._replace(programs=0): tile for tile in candidates(name)}
         jobs += [(name, tile, c) for tile in tiles.values() for c, _ in SHAPES]
     for name, tile, channels in jobs[number::processes]:
         passes.PASSES[name] = tile
@@ -181,10 +189,22 @@ def best(found: dict[str, list[dict]]) -> tuple[dict, float] | None:
     return dict(zip(passes.Pass._fields, key, strict=True)), whole[key]
 
 
+def write(chosen: dict[str, dict], source: str) -> str:
+    """passes.py with the tiles that take at most 0.98 of the present time."""
+    for name, found in chosen.items():
+        if found["time of the present"] <= 0.98:
+            fields = ", ".join(f"{field}={found[field]}" for field in passes.Pass._fields)
+            source, changes = re.subn(
+                rf'"{name}": Pass\(.*\),', f'"{name}": Pass({fields}),', source)
+            assert changes == 1, name
+    return source
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where passes.json goes")
     parser.add_argument("--only", nargs="+", choices=TRAFFIC, default=list(TRAFFIC))
+    parser.add_argument("--write", action="store_true", help="what is faster into passes.py")
     parser.add_argument("--seconds", type=float, default=55, help="stop after so many")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 10))
     options = parser.parse_args(argv)
@@ -232,6 +252,9 @@ def main(argv: list[str] | None = None) -> None:
             record["best"][name] = {**chosen[0], "time of the present": chosen[1]}
             print(f"best {name:16s} {passes.Pass(**chosen[0])} {chosen[1]:.3f} of the present time")
     (options.folder / "passes.json").write_text(json.dumps(record, indent=1))
+    if options.write:
+        path = Path(passes.__file__)
+        path.write_text(write(record["best"], path.read_text()))
     print(f"{time.monotonic() - start:.0f} s, of which compiling {record['compile s']:.0f} s")
 
 

@@ -55,7 +55,7 @@ def reference_statistics(moments, scale, weight, bias, eps, dtype):
     if scale is not None:
         alpha = scale.double()
         mean, variance = mean * alpha, variance * alpha * alpha
-    inverse = (variance + eps).sqrt().reciprocal()
+    inverse = _inverse_root(variance + eps)
     factor = inverse if weight is None else inverse * weight.double()
     normal = inverse if scale is None else inverse * alpha
     slope = factor if scale is None else factor * alpha
@@ -64,6 +64,15 @@ def reference_statistics(moments, scale, weight, bias, eps, dtype):
     unbiased = variance * (count / (count - 1).clamp_min(1))
     vectors = torch.stack(Statistics(center, factor, normal, slope, offset, count))
     return vectors, *(t.to(dtype, copy=True) for t in (mean, unbiased))
+
+
+def _inverse_root(t: Tensor) -> Tensor:
+    """The root and its inverse, each rounded to the nearest.
+
+    On CPUs torch.sqrt may be MKL's, off by a unit in one value of a hundred, on other processors in
+    others; rsqrt takes the processor's root there, and on GPUs an approximation.
+    """
+    return t.rsqrt() if t.device.type == "cpu" else t.sqrt().reciprocal()
 
 
 def check_gradients(sums, total, vectors, scale, dtype):

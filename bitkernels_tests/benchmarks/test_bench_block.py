@@ -52,13 +52,15 @@ def test_csv_has_both_modes_and_all_match(results):
 
 
 def test_training_keeps_little_more_than_a_quarter_of_the_memory(results):
-    """One real tensor a block and a bit an element, where the emulation keeps four tensors."""
+    """One real tensor a block and a bit an element, where the emulation keeps four tensors; a bit
+    of each weight, where it keeps a number."""
     output, _ = results
     row = json.loads((output / "block.json").read_text())["rows"][1]
     real, weight = (4 * numbers * row["depth"] for numbers in (2 * 40 * 7 * 7, 40 * 40 * 3 * 3))
     assert row["mode"] == "training"
     assert 4 * real + weight <= row["saved"]["eager"] <= 4.1 * real + weight
-    assert real <= row["saved"]["bitkernels"] <= 1.3 * real  # with statistics of 40 channels
+    # With statistics of 40 channels, whose bits are two words.
+    assert real <= row["saved"]["bitkernels"] <= 1.3 * real + weight / 20
 
 
 def test_json_and_chart(results):

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,16 @@ def test_the_best_is_right_and_the_fastest_over_all_shapes(script):
     tile, ratio = tune.best(found)
     assert tile == passes.Pass(2048)._asdict() and ratio == pytest.approx(0.95)
     assert tune.best({"64@56": [{"error": "no room"}]}) is None
+
+
+def test_what_is_faster_is_written_into_the_source(script):
+    tune, source = script("tune_passes"), Path(passes.__file__).read_text()
+    faster = passes.PASSES["unpack"]._replace(elements=512, stages=2)
+    chosen = {name: {**tile._asdict(), "time of the present": ratio}
+              for name, tile, ratio in (("unpack", faster, 0.9), ("rsign", faster, 0.99))}
+    space: dict = {"__name__": "passes"}
+    exec(tune.write(chosen, source), space)
+    assert space["PASSES"] == {**passes.PASSES, "unpack": faster}
 
 
 class Pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -115,3 +116,18 @@ def test_sums_over_many_rows_or_channels_are_right_for_any_threads(rows, channel
         slopes = ops.rprelu_backward(grad, x, shift, slope)[2]
         assert torch.equal(total, expected[0])
         assert torch.equal(slopes, expected[1].float())
+
+
+def test_statistics_round_to_the_nearest(device):
+    """As Python's floats, on which no library of vectors rounds in its own way."""
+    channels, eps = 3000, 1e-5
+    d = torch.randint(-99, 99, (60, channels))
+    moments = torch.stack((d.sum(0), (d * d).sum(0), torch.full((channels,), 60)))
+    vectors, _, _ = ops.residual_block_statistics(
+        moments.to(device), None, None, None, eps, torch.float32)
+    expected = []
+    for total, squares, count in moments.t().tolist():
+        center = total / count
+        slope = 1 / math.sqrt(squares / count - center * center + eps)
+        expected.append((center, slope, slope, slope, -(slope * center), count))
+    assert vectors.t().tolist() == [list(map(float, row)) for row in expected]

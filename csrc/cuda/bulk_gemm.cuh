@@ -4,11 +4,9 @@
 // shared tiles and three warps bring what the epilogue of each tile needs (gemm_epilogue.cuh), one
 // tile ahead, into one of two slots. GROUPS further warpgroups multiply.
 //
-// TURNS: each group has tiles of its own, STRIPS times 64 rows by BN, every GROUPS-th of the block.
-// Their steps lie in the ring one tile after the other, so one group multiplies while another is in
-// its epilogue. Else all groups share a tile, and its filters, and each has STRIPS times 64 rows;
-// with a HEAD_START, the first is kept so many steps ahead of the others from the first tile on, so
-// that these still multiply when it begins its epilogue.
+// All groups share a tile, and its filters, and each has STRIPS times 64 rows. AHEAD: the others
+// multiply a stage only when the first has left it, so they still multiply when it begins its
+// epilogue, and it multiplies while they are in theirs.
 //
 // The kernel may start before `prepare` has ended: tiles do not depend on it. The three warps wait
 // for it, and the consumers for them.
@@ -17,20 +15,28 @@
 #include "scheduler.cuh"
 #include "wgmma_ring.cuh"
 
-template <int GROUPS, int STRIPS, int BN, int STAGES, bool TURNS, int HEAD_START>
+template <int GROUPS, int STRIPS, int BN, int STAGES, bool AHEAD>
 struct BulkGemm {
-  static constexpr int SHARING = TURNS ? 1 : GROUPS;  // groups that multiply the same tile
-  static constexpr int BM = 64 * STRIPS * SHARING;
+  static constexpr int BM = 64 * STRIPS * GROUPS;
   using Tiles = Ring<BM, STRIPS, BN, STAGES>;
   using Slot = TileSlot<BM, BN>;
   static constexpr int STEP = Tiles::STEP;
   static constexpr int THREADS = 128 * (GROUPS + 1);
   static constexpr int SLOTS = STAGES * Tiles::STAGE, BARRIERS = SLOTS + 2 * Slot::BYTES;
-  static constexpr int SHARED = BARRIERS + 16 * STAGES + 48;
+  static constexpr int SHARED = BARRIERS + 24 * STAGES + 32;
   static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
   static_assert(registers_suffice(THREADS, PRODUCER_REGISTERS, GROUPS, CONSUMER_REGISTERS), "");
-  static_assert(!TURNS || GROUPS == 2, "a slot for each group");
-  static_assert(HEAD_START == 0 || (!TURNS && HEAD_START < STAGES - 1), "the ring holds it");
+
+  // Barriers end a phase when the first group has left a stage.
+  struct Order {
+    u32 barriers;
+    int group;
+    DEVICE bool follows() const { return AHEAD && group > 0; }
+    DEVICE void wait(int stage, int parity) const { barrier_wait(barriers + 8 * stage, parity); }
+    DEVICE void left(int stage) const {
+      if (AHEAD && group == 0) barrier_arrive(barriers + 8 * stage);
+    }
+  };
 
   Tiles ring;
   u32 slots, barriers;
@@ -39,7 +45,6 @@ struct BulkGemm {
   DEVICE u32 slot(int n) const { return slots + n % 2 * Slot::BYTES; }
   DEVICE u32 brought(int n) const { return barriers + 8 * (n % 2); }
   DEVICE u32 used(int n) const { return barriers + 16 + 8 * (n % 2); }
-  DEVICE u32 ahead() const { return barriers + 32; }
   DEVICE int tiles() const { return tiles_m * tiles_n; }
 
   DEVICE static void run(const Params& p, const TensorMap& words, const TensorMap& filters) {
@@ -53,12 +58,12 @@ struct BulkGemm {
     g.steps = (K_BYTES + STEP - 1) / STEP;
     const int thread = thread_index();
     if (thread == 0) {
-      g.ring.init(1, 4 * SHARING);
+      g.ring.init(1, 4 * GROUPS);
       for (int n = 0; n < 2; ++n) {
         barrier_init(g.brought(n), 96);
-        barrier_init(g.used(n), 4 * SHARING);
+        barrier_init(g.used(n), 4 * GROUPS);
       }
-      barrier_init(g.ahead(), 4);
+      for (int i = 0; i < STAGES; ++i) barrier_init(g.barriers + 32 + 8 * i, 4);
       barrier_init_fence();
     }
     sync_threads();
@@ -99,23 +104,13 @@ struct BulkGemm {
 
   DEVICE void consume(const Params& p, int group, int thread) const {
     const int lane = thread % 32, warp = thread / 32;
-    const int strips = TURNS ? 0 : group * STRIPS, every = TURNS ? GROUPS : 1;
+    const int strips = group * STRIPS;
     Cursor<STAGES> at;
     int acc[STRIPS][BN / 8][4];
-    int n = TURNS ? group : 0;
-    if (TURNS) at.skip(group * steps);
-    if (HEAD_START > 0 && group > 0) barrier_wait(ahead(), 0);
 #pragma unroll 1
-    for (int index = block_index() + n * block_count(); index < tiles();
-         n += every, index += every * block_count()) {
+    for (int n = 0, index = block_index(); index < tiles(); ++n, index += block_count()) {
       const Tile tile = tile_at(index, tiles_m, tiles_n);
-      ring.products(acc, at, steps, strips, lane, [&](int step) {
-        if (HEAD_START > 0 && n == 0 && group == 0 && lane == 0 &&
-            step == (HEAD_START < steps ? HEAD_START : steps) - 1) {
-          barrier_arrive(ahead());
-        }
-      });
-      if (TURNS) at.skip((GROUPS - 1) * steps);
+      ring.products(acc, at, steps, strips, lane, Order{barriers + 32, group});
       barrier_wait(brought(n), n / 2 % 2);
       // No address of the epilogue stays in a register beside the counts.
       finish_tile<BM, BN>(acc, p, slot(n), strips * 64 + warp * 16, tile.m * BM, tile.n * BN,

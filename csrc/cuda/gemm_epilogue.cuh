@@ -6,9 +6,11 @@
 //
 //   dot = 4 acc + corr - 2 pa     and     T[parity] = ceil((low - corr + 2 parity) / 4) - 1
 //
-// dot >= low is the sign bit of T[pa & 1] + (pa >> 1) - acc, which a funnel shift collects. An
-// upper bound is T of high + 1 with the bits flipped; a channel with both bounds has a second
-// table, which is looked at only in tiles that have such a channel.
+// dot >= low is the sign bit of T[pa & 1] + (pa >> 1) - acc. Two such sums fit into one word where
+// K is 32000 at most, so one addition serves two outputs, and a permutation that repeats sign bits
+// collects four; with a longer K a funnel shift collects each. An upper bound is T of high + 1 with
+// the bits flipped; a channel with both bounds has a second table, which is looked at only in tiles
+// that have such a channel.
 #pragma once
 #include "epilogue.cuh"
 
@@ -17,6 +19,7 @@ HOST_DEVICE bool float_steps() {
   return CLAMP_MIN || CLAMP_MAX || SCALE || BIAS || RESIDUAL != NONE || SLOPE || SIGN_SHIFT;
 }
 HOST_DEVICE bool signs_by_table() { return PACKED && (THRESHOLD || !float_steps()); }
+HOST_DEVICE bool short_tables() { return 8 * K_BYTES <= 32000; }
 HOST_DEVICE bool values_needed() { return OUT_TYPE != NONE || (PACKED && !signs_by_table()); }
 
 // A slot of shared memory: pa of BM rows; vectors of BN channels, corr first; the tables of both
@@ -34,6 +37,26 @@ struct TileSlot {
   // Of two neighbouring fragments a lane has channels 2 t, 2 t + 1, 2 t + 8, 2 t + 9: these four
   // lie side by side, one 16-byte load.
   DEVICE static int place(int c) { return c / 16 * 16 + c % 8 / 2 * 4 + c % 16 / 8 * 2 + c % 2; }
+
+  // Of short tables the halves of a word are channels c and c + BN / 4, the low one first; of the
+  // words those of fragments 2 pair and the next lie side by side, as above.
+  DEVICE static int half_place(int c) {
+    const int quarter = c / (BN / 4), within = c % (BN / 4);
+    const int block = (within / 32 * 2 + quarter / 2) * 2 + within / 16 % 2;
+    return 2 * (16 * block + place(c % 16)) + quarter % 2;
+  }
+
+  // In a short table an entry is clamped to where the sum has its sign for every window, since
+  // (pa >> 1) - acc is between -K / 2 - 1 and K / 2; 2^15 more keeps sums from borrowing.
+  DEVICE static void put(u32 table, int c, int entry) {
+    if (short_tables()) {
+      const int most = 4 * K_BYTES + 2;
+      const int within = entry < -most ? -most : entry > most ? most : entry;
+      store_shared_half(table + 2 * half_place(c), within + 0x8000);
+    } else {
+      store_shared(table + 4 * place(c), entry);
+    }
+  }
 
   // By three warps. Every thread's loads are on their way before it uses one.
   DEVICE static void fill(const Params& p, u32 slot, int m0, int n0, int warp, int lane) {
@@ -58,12 +81,12 @@ struct TileSlot {
       const int q = warp + 3 * i, c = 32 * q + lane;
       if (!signs_by_table() || q >= MASKS) break;
       const Bounds bounds = Bounds::of(low[i], high[i], n0 + c < COUT);
-      const u32 to = slot + TABLES + 4 * place(c);
+      const u32 to = slot + TABLES;
 #pragma unroll
       for (int parity = 0; parity < 2; ++parity) {
-        store_shared(to + parity * TABLE, table_entry(bounds.low, corr[i], parity));
+        put(to + parity * TABLE, c, table_entry(bounds.low, corr[i], parity));
         if (THRESHOLD) {
-          store_shared(to + (2 + parity) * TABLE, table_entry(bounds.end, corr[i], parity));
+          put(to + (2 + parity) * TABLE, c, table_entry(bounds.end, corr[i], parity));
         }
       }
       if (!THRESHOLD) continue;
@@ -114,10 +137,46 @@ DEVICE u32 fields_transpose(u32 w) {
   return w ^ x ^ (x << 12);
 }
 
+// As sign_words, by short tables.
+template <int BN>
+DEVICE void sign_words_short(u32 (&words)[BN / 128], const int (&acc)[BN / 8][4], int h, u32 table,
+                             int half, int t) {
+  const u32 halves = half * 0x10001;
+#pragma unroll
+  for (int g = 0; g < BN / 128; ++g) {
+    u32 word = 0;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      u32 v[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_shared4(v[i], table + 64 * (4 * g + 2 * i + odd) + 16 * t);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        u32 sums[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int at = (BN / 128 * 2 * i + g) * 2 + odd, next = at + BN / 64;  // a quarter on
+          // Counts are below 2^16: their low halves are all of them.
+          sums[i] = v[i][k] + halves -
+                    permute(acc[2 * at + k / 2][2 * h + k % 2],
+                            acc[2 * next + k / 2][2 * h + k % 2], 0x5410);
+        }
+        // Byte i for lane i; 2^15 more turned the signs around.
+        word |= ~sign_bytes(sums[0], sums[1]) & (0x01010101u << (4 * odd + k));
+      }
+    }
+    words[g] = fields_transpose(bytes_transpose(word, t));
+  }
+}
+
 // The sign bits of half h of a fragment row. A lane gets whole words, BN / 128 neighbouring ones.
 template <int BN>
 DEVICE void sign_words(u32 (&words)[BN / 128], const int (&acc)[BN / 8][4], int h, u32 table,
                        int half, int one, int t) {
+  if (short_tables()) {
+    sign_words_short<BN>(words, acc, h, table, half, t);
+    return;
+  }
   const int minus = -one;
 #pragma unroll
   for (int g = 0; g < BN / 128; ++g) {

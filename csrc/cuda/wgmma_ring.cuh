@@ -23,11 +23,6 @@ struct Cursor {
   DEVICE void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
-  DEVICE void skip(int stages) {
-    stage += stages;
-    parity ^= stage / STAGES & 1;
-    stage %= STAGES;
-  }
 };
 
 template <int ROWS, int STRIPS, int BN, int STAGES>
@@ -66,12 +61,20 @@ struct Ring {
     wgmma_commit();
   }
 
-  // The products of a tile, of all K; `issued(step)` is called when those of a step are queued.
-  template <class Issued>
+  // The products of a tile, of all K, in step with other groups as `order` says.
+  template <class Order>
   DEVICE void products(int (&acc)[STRIPS][BN / 8][4], Cursor<STAGES>& at, int steps, int strips,
-                       int lane, const Issued& issued) const {
+                       int lane, const Order& order) const {
+    const auto leave = [&](int stage) {
+      if (lane == 0) barrier_arrive(empty(stage)), order.left(stage);
+    };
     int before = at.stage;
     for (int step = 0; step < steps; ++step, at.next()) {
+      if (order.follows()) {
+        // A stage that this group has left is filled while it waits.
+        if (step > 0) wgmma_wait<0>(), leave(before);
+        order.wait(at.stage, at.parity);
+      }
       barrier_wait(full(at.stage), at.parity);
       const u32 from = stage(at.stage);
       // The last step multiplies only as far as K reaches.
@@ -87,14 +90,22 @@ struct Ring {
       } else {
         multiply<4>(acc, from, strips, step > 0);
       }
-      issued(step);
-      wgmma_wait<1>();
-      if (step > 0 && lane == 0) barrier_arrive(empty(before));
+      if (!order.follows()) {
+        wgmma_wait<1>();
+        if (step > 0) leave(before);
+      }
       before = at.stage;
     }
     wgmma_wait<0>();
-    if (lane == 0) barrier_arrive(empty(before));
+    leave(before);
   }
+};
+
+// Of groups that do not wait for each other.
+struct Together {
+  DEVICE bool follows() const { return false; }
+  DEVICE void wait(int, int) const {}
+  DEVICE void left(int) const {}
 };
 
 // What producers give up must cover what the consumers take: a block owns as many registers as it

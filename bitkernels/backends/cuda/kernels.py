@@ -6,6 +6,7 @@ A kernel is a class template of csrc/cuda with its tile; everything else about a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,10 @@ class Kernel:
 
     def shared_bytes(self, spec: Spec) -> int:
         """Of dynamic shared memory for a call."""
-        if not self.resident:
-            return self.shared
+        return self._resident_bytes(spec) if self.resident else self.shared
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  kernels are few
+    def _resident_bytes(self, spec: Spec) -> int:
         filters = -(-spec.k_bytes // 128) * (self.bn + 16) * 128
         bare = not (spec.out_type or spec.packed)  # what the outputs are is not known yet
         each = 2 if spec.only_signs and not spec.threshold and not bare else 4
@@ -99,14 +102,13 @@ def _wgmma(strips: int, bn: int, stages: int) -> Kernel:
                   bm, bn, 384, shared, 1, windows=True, persistent=True)
 
 
-def _bulk(strips: int, bn: int, stages: int, turns: bool = False, head_start: int = 0) -> Kernel:
-    """turns: both groups have tiles of their own, one multiplies while the other is in its
-    epilogue; head_start: steps by which the first group is ahead of the other in a shared tile."""
-    bm = (1 if turns else 2) * strips * 64
+def _bulk(strips: int, bn: int, stages: int, ahead: bool = False) -> Kernel:
+    """ahead: the first group is kept a step ahead of the other."""
+    bm = 2 * strips * 64
     slot = 4 * bm + 7 * 4 * bn + 4 * (4 * bn + 64) + 2 * bn // 8
-    shared = stages * (bm + bn) * 128 + 2 * slot + 16 * stages + 48
-    name = f"bulk_{bm}x{bn}" + "_turns" * turns + f"_ahead{head_start}" * (head_start > 0)
-    cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {str(turns).lower()}, {head_start}>"
+    shared = stages * (bm + bn) * 128 + 2 * slot + 24 * stages + 32
+    name = f"bulk_{bm}x{bn}" + "_ahead" * ahead
+    cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {str(ahead).lower()}>"
     return Kernel(name, "bulk_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=True,
                   persistent=True)
 
@@ -124,8 +126,7 @@ MMA = (
     _mma(64, 32, 16, 32, 4, 4),
 )
 WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 6))
-BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, head_start=1),
-        _bulk(1, 256, 4, head_start=2), _bulk(2, 128, 6, turns=True))
+BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, ahead=True))
 RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)

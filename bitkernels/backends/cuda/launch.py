@@ -262,16 +262,19 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     if kernel.resident:
         spec = spec.resident(kernel.bm, words.data_ptr() % 16 == 0)
     main = _function(kernel, spec, device)
-    prepare = corr = pa = None
-    if not kernel.resident:
-        prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
-        corr = words.new_empty(spec.classes * spec.cout)
-        pa = words.new_empty(rows) if kernel.windows else None
     tensors = dict(words=words, filters=filters, out=out, packed=packed, residual=residual,
-                   threshold=threshold, corr=corr, pa=pa, moments=moments, **vectors)
+                   threshold=threshold, moments=moments, **vectors)
     params = Params(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
                     clamp_min=clamp_min or 0.0, clamp_max=clamp_max or 0.0, rows=rows,
                     images=words.shape[0])
+    prepare = None
+    if not kernel.resident:
+        prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
+        # Both counts in one allocation, which lives until the launches below are enqueued.
+        first = -(-spec.classes * spec.cout // 4) * 4
+        counts = words.new_empty(first + (rows if kernel.windows else 0))
+        params.corr = counts.data_ptr()
+        params.pa = params.corr + 4 * first if kernel.windows else None
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     run = driver()
     run.bind(_index(device))

@@ -63,7 +63,8 @@ def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None
                                   **{k: move(v) for k, v in kw.items()})
         for i, (want, have) in enumerate(zip(expected, got, strict=True)):
             if want is not None and not torch.equal(want, have.cpu()):
-                return f"differs from the reference in case {number}, output {i}"
+                return (f"differs from the reference in case {number}, output {i}: "
+                        f"{selfcheck.difference(want, have.cpu())}")
     if op == "packed_linear" and kernel.windows:
         args, kw, want = many_tiles(kernel, device)
         _, have = launch.packed_linear(kernel, *map(move, args),

@@ -69,7 +69,15 @@ class Spec:
     line_chunk: int = 4
     moments: int = 0
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Every call of a kernel asks for it several times."""
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
+    @functools.cached_property
     def classes(self) -> int:
         def axis(before, past, both):
             return (before + 1) * (past + 1) if both else before + past + 1
@@ -77,7 +85,7 @@ class Spec:
         return (axis(self.top, self.bottom, self.both_h)
                 * axis(self.left, self.right, self.both_w))
 
-    @property
+    @functools.cached_property
     def only_signs(self) -> bool:
         """Whether the epilogue is nothing but comparisons of the dot product."""
         real = any(getattr(self, name) for name in (*VECTORS, "residual", "clamp_min", "clamp_max"))
@@ -126,8 +134,8 @@ class Spec:
         """Without what `prepare` does not look at, so that calls share its compiled kernel."""
         plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
                                "clamp_max"), 0)
-        return replace(self, chunk=16 if self.chunk == 16 else 4, nhwc=1, image=0, wp=1, lead=0, hp=1,
-                       line_chunk=4, **plain)
+        return replace(self, chunk=16 if self.chunk == 16 else 4, nhwc=1, image=0, wp=1, lead=0,
+                       hp=1, line_chunk=4, **plain)
 
 
 class Params(ctypes.Structure):

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 
+def _is_rows(t: Tensor) -> bool:
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+
+
 def collapse(dim: int, *tensors: Tensor) -> tuple[int, int, list[tuple[int, ...]]] | None:
     """(outer, inner, [(outer stride, inner stride, channel stride) of each]) or None.
 
     Rows are the sizes without `dim`, in order; outer * inner of them. None if the tensors' strides
     need more than two row dimensions.
     """
+    if dim == 1 and all(_is_rows(t) for t in tensors):  # as below, in a tenth of the time
+        images, channels, height, width = tensors[0].shape
+        return 1, images * height * width, [(0, channels, 1)] * len(tensors)
     rest = [d for d in range(tensors[0].dim()) if d != dim and tensors[0].shape[d] != 1]
     groups: list[list[int]] = []  # runs of dimensions that every tensor walks with one stride
     for d in rest:
@@ -54,7 +61,7 @@ def together(dim: int, out: Tensor, *tensors: Tensor
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an element of some tensor lies 2^31 or more elements from its first."""
     return any(
-        t is not None
+        t is not None and t.untyped_storage().nbytes() >= 2**30  # mostly not, and soon known
         and sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 2**14 >= 2**31
         for t in tensors
     )

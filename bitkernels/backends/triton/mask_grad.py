@@ -15,9 +15,13 @@ from bitkernels.ops.geometry import empty_around
 @triton.jit
 def mask_grad_kernel(grad, masks, out, rows, inner, channels, width, so, si, sc, oo, oi, oc,
                      BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    """The masks come as bytes, one for 8 channels of a row."""
-    r = block_index(BLOCK_R, WIDE)[:, None, None]
-    b = (tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)).to(r.dtype)[None, :, None]
+    """The masks come as bytes, one for 8 channels of a row.
+
+    Bytes are the tile's first dimension: of rows and bytes, with no neighbours in memory either,
+    Triton gives a warp the first, and a row's bytes lie together.
+    """
+    r = block_index(BLOCK_R, WIDE)[None, :, None]
+    b = (tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)).to(r.dtype)[:, None, None]
     bit = tl.arange(0, 8)[None, None, :]
     c = b * 8 + bit
     ok = (r < rows) & (c < channels)

@@ -13,25 +13,28 @@ from typing import NamedTuple
 class Pass(NamedTuple):
     """elements: of a tile. columns: its channels at most, where channels are contiguous in memory.
     programs: of a walk at most, over all blocks of channels; 0: one for each two tiles, or where
-    there is no walk for each."""
+    there is no walk for each. steps: tiles of a walk whose sums are added in float32, where they
+    are. stages: turns of a walk with sums whose loads are in flight, in shared memory but for 1."""
 
     elements: int
     columns: int = 256
     warps: int = 4
     programs: int = 0
+    steps: int = 16
+    stages: int = 1
 
 
 PASSES = {
-    "block_forward": Pass(1024),
-    "norm_backward": Pass(2048),
+    "block_forward": Pass(1024, warps=8, programs=528),
+    "norm_backward": Pass(1024, warps=8, programs=528),
     "rprelu": Pass(2048),
     "rsign": Pass(2048),
-    "mask_grad": Pass(2048),
-    "unpack": Pass(4096),
+    "mask_grad": Pass(1024),
+    "unpack": Pass(2048),
     "sign_pack": Pass(4096, warps=8),
-    "block_backward": Pass(1024, programs=396),
-    "sign_backward": Pass(1024, programs=792),
-    "rprelu_backward": Pass(1024, programs=528),
+    "block_backward": Pass(1024, programs=396, steps=64, stages=3),
+    "sign_backward": Pass(1024, programs=528, steps=64, stages=3),
+    "rprelu_backward": Pass(1024, programs=396, stages=3),
     "moments": Pass(2048, programs=528),
 }
 

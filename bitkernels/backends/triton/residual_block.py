@@ -98,7 +98,8 @@ def backward_tile(g, d, x, out, ok, scale, bias, inside, steep, middle, shift_in
 @triton.jit
 def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, center, out, partial,
                           rows, channels, tiles, RELU: tl.constexpr, STEPS: tl.constexpr,
-                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+                          STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                          WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
@@ -116,7 +117,8 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
         sum_norm = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         sum_slope = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         sum_grad = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for tile in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
+        for tile in tl.range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs,
+                             num_stages=STAGES):
             r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
             r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
             ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
@@ -143,6 +145,7 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
         add_rows(to + channels, column, channels, sum_norm, more)
         add_rows(to + 2 * channels, column, channels, sum_slope, more)
         add_rows(to + 3 * channels, column, channels, sum_grad, more)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -223,11 +226,12 @@ def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, c
     if not rows or not channels:
         return out, dot.new_zeros((4, channels), dtype=torch.float64)
     residual = None if slope is None else rows_of(residual)
+    way = passes.PASSES["block_backward"]
     walk = passes.walk("block_backward", 1, rows, channels, elementwise.wide(dot))
     partial = dot.new_empty((walk.programs, 4, channels), dtype=torch.float64)
     block_backward_kernel[(walk.programs, walk.blocks)](
         rows_of(grad), rows_of(dot), residual, *_vectors(scale, bias, shift_in, slope, center), out,
-        partial, rows, channels, walk.tiles, RELU=relu, STEPS=sums.STEPS, BLOCK_R=walk.block_r,
-        BLOCK_C=walk.block_c, WIDE=walk.wide,
-        num_warps=passes.PASSES["block_backward"].warps, enable_fp_fusion=False)
+        partial, rows, channels, walk.tiles, RELU=relu, STEPS=way.steps, STAGES=way.stages,
+        BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide, num_warps=way.warps,
+        enable_fp_fusion=False)
     return out, sums.reduce(partial)

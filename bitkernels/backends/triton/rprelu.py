@@ -47,7 +47,7 @@ def backward_tile(g, v, out, ok, inside, steep):
 
 @triton.jit
 def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, channels, tiles,
-                           go, gi, gc, so, si, sc, oo, oi, oc,
+                           go, gi, gc, so, si, sc, oo, oi, oc, STAGES: tl.constexpr,
                            BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
@@ -57,7 +57,7 @@ def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, 
     sum_in = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_slope = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_out = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for tile in range(program, tiles, 2 * programs):
+    for tile in tl.range(program, tiles, 2 * programs, num_stages=STAGES):
         r = tile_rows(tile, BLOCK_R, WIDE)
         r2 = tile_rows(tile + programs, BLOCK_R, WIDE)
         ok = (r < rows)[:, None] & col_ok[None, :]
@@ -120,14 +120,15 @@ def rprelu_backward(grad, input, shift_in, slope):
     # Three allocations: compiled graphs take outputs to be 16-byte aligned.
     sums = [new((channels,), dtype=torch.float32) for _ in range(3)]
     if rows and channels:
+        way = passes.PASSES["rprelu_backward"]
         walk = passes.walk("rprelu_backward", strides[2], rows, channels, wide(grad, input, out))
         partial = input.new_empty((walk.programs, 3, channels), dtype=torch.float32)
         rprelu_backward_kernel[(walk.programs, walk.blocks)](
             grad, input, shift_in.contiguous(), slope.contiguous(), out, partial, rows,
             None if outer == 1 else inner, channels, walk.tiles, *grad_strides, *strides,
-            *out_strides, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
-            num_warps=passes.PASSES["rprelu_backward"].warps, enable_fp_fusion=False)
+            *out_strides, STAGES=way.stages, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c,
+            WIDE=walk.wide, num_warps=way.warps, enable_fp_fusion=False)
         rprelu_reduce_kernel[(triton.cdiv(channels, COLUMNS), 3)](
             partial, *sums, walk.programs, channels, BLOCK_P=rows_at_once(walk.programs),
-            BLOCK_C=COLUMNS, num_warps=4, enable_fp_fusion=False)
+            BLOCK_C=COLUMNS, num_warps=8, enable_fp_fusion=False)
     return out, *sums

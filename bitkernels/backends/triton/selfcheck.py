@@ -25,6 +25,17 @@ def _equal(want: Tensor, have: Tensor, args: tuple) -> bool:
     return torch.equal(want, have)
 
 
+def difference(want: Tensor, have: Tensor) -> str:
+    """Where two unequal tensors differ."""
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return (f"{want.dtype} of shape {tuple(want.shape)} wanted, "
+                f"got {have.dtype} of shape {tuple(have.shape)}")
+    where = (want != have).nonzero()  # a NaN differs from itself
+    at = tuple(where[0].tolist())
+    return (f"{len(where)} of {want.numel()} values, first at {at}: "
+            f"{want[at].item()!r} wanted, got {have[at].item()!r}")
+
+
 def failure(op: str, inner: str | None, device: torch.device) -> str | None:
     """What is wrong with this operator's kernel on this device, or None."""
     from bitkernels.backends.triton import tuning
@@ -51,5 +62,5 @@ def failure(op: str, inner: str | None, device: torch.device) -> str | None:
             for i, (want, have) in enumerate(zip(expected, got, strict=True)):
                 if want is not None and not _equal(want, have.cpu(), args):
                     return (f"differs from the reference in case {number}, output {i}, "
-                            f"configuration {tile}")
+                            f"configuration {tile}: {difference(want, have.cpu())}")
     return None

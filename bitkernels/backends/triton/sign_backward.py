@@ -55,8 +55,8 @@ def sign_tile(g, v, a, out, ok, added, shift, add, clip, beta, ESTIMATOR: tl.con
 @triton.jit
 def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, inner, channels,
                          tiles, go, gi, gc, so, si, sc, ao, ai, ac, oo, oi, oc,
-                         ESTIMATOR: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
-                         BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+                         ESTIMATOR: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
@@ -66,7 +66,8 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
         added = vector(shift, c, col_ok, False)
     for first in range(program, tiles, programs * STEPS):
         some = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for tile in range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs):
+        for tile in tl.range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs,
+                             num_stages=STAGES):
             r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
             r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
             ok, ok2 = (r < rows) & col_ok, (r2 < rows) & col_ok
@@ -88,6 +89,7 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
             to_out = out + (row_offset(r2, inner, oo, oi) + c * oc)
             some += sign_tile(g2, v2, a2, to_out, ok2, added, shift, add, clip, beta, ESTIMATOR)
         add_rows(partial + program * channels, column, channels, some, first > program)
+        tl.debug_barrier()
 
 
 def sign_backward(grad, input, shift, add, estimator, clip, beta):
@@ -103,7 +105,7 @@ def sign_backward(grad, input, shift, add, estimator, clip, beta):
         add = operands[2]
     if clip is None and estimator == "ste_sign":
         estimator = "identity"
-    rows = outer * inner
+    rows, way = outer * inner, passes.PASSES["sign_backward"]
     walk = passes.walk("sign_backward", strides[1][2], rows, channels,
                        elementwise.wide(*operands, out))
     partial = input.new_empty((walk.programs, channels), dtype=torch.float64)
@@ -111,7 +113,7 @@ def sign_backward(grad, input, shift, add, estimator, clip, beta):
         *operands[:2], None if shift is None else shift.contiguous(), add, out, partial,
         0.0 if clip is None else float(clip), float(beta), rows,
         None if outer == 1 else inner, channels, walk.tiles,
-        *(s for each in strides for s in each), ESTIMATOR=ESTIMATORS[estimator], STEPS=sums.STEPS,
-        BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
-        num_warps=passes.PASSES["sign_backward"].warps, enable_fp_fusion=False)
+        *(s for each in strides for s in each), ESTIMATOR=ESTIMATORS[estimator], STEPS=way.steps,
+        STAGES=way.stages, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
+        num_warps=way.warps, enable_fp_fusion=False)
     return out, sums.reduce(partial)

@@ -2,11 +2,12 @@
 
 The programs of a kernel each walk every `programs`-th tile, add what they see in a fixed order and
 write one row of partial sums; `reduce_kernel` adds those rows in a fixed order. Float32 values are
-added in float32 over at most STEPS tiles and in float64 beyond, where every sum of STEPS is exact:
-float64 throughput is low on most GPUs. How many programs there are depends on the shape alone.
+added in float32 over at most `steps` tiles (passes.py) and in float64 beyond: float64 throughput is
+low on most GPUs. How many programs there are depends on the shape alone.
 
 The walks take two tiles a turn: the loads of both are issued before the first store, behind which
-none would be moved.
+none would be moved. With stages, the next turns' loads are on their way to shared memory meanwhile,
+where they take no registers.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEPS = 16
-COLUMNS = 8  # of a reduction's program: few, for there are few programs to share the rows
+COLUMNS = 4  # of a reduction's program: few, for there are few programs to share the rows
 
 
 @triton.jit
 def add_rows(to, column, channels, values, more):
-    """Adds a tile's columns to `to + column`, in its type, or puts them there if not `more`.
+    """Adds a tile's columns to `to + column`, in its type, or puts them there if not `more`. A
+    barrier must follow those of a turn: the next load may be another thread's.
 
     What a walk has so far stays in memory: its registers are needed for the loads in flight.
     """
     kind: tl.constexpr = to.dtype.element_ty
     before = tl.load(to + column, mask=column < tl.where(more, channels, 0), other=0)
     tl.store(to + column, before + tl.sum(values.to(kind), axis=0), mask=column < channels)
-    tl.debug_barrier()  # the next load may be another thread's
 
 
 @triton.jit
@@ -51,6 +51,6 @@ def reduce(partial: Tensor) -> Tensor:
     out = partial.new_empty(partial.shape[1:])
     reduce_kernel[(triton.cdiv(out.numel(), COLUMNS),)](
         partial, out, partial.shape[0], out.numel(),
-        BLOCK_P=rows_at_once(partial.shape[0]), BLOCK_C=COLUMNS, num_warps=4,
+        BLOCK_P=rows_at_once(partial.shape[0]), BLOCK_C=COLUMNS, num_warps=8,
         enable_fp_fusion=False)
     return out

@@ -12,27 +12,25 @@ from bitkernels.backends.triton.jit import block_index
 
 
 @triton.jit
-def unpack_kernel(words, out, rows, channels, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-                  WIDE: tl.constexpr):
-    """The words come as bytes, one for the 8 channels that a thread stores."""
-    r = block_index(BLOCK_R, WIDE)[:, None, None]
-    b = (tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8))[None, :, None]
-    bit = tl.arange(0, 8)[None, None, :]
-    c = b * 8 + bit
-    ok = (r < rows) & (c < channels)
-    byte = tl.load(words + r * width + b, mask=(r < rows) & (b * 8 < channels), other=0)
+def unpack_kernel(words, out, count, channels, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The words come as bytes, `count` in all and `width` a row, each for the 8 channels that a
+    thread stores. Neighbours are neighbours in memory, also where a row ends."""
+    at = block_index(BLOCK, WIDE)
+    bit = tl.arange(0, 8)[None, :]
+    c = (at % width * 8)[:, None] + bit
+    byte = tl.load(words + at, mask=at < count, other=0)[:, None]
     sign = (((byte.to(tl.int32) >> bit) & 1) * 2 - 1).to(tl.float32)
-    tl.store(out + r * channels + c, sign.to(out.dtype.element_ty), mask=ok)
+    tl.store(out + ((at // width * channels)[:, None] + c), sign.to(out.dtype.element_ty),
+             mask=(at < count)[:, None] & (c < channels))
 
 
 def unpack(words, channels, dtype=torch.float32, dim=-1):
     words = words.contiguous().view(torch.int8)
     out = torch.empty((*words.shape[:-1], channels), dtype=dtype, device=words.device)
-    rows, width = out.numel() // channels, words.shape[-1]
-    if rows:
-        block_r, block_c = passes.tile("unpack", 1, channels)
-        grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
-        unpack_kernel[grid](words, out, rows, channels, width, BLOCK_R=block_r,
-                            BLOCK_C=block_c, WIDE=wide(words, out),
-                            num_warps=passes.PASSES["unpack"].warps, enable_fp_fusion=False)
+    found, count = passes.PASSES["unpack"], words.numel()
+    if count:
+        block = found.elements // 8
+        unpack_kernel[(triton.cdiv(count, block),)](
+            words, out, count, channels, words.shape[-1], BLOCK=block, WIDE=wide(words, out),
+            num_warps=found.warps, enable_fp_fusion=False)
     return out.movedim(-1, dim)

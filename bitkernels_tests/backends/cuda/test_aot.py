@@ -29,7 +29,9 @@ CONV = conv_spec((64, 256, 14, 14), (14, 14), (256, 3, 3, 8), 256, (1, 1), (1, 1
 NARROW = conv_spec((64, 64, 28, 28), (56, 56), (64, 3, 3, 2), 64, (2, 2), (1, 1, 1, 1), (1, 1), 8)
 LINEAR = linear_spec(256, 8192, 8192, 16)
 SPECS = {"conv": replace(CONV, **FULL), "linear": replace(LINEAR, packed=1),
-         "bounds": replace(LINEAR, packed=1, threshold=1), "fp16": replace(LINEAR, out_type=3),
+         "bounds": replace(LINEAR, packed=1, threshold=1),
+         "long": replace(linear_spec(2048, 8192, 65536, 16), packed=1),
+         "fp16": replace(LINEAR, out_type=3),
          "ragged": replace(linear_spec(260, 1000, 8320, 16), packed=1, out_type=3, scale=1, bias=1),
          "narrow": replace(NARROW, packed=1, threshold=1),
          "nchw": replace(NARROW, chunk=4, nhwc=0, **FULL)}
@@ -85,19 +87,26 @@ def test_wgmma(kernel, what):
     assert any(copies in line for line in code)
 
 
+@pytest.mark.parametrize("what", ("linear", "long"))
 @pytest.mark.parametrize("kernel", kernels.BULK, ids=name_of)
-def test_signs_of_matrices_take_few_instructions(kernel):
-    """A sum and a shift an output, half of the sums on the multipliers, and no load from global
-    memory between them."""
-    code, _, _ = build(kernel, SPECS["linear"], "sm_90a")
+def test_signs_of_matrices_take_few_instructions(kernel, what):
+    """No load from global memory. With two sums in a word, half an addition and half a permutation
+    an output, and a quarter of what collects signs; else a sum and a shift, half of the sums on the
+    multipliers."""
+    code, _, _ = build(kernel, SPECS[what], "sm_90a")
     last = max(i for i, line in enumerate(code) if "BGMMA" in line)
     stored = max(i for i, line in enumerate(code) if "STG" in line)
     epilogue = code[last:stored]
     outputs = int(re.findall(r"\d+", kernel.type)[1]) * kernel.bn // 2  # of a lane
-    assert sum("SHF.L" in line for line in epilogue) >= outputs
-    assert outputs // 2 <= sum("IADD3" in line for line in epilogue) < outputs
-    assert len(epilogue) < 4 * outputs + 40  # and what a tile costs
     assert not any("LDG" in line for line in epilogue)
+    if what == "long":
+        assert sum("SHF.L" in line for line in epilogue) >= outputs
+        assert outputs // 2 <= sum("IADD3" in line for line in epilogue) < outputs
+        assert len(epilogue) < 4 * outputs + 40  # and what a tile costs
+    else:
+        assert 0 < sum("PRMT" in line for line in epilogue) <= 3 * outputs // 4 + 16
+        assert sum("LDS.128" in line for line in epilogue) <= outputs // 8 + 2
+        assert len(epilogue) < 3.25 * outputs + 40
 
 
 def layer(channels: int, size: int, stride: int = 1):

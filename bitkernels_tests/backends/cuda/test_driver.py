@@ -56,6 +56,11 @@ def test_a_launch_arrives_as_it_was_meant(driver):
     words = torch.zeros(300, 4, dtype=torch.int32)
     map = driver.tensor_map(words, 300, 16, 128)
     assert list(map.opaque[:5]) == [words.data_ptr(), 16, 300, 16, 128]
+    assert driver.tensor_map(words, 300, 16, 128) is map
+    for other in ((words[1:], 300, 16, 128), (words, 299, 16, 128), (words, 300, 16, 64)):
+        tensor, rows, width, box = other
+        assert list(driver.tensor_map(*other).opaque[:5]) == [tensor.data_ptr(), width, rows, width,
+                                                              box]
     with driver.watching(words):
         launch(driver, function, words)
     assert driver.seen() == [KERNEL.shared, 77, KERNEL.threads, KERNEL.shared, 0x7FFF12345678,

@@ -223,6 +223,24 @@ def test_views_are_taken_as_they_lie():
           dict(INT32, out_channels=24))
 
 
+@pytest.mark.parametrize("channels", (31999, 32000, 32128))
+@pytest.mark.parametrize("kernel", kernels.BULK[:3], ids=lambda k: k.name)
+def test_signs_of_the_largest_counts(kernel, channels, driver):
+    """Two sums in a word up to K = 32000, one past it: rows of ones and of none, bounds at the ends
+    and beside them."""
+    words = reference.sign_pack(torch.tensor([[1.0], [-1.0]]).expand(2, channels))
+    rows = torch.cat([words, words_of(3, channels)])
+    ends = torch.tensor([-channels - 1, -channels, -channels + 1, -1, 0, 1, channels - 1, channels,
+                         channels + 1], dtype=torch.int32)
+    low, high = (t.reshape(-1) for t in torch.meshgrid(ends, ends, indexing="ij"))
+    columns = len(low)
+    filters = torch.cat([words, words_of(1, channels)]).repeat(columns, 1)[:3 * columns]
+    threshold = torch.stack([low, high]).repeat_interleave(3, 1).contiguous()
+    kw = dict(threshold=threshold, real=False, packed=True)
+    got = launch.packed_linear(kernel, rows, filters, channels, **kw)[1]
+    assert torch.equal(got, reference.packed_linear(rows, filters, channels, **kw)[1])
+
+
 @pytest.fixture
 def chosen(driver, monkeypatch):
     """Runs a call as the plan chooses; the kernels launched and what explain says."""
@@ -283,8 +301,7 @@ MUTATIONS = (
      "if (MUTANT == 6) wgmma_wait<2>(); else wgmma_wait<1>();"),
     ("the wrong parity", "wgmma_gemm.cuh", "at.parity ^ 1", "at.parity ^ (MUTANT != 7)"),
     ("a stage that is never left", "wgmma_ring.cuh",
-     "if (lane == 0) barrier_arrive(empty(before));\n  }",
-     "if (lane == 0 && MUTANT != 8) barrier_arrive(empty(before));\n  }"),
+     "    leave(before);\n  }", "    if (MUTANT != 8) leave(before);\n  }"),
     ("the accumulators of the tile before", "wgmma_ring.cuh", "accumulate || k > 0",
      "accumulate || k > 0 || MUTANT == 9"),
     ("more registers taken than given", "wgmma_gemm.cuh", "give_registers<PRODUCER_REGISTERS>();",
@@ -345,23 +362,27 @@ MUTATIONS = (
      "      if (MUTANT != 38) barrier_wait(brought(n)"),
     ("window counts that nothing waits for", "gemm_epilogue.cuh", "    copy_async_wait<0>();",
      "    if (MUTANT != 39) copy_async_wait<0>();"),
-    ("another group's stages", "bulk_gemm.cuh", "if (TURNS) at.skip((GROUPS - 1) * steps);",
-     "if (TURNS && MUTANT != 40) at.skip((GROUPS - 1) * steps);"),
-    ("the phase of other turns of the ring", "wgmma_ring.cuh", "parity ^= stage / STAGES & 1;",
-     "parity ^= MUTANT == 41 ? 0 : stage / STAGES & 1;"),
-    ("a head start that nobody gives", "bulk_gemm.cuh", "          barrier_arrive(ahead());",
-     "          if (MUTANT != 42) barrier_arrive(ahead());"),
+    ("a head start that nobody gives", "bulk_gemm.cuh", "if (AHEAD && group == 0) barrier",
+     "if (AHEAD && group == 0 && MUTANT != 40) barrier"),
+    ("a stage left before it is multiplied", "wgmma_ring.cuh", "wgmma_wait<0>(), leave(before);",
+     "(MUTANT == 41 ? wgmma_wait<1>() : wgmma_wait<0>()), leave(before);"),
     ("rows of another strip", "gemm_epilogue.cuh", "const int r = row + 64 * s + lane / 4 + 8 * h;",
-     "const int r = row + 64 * (MUTANT == 43 ? 0 : s) + lane / 4 + 8 * h;"),
+     "const int r = row + 64 * (MUTANT == 42 ? 0 : s) + lane / 4 + 8 * h;"),
     ("inputs read before the kernel before has ended", "resident.cuh", "    dependency_wait();",
-     "    if (MUTANT != 44) dependency_wait();"),
+     "    if (MUTANT != 43) dependency_wait();"),
+    ("a sum that borrows from its neighbour", "gemm_epilogue.cuh", "within + 0x8000",
+     "within + (MUTANT == 44 ? 0 : 0x8000)"),
+    ("halves of other quarters", "gemm_epilogue.cuh", "+ quarter % 2;",
+     "+ quarter % 2 * (MUTANT != 45);"),
+    ("entries that do not fit into a half", "gemm_epilogue.cuh", "entry > most ? most",
+     "entry > most && MUTANT != 46 ? most"),
     ("signs of other channels", "signs.cuh", "0x01010101u << k",
-     "0x01010101u << (MUTANT == 45 ? 7 - k : k)"),
+     "0x01010101u << (MUTANT == 47 ? 7 - k : k)"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
-         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead2": (300, 260, 3072),
-         "bulk_128x128_turns": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
+         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead": (300, 260, 3072),
+         "bulk_256x128": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):

@@ -38,8 +38,8 @@ POINTERS = {
     "shift": "*fp32", "scale": "*fp32", "bias": "*fp32", "shift_in": "*fp32", "slope": "*fp32",
     "shift_out": "*fp32", "sign_shift": "*fp32", "clip": "fp32", "clamp_min": "fp32",
     "clamp_max": "fp32", "dot": "*i16", "center": "*fp64", "p": "*fp64", "q": "*fp64",
-    "r": "*fp64", "add": "*fp16", "beta": "fp32", "STEPS": 16, "RELU": True, "WIDE": False,
-    "each": None, "inner": "i32",
+    "r": "*fp64", "add": "*fp16", "beta": "fp32", "STEPS": 16, "STAGES": 1,
+    "RELU": True, "WIDE": False, "each": None, "inner": "i32",
 }
 CHANNELS_LAST = {"inner": None, "so": 0, "oo": 0, "go": 0, "ao": 0, "si": "i32:16", "oi": "i32:16",
                  "gi": "i32:16", "ai": "i32:16", "sc": 1, "oc": 1, "gc": 1, "ac": 1}
@@ -91,7 +91,7 @@ SIMPLE = {
                                                  "BLOCK_R": 16, "BLOCK_C": 256}),
     "sign_pack_planes, of samples": ("sign_pack", {**NCHW, "words": "i32", "each": "i32",
                                                    "BLOCK_R": 512}),
-    "unpack": ("unpack", {**ROWS, "words": "*i8", "BLOCK_R": 16}),
+    "unpack": ("unpack", {**ROWS, "words": "*i8", "BLOCK": 256}),
     "mask_grad": ("mask_grad", {**CHANNELS_LAST, **ROWS, "masks": "*i8"}),
     "mask_grad, planes": ("mask_grad", {**NCHW, "masks": "*i8", "BLOCK_R": 256, "BLOCK_C": 8}),
     "packed_max_pool2d": ("packed_max_pool2d", {"out": "*i32", "KH": 3, "KW": 3, "BLOCK": 512}),
@@ -99,17 +99,22 @@ SIMPLE = {
     "rsign, of samples": ("rsign", {**NCHW, "each": "i32", "BLOCK_R": 256, "BLOCK_C": 8}),
     "rprelu": ("rprelu", {**CHANNELS_LAST, **ROWS}),
     "rprelu_backward": ("rprelu", {**CHANNELS_LAST, **ROWS, **WALK}),
-    "rprelu_backward, planes": ("rprelu", {**NCHW, "BLOCK_R": 128, "BLOCK_C": 8}),
+    "rprelu_backward, staged": ("rprelu", {**CHANNELS_LAST, **ROWS, **WALK, "STAGES": 3}),
+    "rprelu_backward, planes": ("rprelu", {**NCHW, "BLOCK_R": 128, "BLOCK_C": 8, "STAGES": 3}),
     "rprelu_reduce": ("rprelu", {"grad_in": "*fp32", "grad_slope": "*fp32", "grad_out": "*fp32",
                                  "BLOCK_P": 1024, "BLOCK_C": 8}),
     "block_forward": ("residual_block", {**ROWS, **NORM, **WALK}),
     "block_backward": ("residual_block", {**ROWS, **NORM, **WALK, "partial": "*fp64"}),
+    "block_backward, staged": ("residual_block", {
+        **ROWS, **NORM, **WALK, "partial": "*fp64", "STAGES": 3}),
     "norm_backward": ("residual_block", ROWS),
     "sign_backward": ("sign_backward", {**CHANNELS_LAST, **ROWS, **WALK, "partial": "*fp64",
                                         "ESTIMATOR": 1}),
+    "sign_backward, staged": ("sign_backward", {
+        **CHANNELS_LAST, **ROWS, **WALK, "partial": "*fp64", "ESTIMATOR": 1, "STAGES": 3}),
     "sign_backward, planes": ("sign_backward", {
         **NCHW, "ao": "i32:16", "ai": 1, "ac": "i32:16", "partial": "*fp64", "ESTIMATOR": 3,
-        "BLOCK_R": 128, "BLOCK_C": 8}),
+        "BLOCK_R": 128, "BLOCK_C": 8, "STAGES": 3}),
     "moments": ("packed_conv2d_moments", {**ROWS, **WALK, "partial": "*i64"}),
     "reduce": ("sums", {"partial": "*fp64", "out": "*fp64", "BLOCK_P": 1024, "BLOCK_C": 8}),
     "statistics": ("residual_block_vectors", VECTORS),
@@ -141,7 +146,7 @@ TILES = {"rprelu": (2, 2), "mask_grad": (2, 2), "sign_pack_rows": (2, 0), "unpac
 
 def on_sm90(name: str, **tile):
     module, overrides = SIMPLE[name]
-    return build("sm90", load(module, f"{name}_kernel"), {**overrides, **tile},
+    return build("sm90", load(module, f"{name.split(',')[0]}_kernel"), {**overrides, **tile},
                  num_warps=8 if module == "sign_pack" else 4)
 
 
@@ -151,6 +156,16 @@ def test_a_walk_loads_two_tiles_before_it_stores_one(name):
     loads, stores = TURNS[name]
     turn = [("LDG", ".E.128")] * loads + [("STG", ".E.128")] * stores + [("BRA", "")]
     assert any(found[i:i + len(turn)] == turn for i in range(len(found))), found
+
+
+@pytest.mark.parametrize("name, loads", [("block_backward", 6), ("sign_backward", 6),
+                                         ("rprelu_backward", 4)])
+def test_a_staged_walk_loads_into_shared_memory(name, loads):
+    """16 bytes at a time: of two turns before the loop, and of the next but one in it.
+    The registers are those of three programs of 128 threads on a multiprocessor."""
+    code = on_sm90(f"{name}, staged")
+    assert code.count(r"\bLDGSTS\.E(\.BYPASS)?(\.LTC128B)?\.128") == 3 * loads
+    assert code.registers <= 168
 
 
 @pytest.mark.parametrize("name", TILES)

@@ -168,7 +168,8 @@ else:
 
     def few_programs(monkeypatch):
         for name, found in passes.PASSES.items():
-            monkeypatch.setitem(passes.PASSES, name, found._replace(programs=3, columns=32))
+            monkeypatch.setitem(
+                passes.PASSES, name, found._replace(programs=3, columns=32, steps=2))
 
     def test_rprelu_backward_of_several_programs(monkeypatch):
         few_programs(monkeypatch)
@@ -250,10 +251,9 @@ else:
 
     def test_sums_of_several_programs(monkeypatch):
         """Exact values: the sums are those of any order. Squares reach 2^60."""
-        from bitkernels.backends.triton import packed_conv2d_moments, sums
+        from bitkernels.backends.triton import packed_conv2d_moments
 
         few_programs(monkeypatch)
-        monkeypatch.setattr(sums, "STEPS", 2)
         dot = LAYOUTS["channels_last"](torch.randint(-2**24, 2**24, (2, 33, 20, 25)).int())
         for relu in (False, True):
             d = (dot.relu() if relu else dot).long()

@@ -77,14 +77,14 @@ def first_case(op, **forced):
 @pytest.mark.parametrize("op,kernels", [
     ("sign_pack", [("sign_pack_planes_kernel", (1, 3, 1))]),
     ("rprelu_backward", [("rprelu_backward_kernel", (1, 9, 1)),
-                         ("rprelu_reduce_kernel", (9, 3, 1))]),
-    ("residual_block_forward", [("block_forward_kernel", (6, 1, 1))]),
+                         ("rprelu_reduce_kernel", (18, 3, 1))]),
+    ("residual_block_forward", [("block_forward_kernel", (12, 1, 1))]),
     ("residual_block_backward", [("block_backward_kernel", (12, 1, 1)),
-                                 ("reduce_kernel", (35, 1, 1))]),
+                                 ("reduce_kernel", (70, 1, 1))]),
     ("residual_block_statistics", [("statistics_kernel", (2, 1, 1))]),
     ("residual_block_gradients", [("gradients_kernel", (2, 1, 1))]),
-    ("residual_block_norm_backward", [("norm_backward_kernel", (3, 1, 1))]),
-    ("sign_backward", [("sign_backward_kernel", (1, 9, 1)), ("reduce_kernel", (9, 1, 1))]),
+    ("residual_block_norm_backward", [("norm_backward_kernel", (12, 1, 1))]),
+    ("sign_backward", [("sign_backward_kernel", (1, 9, 1)), ("reduce_kernel", (18, 1, 1))]),
 ])
 def test_elementwise(launched, op, kernels):
     first_case(op)
@@ -95,7 +95,7 @@ def test_moments_follow_the_convolution(launched):
     """2 x 4 x 10 pixels by 40 channels, in tiles of 32 x 32, then of 32 x 64."""
     first_case("packed_conv2d_moments", inner="popc")
     assert launched == [("popc_kernel", (3, 2, 1)), ("moments_kernel", (3, 1, 1)),
-                        ("reduce_kernel", (15, 1, 1))]
+                        ("reduce_kernel", (30, 1, 1))]
 
 
 def test_a_product_is_tuned_and_then_runs_in_its_fastest_tile(launched, monkeypatch):
