@@ -135,9 +135,8 @@ def calls() -> Iterator[tuple[Case, int, str]]:
     for size in sass_budget.SIZES:
         for output in ("packed", "fp16"):
             for kernel in kernels.BULK:
-                if not kernel.name.endswith("turns"):
-                    yield (sass_budget.product_case(kernel, size, output), size,
-                           f"{size}x{size}x{size} {output}")
+                yield (sass_budget.product_case(kernel, size, output), size,
+                       f"{size}x{size}x{size} {output}")
 
 
 def measured(folder: Path) -> dict[str, dict[str, float]]:
@@ -165,13 +164,13 @@ def main() -> None:
     for case, count, key in chosen:
         time, bound = predict(found[case], count)
         rows.setdefault(key, []).append((time, case.kernel.name, bound))
-    print(f"{'call':32}{'kernel':22}{'predicted us':>13}" + f"{'measured':>10}" * bool(times)
+    print(f"{'call':35}{'kernel':22}{'predicted us':>13}" + f"{'measured':>10}" * bool(times)
           + "  bound by")
     near = total = 0
     for key, some in rows.items():
         for time, kernel, bound in [min(some)] if args.best else some:
             real = times.get(key, {}).get(kernel)
-            text = f"{key:32}{kernel:22}{time:13.1f}"
+            text = f"{key:35}{kernel:22}{time:13.1f}"
             if real is not None:
                 total, off = total + 1, time / real - 1
                 near += abs(off) <= OFF

@@ -99,8 +99,8 @@ def touched_in_flight(code: list[str]) -> list[str]:
             width = 4 if ".128" in text or "LDSM" in text else 2 if "64" in text else 1
             writes = not text.startswith(("ST", "RED", "BAR", "LDGSTS", "ISETP"))
             written = set(range(registers[0], registers[0] + width)) if registers and writes else ()
-            sums, fragments = (set().union(*each) for each in zip(*flight, strict=True))
-            if sums & {*registers, *written} or fragments & {*written}:
+            busy, read = (set().union(*each) for each in zip(*flight, strict=True))
+            if busy & {*registers, *written} or read & {*written}:
                 found.append(line)
     return found
 
@@ -245,9 +245,9 @@ class Flow:
         for i in range(len(self.blocks) - 1):
             if falls.get(i, True):
                 self.blocks[i].next.append(i + 1)
-        for i, label in targets:
-            if label in labels:
-                self.blocks[i].next.append(labels[label])
+        for i, to in targets:
+            if to in labels:
+                self.blocks[i].next.append(labels[to])
         self.loops = self._loops()
 
     def reachable(self, start: int, within: Iterable[int] | None = None) -> set[int]:
@@ -298,7 +298,8 @@ class Flow:
 
     def children(self, within: Iterable[int], but: Loop | None = None) -> list[Loop]:
         """The outermost loops inside a set of blocks."""
-        inside, taken, found = set(within), set(), []
+        inside, found = set(within), []
+        taken: set[int] = set()
         for loop in self.loops:
             if loop != but and loop.body <= inside and not loop.body & taken:
                 found.append(loop)

@@ -82,7 +82,7 @@ def test_convolutions_keep_their_budgets(kernel, channels, size, output, before,
     case = sass_budget.conv_case(kernel, channels, size, output)
     found = sass_budget.measure(case)
     assert found.spilled == 0 and not found.over
-    # The design asks for 160 before the epilogue of 256@14; its copies of pixels take the rest.
+    # The design asks for 160 before the epilogue of 256@14; the machine code has 196.
     assert case.products / 2 < found.before.total <= before
     assert 2 < found.an_output <= an_output
     assert found.before.count("BGMMA") == case.products
