@@ -133,6 +133,8 @@ def residual_block(input, weight, residual=None, sign_shift=None, norm_weight=No
     y = padded_conv2d(x, w, None, case)
     y = y.relu() if relu else y
     mean, variance = y.mean((0, 2, 3)), y.transpose(0, 1).flatten(1).var(1)
+    if norm_weight is None and norm_bias is not None:
+        norm_weight = torch.ones_like(norm_bias)  # torch 2.11's CUDA kernel fails without it
     y = F.batch_norm(y, None, None, norm_weight, norm_bias, True, 0.0, eps)
     y = y + (input if residual is None else residual)
     y = y if shift_in is None else y + channels(shift_in)

@@ -185,7 +185,7 @@ struct Filters {
       u32 taps[2];
       for (int h = 0; h < 2; ++h) taps[h] = label[h] < classes ? taps_inside(label[h]) : 0;
       int acc[STRIPS][4] = {};
-#pragma unroll 3
+#pragma unroll
       for (int product = 0; product < products(); ++product) {
         u32 a[2][2];
 #pragma unroll

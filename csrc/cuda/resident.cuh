@@ -68,7 +68,8 @@ struct Resident {
     copy_async_wait<1>();  // the filters
     fence_async();
     sync_threads();
-    if (MOMENTS) make_table();
+    filters().tables(thread_index() / 32, lane());
+    sync_threads();
     work(p, n * BN, first, GROUPS * sharing, line);
     if (MOMENTS) finish(p, n * BN);
   }
@@ -101,17 +102,11 @@ struct Resident {
     }
   }
 
-  // The table takes a while: products are queued before, where registers are left.
-  DEVICE static void make_table() {
-    filters().tables(thread_index() / 32, lane());
-    sync_threads();
-  }
-
   DEVICE static void work(const Params& p, int n0, int first, int stride, int line) {
     const int tiles = (p.rows + BM - 1) / BM;
     const F filters = Resident::filters();
     Moments<BN> moments;
-    bool both = false;
+    const bool both = only_signs() && THRESHOLD && filters.any_both();
     int buffer = 0, seen = 0;
     for (int tile = first; tile < tiles; tile += stride, buffer ^= 1) {
       // The tile's pixels are there, and nobody still reads those of the tile before.
@@ -136,10 +131,6 @@ struct Resident {
       int acc[N / 8][4];
       u32 a[2][AHEAD][4];
       multiply(acc, a, Reader::of(image(buffer), place, lane()));
-      if (!MOMENTS && tile == first) {
-        make_table();
-        both = only_signs() && THRESHOLD && filters.any_both();
-      }
       // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons;
       Residuals<BN> residuals;
@@ -157,7 +148,6 @@ struct Resident {
         seen = 0;
       }
     }
-    if (!MOMENTS && first >= tiles) make_table();
     copy_async_wait<0>();
     if (MOMENTS) moments.flush(warp_totals(), lane());
   }

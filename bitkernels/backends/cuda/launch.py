@@ -266,7 +266,7 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
                    threshold=threshold, moments=moments, **vectors)
     params = Params(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
                     clamp_min=clamp_min or 0.0, clamp_max=clamp_max or 0.0, rows=rows,
-                    images=words.shape[0])
+                    images=rows // (spec.oh * spec.ow))
     prepare = None
     if not kernel.resident:
         prepare = _function(kernels.PREPARE, spec.for_preparation(), device)

@@ -33,8 +33,8 @@ PASSES = {
     "unpack": Pass(2048),
     "sign_pack": Pass(4096, warps=8),
     "block_backward": Pass(1024, programs=396, steps=64, stages=3),
-    "sign_backward": Pass(1024, programs=528, steps=64, stages=3),
-    "rprelu_backward": Pass(1024, programs=396, stages=3),
+    "sign_backward": Pass(elements=1024, columns=256, warps=4, programs=396, steps=64, stages=3),
+    "rprelu_backward": Pass(elements=1024, columns=256, warps=8, programs=264, steps=64, stages=3),
     "moments": Pass(2048, programs=528),
 }
 

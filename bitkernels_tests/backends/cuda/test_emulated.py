@@ -80,6 +80,12 @@ def test_linear(rows, cout, channels, kernel):
         assert kernel.bulk and words.shape[-1] % 4 or kernel.resident and channels > 1000
         pytest.skip("outside the class of this kernel")
     check("packed_linear", kernel, args, kw)
+    check("packed_linear", kernel, (words.view(*batch_of(rows), -1), filters, channels), kw)
+
+
+def batch_of(rows: int) -> tuple[int, ...]:
+    """Dimensions of so many rows."""
+    return (3, rows // 3) if rows % 3 == 0 else (1, 1, rows)
 
 
 PARTS = ("clamp_min", "clamp_max", "scale", "bias", "residual", "slope", "shift_in", "shift_out",
