@@ -2,7 +2,8 @@
 
 The interpreter must be chosen before Triton is imported, so the tests of this file, and of
 test_interpret_b1.py and test_interpret_offsets.py, run in processes of their own, started by the
-one test that other processes see. It truncates on the way to bfloat16 where a GPU rounds, hence `as_interpreted`.
+one test that other processes see. It truncates on the way to bfloat16 where a GPU rounds, hence
+`as_interpreted`.
 """
 
 from __future__ import annotations
