@@ -52,10 +52,10 @@ class Budget:
 # the design's; before the epilogue of 256@14 it asks for 160, which none has. The rest is what the
 # machine code has and a little room, so that a step back is seen.
 BUDGETS: tuple[tuple[str, Budget], ...] = (
-    ("resident.* 256@14 signs", Budget(4, 200)),
+    ("resident.* 256@14 signs", Budget(4, 235)),
 ) + tuple(
     (rf"resident.* {layer} {output}", Budget(an_output, before))
-    for layer, before in (("64@56", 175), ("128@28", 155), ("256@14", 240), ("512@7", 315))
+    for layer, before in (("64@56", 195), ("128@28", 195), ("256@14", 270), ("512@7", 340))
     for output, an_output in (("signs", 4), ("block", 19), ("fp16", 7), ("moments", 8.5))
 ) + (
     ("bulk_128x128 .* packed", Budget(4.4)), ("bulk_128x128 .* fp16", Budget(7.5)),
