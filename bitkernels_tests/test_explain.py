@@ -291,7 +291,7 @@ def test_an_operator_that_is_made_of_others():
     x, weight = torch.empty(64, 64, 56, 56, device="meta"), torch.empty(64, 64, 3, 3, device="meta")
     found = bitkernels.explain("binary_conv2d", x, weight, padding=1, target="sm_90")
     assert operators(found.layers[0]) == ["sign_pack", "sign_pack", "packed_conv2d"]
-    assert found.layers[0].calls[-1].kernel.startswith("resident_")
+    assert found.layers[0].calls[-1].kernel.startswith("resident")
     found = bitkernels.explain("binary_conv2d", x, weight.requires_grad_(), padding=1,
                                target="sm_90")
     assert operators(found.layers[0])[-1] == "packed_conv2d"
@@ -330,7 +330,7 @@ def test_what_is_distrusted_is_named(monkeypatch):
 
     device = torch.device("cpu")
     first = found().kernel
-    assert first.startswith("resident_") and found().trust == "not checked yet"
+    assert first.startswith("resident") and found().trust == "not checked yet"
     assert cuda.trust.has(("packed_conv2d", first), device, lambda: None)
     assert found().trust == "checked"
     with pytest.warns(UserWarning, match=first):

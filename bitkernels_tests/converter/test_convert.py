@@ -103,7 +103,8 @@ MODULES = {
     "pool, then a norm": lambda c: nn.Sequential(nn.MaxPool2d(3, 2, 1), norm(c)),
     "average": lambda c: nn.Sequential(nn.AvgPool2d(2), norm(c)),
     "nothing": lambda c: nn.Identity(),
-    "gelu": lambda c: nn.GELU(),
+    # Behind a norm: of -6 and less GELU is 0 or just below, by what a vector's lanes round.
+    "gelu": lambda c: nn.Sequential(norm(c), nn.GELU()),
 }
 
 
