@@ -67,6 +67,29 @@ def test_a_trunk_is_timed_by_backend(clock, no_gpu_needed, tmp_path, monkeypatch
     assert list(found["us"])[:3] == ["triton", "cuda", "mixed"] and len(found["us"]) == 5
 
 
+def test_a_step_as_a_graph(no_gpu_needed, monkeypatch):
+    monkeypatch.setattr(train.bench_train, "StepDevice", train.common.CpuDevice)
+    monkeypatch.setattr(train.bench_train, "BLOCKS", 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 20)
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    ran = []
+
+    def in_turns(calls):
+        ran.extend(call(0) for call, number in calls.values() for _ in range(number))
+        return dict.fromkeys(calls, 4.0), {}
+
+    monkeypatch.setattr(train.gpu_time, "in_turns", in_turns)
+    case = train.make_case("reactnet18", 2, 32)
+    assert train.graph(case, "layers") == {"ms": 4.0, "images/s": 500.0, "peak MiB": 3.0}
+    assert len(ran) == 1
+    failing = RuntimeError("a capture that ends")
+    monkeypatch.setattr(train.gpu_time, "in_turns", lambda calls: ({}, dict.fromkeys(
+        calls, failing)))
+    with pytest.raises(RuntimeError, match="a capture that ends"):
+        train.graph(case, "layers")
+
+
 def test_training_rows_come_form_by_form(no_gpu_needed, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(train.bench_train, "StepDevice", train.common.CpuDevice)

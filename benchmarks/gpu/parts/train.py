@@ -1,5 +1,5 @@
 """Part train: training steps of whole networks in every form of bench_train.py, eager and compiled;
-whether a step can be captured.
+some also as a CUDA graph, which Python only replays; whether a step trains as one.
 
 A row for every network and form as soon as it is measured: seconds of a step, steps one behind the
 other, images a second, the most memory allocated. train.csv, train.json and train.png are of all
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import bench_train
 import common
+import gpu_time
 import torch
 import torch.nn.functional as F
 from record import Record, message
@@ -30,6 +31,7 @@ SIZE, BATCH, PRECISION = 224, 128, "bf16"
 # The base first, and what compiles last: without its base a form has no ratio.
 EAGER = ("published", "bitkernels", "layers", "lean")
 COMPILED = tuple(f"{form} compiled" for form in ("published", "bitkernels", "layers", "lean"))
+GRAPHS = ("bitkernels", "layers", "published compiled")
 SECONDS = 1.0  # timed, of each form
 FIRST, REST = ("reactnet18",), ("quicknet", "reactnet_a")
 
@@ -53,6 +55,18 @@ def one_form(case: bench_train.Case, form: str, times: dict, peaks: dict) -> dic
     torch.cuda.empty_cache()
     return {"ms": round(1e3 * taken.p50, 3), "images/s": round(len(case.x) / taken.p50, 1),
             "peak MiB": round((peak or 0) / 2**20, 1), "first step s": round(first, 1)}
+
+
+def graph(case: bench_train.Case, form: str) -> dict:
+    """Of a step that is replayed: what is left without Python."""
+    torch.cuda.reset_peak_memory_stats()
+    ms, errors = gpu_time.in_turns({form: (lambda _: case.step(case.models[form]), 1)})
+    if errors:
+        raise errors[form]
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    return {"ms": round(ms[form], 3), "images/s": round(1e3 * len(case.x) / ms[form], 1),
+            "peak MiB": round(peak / 2**20, 1)}
 
 
 def network_rows(name: str, case: bench_train.Case, times: dict, peaks: dict, match: bool
@@ -83,6 +97,9 @@ def networks(record: Record, names: tuple[str, ...], folder: Path, done: list[be
         tasks = [(f"{name} {form}", partial(one_form, case, form, times, peaks))
                  for form in (*EAGER, *COMPILED)]
         tasks.insert(len(EAGER), (f"{name} match", exact))
+        for form in GRAPHS if torch.cuda.is_available() else ():  # behind the form itself
+            at = next(i for i, (key, _) in enumerate(tasks) if key == f"{name} {form}") + 1
+            tasks.insert(at, (f"{name} {form} graph", partial(graph, case, form)))
         run_tasks(record, tasks)
         if bench_train.BASE in times:
             done.append(network_rows(name, case, times, peaks, bool(match and match[0])))
