@@ -181,13 +181,17 @@ def products(raw: Path) -> Iterator[str]:
     yield from failures(found)
 
 
+def timed(row: dict, what: str) -> Iterator[str]:
+    """Microseconds by name, and which of them are of wrong results."""
+    yield f"{what}: " + ", ".join(f"{name} {t:.0f}" for name, t in row["us"].items())
+    yield from (f"  {WRONG} {name}: {why}" for name, why in row.get("wrong", {}).items())
+
+
 def blocks(raw: Path) -> Iterator[str]:
     found = rows(raw, "block")
     for row in found:
         if row.get("us"):
-            yield f"block {row['key']}, us of {row['blocks']}: " + ", ".join(
-                f"{name} {t:.0f}" for name, t in row["us"].items())
-            yield from (f"  {WRONG} {name}: {why}" for name, why in row.get("wrong", {}).items())
+            yield from timed(row, f"block {row['key']}, us of {row['blocks']}")
         elif "device us" in row:
             yield (f"block {row['key']:44} device {row['device us']:7.0f} us in "
                    f"{row['launches']:3.0f} launches, host {row['host us']:5.0f}, peak "
@@ -199,9 +203,7 @@ def trunk(raw: Path) -> Iterator[str]:
     found = rows(raw, "trunk")
     for row in found:
         if row.get("us"):
-            yield f"trunk {row['key']}, us: " + ", ".join(
-                f"{name} {t:.0f}" for name, t in row["us"].items())
-            yield from (f"  {WRONG} {name}: {why}" for name, why in row.get("wrong", {}).items())
+            yield from timed(row, f"trunk {row['key']}, us")
     yield from failures(found)
 
 

@@ -161,7 +161,7 @@ def finish_weight_grad(grad: Tensor, weight: Tensor, words: Tensor, scale: Tenso
 
 
 def finish_in_one(grad, weight, scale, train: Estimators, wants_weight: bool,
-                   wants_scale: bool) -> tuple[Tensor | None, Tensor | None]:
+                  wants_scale: bool) -> tuple[Tensor | None, Tensor | None]:
     """`finish_weight_grad` by one operator: one launch where there were four to nine. On a CPU the
     engine's sign_backward is faster than the operator's reference."""
     estimator = train.weight_estimator if wants_weight else "none"

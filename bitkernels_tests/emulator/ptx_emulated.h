@@ -159,13 +159,6 @@ inline u32 load_shared(u32 address) {
   return value;
 }
 
-inline void add_shared(u32 address, int value) {
-  int sum;
-  memcpy(&sum, machine.at(address, 4), 4);
-  sum += value;
-  memcpy(machine.at(address, 4), &sum, 4);
-}
-
 inline void store_shared(u32 address, u32 value) {
   memcpy(machine.at(address, 4), &value, 4);
   machine.own(address, 4);

@@ -29,6 +29,17 @@ DEVICE u32 bytes_transpose(u32 w, int t) {
   return permute(w, shuffle_xor(w, 2), t & 2 ? 0x3276 : 0x5410);
 }
 
+// Whether a step in float32 stands between dot product and sign.
+HOST_DEVICE bool float_steps() {
+  return CLAMP_MIN || CLAMP_MAX || SCALE || BIAS || RESIDUAL != NONE || SLOPE || SIGN_SHIFT;
+}
+
+// Whether signs are comparisons of the dot product.
+HOST_DEVICE bool signs_by_table() { return PACKED && (THRESHOLD || !float_steps()); }
+
+// The bits of a word of which `left` channels, and all that follow, are there.
+DEVICE u32 channels_there(int left) { return left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
+
 constexpr int MOST = 1 << 29;  // every dot product is between -MOST and MOST
 
 // The dot products of a channel that give a 1: from `low` on, or (flip) those below it; where
@@ -104,6 +115,13 @@ struct PreparedCorrections {
   }
 };
 
+// An element of the output and of the residual.
+DEVICE i64 element(int m, int channel) {
+  if (NHWC) return static_cast<i64>(m) * COUT + channel;
+  const Pixel at = pixel_of(m);
+  return (static_cast<i64>(at.image) * COUT + channel) * (OH * OW) + at.oh * OW + at.ow;
+}
+
 // A row of the tile, one past the last computed as the last and not stored.
 struct Row {
   int m;
@@ -117,12 +135,7 @@ struct Row {
     return {m, -2 * pa, border_classes() > 1 ? border_class(pixel_of(m)) : 0, inside};
   }
 
-  // Of an element of the output and of the residual.
-  DEVICE i64 offset(int column) const {
-    if (NHWC) return static_cast<i64>(m) * COUT + column;
-    const Pixel at = pixel_of(m);
-    return (static_cast<i64>(at.image) * COUT + column) * (OH * OW) + at.oh * OW + at.ow;
-  }
+  DEVICE i64 offset(int column) const { return element(m, column); }
 };
 
 DEVICE float residual_value(u32 bits) {
@@ -153,19 +166,24 @@ DEVICE Pair<float> residuals(const Params& p, const Row& r, int column) {
 }
 
 // clamp, scale and bias, residual, RPReLU.
-DEVICE float finish(int dot, const Channels& c, int i, float residual, const Params& p) {
-  float y = static_cast<float>(dot);
+DEVICE float finish(float y, float scale, float bias, float residual, float shift_in, float slope,
+                    float shift_out, const Params& p) {
   if (CLAMP_MIN) y = y < p.clamp_min ? p.clamp_min : y;
   if (CLAMP_MAX) y = y > p.clamp_max ? p.clamp_max : y;
-  if (SCALE) y = multiply(y, c.scale.v[i]);
-  if (BIAS) y = add(y, c.bias.v[i]);
+  if (SCALE) y = multiply(y, scale);
+  if (BIAS) y = add(y, bias);
   if (RESIDUAL != NONE) y = add(y, residual);
   if (SLOPE) {
-    if (SHIFT_IN) y = add(y, c.shift_in.v[i]);
-    y = y > 0 ? y : multiply(y, c.slope.v[i]);
-    if (SHIFT_OUT) y = add(y, c.shift_out.v[i]);
+    if (SHIFT_IN) y = add(y, shift_in);
+    y = y > 0 ? y : multiply(y, slope);
+    if (SHIFT_OUT) y = add(y, shift_out);
   }
   return y;
+}
+
+DEVICE float finish(int dot, const Channels& c, int i, float residual, const Params& p) {
+  return finish(static_cast<float>(dot), c.scale.v[i], c.bias.v[i], residual, c.shift_in.v[i],
+                c.slope.v[i], c.shift_out.v[i], p);
 }
 
 DEVICE bool sign_of(float y, int dot, const Channels& c, int i) {

@@ -7,11 +7,7 @@
 #include "epilogue.cuh"
 
 // Whether the epilogue is nothing but comparisons of the dot product.
-HOST_DEVICE bool only_signs() {
-  return OUT_TYPE == NONE && PACKED &&
-         (THRESHOLD || !(CLAMP_MIN || CLAMP_MAX || SCALE || BIAS || RESIDUAL || SLOPE || SHIFT_IN ||
-                         SHIFT_OUT || SIGN_SHIFT));
-}
+HOST_DEVICE bool only_signs() { return OUT_TYPE == NONE && signs_by_table(); }
 
 // Whether the real epilogue needs the integer dot product; else its table is of floats.
 HOST_DEVICE bool integers() { return OUT_TYPE == INT32 || OUT_TYPE == INT16 || THRESHOLD; }
@@ -135,7 +131,6 @@ struct Filters {
   // has dot - bound + 2^15 in each, which lies between 0 and 2^16, so nothing is carried from one
   // to the other, and the first bit of a half says whether dot >= bound. The words of lane t of a
   // quad are its channels 32 q + 8 t + k, those of q and q + 1 in one, by k and then q.
-  static constexpr int EACH = BN / 8;  // words of a lane
   HOST_DEVICE static int line_at(int label, int which) {
     return (which * border_classes() + label) * BN * 2;
   }

@@ -14,11 +14,6 @@
 #pragma once
 #include "epilogue.cuh"
 
-// Whether a step in float32 stands between dot product and sign.
-HOST_DEVICE bool float_steps() {
-  return CLAMP_MIN || CLAMP_MAX || SCALE || BIAS || RESIDUAL != NONE || SLOPE || SIGN_SHIFT;
-}
-HOST_DEVICE bool signs_by_table() { return PACKED && (THRESHOLD || !float_steps()); }
 HOST_DEVICE bool short_tables() { return 8 * K_BYTES <= 32000; }
 HOST_DEVICE bool values_needed() { return OUT_TYPE != NONE || (PACKED && !signs_by_table()); }
 
@@ -289,9 +284,6 @@ struct TileRows {
     return residual_value(i == 0 ? bits.v[0] & 0xFFFF : bits.v[0] >> 16);
   }
 };
-
-// The bits of a word of which `left` channels, and all that follow, are there.
-DEVICE u32 channels_there(int left) { return left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
 
 // Two real outputs of 16 bits in one word.
 DEVICE u32 short_pair(float a, float b) {

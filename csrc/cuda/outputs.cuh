@@ -12,13 +12,6 @@ HOST_DEVICE bool short_output() {
   return OUT_TYPE == FLOAT16 || OUT_TYPE == BFLOAT16 || OUT_TYPE == INT16;
 }
 
-// An element of the output and of the residual.
-DEVICE i64 element(int m, int channel) {
-  if (NHWC) return static_cast<i64>(m) * COUT + channel;
-  const Pixel at = pixel_of(m);
-  return (static_cast<i64>(at.image) * COUT + channel) * (OH * OW) + at.oh * OW + at.ow;
-}
-
 // The residuals of a lane, of which 16-bit ones can be on their way while the products run.
 template <int BN>
 struct Residuals {
@@ -47,11 +40,7 @@ struct Residuals {
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         const u32 pair = v[h][q][k / 2];
-        if (RESIDUAL == BFLOAT16) {
-          r[k] = float_value(k % 2 ? pair & 0xFFFF0000u : pair << 16);
-        } else {
-          r[k] = half_value(k % 2 ? pair >> 16 : pair & 0xFFFF);
-        }
+        r[k] = residual_value(k % 2 ? pair >> 16 : pair & 0xFFFF);
       }
       return;
     }
@@ -161,7 +150,8 @@ DEVICE void outputs(const int (&acc)[COLUMNS][4], const Filters<BN, THREADS>& fi
   for (int q = BN / 32 - 1; q >= 0; --q) {
     const u32 at = 32 * q + 8 * t;
     const int channel = n0 + at, room = COUT % BN == 0 ? 8 : COUT - channel;
-    u32 scale[8], bias[8], shift_in[8], slope[8], shift_out[8], sign_shift[8], low[8], high[8];
+    u32 scale[8] = {}, bias[8] = {}, shift_in[8] = {}, slope[8] = {}, shift_out[8] = {};
+    u32 sign_shift[8], low[8], high[8];
     if (SCALE) load_line(scale, filters.line(LINE_SCALE, at));
     if (BIAS) load_line(bias, filters.line(LINE_BIAS, at));
     if (SHIFT_IN) load_line(shift_in, filters.line(LINE_SHIFT_IN, at));
@@ -175,7 +165,7 @@ DEVICE void outputs(const int (&acc)[COLUMNS][4], const Filters<BN, THREADS>& fi
       const int base = -2 * acc[BN / 8][2 * h];
       u32 corr[8], line[8];
       load_line(corr, filters.table + (rows[h].label * BN + at) * 4);
-      float residual[8];
+      float residual[8] = {};
       residuals.get(residual, p, h, q, rows[h].m, channel);
 #pragma unroll
       for (int k = 7; k >= 0; --k) {
@@ -190,16 +180,8 @@ DEVICE void outputs(const int (&acc)[COLUMNS][4], const Filters<BN, THREADS>& fi
                            add(float_value(corr[k]), static_cast<float>(base)));
         }
         if (MOMENTS && rows[h].m < p.rows) moments.see(8 * q + k, dot);
-        if (CLAMP_MIN) y = y < p.clamp_min ? p.clamp_min : y;
-        if (CLAMP_MAX) y = y > p.clamp_max ? p.clamp_max : y;
-        if (SCALE) y = multiply(y, float_value(scale[k]));
-        if (BIAS) y = add(y, float_value(bias[k]));
-        if (RESIDUAL != NONE) y = add(y, residual[k]);
-        if (SLOPE) {
-          if (SHIFT_IN) y = add(y, float_value(shift_in[k]));
-          y = y > 0 ? y : multiply(y, float_value(slope[k]));
-          if (SHIFT_OUT) y = add(y, float_value(shift_out[k]));
-        }
+        y = finish(y, float_value(scale[k]), float_value(bias[k]), residual[k],
+                   float_value(shift_in[k]), float_value(slope[k]), float_value(shift_out[k]), p);
         if (short_output()) {
           const u32 value = OUT_TYPE == INT16 ? static_cast<u32>(dot) & 0xFFFF : real_bits(y, dot);
           line[k / 2] = k % 2 ? value << 16 : line[k / 2] | value;
@@ -221,8 +203,7 @@ DEVICE void outputs(const int (&acc)[COLUMNS][4], const Filters<BN, THREADS>& fi
   if (!PACKED) return;
   if (BN < 128) bits[0] |= bits[1] << BN / 4 % 32;
   whole_words<BN>(bits, t);
-  const int room = COUT - n0 - 32 * (t % (BN / 32));  // channels of the word
-  const u32 real = COUT % 32 == 0 || room >= 32 ? ~0u : room > 0 ? (1u << room) - 1 : 0;
+  const u32 real = COUT % 32 == 0 ? ~0u : channels_there(COUT - n0 - 32 * (t % (BN / 32)));
   bits[0] = ~bits[0] & real, bits[1] = ~bits[1] & real;
   store_signs<BN>(bits, p, rows, n0, t);
 }

@@ -175,10 +175,6 @@ DEVICE void add_global(u64* p, u64 value) {
   asm volatile("red.global.add.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
 
-DEVICE void add_shared(u32 address, int value) {
-  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
 // Copies SIZE bytes, or writes as many zeros and reads nothing.
 template <int SIZE>
 DEVICE void copy_async(u32 to, const void* from, bool real) {

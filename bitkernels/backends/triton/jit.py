@@ -88,7 +88,7 @@ def pack_signs(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def vector(ptr, cols, mask, ONCE: tl.constexpr = False):
+def vector(ptr, cols, mask):
     """Values of a channel vector as float32, 0 outside."""
     return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
 

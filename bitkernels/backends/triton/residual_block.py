@@ -57,14 +57,14 @@ def block_forward_kernel(dot, residual, scale, bias, shift_in, slope, shift_out,
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
     c = c[None, :]
     col_ok = c < channels
-    factor, added = vector(scale, c, col_ok, False), vector(bias, c, col_ok, False)
+    factor, added = vector(scale, c, col_ok), vector(bias, c, col_ok)
     inside, steep, last = added, added, added
     if shift_in is not None:
-        inside = vector(shift_in, c, col_ok, False)
+        inside = vector(shift_in, c, col_ok)
     if slope is not None:
-        steep = vector(slope, c, col_ok, False)
+        steep = vector(slope, c, col_ok)
     if shift_out is not None:
-        last = vector(shift_out, c, col_ok, False)
+        last = vector(shift_out, c, col_ok)
     for tile in range(program, tiles, 2 * programs):
         r = tile_rows(tile, BLOCK_R, WIDE)[:, None]
         r2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
@@ -104,13 +104,13 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
     col_ok = c < channels
-    middle = vector(center, c, col_ok, False)
+    middle = vector(center, c, col_ok)
     factor, added, inside, steep = middle, middle, middle, middle
     if slope is not None:
-        factor, added = vector(scale, c, col_ok, False), vector(bias, c, col_ok, False)
-        steep = vector(slope, c, col_ok, False)
+        factor, added = vector(scale, c, col_ok), vector(bias, c, col_ok)
+        steep = vector(slope, c, col_ok)
         if shift_in is not None:
-            inside = vector(shift_in, c, col_ok, False)
+            inside = vector(shift_in, c, col_ok)
     to = partial + program * 4 * channels
     for first in range(program, tiles, programs * STEPS):
         sum_value = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -166,8 +166,8 @@ def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, tiles,
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
     c = c[None, :]
     col_ok = c < channels
-    of_grad, of_dot = vector(p, c, col_ok, False), vector(q, c, col_ok, False)
-    added, middle = vector(r, c, col_ok, False), vector(center, c, col_ok, False)
+    of_grad, of_dot = vector(p, c, col_ok), vector(q, c, col_ok)
+    added, middle = vector(r, c, col_ok), vector(center, c, col_ok)
     for tile in range(program, tiles, 2 * programs):
         row = tile_rows(tile, BLOCK_R, WIDE)[:, None]
         row2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]

@@ -63,7 +63,7 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
     col_ok = c < channels
     added = tl.zeros([1, BLOCK_C], tl.float32)
     if shift is not None:
-        added = vector(shift, c, col_ok, False)
+        added = vector(shift, c, col_ok)
     for first in range(program, tiles, programs * STEPS):
         some = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for tile in tl.range(first, tl.minimum(first + programs * STEPS, tiles), 2 * programs,
