@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from bitkernels.converter.capture import capture
+from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
 from bitkernels.converter.inputs import Input, check_inputs, inputs_of
 from bitkernels.converter.joins import split_joins
@@ -22,6 +23,7 @@ from bitkernels.packed import WeightImage
 
 REALS = ("float32", "bfloat16")
 tile_weight = ops.tile_weight.default
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Converted(nn.Module):
@@ -30,7 +32,8 @@ class Converted(nn.Module):
     Called as the model was; RuntimeError for types and sizes that it was not made for. Its buffers
     are packed words and what is left of the real weights. `report` says what became of each layer;
     `graph_module` is the graph, of `torch.ops.bitkernels` and ATen operators, which torch.compile
-    and torch.export take.
+    and torch.export take. On a CPU the C++ engine runs the whole graph as one call, where it knows
+    all of its operators (`engine` tells), else PyTorch runs one after the other.
     """
 
     def __init__(self, graph_module: fx.GraphModule, report: ConvertReport,
@@ -39,6 +42,8 @@ class Converted(nn.Module):
         self.graph_module, self.report, self.inputs = graph_module, report, inputs
         self.in_spec, self.out_spec = in_spec, out_spec  # of (args, kwargs) and the result
         self.training = False
+        self._engines = Engines()
+        self.state_names = tuple(graph_module.state_dict())
         self._image = WeightImage(_tiles)
         self._read: dict[str, tuple[str, int]] = {}  # buffer that a product reads: (words, groups)
         for node in graph_module.graph.nodes:
@@ -93,10 +98,17 @@ class Converted(nn.Module):
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
                                f"convert, {self.in_spec}, got {spec}")
         check_inputs(self.inputs, inputs)
-        if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-                or torch.jit.is_tracing()):
-            self._arrange()  # words may have been written to; costs little where they were not
+        if torch.compiler.is_compiling() or _dispatch_modes() or torch.jit.is_tracing():
+            return tree_unflatten(self.graph_module(*inputs), self.out_spec)
+        engine = self._engines.of(self, inputs)
+        if isinstance(engine, Engine):
+            return tree_unflatten(engine(inputs), self.out_spec)
+        self._arrange()  # words may have been written to; costs little where they were not
         return tree_unflatten(self.graph_module(*inputs), self.out_spec)
+
+    def engine(self, *args: Any, **kwargs: Any) -> Engine | str:
+        """The C++ engine that runs the graph for these arguments, or why PyTorch does."""
+        return self._engines.of(self, tree_flatten((args, kwargs))[0])
 
     def train(self, mode: bool = True) -> Converted:
         """A converted network has no training: raises RuntimeError for mode=True."""

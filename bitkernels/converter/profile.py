@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from bitkernels._packages import needs
 from bitkernels.converter.converted import Converted
+from bitkernels.converter.engine import Engine
 from bitkernels.converter.net import WITH_WORDS, arguments, aten, ops
 
-_REAL = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default)
-_BINARY = (*WITH_WORDS, ops.packed_conv_transpose2d.default)
+_REAL = tuple(map(str, (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+                        aten.linear.default)))
+_BINARY = tuple(map(str, (*WITH_WORDS, ops.packed_conv_transpose2d.default)))
 PARTS = ("stem", "binary", "real", "glue")
 
 
@@ -42,11 +44,19 @@ class Timed:
 
 @dataclass(frozen=True)
 class Profile:
-    """The calls of a network in order, and on what they were timed."""
+    """The calls of a network in order, and on what they were timed.
+
+    runs: "engine" for the C++ engine, whose calls are its steps, of one or several nodes of the
+      graph; else "torch: " and why.
+    constants, activations: bytes of the engine's constants, and of its activations at their peak.
+    """
 
     calls: tuple[Timed, ...]
     device: str
     threads: int
+    runs: str
+    constants: int | None = None
+    activations: int | None = None
 
     @property
     def ms(self) -> float:
@@ -70,7 +80,11 @@ class Profile:
         shares = ", ".join(f"{part} {ms:.2f} ms ({ms / self.ms:.0%})"
                            for part, ms in self.parts().items())
         threads = "" if self.device != "cpu" else f", {self.threads} threads"
-        return "\n".join([*lines, "", f"{self.ms:.2f} ms on {self.device}{threads}: {shares}"])
+        lines += ["", f"{self.ms:.2f} ms on {self.device}{threads}: {shares}", f"run by {self.runs}"]
+        if self.activations is not None:
+            lines[-1] += (f": {self.constants:,} bytes of constants, {self.activations:,} of "
+                          "activations")
+        return "\n".join(lines)
 
     def chart(self, path: str | os.PathLike) -> None:
         """Draw multiply-adds against milliseconds of each product and real layer, as Larq Compute
@@ -99,8 +113,8 @@ def profile(network: Converted, *inputs: Any, repeats: int = 20) -> Profile:
     """Time every call of a converted network on these inputs, one after the other.
 
     Each is run `repeats` times in the whole network's order, and synchronized on a GPU, so that a
-    call finds the caches as in use. What lies between calls, about 10 us each in Python, is left
-    out, and so is what a CUDA graph would overlap.
+    call finds the caches as in use. What lies between calls, about 10 us each where PyTorch runs
+    them, is left out, and so is what a CUDA graph would overlap.
 
     Raises ValueError for another module and for repeats below 1, RuntimeError for inputs that are
     not as the example_inputs of `convert`.
@@ -114,18 +128,42 @@ def profile(network: Converted, *inputs: Any, repeats: int = 20) -> Profile:
     device = next((t.device for t in values if isinstance(t, Tensor)), torch.device("cpu"))
     with torch.no_grad():
         network(*inputs)  # warms up, and checks the inputs
-        runs = [_Timing(network, device) for _ in range(repeats)]
+        engine = network.engine(*inputs)
+        runs = [_Timing(network, device) for _ in range(1 if isinstance(engine, Engine) else repeats)]
         for run in runs:
             run.run(*values)
-    calls, seen_product = [], False
-    for node, macs in runs[-1].macs.items():
-        binary = node.target in _BINARY
+        if isinstance(engine, Engine):
+            return _of_engine(engine, values, runs[0], repeats)
+    calls = [(_name(network, node), str(node.target), statistics.median(
+        run.seconds[node] for run in runs), macs) for node, macs in runs[-1].macs.items()]
+    return Profile(_parted(calls), str(device), torch.get_num_threads(), f"torch: {engine}")
+
+
+def _of_engine(engine: Engine, values: list[Tensor], counted: _Timing, repeats: int) -> Profile:
+    """By the engine's steps. Products are counted by one run in PyTorch, and found by weight."""
+    macs: dict[str, list[int]] = {}
+    for node, count in counted.macs.items():
+        if count:
+            macs.setdefault(_name(counted.network, node), []).append(count)
+    runs = [engine.timed(values) for _ in range(repeats)]
+    calls = []
+    for i, step in enumerate(runs[0]):
+        of_weight = macs.get(step.weight, [])
+        calls.append((step.weight or step.name, step.operator, statistics.median(
+            run[i].seconds for run in runs), of_weight.pop(0) if of_weight else 0))
+    return Profile(_parted(calls), "cpu", torch.get_num_threads(), "engine",
+                   *engine.memory(values))
+
+
+def _parted(calls: list[tuple[str, str, float, int]]) -> tuple[Timed, ...]:
+    found, seen_product = [], False
+    for name, operator, seconds, macs in calls:
+        binary = operator in _BINARY
         seen_product |= binary
         part = ("binary" if binary else "stem" if not seen_product else
-                "real" if node.target in _REAL else "glue")
-        calls.append(Timed(_name(network, node), str(node.target), part, 1e3 * statistics.median(
-            run.seconds[node] for run in runs), macs))
-    return Profile(tuple(calls), str(device), torch.get_num_threads())
+                "real" if operator in _REAL else "glue")
+        found.append(Timed(name, operator, part, 1e3 * seconds, macs))
+    return tuple(found)
 
 
 class _Timing(fx.Interpreter):
@@ -151,10 +189,10 @@ class _Timing(fx.Interpreter):
             torch.cuda.synchronize(self.device)
 
     def _multiplied(self, node: fx.Node, result: Any) -> int:
-        if node.target not in (*_BINARY, *_REAL):
+        if str(node.target) not in (*_BINARY, *_REAL):
             return 0
         given = arguments(node)
-        if node.target in _REAL:
+        if str(node.target) in _REAL:
             weight = self.env[given["weight"]]
             return result.numel() * (weight.numel() // weight.shape[0])
         words = self.env[given["words"]]
