@@ -80,7 +80,8 @@ class Profile:
         shares = ", ".join(f"{part} {ms:.2f} ms ({ms / self.ms:.0%})"
                            for part, ms in self.parts().items())
         threads = "" if self.device != "cpu" else f", {self.threads} threads"
-        lines += ["", f"{self.ms:.2f} ms on {self.device}{threads}: {shares}", f"run by {self.runs}"]
+        lines += ["", f"{self.ms:.2f} ms on {self.device}{threads}: {shares}",
+                  f"run by {self.runs}"]
         if self.activations is not None:
             lines[-1] += (f": {self.constants:,} bytes of constants, {self.activations:,} of "
                           "activations")
@@ -129,7 +130,8 @@ def profile(network: Converted, *inputs: Any, repeats: int = 20) -> Profile:
     with torch.no_grad():
         network(*inputs)  # warms up, and checks the inputs
         engine = network.engine(*inputs)
-        runs = [_Timing(network, device) for _ in range(1 if isinstance(engine, Engine) else repeats)]
+        runs = [_Timing(network, device)
+                for _ in range(1 if isinstance(engine, Engine) else repeats)]
         for run in runs:
             run.run(*values)
         if isinstance(engine, Engine):
