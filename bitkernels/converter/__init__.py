@@ -12,14 +12,18 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
   real      batch norms into real convolutions; bfloat16
   report    what became of each layer
   inputs    the types and sizes that a graph was made for, looked at in each call
+  engine    a graph as one call of the C++ engine, csrc/network
+  compare   a converted network against its model, sign by sign
   profile   where its time goes
+  described the graph as JSON, for the file and the engine
   file      a converted network in one file, without pickle and without the model's code
 """
 
+from bitkernels.converter.compare import Comparison, Signs, compare
 from bitkernels.converter.converted import Converted, convert
 from bitkernels.converter.file import load_converted, save_converted
 from bitkernels.converter.profile import Profile, profile
 from bitkernels.converter.report import ConvertReport, Product
 
-__all__ = ["ConvertReport", "Converted", "Product", "Profile", "convert", "load_converted",
-           "profile", "save_converted"]
+__all__ = ["Comparison", "ConvertReport", "Converted", "Product", "Profile", "Signs", "compare",
+           "convert", "load_converted", "profile", "save_converted"]

@@ -1,0 +1,93 @@
+"""A converted network against its model: mistakes are noticed, and the whole zoo has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import bitkernels.nn as bnn
+from bitkernels import models
+from bitkernels.converter import compare, convert
+from bitkernels.models.registry import entry, takes_image_size
+from bitkernels_tests.converter.networks import conv, norm, shuffled
+from bitkernels_tests.models.test_every_model import LARGE, SIZES
+
+
+def network():
+    """Signs of a real tensor with a shift, of a product by threshold, beside a real value, and of a
+    batch norm with negative factors."""
+    torch.manual_seed(0)
+    return shuffled(nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), bnn.RSign(32), conv(32, 32), norm(32), conv(32, 64),
+        norm(64), bnn.BinaryResidualBlock(conv(64, 64), norm(64)),
+        nn.BatchNorm2d(64), conv(64, 40), nn.Flatten(), bnn.BinaryLinear(40 * 64, 10)))
+
+
+@pytest.fixture
+def pair():
+    model, x = network(), torch.randn(3, 3, 8, 8)
+    return model, convert(model, x), x
+
+
+def test_a_right_conversion(pair):
+    model, converted, x = pair
+    found = compare(model, converted, x)
+    assert found.far == 0 and found.given_signs < 1e-5
+    assert [p.name for p in found.products] + list(found.uncompared) == [
+        p.name for p in converted.report.products]
+    assert [p.signs for p in found.products[:2]] == [3 * 64 * 32] * 2
+    assert "0 of them away from the threshold" in str(found)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("1_shift", 0.5), ("2_weight_threshold", 9), ("7_running_mean_sign_shift", 0.5),
+    ("4_weight_scale", 0.5), ("4_weight_bias", 0.5), ("4_weight", 1), ("10_weight", 1)])
+def test_a_mistake_is_noticed(pair, name, change):
+    model, converted, x = pair
+    buffer = converted.graph_module.state_dict()[name]
+    before = buffer.clone()
+    buffer += change
+    found = compare(model, converted, x)
+    assert found.far or found.given_signs > 1e-4
+    if "shift" in name or "threshold" in name:
+        assert found.far and "0 of them away" not in str(found)
+    buffer.copy_(before)
+    found = compare(model, converted, x)
+    assert found.far == 0 and found.given_signs < 1e-5
+
+
+def test_signs_at_their_threshold_are_counted_apart(pair):
+    model, _, x = pair
+    model[0].weight.data[0] = 0
+    model[0].bias.data[0] = 1e-7  # of values near 1
+    model[1].shift.data[0] = 0
+    converted = convert(model, x)
+    assert compare(model, converted, x).products[0].different == 0
+    shift = next(t for name, t in converted.graph_module.state_dict().items() if "1_shift" in name)
+    shift[0] -= 1e-6
+    found = compare(model, converted, x)
+    assert found.products[0].different == 3 * 64 and found.far == 0
+    assert found.given_signs < 1e-5 < found.largest
+
+
+def test_another_model_is_refused(pair):
+    _, converted, x = pair
+    with pytest.raises(ValueError, match="compare: model must be the one that network was conv"):
+        compare(nn.Sequential(nn.Conv2d(3, 4, 1), bnn.BinaryConv2d(4, 4, 1)), converted, x)
+    with pytest.raises(ValueError, match="compare: network must be what bitkernels.convert"):
+        compare(network(), network(), x)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", [name for name in models.list_models() if name not in LARGE])
+def test_every_published_network(name):
+    torch.manual_seed(0)
+    size = SIZES.get(name, 64)
+    sized = {"image_size": size} if takes_image_size(entry(name).build) else {}
+    model = shuffled(models.create_model(name, **sized))
+    images = torch.randn(2, 3, size, size)
+    # DoReFa-Net's activations have two bits, its products stay real.
+    found = compare(model, convert(model, images, sign_of_zero=1), images, sign_of_zero=1)
+    assert found.given_signs < 1e-4 and found.far == 0, str(found)
+    assert found.products or name == "dorefanet"
