@@ -241,7 +241,7 @@ MUTANTS = (
            ("models/test_preprocessing.py::test_larq_zoo_to_the_last_digits",)),
     Mutant("a-limit-takes-the-first", "bitkernels/cli/evaluate.py",
            "(0, i * len(pictures) // count)", "(0, i)",
-           ("cli/test_zoo.py::test_a_limit_is_spread_over_the_classes",)),
+           ("cli/test_evaluate.py::test_a_limit_is_spread_over_the_classes",)),
     # Optimizers.
     Mutant("equality-keeps-the-weight", "bitkernels/optim/bop.py",
            "torch._foreach_add_(values, 0.5)", "torch._foreach_add_(values, -0.5)",
