@@ -115,6 +115,17 @@ class Engine:
         self._check(self._library.bk_run(self._handle, given, outputs))
         return made
 
+    def plan(self, inputs: Sequence[tuple[torch.dtype, Sequence[int]]]) -> None:
+        """Goes through the whole graph for inputs of these types and sizes, without values.
+
+        Raises RuntimeError with the reason where it cannot run.
+        """
+        given = (_Tensor * len(inputs))()
+        for described, (dtype, sizes) in zip(given, inputs, strict=True):
+            described.dtype, described.rank = _DTYPES.index(dtype), len(sizes)
+            described.sizes[:len(sizes)] = sizes
+        self._outputs(given)
+
     def timed(self, inputs: Sequence[Tensor]) -> list[Step]:
         """A run, and how long each of its steps took."""
         given, outputs, _ = self._arguments(inputs)
@@ -156,12 +167,16 @@ class Engine:
             described.dtype, described.rank = _DTYPES.index(tensor.dtype), tensor.dim()
             described.sizes[:tensor.dim()] = tensor.shape
             described.strides[:tensor.dim()] = tensor.stride()
-        outputs = (_Tensor * self._library.bk_output_count(self._handle))()
-        for i, described in enumerate(outputs):
-            self._check(self._library.bk_output(self._handle, i, given, ctypes.byref(described)))
+        outputs = self._outputs(given)
         return _Form(bytes(given), bytes(outputs), tuple(
             (tuple(d.sizes[:d.rank]), tuple(d.strides[:d.rank]), _DTYPES[d.dtype])
             for d in outputs))
+
+    def _outputs(self, given: Any) -> Any:
+        outputs = (_Tensor * self._library.bk_output_count(self._handle))()
+        for i, described in enumerate(outputs):
+            self._check(self._library.bk_output(self._handle, i, given, ctypes.byref(described)))
+        return outputs
 
     def _check(self, failed: int) -> None:
         if failed:
