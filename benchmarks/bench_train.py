@@ -30,6 +30,7 @@ one only to --output.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -51,9 +52,9 @@ PRECISIONS = ("fp32", "bf16")
 DEFAULT = ("reactnet18", "quicknet")
 SIZE, BLOCKS = 224, 4
 BATCH = {"cpu": 8, "cuda": 64}
-# Largest relative distance (2-norm) of outputs and of gradients. Rounding moves values across the
-# kinks of sign and activation, rarely in fp32; bf16 autocast rounds the emulation's convolution.
-CLOSE = {"fp32": (1e-6, 1e-4), "bf16": (5e-2, 0.3)}
+# Largest relative distance (2-norm) of outputs and of gradients from the emulation in float64. bf16
+# autocast rounds gradients on their way through the real convolutions, and what a GPU gives out.
+CLOSE = {"fp32": (1e-6, 1e-4), "bf16": (5e-3, 4e-2)}
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,12 @@ class Case:
             model.checkpoint_stem = on
 
     def match(self) -> bool:
-        """Of the first block, on the stem's shape of input.
+        """Whether the first block computes what the emulation does, on the stem's shape of input.
 
-        In fp32 the emulation runs in float64: PyTorch's batch norm of channels-last floats is off
-        by 1e-4 at these sizes, its gradient by 3e-3 (torch 2.13, CPU).
+        The emulation runs in float64: in float32 PyTorch's batch norm of channels-last floats is
+        off by 1e-4 at these sizes, its gradient by 3e-3 (torch 2.13, CPU); under bf16 autocast its
+        weights' gradient by 0.2 at batch 48, for its convolution rounds the dot products, where
+        ours are exact.
         """
         with torch.no_grad():
             stream = self.network.stem(self.x)
@@ -133,10 +136,10 @@ class Case:
         for form in (OURS, "lean"):
             block = in_form(Network(nn.Identity(), self.network.body[:1]), form).body[0]
             x = stream.clone()
-            if form != OURS and self.precision == "fp32":
+            if form != OURS:
                 block, x = copy.deepcopy(block).double(), x.double()
             x.requires_grad_()
-            with self.autocast():
+            with self.autocast() if form == OURS else contextlib.nullcontext():
                 out = block(x)
             out.backward(grad.to(out.dtype))
             results.append([out.detach(), x.grad, *(

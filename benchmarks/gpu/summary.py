@@ -219,7 +219,8 @@ def training(raw: Path) -> Iterator[str]:
         for at in range(0, len(forms), 4):
             yield f"{name if not at else '':11}" + ", ".join(forms[at:at + 4])
     said = [f"{row['key']}: {'yes' if row['yes'] else 'NO'}" for row in found if "yes" in row]
-    said += [f"{row['key']} {row['accuracy']:.3f}" for row in rows(raw, "digits")]
+    said += [f"{row['key']} {row['accuracy']:.3f} ({row['from']:.3f} to {row['to']:.3f})"
+             for row in rows(raw, "digits")]
     said += [f"{row['key']}: {'yes' if row[close] else 'NO'}" for row in found
              for close in ["first block close to the emulation"] if close in row]
     if said:
