@@ -320,7 +320,8 @@ def results(folder):
             ("bitkernels compiled", 1400.0, 7168.0), ("layers", 900.0, 9999.0)):
         train.add(key=f"reactnet18 {form}", **{"images/s": rate, "peak MiB": peak})
     train.add(key="captured layers", yes=False)
-    record.Record(folder, "digits-cuda").add(key="digits cuda", accuracy=0.9, **{"from": 0.8, "to": 0.95})
+    record.Record(folder, "digits-cuda").add(key="digits cuda", accuracy=0.9,
+                                             **{"from": 0.8, "to": 0.95})
 
 
 def test_goals_compare_with_what_is_asked(tmp_path):
