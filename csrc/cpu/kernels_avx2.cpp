@@ -6,13 +6,15 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
 namespace bitkernels::avx2 {
 
-#define BK_TARGET __attribute__((target("avx2,f16c,bmi2,popcnt")))
+#define BK_TARGET __attribute__((target("avx2,fma,f16c,bmi2,popcnt")))
 
 constexpr const char* kName = "avx2";
 constexpr int kLanes = 8;
@@ -24,7 +26,8 @@ bool has_f16c() {
 }
 
 bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && has_f16c();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && has_f16c();
 }
 
 template <class Lanes>
@@ -122,6 +125,11 @@ BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   for (auto& v : acc) *sink += static_cast<uint32_t>(_mm256_extract_epi32(v, 0));
   return iterations * 8 * 256;
 }
+
+// Real layers: register tiles, in pixels and tiles of 16 channels; of few pixels, of more channels.
+BK_TARGET inline __m256 broadcast(float x) { return _mm256_set1_ps(x); }
+BK_TARGET inline __m256 fused(__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }
+constexpr int kConvPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
 
 #include "isa_common.inc"
 

@@ -5,7 +5,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -86,6 +88,11 @@ BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   for (auto& v : acc) *sink += static_cast<uint32_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(v)));
   return iterations * 16 * 512;
 }
+
+// Real layers: register tiles, in pixels and tiles of 16 channels; of few pixels, of more channels.
+BK_TARGET inline __m512 broadcast(float x) { return _mm512_set1_ps(x); }
+BK_TARGET inline __m512 fused(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
+constexpr int kConvPixels = 14, kFewPixels = 3, kConvTiles = 2, kFewTiles = 8;
 
 #include "isa_common.inc"
 

@@ -1,7 +1,9 @@
 // Portable: no instruction set beyond the compiler's baseline. Runs everywhere, last in the table.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -96,6 +98,12 @@ int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   for (auto& v : acc) *sink += v;
   return iterations * 16 * 32;
 }
+
+// Real layers: register tiles, in pixels and tiles of 16 channels; of few pixels, of more channels.
+typedef float Four __attribute__((vector_size(16)));
+inline Four broadcast(float x) { return Four{x, x, x, x}; }
+inline Four fused(Four x, Four y, Four z) { return x * y + z; }
+constexpr int kConvPixels = 2, kFewPixels = 1, kConvTiles = 1, kFewTiles = 2;
 
 #include "isa_common.inc"
 
