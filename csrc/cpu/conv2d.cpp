@@ -30,10 +30,6 @@ void flatten_pixels(RealConv& c) {
   c.batch = c.height = c.out_h = 1;
 }
 
-struct Box {
-  int64_t y0, y1, x0, x1;
-};
-
 struct Plan {
   const Kernel& kernel;
   const RealConv& conv;
@@ -63,33 +59,27 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t first, const Box& b
   float* out = c.out + n * c.out_h * out_row + channel;
   const auto run = plan.depthwise ? plan.kernel.depthwise_run : plan.kernel.conv_run;
 
-  for (const Segment& ys : plan.rows)
-    for (const Segment& xs : plan.columns) {
-      const int64_t y0 = std::max(box.y0, ys.begin), y1 = std::min(box.y1, ys.end);
-      const int64_t x0 = std::max(box.x0, xs.begin), x1 = std::min(box.x1, xs.end);
-      if (y0 >= y1 || x0 >= x1) continue;
-      r.ky = ys.tap_end - ys.tap_begin;
-      r.kx = xs.tap_end - xs.tap_begin;
-      r.run = c.channels;
-      if (r.a_kx == c.channels && !plan.depthwise) {  // taps of a row are neighbours in memory
-        r.run *= r.kx;
-        r.kx = 1;
-      }
-      r.w = weight + ys.tap_begin * r.w_ky + xs.tap_begin * r.w_kx;
-      const bool along_x = x1 - x0 >= std::min<int64_t>(4, y1 - y0);
-      r.pixels = along_x ? x1 - x0 : y1 - y0;
-      r.a_pixel = along_x ? c.stride_w * c.in_pixel : c.stride_h * a_row;
-      r.out_pixel = along_x ? c.out_pixel : out_row;
-      for (int64_t i = 0; i < (along_x ? y1 - y0 : x1 - x0); ++i) {
-        const int64_t y = along_x ? y0 + i : y0, x = along_x ? x0 : x0 + i;
-        r.a = input;
-        if (r.ky && r.kx && r.run)
-          r.a += (y * c.stride_h - c.top + ys.tap_begin * c.dilation_h) * a_row +
-                 (x * c.stride_w - c.left + xs.tap_begin * c.dilation_w) * c.in_pixel;
-        r.out = out + y * out_row + x * c.out_pixel;
-        run(r);
-      }
-    }
+  for_runs(plan.rows, plan.columns, box,
+           [&](const Segment& ys, const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx,
+               int64_t count) {
+             r.ky = ys.tap_end - ys.tap_begin;
+             r.kx = xs.tap_end - xs.tap_begin;
+             r.run = c.channels;
+             if (r.a_kx == c.channels && !plan.depthwise) {  // neighbouring taps in memory too
+               r.run *= r.kx;
+               r.kx = 1;
+             }
+             r.w = weight + ys.tap_begin * r.w_ky + xs.tap_begin * r.w_kx;
+             r.a = input;
+             if (r.ky && r.kx && r.run)
+               r.a += (y * c.stride_h - c.top + ys.tap_begin * c.dilation_h) * a_row +
+                      (x * c.stride_w - c.left + xs.tap_begin * c.dilation_w) * c.in_pixel;
+             r.a_pixel = dy * c.stride_h * a_row + dx * c.stride_w * c.in_pixel;
+             r.out = out + y * out_row + x * c.out_pixel;
+             r.out_pixel = dy * out_row + dx * c.out_pixel;
+             r.pixels = count;
+             run(r);
+           });
 }
 
 }  // namespace

@@ -137,6 +137,8 @@ struct RealRun {
   int64_t out_pixel = 0;
 };
 
+struct RowsJob;  // elementwise.h
+
 using DotFn = void (*)(const Dot&);
 
 struct Kernel {
@@ -184,6 +186,11 @@ struct Kernel {
   void (*conv_run)(const RealRun&);
   // Output channel i sees input channel i alone; run is 1.
   void (*depthwise_run)(const RealRun&);
+  void (*max_run)(const RealRun&);   // largest of the taps
+  void (*mean_run)(const RealRun&);  // their sum over `divisor`
+  void (*affine_run)(const RowsJob&);
+  void (*multiply_run)(const RowsJob&);
+  void (*sigmoid_run)(const RowsJob&);
   // `iterations` rounds of 16 register-only xor + popcount + add; returns products computed.
   int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
 };
@@ -195,7 +202,8 @@ struct Kernel {
       DO(mask_planes), DO(rsign), DO(rprelu), DO(rprelu_backward), DO(sign_backward),             \
       DO(block_forward), DO(block_backward), DO(norm_backward), DO(subset_offsets),               \
       DO(table_sums), DO(transpose_bits), DO(plane_sums), DO(rows_to_planes), DO(planes_to_rows), \
-      DO(conv_run), DO(depthwise_run), DO(popcount_loop)
+      DO(conv_run), DO(depthwise_run), DO(max_run), DO(mean_run), DO(affine_run),                 \
+      DO(multiply_run), DO(sigmoid_run), DO(popcount_loop)
 #define BK_SIZE(FUNCTION) sizeof(Kernel::FUNCTION)
 constexpr std::size_t kFunctionSizes[] = {BK_KERNEL_FUNCTIONS(BK_SIZE)};
 #undef BK_SIZE

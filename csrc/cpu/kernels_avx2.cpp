@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "elementwise.h"
 #include "kernels.h"
 
 namespace bitkernels::avx2 {

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "elementwise.h"
 #include "kernels.h"
 
 namespace bitkernels::avx512 {

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "elementwise.h"
 #include "kernels.h"
 
 namespace bitkernels::scalar {

@@ -96,25 +96,12 @@ void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segm
   }
 }
 
-struct Box {
-  int64_t y0, y1, x0, x1;
-};
-
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Box& box) {
   int64_t moments[2 * kChunk] = {};
-  for (const Segment& ys : plan.rows)
-    for (const Segment& xs : plan.columns) {
-      const int64_t y0 = std::max(box.y0, ys.begin), y1 = std::min(box.y1, ys.end);
-      const int64_t x0 = std::max(box.x0, xs.begin), x1 = std::min(box.x1, xs.end);
-      if (y0 >= y1 || x0 >= x1) continue;
-      if (x1 - x0 >= std::min<int64_t>(kMaxPixels / 2, y1 - y0)) {
-        for (int64_t y = y0; y < y1; ++y)
-          run_tiles(plan, n, g, chunk, ys, xs, y, x0, 0, 1, x1 - x0, moments);
-      } else {
-        for (int64_t x = x0; x < x1; ++x)
-          run_tiles(plan, n, g, chunk, ys, xs, y0, x, 1, 0, y1 - y0, moments);
-      }
-    }
+  for_runs(
+      plan.rows, plan.columns, box,
+      [&](const Segment& ys, const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx,
+          int64_t count) { run_tiles(plan, n, g, chunk, ys, xs, y, x, dy, dx, count, moments); });
   if (!plan.epilogue.moments) return;
   const int64_t first = chunk * kChunk, all = plan.conv.groups * plan.conv.out_channels;
   const int64_t channels = std::min(kChunk, plan.conv.out_channels - first);

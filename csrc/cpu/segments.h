@@ -8,6 +8,10 @@
 
 namespace bitkernels {
 
+struct Box {
+  int64_t y0, y1, x0, x1;
+};
+
 // Output positions [begin, end) whose windows contain exactly the taps [tap_begin, tap_end).
 struct Segment {
   int64_t begin, end, tap_begin, tap_end;
@@ -27,6 +31,26 @@ inline std::vector<Segment> segments(int64_t out, int64_t size, int64_t taps, in
       list.push_back({o, o + 1, lo, hi});
   }
   return list;
+}
+
+// f(rows, columns, y, x, dy, dx, count) for runs of `count` pixels of `box`, from (y, x) on in
+// steps of (dy, dx), in whose windows the same taps fall inside. Rectangles of few columns go by
+// columns.
+template <class F>
+void for_runs(const std::vector<Segment>& rows, const std::vector<Segment>& columns, const Box& box,
+              const F& f) {
+  constexpr int64_t kFewColumns = 4;
+  for (const Segment& ys : rows)
+    for (const Segment& xs : columns) {
+      const int64_t y0 = std::max(box.y0, ys.begin), y1 = std::min(box.y1, ys.end);
+      const int64_t x0 = std::max(box.x0, xs.begin), x1 = std::min(box.x1, xs.end);
+      if (y0 >= y1 || x0 >= x1) continue;
+      if (x1 - x0 >= std::min(kFewColumns, y1 - y0)) {
+        for (int64_t y = y0; y < y1; ++y) f(ys, xs, y, x0, 0, 1, x1 - x0);
+      } else {
+        for (int64_t x = x0; x < x1; ++x) f(ys, xs, y0, x, 1, 0, y1 - y0);
+      }
+    }
 }
 
 }  // namespace bitkernels
