@@ -11,7 +11,8 @@
 namespace bitkernels {
 namespace {
 
-constexpr double kMinProducts = 1e6;        // per task, about 15 us of one core
+constexpr double kMinProducts = 1e6;  // per task, about 15 us of one core
+constexpr int64_t kLinesBytes = 32 << 10;
 constexpr int64_t kBlockBytes = 256 << 10;  // of input, which stay in the second-level cache
 
 bool is_depthwise(const RealConv& c) {
@@ -28,6 +29,13 @@ RealConv lanes(RealConv c) {
 void flatten_pixels(RealConv& c) {
   c.width = c.out_w = c.batch * c.height * c.width;
   c.batch = c.height = c.out_h = 1;
+}
+
+// Channels of a depthwise convolution of which the lines under a window, and the output's, stay in
+// the first-level cache until the next row of windows.
+int64_t lanes_per_pass(const RealConv& c) {
+  const int64_t bytes = (c.kh + 1) * c.width * static_cast<int64_t>(sizeof(float));
+  return 16 * std::max<int64_t>(1, kLinesBytes / (16 * bytes));
 }
 
 struct Plan {
@@ -117,7 +125,7 @@ void conv2d(const Kernel& kernel, const RealConv& given) {
   const int threads = parallel_threads();
   const int64_t lines = by_rows ? c.out_h : c.out_w;
   if (!pixels || !all) return;
-  const int64_t chunk = depthwise ? c.out_channels : pixels < 4 ? 128 : 32;
+  const int64_t chunk = depthwise ? lanes_per_pass(c) : pixels < 4 ? 128 : 32;
   const int64_t chunks = ceil_div(c.out_channels, chunk);
   const int64_t outer = c.batch * c.groups;
   const int64_t bytes = c.height * c.width * c.in_pixel * static_cast<int64_t>(sizeof(float));

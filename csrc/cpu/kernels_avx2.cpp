@@ -127,10 +127,11 @@ BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   return iterations * 8 * 256;
 }
 
-// Real layers: register tiles, in pixels and tiles of 16 channels; of few pixels, of more channels.
+// Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
+// tile of channels, and one of few pixels.
 BK_TARGET inline __m256 broadcast(float x) { return _mm256_set1_ps(x); }
 BK_TARGET inline __m256 fused(__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }
-constexpr int kConvPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
+constexpr int kConvPixels = 6, kNarrowPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
 
 #include "isa_common.inc"
 

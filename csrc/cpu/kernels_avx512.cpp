@@ -90,10 +90,11 @@ BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   return iterations * 16 * 512;
 }
 
-// Real layers: register tiles, in pixels and tiles of 16 channels; of few pixels, of more channels.
+// Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
+// tile of channels, and one of few pixels.
 BK_TARGET inline __m512 broadcast(float x) { return _mm512_set1_ps(x); }
 BK_TARGET inline __m512 fused(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
-constexpr int kConvPixels = 14, kFewPixels = 3, kConvTiles = 2, kFewTiles = 8;
+constexpr int kConvPixels = 14, kNarrowPixels = 28, kFewPixels = 3, kConvTiles = 2, kFewTiles = 8;
 
 #include "isa_common.inc"
 

@@ -112,10 +112,11 @@ int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   return iterations * 16 * 128;
 }
 
-// Real layers: register tiles, in pixels and tiles of 16 channels; of few pixels, of more channels.
+// Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
+// tile of channels, and one of few pixels.
 inline float32x4_t broadcast(float x) { return vdupq_n_f32(x); }
 inline float32x4_t fused(float32x4_t x, float32x4_t y, float32x4_t z) { return vfmaq_f32(z, x, y); }
-constexpr int kConvPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
+constexpr int kConvPixels = 6, kNarrowPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
 
 #include "isa_common.inc"
 
