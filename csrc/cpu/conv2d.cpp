@@ -34,7 +34,8 @@ void flatten_pixels(RealConv& c) {
 // Channels of a depthwise convolution of which the lines under a window, and the output's, stay in
 // the first-level cache until the next row of windows.
 int64_t lanes_per_pass(const RealConv& c) {
-  const int64_t bytes = (c.kh + 1) * c.width * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes =
+      (c.kh + 1) * std::max<int64_t>(c.width, 1) * static_cast<int64_t>(sizeof(float));
   return 16 * std::max<int64_t>(1, kLinesBytes / (16 * bytes));
 }
 
@@ -43,7 +44,7 @@ struct Plan {
   const RealConv& conv;
   bool depthwise;
   int64_t chunk, tile_size;  // output channels of a task; floats of 16 channels' weights
-  std::vector<Segment> rows, columns;
+  Segments rows, columns;
 };
 
 // Output channels [first, first + chunk) of group g in a rectangle of pixels of image n.
@@ -137,8 +138,8 @@ void conv2d(const Kernel& kernel, const RealConv& given) {
                      depthwise,
                      chunk,
                      c.kh * c.kw * c.channels * 16,
-                     segments(c.out_h, c.height, c.kh, c.stride_h, c.top, c.dilation_h),
-                     segments(c.out_w, c.width, c.kw, c.stride_w, c.left, c.dilation_w)};
+                     Segments(c.out_h, c.height, c.kh, c.stride_h, c.top, c.dilation_h),
+                     Segments(c.out_w, c.width, c.kw, c.stride_w, c.left, c.dilation_w)};
   const double products = static_cast<double>(c.out_h) * c.out_w * c.kh * c.kw * c.channels *
                           std::min(chunk, c.out_channels) / blocks;
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / (products + 1)));

@@ -127,6 +127,21 @@ BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   return iterations * 8 * 256;
 }
 
+#define BK_MASKED_ROWS
+// The lanes below n of registers 0 and 1.
+BK_TARGET inline __m256i lanes_below(int n, int part) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8 * part), lane);
+}
+template <class Lanes>
+BK_TARGET inline void load_masked(const float* x, int n, Lanes* y) {
+  for (int i = 0; i < 2; ++i) y[i] = _mm256_maskload_ps(x + 8 * i, lanes_below(n, i));
+}
+template <class Lanes>
+BK_TARGET inline void store_masked(const Lanes* y, int n, float* x) {
+  for (int i = 0; i < 2; ++i) _mm256_maskstore_ps(x + 8 * i, lanes_below(n, i), y[i]);
+}
+
 // Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
 // tile of channels, and one of few pixels.
 BK_TARGET inline __m256 broadcast(float x) { return _mm256_set1_ps(x); }

@@ -31,7 +31,7 @@ struct Plan {
   View in;
   Strides out, residual;
   int64_t out_words, tiles_per_group, tile_size;
-  std::vector<Segment> rows, columns;
+  Segments rows, columns;
 };
 
 // One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx), for one chunk of
@@ -214,8 +214,8 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
       out_words,
       ceil_div(conv.out_channels, kTile),
       conv.kh * conv.kw * words * kTile,
-      segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top, conv.dilation_h),
-      segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left, conv.dilation_w)};
+      Segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top, conv.dilation_h),
+      Segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left, conv.dilation_w)};
 
   // Tasks: (image, group, chunk of channels) or image, times blocks of rows (of columns in a
   // one-row image) where that alone gives too few.

@@ -29,8 +29,8 @@ void for_out_rows(const RealPool& p, int64_t taps, const F& f) {
 // f(run, y, x) completes a run of windows and runs it; (y, x) is the first one's output pixel.
 template <class F>
 void for_windows(const RealPool& p, const F& f) {
-  const auto rows = segments(p.out_h, p.height, p.kh, p.stride_h, p.top, p.dilation_h);
-  const auto columns = segments(p.out_w, p.width, p.kw, p.stride_w, p.left, p.dilation_w);
+  const Segments rows(p.out_h, p.height, p.kh, p.stride_h, p.top, p.dilation_h);
+  const Segments columns(p.out_w, p.width, p.kw, p.stride_w, p.left, p.dilation_w);
   const int64_t a_row = p.width * p.in_pixel, out_row = p.out_w * p.out_pixel;
   for_out_rows(p, p.kh * p.kw, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin / p.out_h; n * p.out_h < end; ++n) {
