@@ -113,8 +113,9 @@ def extension() -> dict:
 
     engine = CppExtension(
         "bitkernels._C",
-        sorted(glob("csrc/torch/*.cpp") + glob("csrc/cpu/*.cpp")),
-        depends=glob("csrc/torch/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc"),
+        sorted({*glob("csrc/torch/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/network/*.cpp")}
+               - {"csrc/network/thread_pool.cpp"}),  # here the threads are torch's
+        depends=[*glob("csrc/*/*.h"), *glob("csrc/*.h"), *glob("csrc/cpu/*.inc")],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": FLAGS},

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "cpu/parallel.h"
+#include "network/threads.h"
 
 namespace bitkernels {
 
@@ -14,6 +15,10 @@ int parallel_threads() { return static_cast<int>(torch::stable::get_num_threads(
 void parallel_run(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, n, grain,
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+const char* network::set_threads(int) {
+  return "here the threads are those of LibTorch: torch.set_num_threads sets their number";
 }
 
 namespace {
