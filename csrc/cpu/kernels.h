@@ -178,7 +178,7 @@ struct Kernel {
                          float* planes, int64_t plane);
   void (*planes_to_rows)(const float* planes, int64_t plane, int64_t pixels, int64_t channels,
                          void* out, DType);
-  // `iterations` rounds of 16 register-only xor + popcount + add; returns products computed.
+  // `iterations` rounds of what counts the most products a clock, in registers; returns products.
   int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
 };
 

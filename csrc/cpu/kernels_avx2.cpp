@@ -250,12 +250,14 @@ constexpr Arranged kArranged = {
 #define BK_ARRANGED &kArranged
 
 BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
-  __m256i acc[16], x = _mm256_set1_epi32(static_cast<int>(*sink));
-  for (auto& v : acc) v = _mm256_set1_epi8(1);
-  for (int64_t i = 0; i < iterations; ++i)
-    for (auto& v : acc) v = _mm256_add_epi8(v, _mm256_shuffle_epi8(x, v));
-  for (auto& v : acc) *sink += static_cast<uint32_t>(_mm256_extract_epi32(v, 0));
-  return iterations * 16 * 128;
+  constexpr int kChains = 8;
+  __m256i acc[kChains], x = _mm256_set1_epi32(static_cast<int>(*sink));
+  BK_UNROLL for (int i = 0; i < kChains; ++i) acc[i] = _mm256_set1_epi8(1);
+  for (int64_t n = 0; n < iterations; ++n)
+    BK_UNROLL for (int i = 0; i < kChains; ++i) acc[i] =
+        _mm256_add_epi8(acc[i], _mm256_shuffle_epi8(x, acc[i]));
+  for (const auto& v : acc) *sink += static_cast<uint32_t>(_mm256_extract_epi32(v, 0));
+  return iterations * kChains * 128;
 }
 
 #include "isa_common.inc"
