@@ -36,6 +36,10 @@ std::vector<Segment> segments(int64_t out, int64_t size, int64_t taps, int64_t s
       list.back().end = o + 1;
     else
       list.push_back({o, o + 1, lo, hi});
+    if (lo > 0 || hi < taps) continue;
+    // So have the next ones all taps, until the last tap leaves the image.
+    o = std::min(out - 1, o + (last - (taps - 1) * dilation) / stride);
+    list.back().end = o + 1;
   }
   return list;
 }
