@@ -29,6 +29,18 @@ struct Dot {
   int32_t* acc;        // out: [pixel][16 * tiles]
 };
 
+using DotFn = void (*)(const Dot&);
+
+// Dot products on filters in an order of the kernel's own, made once for `chunks` x 32 output
+// channels that many pixels meet: acc is [pixel][32 * chunks], and w, w_ky, w_kx and w_tile, here
+// from 32 channels to the next, are as in filter tiles of 32 lanes.
+constexpr int64_t kMostArranged = 0xffff;  // products of a dot product, with those of tail bits
+struct Arranged {
+  // `words` of `count` tiles, w_tile apart, to (ceil(count / 2), words, 32).
+  void (*arrange)(const uint32_t* tiles, int64_t w_tile, int count, int64_t words, uint32_t* out);
+  DotFn dot[2][kMaxPixels];  // [chunks - 1][pixels - 1]
+};
+
 // Everything between the integer dot product and memory, see reference.epilogue. Vectors are
 // float32 per output channel, readable 32 past the end; null where absent.
 struct Epilogue {
@@ -54,6 +66,7 @@ struct Epilogue {
 // One register tile on its way out: `pixels` rows of 16 * tiles accumulators.
 struct Tile {
   const int32_t* acc;
+  int64_t acc_pixel;  // from one pixel to the next
   int pixels, tiles;
   int32_t products;                                  // dot = products - 2 acc
   int64_t channel;                                   // first output channel
@@ -122,11 +135,10 @@ struct PlaneSums {
   float* acc = nullptr;  // (channels, 32)
 };
 
-using DotFn = void (*)(const Dot&);
-
 struct Kernel {
   const char* name;
   bool (*supported)();
+  const Arranged* arranged;  // null where tiles are best as they are
   DotFn dot[2][kMaxPixels];  // [tiles - 1][pixels - 1]
   void (*epilogue)(const Epilogue&, const Tile&);
   // Signs of x + shift and, where mask is not null, |x + shift| <= clip. `shift` is float, or
@@ -181,7 +193,8 @@ struct Kernel {
 #define BK_SIZE(FUNCTION) sizeof(Kernel::FUNCTION)
 constexpr std::size_t kFunctionSizes[] = {BK_KERNEL_FUNCTIONS(BK_SIZE)};
 #undef BK_SIZE
-static_assert(sizeof(Kernel) == sizeof(Kernel::name) + sizeof(Kernel::dot) + sizeof(kFunctionSizes),
+static_assert(sizeof(Kernel) == sizeof(Kernel::name) + sizeof(Kernel::arranged) +
+                                    sizeof(Kernel::dot) + sizeof(kFunctionSizes),
               "BK_KERNEL_FUNCTIONS lacks a function of Kernel");
 
 // Best first; every machine supports the last.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "parallel.h"
@@ -15,6 +16,7 @@ namespace bitkernels {
 namespace {
 
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
+constexpr int64_t kFewPixels = 8;      // that do not repay arranging filters
 constexpr double kMinProducts = 1e7;   // per task, about 10 us of one core
 
 // Output positions [begin, end) whose windows contain exactly the taps [tap_begin, tap_end).
@@ -51,30 +53,38 @@ struct Plan {
   View in;
   Strides out, residual;
   int64_t out_words, tiles_per_group, tile_size;
+  const Arranged* arranged;  // null: filter tiles as they are
+  int64_t width;             // output channels of a task: kChunk, or twice that where arranged
   std::vector<Segment> rows, columns;
 };
 
-// One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx), for one chunk of
-// channels.
-void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segment& ys,
-               const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t count,
-               int64_t* moments) {
+// Output channels [first, first + channels) of a group, and their filters, which are arranged or
+// not.
+struct Channels {
+  int64_t group, first;
+  int channels;
+  const uint32_t* filters;
+};
+
+// One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx).
+void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys, const Segment& xs,
+               int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t count, int64_t* moments) {
   const Conv& conv = plan.conv;
   const View& in = plan.in;
-  const int64_t first = chunk * kChunk;
-  const int channels = static_cast<int>(std::min(kChunk, conv.out_channels - first));
-  const int tiles = channels > kTile ? 2 : 1;
   const int64_t ky = ys.tap_end - ys.tap_begin, kx = xs.tap_end - xs.tap_begin;
+  const int chunks = c.channels > kChunk ? 2 : 1, tiles = c.channels > kTile ? 2 : 1;
+  const int64_t lanes = plan.arranged ? kChunk : kTile;
+  const DotFn* dots = plan.arranged ? plan.arranged->dot[chunks - 1] : plan.kernel.dot[tiles - 1];
 
-  alignas(64) int32_t acc[kMaxPixels * kChunk];
+  alignas(64) int32_t acc[kMaxPixels * 2 * kChunk];
   Dot dot;
   dot.acc = acc;
   dot.a_pixel = dy * conv.stride_h * in.row + dx * conv.stride_w * in.pixel;
   dot.a_ky = conv.dilation_h * in.row;
   dot.a_kx = conv.dilation_w * in.pixel;
-  dot.w_tile = plan.tile_size;
-  dot.w_ky = conv.kw * in.words * kTile;
-  dot.w_kx = in.words * kTile;
+  dot.w_tile = plan.tile_size / kTile * lanes;
+  dot.w_ky = conv.kw * in.words * lanes;
+  dot.w_kx = in.words * lanes;
   dot.ky = ky;
   if (dot.a_kx == in.words) {  // neighbouring taps are neighbours in memory
     dot.kx = 1;
@@ -83,18 +93,13 @@ void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segm
     dot.kx = kx;
     dot.run = in.words;
   }
-  dot.w = conv.tiles + (g * plan.tiles_per_group + 2 * chunk) * plan.tile_size +
-          ys.tap_begin * dot.w_ky + xs.tap_begin * dot.w_kx;
+  dot.w = c.filters + ys.tap_begin * dot.w_ky + xs.tap_begin * dot.w_kx;
 
   Tile tile;
-  tile.acc = acc;
-  tile.tiles = tiles;
+  tile.acc_pixel = plan.arranged ? kChunk * chunks : kTile * tiles;
   tile.products = static_cast<int32_t>(ky * kx * conv.channels);
-  tile.channel = g * conv.out_channels + first;
-  tile.channels = channels;
   tile.out_pixel = dy * plan.out.h + dx * plan.out.w;
   tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
-  tile.moments = moments;
   tile.word_pixel = (dy * conv.out_w + dx) * plan.out_words;
 
   // Equal shares of at most kMaxPixels, so that no thin tile is left over.
@@ -102,14 +107,22 @@ void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segm
     const int64_t pixels = ceil_div(left, parts);
     const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
     const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
-    dot.a = in.data + n * in.image + g * in.group + in_y * in.row + in_x * in.pixel;
-    plan.kernel.dot[tiles - 1][pixels - 1](dot);
+    dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel;
+    dots[pixels - 1](dot);
     tile.pixels = static_cast<int>(pixels);
-    tile.out = n * plan.out.n + tile.channel * plan.out.c + y * plan.out.h + x * plan.out.w;
-    tile.residual = n * plan.residual.n + tile.channel * plan.residual.c + y * plan.residual.h +
-                    x * plan.residual.w;
-    tile.word = ((n * conv.out_h + y) * conv.out_w + x) * plan.out_words + tile.channel / 32;
-    plan.kernel.epilogue(plan.epilogue, tile);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int done = chunk * static_cast<int>(kChunk);
+      tile.acc = acc + done;
+      tile.channels = std::min(c.channels - done, static_cast<int>(kChunk));
+      tile.tiles = tile.channels > kTile ? 2 : 1;
+      tile.channel = c.group * conv.out_channels + c.first + done;
+      tile.moments = moments + 2 * done;
+      tile.out = n * plan.out.n + tile.channel * plan.out.c + y * plan.out.h + x * plan.out.w;
+      tile.residual = n * plan.residual.n + tile.channel * plan.residual.c + y * plan.residual.h +
+                      x * plan.residual.w;
+      tile.word = ((n * conv.out_h + y) * conv.out_w + x) * plan.out_words + tile.channel / 32;
+      plan.kernel.epilogue(plan.epilogue, tile);
+    }
     left -= pixels;
     y += dy * pixels;
     x += dx * pixels;
@@ -120,8 +133,20 @@ struct Box {
   int64_t y0, y1, x0, x1;
 };
 
-void run_box(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Box& box) {
-  int64_t moments[2 * kChunk] = {};
+// `arranged`: room for the filters of a task, where they are to be arranged.
+void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& box,
+             uint32_t* arranged) {
+  const int64_t first = part * plan.width;
+  const int64_t channels = std::min(plan.width, plan.conv.out_channels - first);
+  const uint32_t* filters =
+      plan.conv.tiles + (g * plan.tiles_per_group + first / kTile) * plan.tile_size;
+  if (plan.arranged) {
+    plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
+                           plan.tile_size / kTile, arranged);
+    filters = arranged;
+  }
+  const Channels c = {g, first, static_cast<int>(channels), filters};
+  int64_t moments[4 * kChunk] = {};
   for (const Segment& ys : plan.rows)
     for (const Segment& xs : plan.columns) {
       const int64_t y0 = std::max(box.y0, ys.begin), y1 = std::min(box.y1, ys.end);
@@ -129,19 +154,19 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Box& b
       if (y0 >= y1 || x0 >= x1) continue;
       if (x1 - x0 >= std::min<int64_t>(kMaxPixels / 2, y1 - y0)) {
         for (int64_t y = y0; y < y1; ++y)
-          run_tiles(plan, n, g, chunk, ys, xs, y, x0, 0, 1, x1 - x0, moments);
+          run_tiles(plan, n, c, ys, xs, y, x0, 0, 1, x1 - x0, moments);
       } else {
         for (int64_t x = x0; x < x1; ++x)
-          run_tiles(plan, n, g, chunk, ys, xs, y0, x, 1, 0, y1 - y0, moments);
+          run_tiles(plan, n, c, ys, xs, y0, x, 1, 0, y1 - y0, moments);
       }
     }
   if (!plan.epilogue.moments) return;
-  const int64_t first = chunk * kChunk, all = plan.conv.groups * plan.conv.out_channels;
-  const int64_t channels = std::min(kChunk, plan.conv.out_channels - first);
+  const int64_t all = plan.conv.groups * plan.conv.out_channels;
   int64_t* total = plan.epilogue.moments + g * plan.conv.out_channels + first;
-  for (int64_t c = 0; c < channels; ++c) {  // integers: the order does not matter
-    __atomic_fetch_add(total + c, moments[c], __ATOMIC_RELAXED);
-    __atomic_fetch_add(total + all + c, moments[kChunk + c], __ATOMIC_RELAXED);
+  for (int64_t i = 0; i < channels; ++i) {  // integers: the order does not matter
+    const int64_t* of = moments + i / kChunk * 2 * kChunk + i % kChunk;
+    __atomic_fetch_add(total + i, of[0], __ATOMIC_RELAXED);
+    __atomic_fetch_add(total + all + i, of[kChunk], __ATOMIC_RELAXED);
   }
 }
 
@@ -229,7 +254,13 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
   if ((conv.groups > 1 && conv.channels % 32) || (padded && conv.pad_value != 0))
     in = relayout(conv, copy);
 
-  const int64_t chunks = ceil_div(conv.out_channels, kChunk);
+  const int64_t tile_size = conv.kh * conv.kw * words * kTile;
+  const Arranged* arranged = conv.out_channels > kTile && conv.out_h * conv.out_w > kFewPixels &&
+                                     2 * tile_size <= kMostArranged
+                                 ? kernel.arranged
+                                 : nullptr;
+  const int64_t width = arranged ? 2 * kChunk : kChunk;
+  const int64_t parts = ceil_div(conv.out_channels, width);
   const int64_t out_words = ceil_div(conv.groups * conv.out_channels, 32);
   // Groups that end inside a word share words: then one task owns a pixel's words, zeroed first.
   const bool shared_words = epilogue.words && conv.groups > 1 && conv.out_channels % 32;
@@ -246,14 +277,16 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
       residual,
       out_words,
       ceil_div(conv.out_channels, kTile),
-      conv.kh * conv.kw * words * kTile,
+      tile_size,
+      arranged,
+      width,
       segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top, conv.dilation_h),
       segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left, conv.dilation_w)};
 
-  // Tasks: (image, group, chunk of channels) or image, times blocks of rows (of columns in a
+  // Tasks: (image, group, part of the channels) or image, times blocks of rows (of columns in a
   // one-row image) where that alone gives too few.
-  const int64_t inner = shared_words ? conv.groups * chunks : 1;
-  const int64_t outer = conv.batch * conv.groups * chunks / inner;
+  const int64_t inner = shared_words ? conv.groups * parts : 1;
+  const int64_t outer = conv.batch * conv.groups * parts / inner;
   const int threads = parallel_threads();
   const int64_t wanted = ceil_div(4 * threads, std::max<int64_t>(outer, 1));
   const bool by_rows = conv.out_h > 1;
@@ -261,9 +294,11 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
                          : by_rows    ? std::min(wanted, conv.out_h)
                                       : std::min(wanted, ceil_div(conv.out_w, kMaxPixels));
   const double products = static_cast<double>(conv.out_h) * conv.out_w * conv.kh * conv.kw *
-                          conv.channels * kChunk * inner / blocks;
+                          conv.channels * width * inner / blocks;
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / products));
   parallel_for(outer * blocks, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint32_t[]> filters(arranged ? new uint32_t[width * tile_size / kTile]
+                                                       : nullptr);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, task = i / blocks;
       Box box = {0, conv.out_h, 0, conv.out_w};
@@ -274,7 +309,8 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
       hi = size * (block + 1) / blocks;
       for (int64_t j = 0; j < inner; ++j) {
         const int64_t at = task * inner + j;
-        run_box(plan, at / chunks / conv.groups, at / chunks % conv.groups, at % chunks, box);
+        run_box(plan, at / parts / conv.groups, at / parts % conv.groups, at % parts, box,
+                filters.get());
       }
     }
   });
