@@ -130,6 +130,10 @@ CONV_CASES = (
     ConvCase(groups=16, channels=16), ConvCase(groups=33, channels=33, out_channels=66),
     ConvCase(groups=4, channels=128, out_channels=100, stride=(2, 2)),
     ConvCase(groups=2, channels=6, out_channels=4, pad_value=1),
+    # depthwise: a window for each channel
+    ConvCase(groups=70, channels=70, out_channels=70, size=(7, 11)),
+    ConvCase(groups=33, channels=33, out_channels=33, pad_value=-1, stride=(2, 1)),
+    ConvCase(groups=40, channels=40, out_channels=40, dilation=(1, 2), padding=(0, 1, 2, 1)),
     # padding: each kind, each value, more than the image
     ConvCase(padding=(0,)), ConvCase(padding=(2, 1), channels=37),
     ConvCase(padding=(0, 1, 2, 0)), ConvCase(padding=(1, 0, 0, 1), stride=(2, 2), channels=36),

@@ -51,6 +51,8 @@ MUTANTS = (
            "for (int64_t i = 0; i < 3 * channels; ++i) to[i] += acc[i];",
            "for (int64_t i = 0; i < 3 * channels; ++i) to[i] = acc[i];",
            ENGINE),
+    Mutant("depthwise-loses-a-carry", f"{CPU}/isa_depthwise.inc", "carry = both;",
+           "carry = plane[b];", ENGINE),
     Mutant("norm-backward-without-relu", f"{CPU}/isa_residual_block.inc",
            "if (b.relu) BK_EACH(g)", "if (false) BK_EACH(g)", ENGINE),
     Mutant("nan-slope", f"{CPU}/isa_residual_block.inc", "y.v[j] = t < 80 ? slope : Floats{};",

@@ -41,6 +41,9 @@ struct Arranged {
   DotFn dot[2][kMaxPixels];  // [chunks - 1][pixels - 1]
 };
 
+// Taps of a depthwise window that `Kernel::depthwise` can count.
+constexpr int kDepthwisePlanes = 8, kMostDepthwiseTaps = (1 << kDepthwisePlanes) - 1;
+
 // Everything between the integer dot product and memory, see reference.epilogue. Vectors are
 // float32 per output channel, readable 32 past the end; null where absent.
 struct Epilogue {
@@ -157,6 +160,9 @@ struct Kernel {
   bool (*supported)();
   const Arranged* arranged;  // null where tiles are best as they are
   DotFn dot[2][kMaxPixels];  // [tiles - 1][pixels - 1]
+  // Of 32 channels that have a window each: a and w have one word a tap, bit i of channel i; acc is
+  // [pixel][32].
+  DotFn depthwise[kMaxPixels];  // [pixels - 1]
   void (*epilogue)(const Epilogue&, const Tile&);
   // Signs of x + shift and, where mask is not null, |x + shift| <= clip. `shift` is float, or
   // double for kF64; may be null. Rows of `channels` innermost elements:
@@ -220,7 +226,8 @@ struct Kernel {
 constexpr std::size_t kFunctionSizes[] = {BK_KERNEL_FUNCTIONS(BK_SIZE)};
 #undef BK_SIZE
 static_assert(sizeof(Kernel) == sizeof(Kernel::name) + sizeof(Kernel::arranged) +
-                                    sizeof(Kernel::dot) + sizeof(kFunctionSizes),
+                                    sizeof(Kernel::dot) + sizeof(Kernel::depthwise) +
+                                    sizeof(kFunctionSizes),
               "BK_KERNEL_FUNCTIONS lacks a function of Kernel");
 
 // Best first; every machine supports the last.

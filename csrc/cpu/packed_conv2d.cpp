@@ -34,6 +34,7 @@ struct Plan {
   Strides out, residual;
   int64_t out_words, tiles_per_group, tile_size;
   const Arranged* arranged;  // null: filter tiles as they are
+  bool depthwise;            // groups of one channel each: `in` and the filters have a word a tap
   int64_t width;             // output channels of a task: kChunk, or twice that where arranged
   Segments rows, columns;
 };
@@ -53,8 +54,10 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   const View& in = plan.in;
   const int64_t ky = ys.tap_end - ys.tap_begin, kx = xs.tap_end - xs.tap_begin;
   const int chunks = c.channels > kChunk ? 2 : 1, tiles = c.channels > kTile ? 2 : 1;
-  const int64_t lanes = plan.arranged ? kChunk : kTile;
-  const DotFn* dots = plan.arranged ? plan.arranged->dot[chunks - 1] : plan.kernel.dot[tiles - 1];
+  const int64_t lanes = plan.depthwise ? 1 : plan.arranged ? kChunk : kTile;
+  const DotFn* dots = plan.depthwise  ? plan.kernel.depthwise
+                      : plan.arranged ? plan.arranged->dot[chunks - 1]
+                                      : plan.kernel.dot[tiles - 1];
 
   alignas(64) int32_t acc[kMaxPixels * 2 * kChunk];
   Dot dot;
@@ -66,7 +69,7 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   dot.w_ky = conv.kw * in.words * lanes;
   dot.w_kx = in.words * lanes;
   dot.ky = ky;
-  if (dot.a_kx == in.words) {  // neighbouring taps are neighbours in memory
+  if (!plan.depthwise && dot.a_kx == in.words) {  // neighbouring taps are neighbours in memory
     dot.kx = 1;
     dot.run = kx * in.words;
   } else {
@@ -76,7 +79,7 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   dot.w = c.filters + ys.tap_begin * dot.w_ky + xs.tap_begin * dot.w_kx;
 
   Tile tile;
-  tile.acc_pixel = plan.arranged ? kChunk * chunks : kTile * tiles;
+  tile.acc_pixel = plan.depthwise || plan.arranged ? kChunk * chunks : kTile * tiles;
   tile.products = static_cast<int32_t>(ky * kx * conv.channels);
   tile.out_pixel = dy * plan.out.h + dx * plan.out.w;
   tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
@@ -87,7 +90,8 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
     const int64_t pixels = ceil_div(left, parts);
     const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
     const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
-    dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel;
+    dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel +
+            (plan.depthwise ? c.first / kChunk : 0);
     dots[pixels - 1](dot);
     tile.pixels = static_cast<int>(pixels);
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -116,6 +120,7 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& bo
   const int64_t channels = std::min(plan.width, plan.conv.out_channels - first);
   const uint32_t* filters =
       plan.conv.tiles + (g * plan.tiles_per_group + first / kTile) * plan.tile_size;
+  if (plan.depthwise) filters = plan.conv.tiles + first / kChunk * plan.tile_size;
   if (plan.arranged) {
     plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
                            plan.tile_size / kTile, arranged);
@@ -190,6 +195,20 @@ View relayout(Conv& conv, std::vector<uint32_t>& copy) {
           words};
 }
 
+// A depthwise layer as one group whose filters have a word for each tap of 32 channels; `filters`
+// keeps them.
+void join_groups(Conv& conv, std::vector<uint32_t>& filters) {
+  const int64_t taps = conv.kh * conv.kw;
+  filters.assign(ceil_div(conv.groups, kChunk) * taps, 0);
+  for (int64_t c = 0; c < conv.groups; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      filters[c / kChunk * taps + tap] |= (conv.tiles[(c * taps + tap) * kTile] & 1)
+                                          << (c % kChunk);
+  conv.tiles = filters.data();
+  conv.channels = conv.out_channels = conv.groups;
+  conv.groups = 1;
+}
+
 bool is_dense(const Strides& s, int64_t height, int64_t width) {
   return s.h == width * s.w && s.n == height * s.h;
 }
@@ -204,6 +223,10 @@ void flatten_pixels(Conv& conv) {
 
 void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides out,
                    Strides residual) {
+  std::vector<uint32_t> joined;
+  const bool depthwise = conv.groups > 1 && conv.channels == 1 && conv.out_channels == 1 &&
+                         conv.kh * conv.kw <= kMostDepthwiseTaps;
+  if (depthwise) join_groups(conv, joined);
   const int64_t words = ceil_div(conv.channels, 32);
   const int64_t all_words = ceil_div(conv.groups * conv.channels, 32);
   const bool padded = conv.top || conv.bottom || conv.left || conv.right;
@@ -220,8 +243,10 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
   if ((conv.groups > 1 && conv.channels % 32) || (padded && conv.pad_value != 0))
     in = relayout(conv, copy);
 
-  const int64_t tile_size = conv.kh * conv.kw * words * kTile;
-  const Arranged* arranged = conv.out_channels > kTile && conv.out_h * conv.out_w > kFewPixels &&
+  if (depthwise) conv.channels = in.words = 1;  // of a window
+  const int64_t tile_size = conv.kh * conv.kw * (depthwise ? 1 : words * kTile);
+  const Arranged* arranged = !depthwise && conv.out_channels > kTile &&
+                                     conv.out_h * conv.out_w > kFewPixels &&
                                      2 * tile_size <= kMostArranged
                                  ? kernel.arranged
                                  : nullptr;
@@ -245,6 +270,7 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
       ceil_div(conv.out_channels, kTile),
       tile_size,
       arranged,
+      depthwise,
       width,
       Segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top, conv.dilation_h),
       Segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left, conv.dilation_w)};

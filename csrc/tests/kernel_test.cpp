@@ -300,6 +300,7 @@ void test_kernel(const Kernel& k) {
   }
   test_sums_of_many_rows(k);
   for (int i = 0; i < 1500; ++i) test_conv(k, random_conv());
+  for (int i = 0; i < 400; ++i) test_conv(k, depthwise_conv());
   for (int i = 0; i < 32; ++i) test_conv(k, kLarge[i % 4]);  // the others have one task
   for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
   test_pool(2, 70, 70);

@@ -198,6 +198,23 @@ inline Conv random_conv() {
   return fits ? c : random_conv();
 }
 
+// A window for each channel, of as many taps as bit planes count and more.
+inline Conv depthwise_conv() {
+  Conv c = random_conv();
+  c.channels = c.out_channels = 1;
+  c.groups = pick<int64_t>({2, 31, 32, 33, 64, 70});
+  if (range(0, 9) == 0) {
+    c.height = c.width = 17;
+    c.kh = pick<int64_t>({15, 16, 17});
+    c.kw = c.kh;
+    c.top = c.bottom = c.left = c.right = 2;
+    c.dilation_h = c.dilation_w = 1;
+  }
+  c.out_h = out_size(c.height, c.top + c.bottom, c.kh, c.stride_h, c.dilation_h);
+  c.out_w = out_size(c.width, c.left + c.right, c.kw, c.stride_w, c.dilation_w);
+  return c;
+}
+
 // Enough work for several tasks: whole groups, groups that share words, one long row, and a copy.
 inline const Conv kLarge[] = {
     {2, 9, 9, 1, 100, 96, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 9, 9, 0, nullptr, nullptr},
