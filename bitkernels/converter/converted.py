@@ -42,7 +42,7 @@ class Converted(nn.Module):
         self.graph_module, self.report, self.inputs = graph_module, report, inputs
         self.in_spec, self.out_spec = in_spec, out_spec  # of (args, kwargs) and the result
         self.training = False
-        self._engines = Engines()
+        self.engines = Engines()
         self.state_names = tuple(graph_module.state_dict())
         self._image = WeightImage(_tiles)
         self._read: dict[str, tuple[str, int]] = {}  # buffer that a product reads: (words, groups)
@@ -50,7 +50,7 @@ class Converted(nn.Module):
             if node.op == "call_function" and node.target in WITH_WORDS:
                 self._give_image(node)
         graph_module.recompile()
-        self._arrange()
+        self.arrange()
         self.register_load_state_dict_post_hook(_arrange)
 
     def _give_image(self, product: fx.Node) -> None:
@@ -66,7 +66,8 @@ class Converted(nn.Module):
             image = self.graph_module.graph.get_attr(name)
         product.replace_input_with(words, image)
 
-    def _arrange(self) -> None:
+    def arrange(self) -> None:
+        """What products read in place of words, made again of words that were written to."""
         for name, (words, groups) in self._read.items():
             source = getattr(self.graph_module, words)
             image = self._image(source, groups, name)
@@ -78,14 +79,14 @@ class Converted(nn.Module):
         super().__setstate__(state)
         for name in self._read:  # in the state of a GraphModule's copy, as all its buffers
             self.graph_module.register_buffer(name, None, persistent=False)
-        self._arrange()
+        self.arrange()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Converted:
         if fn(torch.zeros(1)).dtype is not torch.float32:
             raise RuntimeError("Converted: a converted network keeps its types; convert the model "
                                "of another type")
         super()._apply(fn, recurse)
-        self._arrange()
+        self.arrange()
         return self
 
     def words_of(self, buffer: str) -> str:
@@ -100,15 +101,15 @@ class Converted(nn.Module):
         check_inputs(self.inputs, inputs)
         if torch.compiler.is_compiling() or _dispatch_modes() or torch.jit.is_tracing():
             return tree_unflatten(self.graph_module(*inputs), self.out_spec)
-        engine = self._engines.of(self, inputs)
+        engine = self.engines.of(self, inputs)
         if isinstance(engine, Engine):
             return tree_unflatten(engine(inputs), self.out_spec)
-        self._arrange()  # words may have been written to; costs little where they were not
+        self.arrange()  # costs little where no words were written to
         return tree_unflatten(self.graph_module(*inputs), self.out_spec)
 
     def engine(self, *args: Any, **kwargs: Any) -> Engine | str:
         """The C++ engine that runs the graph for these arguments, or why PyTorch does."""
-        return self._engines.of(self, tree_flatten((args, kwargs))[0])
+        return self.engines.of(self, tree_flatten((args, kwargs))[0])
 
     def train(self, mode: bool = True) -> Converted:
         """A converted network has no training: raises RuntimeError for mode=True."""
@@ -123,7 +124,7 @@ def _tiles(words: Tensor, groups: int, _: str) -> Tensor | None:
 
 
 def _arrange(module: Converted, _: Any) -> None:
-    module._arrange()
+    module.arrange()
 
 
 def convert(model: nn.Module, example_inputs: Any = None, *,

@@ -212,10 +212,15 @@ class Engines:
             return "autocast is on"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "it is called inside torch.func"
+        return self.current(network)
+
+    def current(self, network: Converted) -> Engine | str:
+        """The engine for the buffers as they are, or why there is none."""
         buffers = network.graph_module._buffers
         state = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
                  for name in network.state_names if (t := buffers[name]) is not None]
         if self._kept is None or self._kept[0] != state:
+            network.arrange()
             self._kept = state, self._made(network)
         return self._kept[1]
 

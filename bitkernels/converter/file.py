@@ -31,6 +31,7 @@ from bitkernels.converter.described import (
     module_of,
     tree_of,
 )
+from bitkernels.converter.engine import Engine
 from bitkernels.converter.inputs import Input
 from bitkernels.converter.report import ConvertReport, Product
 
@@ -90,10 +91,11 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
     try:
         described = json.loads(metadata["graph"])
         inputs = inputs_of_file(described)
-        _try_without_values(described, inputs, tensors)
         module = module_of(described, inputs, tensors, torch.device(device))
         network = Converted(module, _report(json.loads(metadata["report"])), inputs,
                             tree_of(described["in_spec"]), tree_of(described["out_spec"]))
+        if not _planned(network):
+            _try_without_values(described, inputs, tensors)
     except Exception as error:  # whatever a strange graph runs into
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"load_converted: {path} is broken: {type(error).__name__}: {reason}"
@@ -111,6 +113,20 @@ def _check_format(path: str | os.PathLike, metadata: dict[str, str]) -> None:
         raise ValueError(f"load_converted: {path} has format version {version!r}, written by "
                          f"bitkernels {metadata.get('bitkernels')}; this one reads up to {VERSION}"
                          ": update it")
+
+
+def _planned(network: Converted) -> bool:
+    """Whether the engine takes the graph for the example's sizes: known in milliseconds, where
+    PyTorch first imports its rules for tensors without memory, for seconds."""
+    engine = network.engines.current(network)
+    if not isinstance(engine, Engine):
+        return False
+    try:
+        engine.plan([(input.dtype, input.example) for input in network.inputs
+                     if input.dtype is not None])
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _try_without_values(described: dict[str, Any], inputs: tuple[Input, ...],
