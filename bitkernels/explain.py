@@ -26,6 +26,7 @@ from bitkernels import backends
 from bitkernels._dispatch import below_autograd
 from bitkernels.backends import gpus
 from bitkernels.backends.answer import registered
+from bitkernels.converter import Converted
 from bitkernels.nn import BinaryResidualBlock
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.ops._record import OPERATORS
@@ -62,8 +63,8 @@ class Layer:
     name: in the model, "" for the model itself and for an operator alone. kind: its class.
     form: of the weight: "packed", "latent" (signed in each call) or "real"; "" without one.
     note: of a residual block "one operator", or why its layers ran separately; of a binary layer
-      that computes on real numbers the reason; of a graph, as in a converted model, what is not
-      listed.
+      that computes on real numbers the reason; of a converted model who runs its graph; of a graph
+      what is not listed.
     """
 
     name: str
@@ -272,10 +273,12 @@ class _Observer(TorchDispatchMode):
 
 @dataclass
 class _Seen:
-    """A module that was called. unfused: what it said before the call, if it is a block."""
+    """A module that was called. unfused: what it said before the call, if it is a block. runs: who
+    runs the graph of a converted model on a CPU."""
 
     module: nn.Module
     unfused: str | None = None
+    runs: str = ""
 
 
 def _of_model(model: nn.Module, inputs: tuple, kw: dict[str, Any], device: str
@@ -299,6 +302,11 @@ def _of_model(model: nn.Module, inputs: tuple, kw: dict[str, Any], device: str
         observer.calls.setdefault(name, [])
         if isinstance(module, BinaryResidualBlock) and args:
             found.unfused = module.unfused(args[0])
+        if isinstance(module, Converted) and torch.device(observer.device).type == "cpu":
+            engine = module.engine(*args, **kwargs)
+            found.runs = (f"PyTorch runs its graph, call by call: {engine}"
+                          if isinstance(engine, str) else
+                          "the C++ engine runs its graph as one call, with the same kernels")
         observer.scope.append(name)
         try:
             return call(module, *args, **kwargs)
@@ -353,6 +361,8 @@ def _layer(name: str, seen: _Seen, calls: list[Call]) -> Layer | None:
         note = "" if calls else module.pack_obstacle() or "computed on real numbers"
     elif isinstance(module, _REAL):
         form = "real"
+    elif seen.runs:
+        note = seen.runs
     elif not calls:
         return None
     elif isinstance(module, fx.GraphModule):  # of `convert`, for one

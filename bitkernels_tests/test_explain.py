@@ -131,7 +131,10 @@ def test_a_shortcut_of_another_type():
 
 def test_a_converted_model_is_a_graph_on_bits():
     model = nn.Sequential(nn.Conv2d(3, 64, 3), bnn.BinaryConv2d(64, 32, 1)).eval()
-    (layer,) = bitkernels.explain(bitkernels.convert(model, IMAGES), IMAGES)
+    network = bitkernels.convert(model, IMAGES)
+    whole, layer = bitkernels.explain(network, IMAGES)
+    assert whole.kind == "Converted" and ("C++ engine runs" in whole.note) == (
+        not isinstance(network.engine(IMAGES), str))
     assert (layer.name, layer.form) == ("graph_module", "packed")
     assert "real operators" in layer.note and operators(layer) == ["sign_pack", "packed_conv2d"]
 
