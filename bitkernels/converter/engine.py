@@ -111,7 +111,7 @@ class Engine:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the graph gives for float32 tensors on the CPU of the sizes that it takes."""
-        given, outputs, made = self._arguments(inputs)
+        given, outputs, made, _kept = self._arguments(inputs)
         self._check(self._library.bk_run(self._handle, given, outputs))
         return made
 
@@ -128,7 +128,7 @@ class Engine:
 
     def timed(self, inputs: Sequence[Tensor]) -> list[Step]:
         """A run, and how long each of its steps took."""
-        given, outputs, _ = self._arguments(inputs)
+        given, outputs, *_kept = self._arguments(inputs)
         count = c_int()
         self._check(self._library.bk_step_count(self._handle, given, ctypes.byref(count)))
         steps = (_Step * count.value)()
@@ -137,13 +137,16 @@ class Engine:
 
     def memory(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
         """Bytes of the constants, and of the activations of one run at their peak."""
-        given, _, _ = self._arguments(inputs)
+        given, *_kept = self._arguments(inputs)
         constants, activations = c_int64(), c_int64()
         self._check(self._library.bk_memory(self._handle, given, ctypes.byref(constants),
                                             ctypes.byref(activations)))
         return constants.value, activations.value
 
-    def _arguments(self, inputs: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:
+    def _arguments(self, inputs: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor], Any]:
+        """(inputs and outputs for C, the outputs, the inputs that they point into)."""
+        # Strides that are all 0, of one number expanded, would mean a dense tensor.
+        inputs = [t if any(t.stride()) else t.contiguous() for t in inputs]
         key = tuple((t.shape, t.stride()) for t in inputs)
         form = self._forms.get(key)
         if form is None:
@@ -159,7 +162,7 @@ class Engine:
         outputs = (_Tensor * len(made)).from_buffer_copy(form.outputs)
         for described, tensor in zip(outputs, made, strict=True):
             described.data = tensor.data_ptr()
-        return given, outputs, made
+        return given, outputs, made, inputs
 
     def _form(self, inputs: Sequence[Tensor]) -> _Form:
         given = (_Tensor * len(inputs))()

@@ -48,7 +48,8 @@ def in_torch(network, *inputs):
     lambda: torch.randn(3, *IMAGE).contiguous(memory_format=torch.channels_last),
     lambda: torch.randn(6, *IMAGE)[::2], lambda: torch.randn(2, 8, 8, 3).permute(0, 3, 1, 2),
     lambda: torch.randn(2, *IMAGE).flip(3), lambda: torch.randn(1, *IMAGE).expand(4, *IMAGE),
-    lambda: torch.randn(3 * 3 * 8 * 8 + 1)[1:].view(3, *IMAGE), lambda: torch.empty(0, *IMAGE)])
+    lambda: torch.randn(3 * 3 * 8 * 8 + 1)[1:].view(3, *IMAGE), lambda: torch.empty(0, *IMAGE),
+    lambda: torch.tensor(0.5).expand(4, *IMAGE)])
 def test_inputs_of_any_strides(network, made):
     x = made()
     assert isinstance(network.engine(x), Engine)
