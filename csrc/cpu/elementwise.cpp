@@ -1,46 +1,63 @@
 #include "elementwise.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "parallel.h"
 
 namespace bitkernels {
 namespace {
 
-// f(x, y, out, channel): y null where there is none.
-template <class F>
-void for_elements(const RowsJob& job, const F& f) {
-  const int64_t each = 1 + (1 << 15) / std::max<int64_t>(job.channels, 1);
-  parallel_for(job.rows, each, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t c = 0; c < job.channels; ++c)
-        f(job.x[i * job.x_row + c], job.y ? job.y + i * job.y_row + c : nullptr,
-          job.out[i * job.out_row + c], c);
+constexpr int64_t kTask = 1 << 15;  // elements, about 10 us of one core
+
+// Rows that lie next to each other are one row where no vector of channels is used.
+RowsJob joined(RowsJob job) {
+  const int64_t c = job.channels;
+  const bool vectors = job.scale || job.shift || job.slope;
+  const bool dense = job.x_row == c && job.out_row == c && (!job.y || job.y_row == c);
+  if (vectors || !dense || job.rows < 2) return job;
+  job.channels = job.rows * c;
+  job.rows = 1;
+  return job;
+}
+
+void run(void (*kernel)(const RowsJob&), const RowsJob& given) {
+  const RowsJob all = joined(given);
+  if (all.rows == 1) {  // cut within the row
+    const int64_t pieces = ceil_div(all.channels, 16);
+    return parallel_for(pieces, kTask / 16, [&](int64_t begin, int64_t end) {
+      RowsJob job = all;
+      const int64_t c = 16 * begin;
+      job.channels = std::min(all.channels, 16 * end) - c;
+      job.x += c;
+      job.out += c;
+      for (const float** vector : {&job.y, &job.scale, &job.shift, &job.slope})
+        if (*vector) *vector += c;
+      kernel(job);
+    });
+  }
+  const int64_t grain = 1 + kTask / std::max<int64_t>(all.channels, 1);
+  parallel_for(all.rows, grain, [&](int64_t begin, int64_t end) {
+    RowsJob job = all;
+    job.rows = end - begin;
+    job.x += begin * job.x_row;
+    job.out += begin * job.out_row;
+    if (job.y) job.y += begin * job.y_row;
+    kernel(job);
   });
 }
 
 }  // namespace
 
-void affine_rows(const Kernel&, const RowsJob& job) {
-  for_elements(job, [&](float v, const float* y, float& out, int64_t c) {
-    if (job.scale) v *= job.scale[c];
-    if (job.shift) v += job.shift[c];
-    if (y) v += *y;
-    if (job.slope && !(v >= 0)) v *= job.slope[c];
-    out = v < job.lo ? job.lo : v > job.hi ? job.hi : v;
-  });
+void affine_rows(const Kernel& kernel, const RowsJob& job) { run(kernel.affine_run, job); }
+void multiply_rows(const Kernel& kernel, const RowsJob& given) {
+  RowsJob job = given;
+  job.scale = job.shift = job.slope = nullptr;
+  run(kernel.multiply_run, job);
 }
-
-void multiply_rows(const Kernel&, const RowsJob& job) {
-  for_elements(job, [&](float v, const float* y, float& out, int64_t) { out = v * *y; });
-}
-
-void sigmoid_rows(const Kernel&, const RowsJob& job) {
-  for_elements(job, [&](float v, const float*, float& out, int64_t) {
-    const float e = std::exp(-std::fabs(v));
-    out = v < 0 ? e / (1 + e) : 1 / (1 + e);
-  });
+void sigmoid_rows(const Kernel& kernel, const RowsJob& given) {
+  RowsJob job = given;
+  job.y = job.scale = job.shift = job.slope = nullptr;
+  run(kernel.sigmoid_run, job);
 }
 
 void planes_to_rows(const float* planes, int64_t plane, int64_t channels, int64_t pixels,

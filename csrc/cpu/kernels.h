@@ -122,6 +122,23 @@ struct PlaneSums {
   float* acc = nullptr;  // (channels, 32)
 };
 
+// A row of output pixels of a real layer, in whose windows the same taps fall inside the image.
+struct RealRun {
+  const float* a = nullptr;  // first of these taps of the first pixel
+  int64_t a_pixel = 0, a_ky = 0, a_kx = 0, ky = 0, kx = 0;
+  int64_t run = 0;  // products a tap (several taps of a row, where they are neighbours in memory)
+  const float* w = nullptr;  // as a: tiles of 16 output channels innermost, see Dot
+  int64_t w_tile = 0, w_ky = 0, w_kx = 0;
+  const float* bias = nullptr;
+  float lo = 0, hi = 0;
+  float divisor = 1;                 // of an average
+  int64_t pixels = 0, channels = 0;  // of out
+  float* out = nullptr;
+  int64_t out_pixel = 0;
+};
+
+struct RowsJob;  // elementwise.h
+
 using DotFn = void (*)(const Dot&);
 
 struct Kernel {
@@ -166,6 +183,14 @@ struct Kernel {
                          float* planes, int64_t plane);
   void (*planes_to_rows)(const float* planes, int64_t plane, int64_t pixels, int64_t channels,
                          void* out, DType);
+  void (*conv_run)(const RealRun&);
+  // Output channel i sees input channel i alone; run is 1.
+  void (*depthwise_run)(const RealRun&);
+  void (*max_run)(const RealRun&);   // largest of the taps
+  void (*mean_run)(const RealRun&);  // their sum over `divisor`
+  void (*affine_run)(const RowsJob&);
+  void (*multiply_run)(const RowsJob&);
+  void (*sigmoid_run)(const RowsJob&);
   // `iterations` rounds of 16 register-only xor + popcount + add; returns products computed.
   int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
 };
@@ -177,7 +202,8 @@ struct Kernel {
       DO(mask_planes), DO(rsign), DO(rprelu), DO(rprelu_backward), DO(sign_backward),             \
       DO(block_forward), DO(block_backward), DO(norm_backward), DO(subset_offsets),               \
       DO(table_sums), DO(transpose_bits), DO(plane_sums), DO(rows_to_planes), DO(planes_to_rows), \
-      DO(popcount_loop)
+      DO(conv_run), DO(depthwise_run), DO(max_run), DO(mean_run), DO(affine_run),                 \
+      DO(multiply_run), DO(sigmoid_run), DO(popcount_loop)
 #define BK_SIZE(FUNCTION) sizeof(Kernel::FUNCTION)
 constexpr std::size_t kFunctionSizes[] = {BK_KERNEL_FUNCTIONS(BK_SIZE)};
 #undef BK_SIZE

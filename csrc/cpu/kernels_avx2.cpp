@@ -6,13 +6,16 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
+#include "elementwise.h"
 #include "kernels.h"
 
 namespace bitkernels::avx2 {
 
-#define BK_TARGET __attribute__((target("avx2,f16c,bmi2,popcnt")))
+#define BK_TARGET __attribute__((target("avx2,fma,f16c,bmi2,popcnt")))
 
 constexpr const char* kName = "avx2";
 constexpr int kLanes = 8;
@@ -24,7 +27,8 @@ bool has_f16c() {
 }
 
 bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && has_f16c();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && has_f16c();
 }
 
 template <class Lanes>
@@ -122,6 +126,27 @@ BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   for (auto& v : acc) *sink += static_cast<uint32_t>(_mm256_extract_epi32(v, 0));
   return iterations * 8 * 256;
 }
+
+#define BK_MASKED_ROWS
+// The lanes below n of registers 0 and 1.
+BK_TARGET inline __m256i lanes_below(int n, int part) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8 * part), lane);
+}
+template <class Lanes>
+BK_TARGET inline void load_masked(const float* x, int n, Lanes* y) {
+  for (int i = 0; i < 2; ++i) y[i] = _mm256_maskload_ps(x + 8 * i, lanes_below(n, i));
+}
+template <class Lanes>
+BK_TARGET inline void store_masked(const Lanes* y, int n, float* x) {
+  for (int i = 0; i < 2; ++i) _mm256_maskstore_ps(x + 8 * i, lanes_below(n, i), y[i]);
+}
+
+// Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
+// tile of channels, and one of few pixels.
+BK_TARGET inline __m256 broadcast(float x) { return _mm256_set1_ps(x); }
+BK_TARGET inline __m256 fused(__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }
+constexpr int kConvPixels = 6, kNarrowPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
 
 #include "isa_common.inc"
 

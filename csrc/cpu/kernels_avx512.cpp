@@ -5,8 +5,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
+#include "elementwise.h"
 #include "kernels.h"
 
 namespace bitkernels::avx512 {
@@ -86,6 +89,22 @@ BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   for (auto& v : acc) *sink += static_cast<uint32_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(v)));
   return iterations * 16 * 512;
 }
+
+#define BK_MASKED_ROWS
+template <class Lanes>
+BK_TARGET inline void load_masked(const float* x, int n, Lanes* y) {
+  y[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << n) - 1), x);
+}
+template <class Lanes>
+BK_TARGET inline void store_masked(const Lanes* y, int n, float* x) {
+  _mm512_mask_storeu_ps(x, static_cast<__mmask16>((1 << n) - 1), y[0]);
+}
+
+// Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
+// tile of channels, and one of few pixels.
+BK_TARGET inline __m512 broadcast(float x) { return _mm512_set1_ps(x); }
+BK_TARGET inline __m512 fused(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
+constexpr int kConvPixels = 14, kNarrowPixels = 28, kFewPixels = 3, kConvTiles = 2, kFewTiles = 8;
 
 #include "isa_common.inc"
 

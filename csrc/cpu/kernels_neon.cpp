@@ -5,8 +5,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
+#include "elementwise.h"
 #include "kernels.h"
 
 namespace bitkernels::neon {
@@ -108,6 +111,12 @@ int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   for (auto& v : acc) *sink += vaddvq_u8(v);
   return iterations * 16 * 128;
 }
+
+// Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
+// tile of channels, and one of few pixels.
+inline float32x4_t broadcast(float x) { return vdupq_n_f32(x); }
+inline float32x4_t fused(float32x4_t x, float32x4_t y, float32x4_t z) { return vfmaq_f32(z, x, y); }
+constexpr int kConvPixels = 6, kNarrowPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
 
 #include "isa_common.inc"
 

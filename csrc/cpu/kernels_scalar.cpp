@@ -1,8 +1,11 @@
 // Portable: no instruction set beyond the compiler's baseline. Runs everywhere, last in the table.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
+#include "elementwise.h"
 #include "kernels.h"
 
 namespace bitkernels::scalar {
@@ -96,6 +99,13 @@ int64_t popcount_loop(int64_t iterations, uint32_t* sink) {
   for (auto& v : acc) *sink += v;
   return iterations * 16 * 32;
 }
+
+// Register tiles of real layers, in pixels and tiles of 16 channels: the usual one, one of a single
+// tile of channels, and one of few pixels.
+typedef float Four __attribute__((vector_size(16)));
+inline Four broadcast(float x) { return Four{x, x, x, x}; }
+inline Four fused(Four x, Four y, Four z) { return x * y + z; }
+constexpr int kConvPixels = 2, kNarrowPixels = 2, kFewPixels = 1, kConvTiles = 1, kFewTiles = 2;
 
 #include "isa_common.inc"
 

@@ -10,33 +10,13 @@
 #include <stdexcept>
 
 #include "parallel.h"
+#include "segments.h"
 
 namespace bitkernels {
 namespace {
 
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
 constexpr double kMinProducts = 1e7;   // per task, about 10 us of one core
-
-// Output positions [begin, end) whose windows contain exactly the taps [tap_begin, tap_end).
-struct Segment {
-  int64_t begin, end, tap_begin, tap_end;
-};
-
-std::vector<Segment> segments(int64_t out, int64_t size, int64_t taps, int64_t stride, int64_t pad,
-                              int64_t dilation) {
-  std::vector<Segment> list;
-  for (int64_t o = 0; o < out; ++o) {
-    const int64_t origin = o * stride - pad;
-    const int64_t lo = std::min(taps, origin < 0 ? ceil_div(-origin, dilation) : 0);
-    const int64_t last = size - 1 - origin;  // distance from the origin to the last pixel
-    const int64_t hi = last < 0 ? lo : std::max(lo, std::min(taps, last / dilation + 1));
-    if (!list.empty() && list.back().tap_begin == lo && list.back().tap_end == hi)
-      list.back().end = o + 1;
-    else
-      list.push_back({o, o + 1, lo, hi});
-  }
-  return list;
-}
 
 // The input as the register tiles read it: one group's words of a pixel are `words` long.
 struct View {
@@ -51,7 +31,7 @@ struct Plan {
   View in;
   Strides out, residual;
   int64_t out_words, tiles_per_group, tile_size;
-  std::vector<Segment> rows, columns;
+  Segments rows, columns;
 };
 
 // One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx), for one chunk of
@@ -116,25 +96,12 @@ void run_tiles(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Segm
   }
 }
 
-struct Box {
-  int64_t y0, y1, x0, x1;
-};
-
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t chunk, const Box& box) {
   int64_t moments[2 * kChunk] = {};
-  for (const Segment& ys : plan.rows)
-    for (const Segment& xs : plan.columns) {
-      const int64_t y0 = std::max(box.y0, ys.begin), y1 = std::min(box.y1, ys.end);
-      const int64_t x0 = std::max(box.x0, xs.begin), x1 = std::min(box.x1, xs.end);
-      if (y0 >= y1 || x0 >= x1) continue;
-      if (x1 - x0 >= std::min<int64_t>(kMaxPixels / 2, y1 - y0)) {
-        for (int64_t y = y0; y < y1; ++y)
-          run_tiles(plan, n, g, chunk, ys, xs, y, x0, 0, 1, x1 - x0, moments);
-      } else {
-        for (int64_t x = x0; x < x1; ++x)
-          run_tiles(plan, n, g, chunk, ys, xs, y0, x, 1, 0, y1 - y0, moments);
-      }
-    }
+  for_runs(
+      plan.rows, plan.columns, box,
+      [&](const Segment& ys, const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx,
+          int64_t count) { run_tiles(plan, n, g, chunk, ys, xs, y, x, dy, dx, count, moments); });
   if (!plan.epilogue.moments) return;
   const int64_t first = chunk * kChunk, all = plan.conv.groups * plan.conv.out_channels;
   const int64_t channels = std::min(kChunk, plan.conv.out_channels - first);
@@ -247,8 +214,8 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
       out_words,
       ceil_div(conv.out_channels, kTile),
       conv.kh * conv.kw * words * kTile,
-      segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top, conv.dilation_h),
-      segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left, conv.dilation_w)};
+      Segments(conv.out_h, conv.height, conv.kh, conv.stride_h, conv.top, conv.dilation_h),
+      Segments(conv.out_w, conv.width, conv.kw, conv.stride_w, conv.left, conv.dilation_w)};
 
   // Tasks: (image, group, chunk of channels) or image, times blocks of rows (of columns in a
   // one-row image) where that alone gives too few.

@@ -305,6 +305,7 @@ void test_kernel(const Kernel& k) {
   test_pool(2, 70, 70);
   test_block_passes(k);
   test_gradients(k);
+  test_real_layers(k);
 
   parameters = k.name;
   uint32_t sink = 1;
