@@ -140,8 +140,12 @@ void conv2d(const Kernel& kernel, const RealConv& given) {
                      c.kh * c.kw * c.channels * 16,
                      Segments(c.out_h, c.height, c.kh, c.stride_h, c.top, c.dilation_h),
                      Segments(c.out_w, c.width, c.kw, c.stride_w, c.left, c.dilation_w)};
-  const double products = static_cast<double>(c.out_h) * c.out_w * c.kh * c.kw * c.channels *
-                          std::min(chunk, c.out_channels) / blocks;
+  // A weight that comes from memory costs as much as 5 products, one of a depthwise layer, whose
+  // inputs come from memory, as 3.
+  const double weights =
+      static_cast<double>(c.kh) * c.kw * c.channels * std::min(chunk, c.out_channels);
+  const double products =
+      weights * (static_cast<double>(c.out_h) * c.out_w * (depthwise ? 3 : 1) / blocks + 5);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / (products + 1)));
   parallel_for(outer * blocks * chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

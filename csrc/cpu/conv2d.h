@@ -1,5 +1,6 @@
 // Real convolution of float32 images, channels last, with weights arranged once. A linear layer is
-// the 1x1 case on an image of one row.
+// the 1x1 case on an image of one row. Fastest where input, weight and out begin at multiples of 64
+// bytes. The number of threads does not change a bit of the result.
 #pragma once
 #include <cstdint>
 #include <limits>

@@ -7,7 +7,7 @@
 namespace bitkernels {
 namespace {
 
-constexpr int64_t kTask = 1 << 15;  // elements, about 10 us of one core
+constexpr int64_t kTask = 1 << 16;  // elements, about 5 us of one core
 
 // Rows that lie next to each other are one row where no vector of channels is used.
 RowsJob joined(RowsJob job) {
@@ -46,6 +46,47 @@ void run(void (*kernel)(const RowsJob&), const RowsJob& given) {
   });
 }
 
+// Four floats of any machine's registers.
+typedef float Four __attribute__((vector_size(16)));
+typedef float FourInMemory __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t Places __attribute__((vector_size(16)));
+
+Four four_at(const float* p) { return *reinterpret_cast<const FourInMemory*>(p); }
+void four_to(Four v, float* p) { *reinterpret_cast<FourInMemory*>(p) = v; }
+
+template <int A, int B, int C, int D>
+Four picked(Four x, Four y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, A, B, C, D);
+#else
+  return __builtin_shuffle(x, y, Places{A, B, C, D});
+#endif
+}
+
+void transpose(Four (&v)[4]) {
+  const Four a = picked<0, 4, 1, 5>(v[0], v[1]), b = picked<2, 6, 3, 7>(v[0], v[1]);
+  const Four c = picked<0, 4, 1, 5>(v[2], v[3]), d = picked<2, 6, 3, 7>(v[2], v[3]);
+  v[0] = picked<0, 1, 4, 5>(a, c);
+  v[1] = picked<2, 3, 6, 7>(a, c);
+  v[2] = picked<0, 1, 4, 5>(b, d);
+  v[3] = picked<2, 3, 6, 7>(b, d);
+}
+
+// f(first channel, channels, first pixel, end) over blocks of 4 channels and a few cache lines, in
+// tasks that own their pixels.
+template <class F>
+void for_blocks(int64_t channels, int64_t pixels, const F& f) {
+  constexpr int64_t kPixels = 64;
+  const int64_t grain = 1 + kTask / (kPixels * std::max<int64_t>(channels, 1));
+  parallel_for(ceil_div(pixels, kPixels), grain, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(pixels, end * kPixels);
+    const int64_t step = channels < 4 ? last : kPixels;
+    for (int64_t p = begin * kPixels; p < last; p += step)
+      for (int64_t c = 0; c < channels; c += 4)
+        f(c, std::min<int64_t>(4, channels - c), p, std::min(last, p + step));
+  });
+}
+
 }  // namespace
 
 void affine_rows(const Kernel& kernel, const RowsJob& job) { run(kernel.affine_run, job); }
@@ -62,17 +103,45 @@ void sigmoid_rows(const Kernel& kernel, const RowsJob& given) {
 
 void planes_to_rows(const float* planes, int64_t plane, int64_t channels, int64_t pixels,
                     float* rows, int64_t row) {
-  parallel_for(pixels, 1 + (1 << 14) / std::max<int64_t>(channels, 1), [&](int64_t p, int64_t end) {
+  for_blocks(channels, pixels, [=](int64_t c, int64_t width, int64_t p, int64_t end) {
+    const float* in = planes + c * plane;
+    float* out = rows + c;
+    if (width == 4) {
+      for (; p + 4 <= end; p += 4) {
+        Four v[4];
+        for (int i = 0; i < 4; ++i) v[i] = four_at(in + i * plane + p);
+        transpose(v);
+        for (int i = 0; i < 4; ++i) four_to(v[i], out + (p + i) * row);
+      }
+    } else if (channels == 3 && row == 3) {  // an image's colours, without gaps
+      for (; p + 4 <= end; p += 4) {
+        Four v[4] = {};
+        for (int i = 0; i < 3; ++i) v[i] = four_at(in + i * plane + p);
+        transpose(v);
+        four_to(picked<0, 1, 2, 4>(v[0], v[1]), out + p * 3);
+        four_to(picked<1, 2, 4, 5>(v[1], v[2]), out + p * 3 + 4);
+        four_to(picked<2, 4, 5, 6>(v[2], v[3]), out + p * 3 + 8);
+      }
+    }
     for (; p < end; ++p)
-      for (int64_t c = 0; c < channels; ++c) rows[p * row + c] = planes[c * plane + p];
+      for (int64_t i = 0; i < width; ++i) out[p * row + i] = in[i * plane + p];
   });
 }
 
 void rows_to_planes(const float* rows, int64_t row, int64_t channels, int64_t pixels, float* planes,
                     int64_t plane) {
-  parallel_for(channels, 1 + (1 << 14) / std::max<int64_t>(pixels, 1), [&](int64_t c, int64_t end) {
-    for (; c < end; ++c)
-      for (int64_t p = 0; p < pixels; ++p) planes[c * plane + p] = rows[p * row + c];
+  for_blocks(channels, pixels, [=](int64_t c, int64_t width, int64_t p, int64_t end) {
+    const float* in = rows + c;
+    float* out = planes + c * plane;
+    if (width == 4)
+      for (; p + 4 <= end; p += 4) {
+        Four v[4];
+        for (int i = 0; i < 4; ++i) v[i] = four_at(in + (p + i) * row);
+        transpose(v);
+        for (int i = 0; i < 4; ++i) four_to(v[i], out + i * plane + p);
+      }
+    for (; p < end; ++p)
+      for (int64_t i = 0; i < width; ++i) out[i * plane + p] = in[p * row + i];
   });
 }
 
