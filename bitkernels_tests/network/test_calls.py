@@ -43,8 +43,8 @@ def test_conv2d(image):
         graph.call("aten.conv2d.default", x, torch.randn(33, c, 1, 1), None, [2, 2]),
         graph.call("aten.conv2d.default", x, torch.randn(2 * c, 1, 3, 2), torch.randn(2 * c),
                    [1, 2], [1, 0], [2, 1], c),
-        graph.call("aten.relu6.default",
-                   graph.call("aten.conv2d.default", x, torch.randn(17, c, 2, 3), None, [1, 1], [2, 2]))]
+        graph.call("aten.relu6.default", graph.call(
+            "aten.conv2d.default", x, torch.randn(17, c, 2, 3), None, [1, 1], [2, 2]))]
     graph.check(*outputs)
 
 
@@ -59,7 +59,8 @@ def test_padding_before_layers(image):
     active = graph.call("aten.relu.default", graph.call("aten.conv2d.default", x,
                                                         torch.randn(4, c, 1, 1)))
     outputs = [
-        graph.call("aten.conv2d.default", pad(x, 0.0), torch.randn(4, c, 3, 3), None, [2, 2], [1, 1]),
+        graph.call("aten.conv2d.default", pad(x, 0.0), torch.randn(4, c, 3, 3), None,
+                   [2, 2], [1, 1]),
         graph.call("aten.conv2d.default", pad(x, 0.5), torch.randn(4, c, 3, 3)),
         graph.call("aten.avg_pool2d.default", pad(x, 0.0), [2, 3], [1, 2]),
         graph.call("aten.avg_pool2d.default", pad(x, 0.0), [2, 3], [1, 2], [1, 1], False, False),
@@ -150,14 +151,16 @@ def test_views(image):
     flat = graph.call("aten.flatten.using_ints", small, 1)
     outputs = [
         graph.call("aten.flatten.using_ints", x, 1), graph.call("aten.flatten.using_ints", turned),
-        turned, cut, rows, flat, graph.call("aten.transpose.int", rows, 1, 2),
+        turned, cut, rows, flat,
+        graph.call("aten.transpose.int", rows, 1, 2),
         graph.call("aten.relu.default", turned), graph.call("aten.sigmoid.default", cut),
         graph.call("aten.unsqueeze.default", x, -1), graph.call("aten.squeeze.dims", small, [2, 3]),
         graph.call("aten.unsqueeze.default", graph.call("aten.unsqueeze.default", flat, 2), 3),
         graph.call("aten.conv2d.default", cut, torch.randn(4, c, 1, 1)), x,
         graph.call("aten.slice.Tensor", x, 1, 0, 1), graph.call("aten.slice.Tensor", x, 3, 9, 2),
         graph.call("aten.cat.default", [cut, cut, graph.call("aten.neg.default", cut)], 1),
-        graph.call("aten.cat.default", [x, x], 2), graph.call("aten.cat.default", [turned, turned], -1)]
+        graph.call("aten.cat.default", [x, x], 2),
+        graph.call("aten.cat.default", [turned, turned], -1)]
     graph.check(*outputs)
 
 
@@ -167,7 +170,8 @@ def test_sizes(image):
     n = graph.call("aten.sym_size.int", x, 0)
     c = graph.call("aten.sym_size.int", x, 1)
     both = graph.call("size.mul", n, c)
-    less = graph.call("size.floordiv", graph.call("size.sub", graph.call("size.add", both, 1), 1), 1)
+    more = graph.call("size.add", both, 1)
+    less = graph.call("size.floordiv", graph.call("size.sub", more, 1), 1)
     out = graph.call("aten.reshape.default", x, [less, -1])
     graph.check(out, inputs=[torch.randn(5, *value.shape[1:])])
 
@@ -229,8 +233,8 @@ def test_words(batch, channels, groups):
     bounds = torch.sort(torch.randint(-9, 9, (2, cout), dtype=torch.int32), 0)[0]
     packed = graph.call("bitkernels.packed_conv2d.packed", words=words, threshold=bounds,
                         pad_value=1, padding=[1, 1], dilation=[1, 2], **kwargs)
-    pool = graph.call("bitkernels.packed_max_pool2d.default", second, [3, 2], [2, 1], [1, 1], [1, 1],
-                      True)
+    pool = graph.call("bitkernels.packed_max_pool2d.default", second, [3, 2], [2, 1], [1, 1],
+                      [1, 1], True)
     up = graph.call("bitkernels.packed_conv_transpose2d.default", words, weight, channels, [2, 3],
                     [1, 0], [1, 2], groups, [1, 2], scale=vector(), bias=vector())
     more = graph.call("bitkernels.packed_conv_transpose2d.default", words, weight, channels, [1, 1],
@@ -263,7 +267,8 @@ def test_empty_batch():
     ("aten.matmul.default", (torch.randn(2),), "calls 'aten.matmul.default', which"),
     ("aten.conv2d.default", (torch.randn(2, 5, 1, 1),), "weight must be of 1 groups for 3"),
     ("aten.conv2d.default", (torch.randn(2, 3, 9, 9),), "weight must be not larger than"),
-    ("aten.conv2d.default", (torch.randn(2, 3, 1, 1), torch.randn(3)), "bias must be a constant of"),
+    ("aten.conv2d.default", (torch.randn(2, 3, 1, 1), torch.randn(3)),
+     "bias must be a constant of"),
     ("aten.linear.default", (torch.randn(2, 9),), "input must be of 1 to 3 dimensions"),
     ("aten.max_pool2d.default", ([2, 2], [0, 0]), "stride must be in .1, "),
     ("aten.softmax.int", (7,), r"dim must be in \[-4, 3\], got 7"),

@@ -10,9 +10,10 @@ from bitkernels.models.registry import entry, takes_image_size
 from bitkernels_tests.converter.networks import shuffled
 from bitkernels_tests.network.engine import Engine
 
-# Those of a few hundred MiB in their real layers, or near copies of others here.
-LARGE = {"bnext_l", "bnext_m", "bnext_s", "dorefanet", "xnornet", "binary_densenet45",
-         "quicknet_large", "birealnet34", "reactnet34"}
+# Those of a few hundred MiB in their real layers, or of the calls of another one here.
+LARGE = {"bnext_l", "bnext_m", "bnext_s", "dorefanet", "xnornet", "binary_alexnet",
+         "binary_densenet37", "binary_densenet37_dilated", "binary_densenet45", "birealnet34",
+         "quicknet_large", "quicknet_small", "reactnet34", "reactnet_b", "reactnet_c"}
 NAMES = [pytest.param(n, marks=[pytest.mark.every] if n in LARGE else [])
          for n in models.list_models()]
 
