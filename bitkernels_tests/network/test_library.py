@@ -80,6 +80,7 @@ def check(command, folder: Path) -> None:
     assert all(abs(got[c] - wanted[c]) < 1e-5 * most for c in got)
 
 
+@pytest.mark.long
 def test_classify(folder):
     program = built("engine")
     assert program.stat().st_size < 2_000_000
