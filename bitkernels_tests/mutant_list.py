@@ -55,6 +55,12 @@ MUTANTS = (
            "if (b.relu) BK_EACH(g)", "if (false) BK_EACH(g)", ENGINE),
     Mutant("nan-slope", f"{CPU}/isa_residual_block.inc", "y.v[j] = t < 80 ? slope : Floats{};",
            "y.v[j] = t >= 80 ? Floats{} : slope;", ENGINE),
+    Mutant("real-border-taps", f"{CPU}/segments.h", "ceil_div(-origin, dilation_)",
+           "-origin / dilation_", ENGINE),
+    Mutant("real-conv-neighbours", f"{CPU}/isa_real_conv.inc",
+           "store_row(row, valid(n, t),", "store_row(row, 16,", ENGINE),
+    Mutant("max-pool-nan", f"{CPU}/isa_real_rows.inc", "return v != v ? v : best;", "return best;",
+           ENGINE),
     # csrc/cuda, by the emulator.
     Mutant("cuda-clamp", "csrc/cuda/epilogue.cuh", "y = y > p.clamp_max ? p.clamp_max : y;",
            "y = y > p.clamp_max ? p.clamp_min : y;", (f"{EMULATED}::test_parts_of_the_epilogue",)),

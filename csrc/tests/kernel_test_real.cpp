@@ -48,9 +48,7 @@ void check_rows(const char* what, const Rows& got, const F& want) {
 }
 
 void check_same(const char* what, const Rows& a, const Rows& b) {
-  check(what, a.data.size, [&](int64_t i) {
-    return std::pair(a.data.get(i), b.data.get(i));
-  });
+  check(what, a.data.size, [&](int64_t i) { return std::pair(a.data.get(i), b.data.get(i)); });
 }
 
 double clamp(double x, double lo, double hi) { return x < lo ? lo : x > hi ? hi : x; }
