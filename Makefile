@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= test,bench,dev,triton,cupy,train,zoo
 CXX ?= g++
 CXX_NEON ?= aarch64-linux-gnu-g++
+CC_NEON ?= aarch64-linux-gnu-gcc
 QEMU ?= qemu-aarch64
 COMPILERS ?= $(CXX)
 JOBS ?= 2
@@ -14,7 +15,9 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 ENV_STAMP := $(VENV)/.bitkernels-environment
 BUILD_STAMP := $(VENV)/.bitkernels-build
-ENGINE := $(wildcard csrc/torch/*.cpp csrc/torch/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc)
+ENGINE := $(wildcard csrc/*.h $(addprefix csrc/,$(foreach room,torch cpu network,$(room)/*.cpp $(room)/*.h $(room)/*.inc)))
+# Networks are planned by code whose size matters more than its speed.
+LIBRARY_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/network/*.cpp)
 TEST_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
 CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
@@ -39,7 +42,31 @@ define kernel_test
 	$(4) build/$(3)/kernel_test $(5)
 endef
 
-.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon mutants gpu-check abi-audit lint clean
+# $(call engine,compiler,C compiler,flags,folder,archiver): the library for whole networks without
+# Python and LibTorch, and what is linked with it.
+define engine
+	mkdir -p build/$(4)
+	printf '%s\n' $(foreach f,$(LIBRARY_SOURCES),'$(if $(findstring network,$(f)),$(3:-O3=-Os),$(3)) -c $(f)') | \
+	xargs -P $(JOBS) -I{} sh -c 'set -- {}; for f; do :; done; \
+	  $(1) {} $(KERNEL_FLAGS) -ffunction-sections -fdata-sections -o build/$(4)/$$(basename $$f .cpp).o'
+	rm -f build/$(4)/libbitkernels.a
+	$(5) rcs build/$(4)/libbitkernels.a $(patsubst %.cpp,build/$(4)/%.o,$(notdir $(LIBRARY_SOURCES)))
+endef
+
+# $(call classify,compiler,C compiler,folder): the example, one file that needs nothing.
+define classify
+	$(2) -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Icsrc -c examples/cpp/classify.c -o build/$(3)/classify.o
+	$(1) -static -s -Wl,--gc-sections build/$(3)/classify.o build/$(3)/libbitkernels.a -pthread -o build/$(3)/classify
+endef
+
+# $(call network_test,compiler,flags,folder,arguments): its test in C++.
+define network_test
+	$(call engine,$(1),,$(2),$(3),$(AR))
+	$(1) $(2) $(KERNEL_FLAGS) csrc/tests/network/*.cpp build/$(3)/libbitkernels.a -o build/$(3)/network_test
+	build/$(3)/network_test $(4)
+endef
+
+.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon engine engine-neon network-test mutants gpu-check abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -49,6 +76,9 @@ help:
 	@echo "make kernel-test       the C++ kernels alone, plain, under sanitizers and with threads"
 	@echo "make kernel-test-compilers  the same, quickly, by each of COMPILERS"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
+	@echo "make engine            build/engine: networks without Python and LibTorch, and an example"
+	@echo "make engine-neon       the same for aarch64"
+	@echo "make network-test      that engine's test in C++, plain and under sanitizers"
 	@echo "make mutants           do the tests notice each mistake of a list?"
 	@echo "make gpu-check         on a GPU machine: all kernels checked, timed and tested, 7 minutes"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
@@ -99,6 +129,19 @@ mutants: build
 
 kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))
+
+engine:
+	$(call engine,$(CXX),$(CC),-O3,engine,$(AR))
+	$(call classify,$(CXX),$(CC),engine)
+
+engine-neon:
+	$(call engine,$(CXX_NEON),$(CC_NEON),-O3,engine-neon,$(AR))
+	$(call classify,$(CXX_NEON),$(CC_NEON),engine-neon)
+
+network-test:
+	$(call network_test,$(CXX),-O3,network)
+	$(call network_test,$(CXX),$(SANITIZE),network-sanitized)
+	$(call network_test,$(CXX),$(RACES),network-races,threads)
 
 # Where $(PYTHON) has torch, as on a GPU machine without a network, it and this tree are used as they
 # are. GPU_CHECK: its options, as --parts compile,correct,conv or --minutes 3.

@@ -1,9 +1,10 @@
 // Errors of the network engine: one line, thrown as Error, turned into bk_error() by c_api.cpp.
 #pragma once
 #include <cstdint>
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace bitkernels::network {
 
@@ -12,11 +13,25 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Without streams, which are most of a small program's size.
+template <class T>
+void append(std::string& out, const T& part) {
+  if constexpr (std::is_floating_point_v<T>) {
+    char digits[32];
+    std::snprintf(digits, sizeof(digits), "%g", static_cast<double>(part));
+    out += digits;
+  } else if constexpr (std::is_arithmetic_v<T>) {
+    out += std::to_string(part);
+  } else {
+    out += part;
+  }
+}
+
 template <class... Parts>
 std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string out;
+  (append(out, parts), ...);
+  return out;
 }
 
 template <class... Parts>

@@ -167,8 +167,8 @@ View Lowering::copied(const View& from, const View& to, int node) {
     return v.element == Element::kFloat32 && v.sizes.rank == 4 && rows_of(v);
   };
   const Sizes s = from.sizes;
-  if ((image(from) && is_rows(to)) || (is_rows(from) && image(to))) {
-    const bool to_rows = is_rows(to);
+  const bool to_rows = image(from) && is_rows(to);
+  if (to_rows || (is_rows(from) && image(to))) {
     const View &planes = to_rows ? from : to, &rows = to_rows ? to : from;
     const int64_t plane = planes.strides[1], row = rows_of(rows)->row, pixels = s[2] * s[3];
     const int64_t step_a = from.strides[0], step_b = to.strides[0];

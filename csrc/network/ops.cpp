@@ -1,8 +1,8 @@
 // The table of operators: their schemas, as of PyTorch and bitkernels/ops.
 #include "ops.h"
 
+#include <algorithm>
 #include <cstdlib>
-#include <sstream>
 #include <unordered_map>
 
 #include "emit.h"
@@ -169,8 +169,11 @@ const Op* find_op(const std::string& name) {
   static const std::unordered_map<std::string, Op> ops = [] {
     std::unordered_map<std::string, Op> map;
     for (Op op : table()) {
-      std::istringstream words(op.schema);
-      for (std::string word; words >> word;) op.params.push_back(param_of(word));
+      const std::string schema = op.schema;
+      for (size_t at = 0, end; at < schema.size(); at = end + 1) {
+        end = std::min(schema.find(' ', at), schema.size());
+        if (end > at) op.params.push_back(param_of(schema.substr(at, end - at)));
+      }
       map.emplace(op.name, std::move(op));
     }
     return map;
