@@ -17,7 +17,8 @@ namespace {
 
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
 constexpr int64_t kFewPixels = 8;      // that do not repay arranging filters
-constexpr double kMinProducts = 1e7;   // per task, about 10 us of one core
+constexpr double kMinProducts = 1e7;   // per task, 4 us of one core with AVX-512
+constexpr int64_t kOutput = 200;       // products that cost as much as an output's epilogue
 
 // Output positions [begin, end) whose windows contain exactly the taps [tap_begin, tap_end).
 struct Segment {
@@ -137,17 +138,26 @@ struct Box {
   int64_t y0, y1, x0, x1;
 };
 
-// `arranged`: room for the filters of a task, where they are to be arranged.
+// Filters as a kernel arranged them; the tasks of a thread that follow each other often share them.
+struct ArrangedFilters {
+  const uint32_t* tiles = nullptr;  // what they were made of
+  std::unique_ptr<uint32_t[]> lanes;
+};
+
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& box,
-             uint32_t* arranged) {
+             ArrangedFilters& arranged) {
   const int64_t first = part * plan.width;
   const int64_t channels = std::min(plan.width, plan.conv.out_channels - first);
   const uint32_t* filters =
       plan.conv.tiles + (g * plan.tiles_per_group + first / kTile) * plan.tile_size;
   if (plan.arranged) {
-    plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
-                           plan.tile_size / kTile, arranged);
-    filters = arranged;
+    const int64_t lanes = plan.tile_size / kTile;
+    if (!arranged.lanes) arranged.lanes.reset(new uint32_t[plan.width * lanes]);
+    if (arranged.tiles != filters)
+      plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
+                             lanes, arranged.lanes.get());
+    arranged.tiles = filters;
+    filters = arranged.lanes.get();
   }
   const Channels c = {g, first, static_cast<int>(channels), filters};
   int64_t moments[4 * kChunk] = {};
@@ -297,12 +307,11 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
   const int64_t blocks = threads == 1 ? 1
                          : by_rows    ? std::min(wanted, conv.out_h)
                                       : std::min(wanted, ceil_div(conv.out_w, kMaxPixels));
-  const double products = static_cast<double>(conv.out_h) * conv.out_w * conv.kh * conv.kw *
-                          conv.channels * width * inner / blocks;
+  const double products = static_cast<double>(conv.out_h) * conv.out_w * width * inner / blocks *
+                          (conv.kh * conv.kw * conv.channels + kOutput);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / products));
   parallel_for(outer * blocks, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint32_t[]> filters(arranged ? new uint32_t[width * tile_size / kTile]
-                                                       : nullptr);
+    ArrangedFilters arranged_filters;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, task = i / blocks;
       Box box = {0, conv.out_h, 0, conv.out_w};
@@ -314,7 +323,7 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
       for (int64_t j = 0; j < inner; ++j) {
         const int64_t at = task * inner + j;
         run_box(plan, at / parts / conv.groups, at / parts % conv.groups, at % parts, box,
-                filters.get());
+                arranged_filters);
       }
     }
   });
