@@ -78,7 +78,8 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   const View& in = plan.in;
   const int64_t ky = ys.tap_end - ys.tap_begin, kx = xs.tap_end - xs.tap_begin;
   const int chunks = c.channels > kChunk ? 2 : 1, tiles = c.channels > kTile ? 2 : 1;
-  const int64_t lanes = plan.arranged ? kChunk : kTile;
+  const int64_t lanes = plan.arranged ? kArrangedLanes : kTile;
+  const int64_t multiple = plan.arranged ? plan.arranged->multiple[chunks - 1] : 1;
   const DotFn* dots = plan.arranged ? plan.arranged->dot[chunks - 1] : plan.kernel.dot[tiles - 1];
 
   alignas(64) int32_t acc[kMaxPixels * 2 * kChunk];
@@ -107,9 +108,10 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
   tile.word_pixel = (dy * conv.out_w + dx) * plan.out_words;
 
-  // Equal shares of at most kMaxPixels, so that no thin tile is left over.
+  // Equal shares of at most kMaxPixels, but for the kernel's wish, so that no thin tile is left
+  // over.
   for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0; --parts) {
-    const int64_t pixels = ceil_div(left, parts);
+    const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
     const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
     const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
     dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel;
@@ -151,11 +153,12 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& bo
   const uint32_t* filters =
       plan.conv.tiles + (g * plan.tiles_per_group + first / kTile) * plan.tile_size;
   if (plan.arranged) {
-    const int64_t lanes = plan.tile_size / kTile;
-    if (!arranged.lanes) arranged.lanes.reset(new uint32_t[plan.width * lanes]);
+    const int64_t words = plan.tile_size / kTile;
+    if (!arranged.lanes)
+      arranged.lanes.reset(new uint32_t[plan.width / kChunk * words * kArrangedLanes]);
     if (arranged.tiles != filters)
       plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
-                             lanes, arranged.lanes.get());
+                             words, arranged.lanes.get());
     arranged.tiles = filters;
     filters = arranged.lanes.get();
   }
