@@ -31,10 +31,10 @@ BLOCK = "nn/test_residual_block.py"
 MUTANTS = (
     # The CPU engine.
     Mutant("moments-race", f"{CPU}/packed_conv2d.cpp",
-           "__atomic_fetch_add(total + c, moments[c], __ATOMIC_RELAXED);",
-           "total[c] += moments[c];", RACES),
+           "__atomic_fetch_add(total + i, of[0], __ATOMIC_RELAXED);",
+           "total[i] += of[0];", RACES),
     Mutant("shared-words-race", f"{CPU}/packed_conv2d.cpp",
-           "const int64_t inner = shared_words ? conv.groups * chunks : 1;",
+           "const int64_t inner = shared_words ? conv.groups * parts : 1;",
            "const int64_t inner = 1;", RACES),
     Mutant("shared-sums-race", f"{CPU}/rprelu.cpp",
            "double* to = partial.data() + t * 3 * width;",
@@ -43,6 +43,8 @@ MUTANTS = (
            "split < splits; ++split", "split + 1 < splits; ++split", ENGINE),
     Mutant("tail-bits-of-a-group", f"{CPU}/packed_conv2d.cpp",
            "if (count % 32) out[n - 1] &= (1u << count % 32) - 1;", "", ENGINE),
+    Mutant("absent-vector-and-minus-zero", f"{CPU}/isa_epilogue.inc", "neutral - Floats{}",
+           "Floats{} + neutral", ENGINE),
     Mutant("pool-border", f"{CPU}/packed_max_pool2d.cpp", "if (x < 0 || x >= pool.width) continue;",
            "if (x < 0 || x > pool.width) continue;", ENGINE),
     Mutant("input-grad-of-scaled-rows", f"{CPU}/packed_conv2d_input_grad.cpp",

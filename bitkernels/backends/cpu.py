@@ -83,7 +83,7 @@ def active() -> str | None:
 
 
 def popcount_ceiling(seconds: float = 0.1) -> float:
-    """Products per second of one core in a register-only xor + popcount + add loop."""
+    """Products per second of one core in registers alone, by the instructions of the kernel."""
     loop, best, end = torch.ops.bitkernels._cpu_popcount_loop, 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -33,12 +33,14 @@ using DotFn = void (*)(const Dot&);
 
 // Dot products on filters in an order of the kernel's own, made once for `chunks` x 32 output
 // channels that many pixels meet: acc is [pixel][32 * chunks], and w, w_ky, w_kx and w_tile, here
-// from 32 channels to the next, are as in filter tiles of 32 lanes.
+// from 32 channels to the next, are as in filter tiles of kArrangedLanes lanes.
+constexpr int64_t kArrangedLanes = 64;
 constexpr int64_t kMostArranged = 0xffff;  // products of a dot product, with those of tail bits
 struct Arranged {
-  // `words` of `count` tiles, w_tile apart, to (ceil(count / 2), words, 32).
+  // `words` of `count` tiles, w_tile apart, to (ceil(count / 2), words, lanes).
   void (*arrange)(const uint32_t* tiles, int64_t w_tile, int count, int64_t words, uint32_t* out);
   DotFn dot[2][kMaxPixels];  // [chunks - 1][pixels - 1]
+  int64_t multiple[2];       // of this many pixels tiles are best, [chunks - 1]
 };
 
 // Taps of a depthwise window that `Kernel::depthwise` can count.

@@ -132,15 +132,17 @@ struct Differences {
 };
 constexpr Differences kDifferences;
 
-// Words of 32 channels of 32 filters, two tiles, to (4 bytes of the words, 32 filters).
+// Words of 32 channels of 32 filters, two tiles, to (8 nibbles of the words, 32 filters in bytes):
+// twice the size, but an eighth less to do for each product.
 BK_TARGET void arrange(const uint32_t* tiles, int64_t w_tile, int count, int64_t words,
                        uint32_t* out) {
   const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
                                          0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m256i nibble = _mm256_set1_epi8(15);
   for (int t = 0; t < count; t += 2) {
     const uint32_t* low = tiles + t * w_tile;
     const uint32_t* high = t + 1 < count ? low + w_tile : low;  // in place of a tile that is not
-    for (int64_t i = 0; i < words; ++i, low += 16, high += 16, out += 32) {
+    for (int64_t i = 0; i < words; ++i, low += 16, high += 16, out += kArrangedLanes) {
       __m256i q[4];  // 4 filters of each tile: their bytes 0, their bytes 1, ...
       for (int j = 0; j < 4; ++j) {
         const __m128i l = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low) + j);
@@ -149,11 +151,13 @@ BK_TARGET void arrange(const uint32_t* tiles, int64_t w_tile, int count, int64_t
       }
       const __m256i a = _mm256_unpacklo_epi32(q[0], q[1]), b = _mm256_unpacklo_epi32(q[2], q[3]);
       const __m256i c = _mm256_unpackhi_epi32(q[0], q[1]), d = _mm256_unpackhi_epi32(q[2], q[3]);
+      const __m256i in_order[] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b),
+                                  _mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d)};
       __m256i* to = reinterpret_cast<__m256i*>(out);
-      _mm256_storeu_si256(to, _mm256_unpacklo_epi64(a, b));
-      _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(a, b));
-      _mm256_storeu_si256(to + 2, _mm256_unpacklo_epi64(c, d));
-      _mm256_storeu_si256(to + 3, _mm256_unpackhi_epi64(c, d));
+      for (const __m256i& v : in_order) {
+        _mm256_storeu_si256(to++, _mm256_and_si256(v, nibble));
+        _mm256_storeu_si256(to++, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
+      }
     }
   }
 }
@@ -186,7 +190,6 @@ BK_TARGET void dot_arranged(const Dot& d) {
   __m256i bytes[kSums], sums[2 * kSums];
   BK_UNROLL for (auto& v : bytes) v = _mm256_setzero_si256();
   for (auto& v : sums) v = _mm256_setzero_si256();
-  const __m256i nibble = _mm256_set1_epi8(15);
   const int64_t a_pixel = d.a_pixel, w_chunk = d.w_tile;
   int64_t room = kRoom;
   for (int64_t y = 0; y < d.ky; ++y)
@@ -200,12 +203,12 @@ BK_TARGET void dot_arranged(const Dot& d) {
           room = kRoom;
         }
         // A byte of a word a round. Unrolled, GCC 12 puts the additions off and spills.
-        _Pragma("GCC unroll 1") for (int64_t i = 0; i < 4 * n; ++i, w += 8) {
+        _Pragma("GCC unroll 1") for (int64_t i = 0; i < 4 * n; ++i, w += 16) {
           __m256i low[CHUNKS], high[CHUNKS];
           BK_UNROLL for (int c = 0; c < CHUNKS; ++c) {
-            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + c * w_chunk));
-            low[c] = _mm256_and_si256(v, nibble);
-            high[c] = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
+            const __m256i* nibbles = reinterpret_cast<const __m256i*>(w + c * w_chunk);
+            low[c] = _mm256_loadu_si256(nibbles);
+            high[c] = _mm256_loadu_si256(nibbles + 1);
           }
           BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
             const uint32_t byte = reinterpret_cast<const uint8_t*>(a + p * a_pixel)[i];
@@ -250,7 +253,8 @@ constexpr Arranged kArranged = {
       dot_arranged<5, 1>, dot_arranged<6, 1>, dot_arranged<7, 1>, dot_arranged<8, 1>},
      {dot_arranged<1, 2>, dot_arranged<2, 2>, dot_arranged<3, 2>, dot_arranged<4, 2>,
       dot_arranged_halves<5>, dot_arranged_halves<6>, dot_arranged_halves<7>,
-      dot_arranged_halves<8>}}};
+      dot_arranged_halves<8>}},
+    {1, 4}};
 #define BK_ARRANGED &kArranged
 
 BK_TARGET int64_t popcount_loop(int64_t iterations, uint32_t* sink) {

@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
 constexpr int64_t kFewPixels = 8;      // that do not repay arranging filters
-constexpr double kMinProducts = 1e7;   // per task, about 10 us of one core
+constexpr double kMinProducts = 1e7;   // per task, 4 us of one core with AVX-512
+constexpr int64_t kOutput = 200;       // products that cost as much as an output's epilogue
 
 // The input as the register tiles read it: one group's words of a pixel are `words` long.
 struct View {
@@ -54,7 +55,8 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   const View& in = plan.in;
   const int64_t ky = ys.tap_end - ys.tap_begin, kx = xs.tap_end - xs.tap_begin;
   const int chunks = c.channels > kChunk ? 2 : 1, tiles = c.channels > kTile ? 2 : 1;
-  const int64_t lanes = plan.depthwise ? 1 : plan.arranged ? kChunk : kTile;
+  const int64_t lanes = plan.depthwise ? 1 : plan.arranged ? kArrangedLanes : kTile;
+  const int64_t multiple = plan.arranged ? plan.arranged->multiple[chunks - 1] : 1;
   const DotFn* dots = plan.depthwise  ? plan.kernel.depthwise
                       : plan.arranged ? plan.arranged->dot[chunks - 1]
                                       : plan.kernel.dot[tiles - 1];
@@ -85,9 +87,10 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
   tile.word_pixel = (dy * conv.out_w + dx) * plan.out_words;
 
-  // Equal shares of at most kMaxPixels, so that no thin tile is left over.
+  // Equal shares of at most kMaxPixels, but for the kernel's wish, so that no thin tile is left
+  // over.
   for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0; --parts) {
-    const int64_t pixels = ceil_div(left, parts);
+    const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
     const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
     const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
     dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel +
@@ -113,18 +116,28 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   }
 }
 
-// `arranged`: room for the filters of a task, where they are to be arranged.
+// Filters as a kernel arranged them; the tasks of a thread that follow each other often share them.
+struct ArrangedFilters {
+  const uint32_t* tiles = nullptr;  // what they were made of
+  std::unique_ptr<uint32_t[]> lanes;
+};
+
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& box,
-             uint32_t* arranged) {
+             ArrangedFilters& arranged) {
   const int64_t first = part * plan.width;
   const int64_t channels = std::min(plan.width, plan.conv.out_channels - first);
   const uint32_t* filters =
       plan.conv.tiles + (g * plan.tiles_per_group + first / kTile) * plan.tile_size;
   if (plan.depthwise) filters = plan.conv.tiles + first / kChunk * plan.tile_size;
   if (plan.arranged) {
-    plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
-                           plan.tile_size / kTile, arranged);
-    filters = arranged;
+    const int64_t words = plan.tile_size / kTile;
+    if (!arranged.lanes)
+      arranged.lanes.reset(new uint32_t[plan.width / kChunk * words * kArrangedLanes]);
+    if (arranged.tiles != filters)
+      plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
+                             words, arranged.lanes.get());
+    arranged.tiles = filters;
+    filters = arranged.lanes.get();
   }
   const Channels c = {g, first, static_cast<int>(channels), filters};
   int64_t moments[4 * kChunk] = {};
@@ -285,12 +298,11 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
   const int64_t blocks = threads == 1 ? 1
                          : by_rows    ? std::min(wanted, conv.out_h)
                                       : std::min(wanted, ceil_div(conv.out_w, kMaxPixels));
-  const double products = static_cast<double>(conv.out_h) * conv.out_w * conv.kh * conv.kw *
-                          conv.channels * width * inner / blocks;
+  const double products = static_cast<double>(conv.out_h) * conv.out_w * width * inner / blocks *
+                          (conv.kh * conv.kw * conv.channels + kOutput);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / products));
   parallel_for(outer * blocks, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint32_t[]> filters(arranged ? new uint32_t[width * tile_size / kTile]
-                                                       : nullptr);
+    ArrangedFilters arranged_filters;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, task = i / blocks;
       Box box = {0, conv.out_h, 0, conv.out_w};
@@ -302,7 +314,7 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
       for (int64_t j = 0; j < inner; ++j) {
         const int64_t at = task * inner + j;
         run_box(plan, at / parts / conv.groups, at / parts % conv.groups, at % parts, box,
-                filters.get());
+                arranged_filters);
       }
     }
   });

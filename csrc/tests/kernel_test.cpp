@@ -259,6 +259,25 @@ void test_conv(const Kernel& k, Conv c) {
                 [&](int64_t pixel, int64_t o) { return bits[pixel * cout + o]; });
 }
 
+// Sums as large as they get, at both sides of what arranged filters take.
+void test_longest(const Kernel& k, int64_t channels) {
+  parameters = text(k.name, "channels", channels);
+  const Words in = random_words(10, channels, 1), weight = random_words(17, channels, -1);
+  const int64_t words = word_count(channels);
+  Words tiles(2 * words * 16);
+  tile_weight(weight.data.get(), 1, 17, words, tiles.data.get());
+  Conv c = {1, 2, 5, 1, channels, 17, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 2, 5, 0, nullptr, nullptr};
+  c.input = in.data.get();
+  c.tiles = tiles.data.get();
+  std::vector<int32_t> out(10 * 17);
+  Epilogue e;
+  e.out = out.data();
+  e.out_int = true;
+  packed_conv2d(k, c, e, {170, 1, 85, 17}, {});
+  check("packed_conv2d of the largest sums", 170,
+        [&](int64_t i) { return std::pair(out[i], static_cast<int32_t>(-channels)); });
+}
+
 void test_pool(int64_t n, int64_t height, int64_t width) {
   const auto any = [](int64_t most) { return range(1, most); };
   Pool p = {n,      height,      width,       any(4), any(4), any(4), any(3),
@@ -302,6 +321,7 @@ void test_kernel(const Kernel& k) {
   for (int i = 0; i < 1500; ++i) test_conv(k, random_conv());
   for (int i = 0; i < 400; ++i) test_conv(k, depthwise_conv());
   for (int i = 0; i < 32; ++i) test_conv(k, kLarge[i % 4]);  // the others have one task
+  for (const int64_t channels : {32, 224, 256, 65504, 65536}) test_longest(k, channels);
   for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
   test_pool(2, 70, 70);
   test_block_passes(k);

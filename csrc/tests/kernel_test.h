@@ -186,7 +186,7 @@ inline Conv random_conv() {
   const auto upto = [&](int64_t most) { return pointwise ? 1 : range(1, most); };
   const auto pad = [&] { return pointwise ? 0 : pick<int64_t>({0, 0, 0, 1, 2, 5, 11}); };
   const int64_t channels = pick<int64_t>({1, 7, 31, 32, 33, 64, 100, 1100});
-  const int64_t out_channels = pick<int64_t>({1, 7, 16, 17, 32, 33, 48});
+  const int64_t out_channels = pick<int64_t>({1, 7, 16, 17, 32, 33, 48, 70});
   const int pad_value = static_cast<int>(range(-1, 1));
   Conv c = {range(0, 2), range(1, 9), range(1, 9), range(1, 3), channels,  out_channels, upto(5),
             upto(5),     upto(3),     upto(3),     pad(),       pad(),     pad(),        pad(),
