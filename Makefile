@@ -14,9 +14,10 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 ENV_STAMP := $(VENV)/.bitkernels-environment
 BUILD_STAMP := $(VENV)/.bitkernels-build
-ENGINE := $(wildcard csrc/torch/*.cpp csrc/torch/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc)
+ENGINE := $(wildcard csrc/torch/*.cpp csrc/torch/*.h csrc/torch/*.inc csrc/cpu/*.cpp csrc/cpu/*.h \
+  csrc/cpu/*.inc)
 TEST_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
-CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FORMATTED = $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
 # GCC 12 takes its own AVX-512 headers for uninitialized reads.
 WARN := -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option

@@ -114,7 +114,8 @@ def extension() -> dict:
     engine = CppExtension(
         "bitkernels._C",
         sorted(glob("csrc/torch/*.cpp") + glob("csrc/cpu/*.cpp")),
-        depends=glob("csrc/torch/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc"),
+        depends=[path for folder in ("torch", "cpu") for form in ("h", "inc")
+                 for path in glob(f"csrc/{folder}/*.{form}")],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": FLAGS},
