@@ -76,9 +76,7 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Less than half of the images are close: more than turned signs."""
-        near, _, count = self.close.partition("/")
-        return bool(self.close) and 2 * int(near) < int(count)
+        return model_providers.is_wrong(self.close)
 
 
 class GraphDevice(bench_train.StepDevice):
@@ -120,7 +118,7 @@ def measure(networks: Sequence[Network], batch: int, threads: int, device: commo
     """All providers at one batch and number of threads, in the time until `end`."""
     device.set_threads(threads)
     start = time.monotonic()
-    compile_end = start + COMPILING * (end - start)
+    compile_end = start + COMPILING * max(0.0, end - start)
     found: dict[tuple[str, str], Candidate] = {}
     with contextlib.ExitStack() as stack, tqdm(desc="calls", disable=None) as progress:
         for network in networks:

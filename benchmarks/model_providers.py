@@ -50,6 +50,12 @@ class Network:
     compiles: tuple[str, ...] = ()
 
 
+def is_wrong(close: str) -> bool:
+    """Less than half of the images are close: more than signs that rounding turned."""
+    near, _, count = close.partition("/")
+    return bool(close) and 2 * int(near) < int(count)
+
+
 def state_bytes(module: nn.Module) -> int:
     """Of a file of torch.save."""
     file = io.BytesIO()
@@ -83,7 +89,7 @@ def binary(name: str, size: int, batch: int, device: common.Device) -> Network:
         if form.startswith("converted"):
             found.sizes[form] = converted_bytes(found.forms[form])
     _place(found, device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         wanted = found.forms["model"](found.images)
         for form in ("converted", "emulation"):
             got = found.forms[form](found.images)
