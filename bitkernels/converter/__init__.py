@@ -13,6 +13,7 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
   report    what became of each layer
   inputs    the types and sizes that a graph was made for, looked at in each call
   profile   where its time goes
+  onnx      what torch.onnx.export gets of a converted network
   file      a converted network in one file, without pickle and without the model's code
 """
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from bitkernels import _onnx
 from bitkernels.converter.capture import capture
 from bitkernels.converter.epilogue import fuse_epilogues
 from bitkernels.converter.inputs import Input, check_inputs, inputs_of
 from bitkernels.converter.joins import split_joins
 from bitkernels.converter.lower import lower
 from bitkernels.converter.net import WITH_WORDS, Net, ops
+from bitkernels.converter.onnx import RealForm
 from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
 from bitkernels.converter.recognise import recognise
 from bitkernels.converter.report import ConvertReport, report
@@ -93,6 +95,8 @@ class Converted(nn.Module):
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
                                f"convert, {self.in_spec}, got {spec}")
         check_inputs(self.inputs, inputs)
+        if _onnx.is_exporting():
+            return tree_unflatten(RealForm(self).run(*inputs), self.out_spec)
         if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
                 or torch.jit.is_tracing()):
             self._arrange()  # words may have been written to; costs little where they were not
