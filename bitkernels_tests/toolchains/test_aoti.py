@@ -133,6 +133,13 @@ def test_packed_models_compile_too(tmp_path):
         torch.testing.assert_close(package(images), packed(images), rtol=0, atol=1e-5)
 
 
+def test_operators_without_a_kernel_in_the_engine_are_refused(tmp_path):
+    layer = torch.nn.Sequential(bitkernels.nn.BinaryConvTranspose2d(3, 8, 3)).eval()
+    network = bitkernels.convert(layer, torch.randn(2, 3, SIZE, SIZE))
+    with pytest.raises(ValueError, match="calls packed_conv_transpose2d"):
+        compile_network(network, tmp_path / "net.pt2")
+
+
 def test_other_inputs_are_refused(tmp_path):
     layer = torch.nn.Sequential(bitkernels.nn.BinaryLinear(64, 8)).eval()
     network = bitkernels.convert(layer, torch.randn(2, 64))

@@ -17,6 +17,7 @@ import torch
 
 import bitkernels
 from bitkernels import _C
+from bitkernels.backends import cpu
 
 
 def compile_network(network: bitkernels.converter.Converted, package: Path) -> None:
@@ -24,6 +25,11 @@ def compile_network(network: bitkernels.converter.Converted, package: Path) -> N
     if len(takes) != 1 or len(takes[0]) != 4 or takes[0][1] != 3:
         raise ValueError("compile_network: network must take images (N, 3, height, width), takes "
                          f"tensors of {takes}")
+    calls = {node.target._opname for node in network.graph_module.graph.nodes
+             if getattr(node.target, "namespace", "") == "bitkernels"}
+    if calls - set(cpu.OPERATORS):
+        raise ValueError("compile_network: network must call operators of the C++ engine alone, "
+                         f"calls {', '.join(sorted(calls - set(cpu.OPERATORS)))}")
     height, width = takes[0][2:]
     images = torch.randn(2, 3, height, width)
     # A package does not check what it is given: its reader has to know the size.
