@@ -21,8 +21,8 @@ are channels-last. On a GPU every call is a CUDA graph that is replayed.
 All calls of a batch and a number of threads are timed in turns. `close` counts the images whose
 logits are within 1e-4 of the model's: where rounding turns one sign of an untrained network, all
 that follows differs. `peak` is the memory that a call takes beside what was there before, at the
-last batch of the table; `file` the network's file: of save_converted, torch.save of the state, or
-.tflite.
+last batch of the table (of Larq's interpreter with its weights, which it loads then); `file` the
+network's file: of save_converted, torch.save of the state, or .tflite.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
   python benchmarks/bench_models.py --larq lce/bin/python
 
 Run as `larq_interpreter.py MODEL FILE THREADS BATCH XNNPACK`: makes FILE, a network of Larq Zoo
-with random weights as .tflite, where it is not there, answers with a line of JSON, and then to each
-line of its input with one as soon as it has run once: {} to "run", {"peak_bytes": ...} to "peak".
+with random weights as .tflite, where it is not there, answers with a line of JSON, and then runs
+once for each line of its input and answers with an empty line. peak_bytes: from before the file is
+loaded to after the first call, since the interpreter allocates its tensors once.
 """
 
 from __future__ import annotations
@@ -49,23 +50,24 @@ def main(network: str, path: Path, threads: int, batch: int, xnnpack: bool) -> N
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # TensorFlow talks on the standard output
 
-    def answer(**said: object) -> None:
-        print(json.dumps(said), file=answers, flush=True)
-
     if not path.exists():
         make(network, path)
     import numpy as np
     from larq_compute_engine.tflite.python.interpreter import Interpreter
 
-    interpreter = Interpreter(path.read_bytes(), num_threads=threads, use_xnnpack=xnnpack)
     images = np.random.default_rng(0).standard_normal((batch, SIZE, SIZE, 3), np.float32)
-    answer(file_bytes=path.stat().st_size, versions=versions())
-    for line in sys.stdin:
-        if line.strip() == "peak":
-            answer(peak_bytes=resident.peak(lambda: interpreter.predict(images)))
-        else:
-            interpreter.predict(images)
-            answer()
+    made: list[Interpreter] = []
+
+    def first() -> None:
+        made.append(Interpreter(path.read_bytes(), num_threads=threads, use_xnnpack=xnnpack))
+        made[0].predict(images)
+
+    said = {"peak_bytes": resident.peak(first), "file_bytes": path.stat().st_size,
+            "versions": versions()}
+    print(json.dumps(said), file=answers, flush=True)
+    for _ in sys.stdin:
+        made[0].predict(images)
+        print(file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -166,10 +166,11 @@ class Larq:
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.errors, text=True, bufsize=1)
-        said = self._read()
+        said = json.loads(self._read())
         self.file_bytes, self.versions = said["file_bytes"], said["versions"]
+        self.peak_bytes = said["peak_bytes"]
 
-    def _read(self) -> dict:
+    def _read(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -177,16 +178,15 @@ class Larq:
             self.errors.seek(0)
             said = self.errors.read().strip().splitlines() or ["no reason"]
             raise RuntimeError(f"Larq's interpreter ended: {said[-1]}")
-        return json.loads(line)
+        return line
 
-    def ask(self, what: str) -> dict:
+    def run(self) -> str:
         assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
+        self.process.stdin.write("\n")
         return self._read()
 
     def candidate(self) -> Candidate:
-        return Candidate(lambda: self.ask("run"), self.file_bytes,
-                         peak=lambda: self.ask("peak")["peak_bytes"])
+        return Candidate(self.run, self.file_bytes, peak=lambda: self.peak_bytes)
 
     def close(self) -> None:
         assert self.process.stdin is not None
