@@ -32,7 +32,7 @@ import contextlib
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,8 @@ class GraphDevice(bench_train.StepDevice):
     """A GPU on which calls are replays of CUDA graphs."""
 
 
-def as_graphs(calls: Mapping[str, Candidate], notes: dict[str, str]) -> dict[str, Candidate]:
+def as_graphs(calls: Mapping[str, Candidate], device: common.Device, notes: dict[str, str]
+              ) -> dict[str, Candidate]:
     """Each call captured once; those that cannot be are left out, with a note."""
     found = {}
     for name, one in calls.items():
@@ -93,12 +94,8 @@ def as_graphs(calls: Mapping[str, Candidate], notes: dict[str, str]) -> dict[str
             notes[f"{name} in a CUDA graph"] = str(error).splitlines()[0]
             continue
         found[name] = Candidate(graph.replay, one.file_bytes, one.close,
-                                partial(peak_of, one.call))
+                                partial(device.peak_memory, one.call))
     return found
-
-
-def peak_of(call: Callable[[], object]) -> int | None:
-    return common.GpuDevice.peak_memory(None, call)  # type: ignore[arg-type]
 
 
 def make(names: Sequence[str], size: int, batch: int, device: common.Device, compiled: bool,
@@ -130,7 +127,7 @@ def measure(networks: Sequence[Network], batch: int, threads: int, device: commo
             progress.update(len(calls))
         named = {" ".join(key): one for key, one in found.items()}
         if device.type == "cuda":
-            named = as_graphs(named, notes)
+            named = as_graphs(named, device, notes)
         seconds = max(LEAST, (end - time.monotonic()) / max(1, len(named)) - LEAST)
         samples = common.samples_in_turns(
             device, {name: one.call for name, one in named.items()}, seconds,

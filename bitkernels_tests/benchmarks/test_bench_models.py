@@ -177,13 +177,13 @@ def test_a_gpu_replays_graphs(monkeypatch):
         return Replayed(lambda: call(0))
 
     monkeypatch.setattr(bench_models.gpu_time, "captured", captured)
-    calls = model_providers.candidates(network, 2, False, bench_models.common.CpuDevice(), notes,
-                                       lambda: False)
-    found = bench_models.as_graphs(calls, notes)
+    device = bench_models.common.CpuDevice()
+    calls = model_providers.candidates(network, 2, False, device, notes, lambda: False)
+    found = bench_models.as_graphs(calls, device, notes)
     assert list(found) == ["converted", "model", "emulation", "emulation bf16"]
     assert torch.equal(found["converted"].call(), calls["converted"].call())
     notes["bf16"] = ""
-    assert bench_models.as_graphs(calls, notes) == {}
+    assert bench_models.as_graphs(calls, device, notes) == {}
     assert notes["converted in a CUDA graph"] == "cannot capture"
 
 
