@@ -114,6 +114,7 @@ def measure(networks: Sequence[Network], batch: int, threads: int, device: commo
             ) -> list[Row]:
     """All providers at one batch and number of threads, in the time until `end`."""
     device.set_threads(threads)
+    torch._dynamo.reset()  # what was compiled for another batch goes, with its copies of weights
     start = time.monotonic()
     compile_end = start + COMPILING * max(0.0, end - start)
     found: dict[tuple[str, str], Candidate] = {}
@@ -146,7 +147,7 @@ def measure(networks: Sequence[Network], batch: int, threads: int, device: commo
 def run(names: Sequence[str], size: int, batches: Sequence[int], threads: Sequence[int],
         device: common.Device, compiled: bool, budget: float, larq: str | None,
         notes: dict[str, str]) -> list[Row]:
-    torch._dynamo.config.recompile_limit = 64  # one class of model, batches and threads
+    torch._dynamo.config.recompile_limit = 64  # several networks of one class
     end = time.monotonic() + budget
     networks = make(names, size, max(batches), device, compiled, notes)
     settings = list(itertools.product(threads, batches))
