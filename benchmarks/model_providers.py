@@ -18,11 +18,12 @@ import larq_interpreter
 import model_networks
 import resident
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor, nn
 
 import bitkernels
 
-FREEZE = {"freezing": True}  # weights are constants to the compiler, and int8 patterns are matched
+IMAGES = 8  # at least, that logits are compared on: more than rounding can spoil
 SIGN_LIMIT = 1e-4  # relative distance of logits, of an image without a sign that rounding turned
 
 
@@ -74,7 +75,7 @@ def binary(name: str, size: int, batch: int, device: common.Device) -> Network:
     """converted, the model as it is before, and its emulation; on a GPU in bfloat16 too."""
     torch.manual_seed(0)
     model = model_networks.binary_network(name, size)
-    found = Network(name, torch.randn(batch, 3, size, size))
+    found = Network(name, torch.randn(max(batch, IMAGES), 3, size, size))
     emulation = model_networks.emulation(model)
     found.forms = {"converted": bitkernels.convert(model, found.images), "model": model,
                    "emulation": emulation.to(memory_format=torch.channels_last)}
@@ -103,7 +104,7 @@ def real(name: str, size: int, batch: int, device: common.Device, compiled: bool
     """fp32, bf16 and, on a CPU, static int8 of PyTorch's eager means and of torchao's."""
     torch.manual_seed(0)
     model = model_networks.real_network(name, size).to(memory_format=torch.channels_last)
-    found = Network(name, torch.randn(batch, 3, size, size))
+    found = Network(name, torch.randn(max(batch, IMAGES), 3, size, size))
     found.forms = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16()}
     found.dtypes = {"bf16": torch.bfloat16}
     found.compiles = ("fp32", "bf16", "int8 pt2e")
@@ -139,14 +140,17 @@ def candidates(network: Network, batch: int, compiled: bool, device: common.Devi
                 notes["not compiled for lack of time"] += f"{network.name} {form} batch {batch}; "
             else:
                 label = "int8 compiled" if form == "int8 pt2e" else f"{form} compiled"
-                runs[label] = torch.compile(module, dynamic=False, options=FREEZE)
+                runs[label] = torch.compile(module, dynamic=False)
         for label, run in runs.items():
             def call(run=run, images=images) -> object:
                 with torch.no_grad():
                     return run(images)
 
             try:
-                call()
+                # Weights are constants, and int8 is matched. As an option of torch.compile Dynamo
+                # does not see it (torch 2.13).
+                with inductor.patch(freezing=True):
+                    call()
             except Exception as error:
                 notes[f"{network.name} {label} failed"] = (
                     f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")

@@ -57,7 +57,7 @@ def test_all_providers_and_files(tmp_path, capsys):
     assert {row.batch for row in rows} == {1, 2} and not any(row.wrong for row in rows)
     by_name = {(row.provider, row.batch): row for row in rows}
     assert by_name["converted", 1].file_bytes < by_name["emulation", 1].file_bytes
-    assert by_name["converted", 1].close == "2/2"
+    assert by_name["converted", 1].close == "8/8"
     assert by_name["int8", 1].file_bytes < by_name["fp32", 1].file_bytes / 2
     assert all(0 < row.least <= row.times.p50 and row.images > 0 for row in rows)
     said = capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_the_part_of_the_gpu_check(clock, tmp_path, monkeypatch):
     rows = [row for row in record.rows(tmp_path, "models") if "key" in row]
     assert [row["key"] for row in rows] == [f"{name} batch 2" for name in part.NETWORKS]
     assert {"converted", "emulation bf16 compiled"} <= set(rows[0]["us"])
-    assert rows[0]["wrong"] == rows[0]["errors"] == {} and rows[0]["close"]["converted"] == "2/2"
+    assert rows[0]["wrong"] == rows[0]["errors"] == {} and rows[0]["close"]["converted"] == "8/8"
     assert {"fp32 compiled", "bf16 compiled"} <= set(rows[2]["us"])
 
 
