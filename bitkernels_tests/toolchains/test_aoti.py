@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.skipif(cpu.active() is None, reason="the engine is not built or not asked for"),
+    pytest.mark.skipif(not EXAMPLE.exists(), reason="no examples beside an installed package"),
     pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None,
                        reason="needs g++ and make")]
 
