@@ -208,7 +208,8 @@ def int8_compiled(model: nn.Module, images: Tensor) -> nn.Module:
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        graph = torch.export.export(model, (images,)).module()
+        batch = {0: torch.export.Dim("batch")}
+        graph = torch.export.export(model, (images,), dynamic_shapes=(batch,)).module()
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
         prepared = prepare_pt2e(graph, quantizer)
