@@ -19,7 +19,7 @@ ENGINE := $(wildcard csrc/*.h $(addprefix csrc/,$(foreach room,torch cpu network
 # Networks are planned by code whose size matters more than its speed.
 LIBRARY_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/network/*.cpp)
 TEST_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
-CXX_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FORMATTED = $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
 # GCC 12 takes its own AVX-512 headers for uninitialized reads.
 WARN := -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option

@@ -115,7 +115,7 @@ def extension() -> dict:
         "bitkernels._C",
         sorted({*glob("csrc/torch/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/network/*.cpp")}
                - {"csrc/network/thread_pool.cpp"}),  # here the threads are torch's
-        depends=[*glob("csrc/*/*.h"), *glob("csrc/*.h"), *glob("csrc/cpu/*.inc")],
+        depends=[*glob("csrc/*/*.h"), *glob("csrc/*.h"), *glob("csrc/*/*.inc")],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": FLAGS},

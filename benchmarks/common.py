@@ -207,7 +207,16 @@ def measure_in_turns(device: Device, calls: Mapping[str, Callable[[], object]], 
                      each: Callable[[str], object] = lambda name: None,
                      baseline: Collection[str] = (), rivals: Collection[str] = ()
                      ) -> dict[str, Times]:
-    """Times of every call, about `seconds` each; `each(name)` is told of every turn.
+    """Times of every call, about `seconds` each; `each(name)` is told of every turn."""
+    samples = samples_in_turns(device, calls, seconds, each, baseline, rivals)
+    return {name: Times.of(taken) for name, taken in samples.items()}
+
+
+def samples_in_turns(device: Device, calls: Mapping[str, Callable[[], object]], seconds: float,
+                     each: Callable[[str], object] = lambda name: None,
+                     baseline: Collection[str] = (), rivals: Collection[str] = ()
+                     ) -> dict[str, list[float]]:
+    """Seconds of single calls, or means of a few, of every call; about `seconds` each.
 
     A call that takes longer than `seconds` is timed once, without warming up. So is, warmed up, one
     of `rivals` that is slower than the fastest of `baseline`, where a turn holds less than ten of
@@ -229,7 +238,7 @@ def measure_in_turns(device: Device, calls: Mapping[str, Callable[[], object]], 
             samples[name] += (device.measure(calls[name], turn) if short
                               else [device.once(calls[name])])
             each(name)
-    return {name: Times.of(taken) for name, taken in samples.items()}
+    return samples
 
 
 def measure_warm(device: Device, calls: Mapping[str, Callable[[], object]], seconds: float,
@@ -304,7 +313,8 @@ class Panel:
 COLORS = {"bitkernels": "#1f6feb", "bitkernels real": "#1f6feb", "bitkernels packed": "#f0883e",
           "bitkernels compiled": "#79b0f7", "triton": "#1f6feb", "triton fp16": "#1f6feb",
           "triton bf16": "#79b0f7", "triton packed": "#0b3d91", "cuda": "#f0883e",
-          "cuda fp16": "#f0883e", "cuda bf16": "#f7bd8f", "cuda packed": "#b35900"}
+          "cuda fp16": "#f0883e", "cuda bf16": "#f7bd8f", "cuda packed": "#b35900",
+          "converted": "#1f6feb"}
 GREYS = ("#9aa4af", "#c4ccd4", "#dfe4e8", "#6b7681", "#b0a99f", "#d9d2c7")
 
 

@@ -78,7 +78,14 @@ def unpack(words: Tensor, channels: int) -> Tensor:
 
 
 def _conv2d(input, weight, bias, scale, stride, pad, dilation, groups, pad_value, dtype) -> Tensor:
-    x = sign(input).float()
+    dot = conv2d_of_signs(sign(input).float(), weight, stride, pad, dilation, groups, pad_value)
+    return epilogue(dot, scale, bias, (-1, 1, 1)).to(dtype)
+
+
+def conv2d_of_signs(x: Tensor, weight: Tensor, stride, pad, dilation, groups: int,
+                    pad_value: int) -> Tensor:
+    """The dot products of -1 and +1, x being (N, C, H, W), with padding of that value."""
+    pad = tuple(pad) * (2 if len(pad) == 1 else 1)
     if len(pad) == 2:
         pad = (pad[0], pad[0], pad[1], pad[1])
     top, bottom, left, right = pad
@@ -86,8 +93,7 @@ def _conv2d(input, weight, bias, scale, stride, pad, dilation, groups, pad_value
         x, pad = F.pad(x, (left, right, top, bottom), value=float(pad_value)), (0, 0)
     else:
         pad = top, left
-    dot = F.conv2d(x, weight, None, stride, pad, dilation, groups)
-    return epilogue(dot, scale, bias, (-1, 1, 1)).to(dtype)
+    return F.conv2d(x, weight, None, stride, pad, dilation, groups)
 
 
 def _linear(input, weight, bias, scale, dtype) -> Tensor:

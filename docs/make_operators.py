@@ -1,4 +1,5 @@
-"""Writes docs/operators.md and the types of `bitkernels.ops` from the operators' records."""
+"""Writes what is made of the operators' records: docs/operators.md, the types of `bitkernels.ops`,
+and the schemas for programs without Python."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from bitkernels.ops._record import GROUPS, OPERATORS
 
 PAGE = Path(__file__).with_name("operators.md")
 STUB = PAGE.parents[1] / "bitkernels" / "ops" / "__init__.pyi"
+SCHEMAS = PAGE.parents[1] / "csrc" / "torch" / "operator_schemas.inc"
 HEAD = """\
 # Operators
 
@@ -70,10 +72,17 @@ def stub() -> str:
         *(f'    "{name}",' for name in ops.__all__), "]"]) + "\n"
 
 
+def schemas() -> str:
+    """For the engine, which defines them where no Python does."""
+    return "\n".join([
+        "// Written by `python docs/make_operators.py`; do not edit.", "// clang-format off",
+        *(f'R"({schema})",' for name in OPERATORS for schema in OPERATORS[name].schemas)]) + "\n"
+
+
 if __name__ == "__main__":
     if not STUB.parent.samefile(Path(ops.__file__).parent):
         sys.exit(f"make_operators: bitkernels was imported from {Path(ops.__file__).parents[1]}, "
                  f"which is another tree; set PYTHONPATH={PAGE.parents[1]}")
-    for path, text in ((PAGE, page()), (STUB, stub())):
+    for path, text in ((PAGE, page()), (STUB, stub()), (SCHEMAS, schemas())):
         path.write_text(text)
         print(f"wrote {path}", file=sys.stderr)

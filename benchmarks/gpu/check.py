@@ -3,6 +3,7 @@
     python benchmarks/gpu/check.py                          all parts, 7 minutes (make gpu-check)
     python benchmarks/gpu/check.py --parts compile correct conv   some of them
     python benchmarks/gpu/check.py --minutes 3              what matters most in less time
+    python benchmarks/gpu/check.py --parts compile models   whole networks in inference
     python benchmarks/gpu/check.py --parts conv ncu         with Nsight Compute reports
     python benchmarks/gpu/check.py --dry-run                parts, limits and commands; needs no GPU
 
@@ -88,6 +89,8 @@ def compile_jobs(folder: Path, chosen: Sequence[str]) -> list[Job]:
         whole += [f"reactnet18 {form}" for form in ("published", "bitkernels", "lean", "layers")]
     if "block" in chosen:
         whole.append("block")
+    if "models" in chosen:
+        whole += ["models quicknet", "models reactnet18", "models resnet18"]
     return [*(child("whole", name, folder, **OWN, **UNTUNED, OMP_NUM_THREADS="1",
                     TORCHINDUCTOR_COMPILE_THREADS=str(max(1, cores() // 5))) for name in whole),
             *(child("compile", str(number), folder, **UNTUNED, OMP_NUM_THREADS="1")
@@ -166,6 +169,7 @@ def stages(folder: Path, chosen: Sequence[str], scale: float = 1.0) -> list[list
         [timed("block", 40, 15, 4, **OWN)],
         [timed("trunk", 15, 8, 6)],
         [timed("train", 90, 25, 7, **OWN, **UNTUNED)],
+        [timed("models", 90, 30, 7)],
         [timed("plan", 30, 8, 8)],
         [Part("tests", lambda: test_jobs(folder), 60, 30, 5, at_once=max(2, cores() - few)),
          Part("digits", lambda: [child("digits", device, folder, OMP_NUM_THREADS="2")
@@ -181,9 +185,9 @@ def scaled(part: Part, scale: float) -> Part:
     return dataclasses.replace(part, seconds=part.seconds * scale)
 
 
-PARTS = ("compile", "build", "correct", "conv", "gemm", "block", "trunk", "train", "plan", "tests",
-         "digits", "sanitizer", "ncu")
-DEFAULT = PARTS[:-1]
+PARTS = ("compile", "build", "correct", "conv", "gemm", "block", "trunk", "train", "models", "plan",
+         "tests", "digits", "sanitizer", "ncu")
+DEFAULT = tuple(part for part in PARTS if part not in ("models", "ncu"))
 
 
 def run_job(part: str, job: str, folder: Path) -> None:
@@ -194,6 +198,7 @@ def run_job(part: str, job: str, folder: Path) -> None:
         "small": ("correct", "small", True), "conv": ("speed", "conv", False),
         "gemm": ("speed", "gemm", False), "block": ("block", "run", False),
         "trunk": ("trunk", "run", False), "train": ("train", "run", False),
+        "models": ("models", "run", False),
         "plan": ("plan_table", "run", False), "digits": ("digits", "run", True),
         "one": ("one", "run", True)}[part]
     call = getattr(importlib.import_module(f"parts.{module}"), function)
@@ -270,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", metavar="PART", default=list(DEFAULT),
-                        help=f"of {', '.join(PARTS)}; also with commas (all but ncu)")
+                        help=f"of {', '.join(PARTS)}; also with commas (all but models and ncu)")
     parser.add_argument("--minutes", type=float, default=MINUTES,
                         help="for everything (7); more than 7 makes all limits longer")
     parser.add_argument("--out", type=Path)

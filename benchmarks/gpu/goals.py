@@ -11,6 +11,7 @@ CONV = {"64@56": (7.0, 2.3, 0.75), "128@28": (7.0, 3.0, 0.65), "256@14": (9.0, 5
 GEMM = {4096: 6.0, 8192: 10.5, 16384: 12.0}  # POPS, packed
 TRITON = "triton"
 BLOCK = {"256@14": 0.72, "64@56": 0.65}  # device time of a training step, of the compiled one's
+CONVERTED = ("quicknet", "reactnet18")
 LIBRARY = ("cudnn bf16", "cudnn fp16", "cublas bf16")
 
 
@@ -57,7 +58,8 @@ def over(one: dict, rival: str, name: str | None = None) -> float | None:
 
 
 def goals(conv: Sequence[dict], gemm: Sequence[dict], block: Sequence[dict],
-          trunk: Sequence[dict], train: Sequence[dict]) -> Iterator[Goal]:
+          trunk: Sequence[dict], train: Sequence[dict], models: Sequence[dict] = ()
+          ) -> Iterator[Goal]:
     keyed = {one["key"]: one for one in (*block, *train) if "key" in one}
     for layer, (packed, real, part) in CONV.items():
         at = {"layer": layer, "batch": 256}
@@ -108,3 +110,8 @@ def goals(conv: Sequence[dict], gemm: Sequence[dict], block: Sequence[dict],
     yield Goal("ReActNet-18, layers: images/s of compiled emulation's", 1.1,
                ratio(form("layers", "layers compiled", "layers graph").get("images/s"),
                      rival.get("images/s")))
+    for name in CONVERTED:
+        us = row(models, key=f"{name} batch 64").get("us", {})
+        own = min((t for label, t in us.items() if label.startswith("converted")), default=None)
+        yield Goal(f"{name} converted, batch 64: times compiled bf16 emulation", 4.0,
+                   ratio(us.get("emulation bf16 compiled"), own))

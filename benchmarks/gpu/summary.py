@@ -49,7 +49,7 @@ def text(raw: Path, state: Sequence[Mapping], gpu: str, seconds: float) -> str:
     for part in state:
         lines += [status(part), *last_words(raw, part)]
     for section in (correctness, tested, compiled, convolutions, products, blocks, trunk,
-                    training, plan, asked):
+                    training, models, plan, asked):
         try:
             lines += section(raw)
         except Exception as error:  # a result of a form that is not foreseen hides no other
@@ -59,7 +59,7 @@ def text(raw: Path, state: Sequence[Mapping], gpu: str, seconds: float) -> str:
 
 def asked(raw: Path) -> Iterator[str]:
     every = list(goals.goals(*(rows(raw, part) for part in (
-        "conv", "gemm", "block", "trunk", "train"))))
+        "conv", "gemm", "block", "trunk", "train", "models"))))
     said = [goal for goal in every if goal.met is not None]
     if said:
         met = sum(goal.met is True for goal in said)
@@ -226,6 +226,15 @@ def training(raw: Path) -> Iterator[str]:
     if said:
         yield "; ".join(said)
     yield from failures(rows(raw, "train"))
+
+
+def models(raw: Path) -> Iterator[str]:
+    found = rows(raw, "models")
+    for row in found:
+        if row.get("us"):
+            yield from timed(row, f"{row['key']}, us")
+            yield from (f"  {name}: {why}" for name, why in row.get("notes", {}).items())
+    yield from failures(found)
 
 
 def plan(raw: Path) -> Iterator[str]:

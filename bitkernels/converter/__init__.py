@@ -16,6 +16,7 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
   compare   a converted network against its model, sign by sign
   profile   where its time goes
   described the graph as JSON, for the file and the engine
+  onnx      what torch.onnx.export gets of a converted network
   file      a converted network in one file, without pickle and without the model's code
 """
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from bitkernels import _onnx
 from bitkernels.converter.capture import capture
 from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
@@ -15,6 +16,7 @@ from bitkernels.converter.inputs import Input, check_inputs, inputs_of
 from bitkernels.converter.joins import split_joins
 from bitkernels.converter.lower import lower
 from bitkernels.converter.net import WITH_WORDS, Net, ops
+from bitkernels.converter.onnx import RealForm
 from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
 from bitkernels.converter.recognise import recognise
 from bitkernels.converter.report import ConvertReport, report
@@ -99,6 +101,8 @@ class Converted(nn.Module):
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
                                f"convert, {self.in_spec}, got {spec}")
         check_inputs(self.inputs, inputs)
+        if _onnx.is_exporting():
+            return tree_unflatten(RealForm(self).run(*inputs), self.out_spec)
         if torch.compiler.is_compiling() or _dispatch_modes() or torch.jit.is_tracing():
             return tree_unflatten(self.graph_module(*inputs), self.out_spec)
         engine = self.engines.of(self, inputs)

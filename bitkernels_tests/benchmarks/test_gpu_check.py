@@ -320,6 +320,9 @@ def results(folder):
             ("bitkernels compiled", 1400.0, 7168.0), ("layers", 900.0, 9999.0)):
         train.add(key=f"reactnet18 {form}", **{"images/s": rate, "peak MiB": peak})
     train.add(key="captured layers", yes=False)
+    record.Record(folder, "models").add(key="quicknet batch 64", us={
+        "converted": 300.0, "converted bf16": 200.0, "emulation bf16": 5000.0,
+        "emulation bf16 compiled": 1000.0}, wrong={"converted": "1/64 images close"})
     record.Record(folder, "digits-cuda").add(key="digits cuda", accuracy=0.9,
                                              **{"from": 0.8, "to": 0.95})
 
@@ -327,7 +330,7 @@ def results(folder):
 def test_goals_compare_with_what_is_asked(tmp_path):
     results(tmp_path)
     found = {goal.text: goal for goal in goals.goals(*(record.rows(tmp_path, name) for name in (
-        "conv", "gemm", "block", "trunk", "train")))}
+        "conv", "gemm", "block", "trunk", "train", "models")))}
     measured = {text: (round(goal.measured, 3), goal.met) for text, goal in found.items()
                 if goal.met is not None}
     assert measured == {
@@ -343,8 +346,9 @@ def test_goals_compare_with_what_is_asked(tmp_path):
         "ReActNet-18, blocks: images/s of compiled emulation's": (1.4, True),
         "ReActNet-18, blocks: peak memory of compiled emulation's": (0.35, True),
         "ReActNet-18, layers: images/s of compiled emulation's": (0.9, False),
+        "quicknet converted, batch 64: times compiled bf16 emulation": (5.0, True),
     }
-    assert len(found) == 32 and all(goal.met is None for goal in goals.goals([], [], [], [], []))
+    assert len(found) == 34 and all(goal.met is None for goal in goals.goals([], [], [], [], []))
     assert "MISSED" in found["conv 256@14 packed: times cuDNN bf16"].line()
 
 
@@ -365,7 +369,8 @@ def test_the_screen_shows_every_part(tmp_path):
                  "trunk batch 64, us: cuda 100", "published compiled 1000/s 20.0G",
                  "captured layers: NO; digits cuda 0.900", "sm_90a 2 calls", "WRONG mine_b in y",
                  "stopped before 512@7", "failed: mine_b", "passed on the GPU: 20",
-                 "tests-b: 1 failed", "tests-c: ...", "sanitizer: 1 of 2 clean", "goals: 6 met, 6"):
+                 "tests-b: 1 failed", "tests-c: ...", "sanitizer: 1 of 2 clean", "goals: 7 met, 6",
+                 "quicknet batch 64, us: converted 300", "WRONG converted: 1/64"):
         assert text in said, text
     assert len(said.splitlines()) < 60 and summary.text(tmp_path / "none", [], "g", 0) == "g, 0 s\n"
 

@@ -381,9 +381,11 @@ def test_whole_networks_are_compiled_without_launches(emulated, tmp_path, monkey
     monkeypatch.setattr(compiling.block, "warm", lambda: ran.append("block"))
     monkeypatch.setattr(compiling.train, "warm", lambda *args: ran.append(args) or 1 / 0)
     compiling.whole(tmp_path, "block")
+    monkeypatch.setattr(compiling.models, "warm", ran.append)
     compiling.whole(tmp_path, "reactnet18 published")
-    assert ran == ["block", ("reactnet18", "published")]
-    good, bad = lines(tmp_path, "compile")
+    compiling.whole(tmp_path, "models quicknet")
+    assert ran == ["block", ("reactnet18", "published"), "quicknet"]
+    good, _, bad = lines(tmp_path, "compile")
     assert good["key"] == "torch.compile block" and "ZeroDivision" in bad["failed"]
     assert dispatch.trust.has(("packed_conv2d", "any"), CPU, lambda: "differs")
     assert launch.driver().launch(1, 2, 3) is None

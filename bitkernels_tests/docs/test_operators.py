@@ -80,6 +80,7 @@ def test_the_page_is_up_to_date():
     spec.loader.exec_module(maker)
     assert maker.PAGE.read_text() == maker.page(), "run python docs/make_operators.py"
     assert maker.STUB.read_text() == maker.stub(), "run python docs/make_operators.py"
+    assert maker.SCHEMAS.read_text() == maker.schemas(), "run python docs/make_operators.py"
 
 
 def test_pages_of_another_tree_are_not_written(tmp_path):

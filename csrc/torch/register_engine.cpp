@@ -54,6 +54,18 @@ STABLE_TORCH_LIBRARY_IMPL(bitkernels, CompositeExplicitAutograd, m) {
   m.impl("_cpu_popcount_loop", TORCH_BOX(&bitkernels::op_popcount_loop));
 }
 
+// For a program without Python, whose records define the operators elsewhere: to be called once,
+// before a model that calls them is loaded.
+extern "C" __attribute__((visibility("default"))) void bitkernels_define_operators(void) {
+  using torch::stable::detail::StableLibrary;
+  static StableLibrary library(StableLibrary::Kind::FRAGMENT, "bitkernels", nullptr, __FILE__,
+                               __LINE__);
+  static const char* const schemas[] = {
+#include "operator_schemas.inc"
+  };
+  for (const char* schema : schemas) library.def(schema);
+}
+
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -24,7 +24,7 @@ from schedule import end_of_job
 from bitkernels.backends.cuda import dispatch, kernels, launch
 from bitkernels.backends.cuda import selfcheck as cuda_selfcheck
 from bitkernels.backends.triton import dispatch as triton
-from parts import block, correct, plan_table, train
+from parts import block, correct, models, plan_table, train
 
 
 def without_launches(driver) -> None:
@@ -132,7 +132,8 @@ def run(folder: Path, name: str) -> None:
 
 
 def whole(folder: Path, name: str) -> None:
-    """name: `block`, or a network and a form of it: their torch.compile, by a few steps."""
+    """name: `block`, a network and a form of it: their torch.compile, by a few steps; or `models`
+    and a network in inference."""
     record = Record(folder, f"compile-{name.replace(' ', '-')}")
     start = time.time()
     if dispatch.why_unusable(torch.device("cuda", torch.cuda.current_device())) is None:
@@ -143,6 +144,8 @@ def whole(folder: Path, name: str) -> None:
         inductor.autotune_local_cache = False
         if name == "block":
             block.warm()
+        elif name.startswith("models "):
+            models.warm(name.partition(" ")[2])
         else:
             train.warm(*name.split())
         record.add(key=f"torch.compile {name}", seconds=round(time.time() - start, 2))
