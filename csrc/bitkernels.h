@@ -31,8 +31,8 @@ extern "C" {
 typedef enum { BK_FLOAT32 = 0, BK_INT32 = 1, BK_INT64 = 2, BK_BOOL = 3 } bk_dtype;
 
 /* sizes and strides in PyTorch's order (an image is batch, channels, height, width) and in
- * elements. Strides that are all 0 mean a dense tensor, last dimension innermost. As an input's
- * description in bk_input a size is -1 where it is free. */
+ * elements, at least 0. Strides that are all 0 mean a dense tensor, last dimension innermost. As an
+ * input's description in bk_input a size is -1 where it is free. */
 typedef struct {
   void* data;
   int32_t dtype;
@@ -78,7 +78,9 @@ BK_API int bk_output(bk_network* network, int index, const bk_tensor* inputs,
 BK_API int64_t bk_bytes(const bk_tensor* description);
 
 /* outputs[i] is as bk_output describes it, with data to write to. Nothing is written on failure of
- * the checks. No memory is allocated once these sizes of inputs were run before. */
+ * the checks. Plans of the last 8 combinations of sizes and strides are kept; what was run before
+ * by as many threads at once allocates no memory, but where binary convolutions copy their input:
+ * with padding of 1 or -1, and with groups that do not begin at a word. */
 BK_API int bk_run(bk_network* network, const bk_tensor* inputs, bk_tensor* outputs);
 
 /* Bytes of constants, and of the activations of one run with these inputs at their peak. */

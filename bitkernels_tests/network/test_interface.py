@@ -125,6 +125,20 @@ def test_named_sizes_agree():
         engine(torch.randn(4, 3), torch.randn(5, 3))
 
 
+def test_sizes_that_a_file_only_says():
+    """Loading takes no memory for them."""
+    graph = Graph()
+    x = graph.input(torch.randn(1, 2))
+    y = graph.call("aten.relu.default", graph.call("aten.mul.Tensor", x, 2.0))
+    graph.inputs[0][2:] = [["n", 2**40], [1, 2**40]]
+    Engine(graph.file(y))
+    with pytest.raises(EngineError, match="at most 1048576 channels"):
+        Engine(graph.file(graph.call("aten.leaky_relu.default", y)))
+    graph.inputs[0][2:] = [["n", 2**62], [1, 2**62]]
+    with pytest.raises(EngineError, match="too large"):
+        Engine(graph.file(y))
+
+
 def test_other_files(graph, tmp_path):
     for metadata, message in (({"format_version": "2"}, "format version '2'.*update it"),
                               ({"format": "pt"}, "its format is 'pt'"),

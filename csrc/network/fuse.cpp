@@ -9,6 +9,8 @@
 namespace bitkernels::network {
 namespace {
 
+// Vectors are made when a network is loaded, for sizes that a file may say without holding them.
+constexpr int64_t kMostChannels = 1 << 20;
 constexpr int kScale = 1, kShift = 2, kOperand = 3, kSlope = 4, kBounds = 5;
 
 // Bounds of a call on `self`.
@@ -36,6 +38,7 @@ const float* Lowering::channel_vector(const Call& call, const char* name, const 
                                       bool negative, const char* role) {
   const int dim = channel_dim(x);
   const int64_t channels = x.sizes.rank ? x.sizes[dim] : 1;
+  if (channels > kMostChannels) return nullptr;
   const float* from = nullptr;
   float value = 0;
   int64_t step = 0;
@@ -200,7 +203,7 @@ void Lowering::fuse_node(int node) {
             channel_vector(c, leaky ? "negative_slope" : "weight", type({node, 0}), false, "slope");
       else
         slope = constants.floats(resolved(c, "weight").node);
-      if (!slope) return;
+      if (!slope) c.wrong("self", text("at most ", kMostChannels, " channels wide"), "more");
       append(node, resolved(c, "self"), kSlope, next);
       next.slope = slope;
       chain = next;

@@ -166,7 +166,7 @@ void add_outputs(const Json& v, const Index& index, std::vector<int>& outputs) {
     return;
   }
   const Arg arg = argument(v, index);
-  if (arg.kind != Arg::kNode) fail("the graph is broken: an output that is no tensor");
+  if (arg.kind != Arg::kNode) fail("the network gives a value that is no tensor");
   outputs.push_back(static_cast<int>(arg.integer));
 }
 

@@ -105,7 +105,7 @@ void Lowering::count_uses() {
   uses_.assign(graph.nodes.size(), 0);
   for (int o : graph.outputs) {
     const Value& v = values_[static_cast<size_t>(o)];
-    if (v.kind != Value::kTensor) fail("the graph is broken: an output that is no tensor");
+    if (v.kind != Value::kTensor) fail("the network gives a value that is no tensor");
     ++uses(same_[static_cast<size_t>(o)]);
   }
   for (size_t i = graph.nodes.size(); i-- > 0;) {
