@@ -18,7 +18,8 @@ BUILD_STAMP := $(VENV)/.bitkernels-build
 ENGINE := $(wildcard csrc/*.h $(addprefix csrc/,$(foreach room,torch cpu network,$(room)/*.cpp $(room)/*.h $(room)/*.inc)))
 # Networks are planned by code whose size matters more than its speed.
 LIBRARY_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/network/*.cpp)
-TEST_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
+KERNEL_TEST := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
+NETWORK_TEST := $(LIBRARY_SOURCES) $(wildcard csrc/tests/network/*.cpp)
 CXX_FORMATTED = $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
 # GCC 12 takes its own AVX-512 headers for uninitialized reads.
@@ -28,18 +29,21 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 RACES := -O1 -g -fsanitize=thread -DREAL_THREADS
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
-OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter docs install metrics models nn \
-  optim toolchains tools train ops/test_records.py test_explain.py test_interop.py \
+OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter docs install metrics models \
+  network/test_library.py network/test_zoo.py nn optim toolchains tools train ops/test_records.py test_explain.py test_interop.py \
   test_packed_tensor.py test_quantizers.py test_thresholds.py test_traces.py)
 
-# $(call kernel_test,compiler,flags,folder,runner,kernels): the engine's own test, of all kernels where
-# none is named; files compiled side by side.
+# $(call kernel_test,compiler,flags,folder,runner,kernels,what of networks): the tests of csrc/cpu, of all
+# kernels where none is named, and of csrc/network; files compiled side by side.
+objects = $(patsubst %.cpp,build/$(1)/%.o,$(notdir $(2)))
 define kernel_test
 	mkdir -p build/$(3)
-	printf '%s\n' $(TEST_SOURCES) | xargs -P $(JOBS) -I{} sh -c \
+	printf '%s\n' $(sort $(KERNEL_TEST) $(NETWORK_TEST)) | xargs -P $(JOBS) -I{} sh -c \
 	  '$(1) $(2) $(KERNEL_FLAGS) -c {} -o build/$(3)/$$(basename {} .cpp).o'
-	$(1) $(2) $(KERNEL_FLAGS) build/$(3)/*.o -o build/$(3)/kernel_test
+	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(KERNEL_TEST)) -o build/$(3)/kernel_test
+	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(NETWORK_TEST)) -o build/$(3)/network_test
 	$(4) build/$(3)/kernel_test $(5)
+	$(4) build/$(3)/network_test $(6)
 endef
 
 # $(call engine,compiler,C compiler,flags,folder,archiver): the library for whole networks without
@@ -50,7 +54,7 @@ define engine
 	xargs -P $(JOBS) -I{} sh -c 'set -- {}; for f; do :; done; \
 	  $(1) {} $(KERNEL_FLAGS) -ffunction-sections -fdata-sections -o build/$(4)/$$(basename $$f .cpp).o'
 	rm -f build/$(4)/libbitkernels.a
-	$(5) rcs build/$(4)/libbitkernels.a $(patsubst %.cpp,build/$(4)/%.o,$(notdir $(LIBRARY_SOURCES)))
+	$(5) rcs build/$(4)/libbitkernels.a $(call objects,$(4),$(LIBRARY_SOURCES))
 endef
 
 # $(call classify,compiler,C compiler,folder): the example, one file that needs nothing.
@@ -59,26 +63,18 @@ define classify
 	$(1) -static -s -Wl,--gc-sections build/$(3)/classify.o build/$(3)/libbitkernels.a -pthread -o build/$(3)/classify
 endef
 
-# $(call network_test,compiler,flags,folder,arguments): its test in C++.
-define network_test
-	$(call engine,$(1),,$(2),$(3),$(AR))
-	$(1) $(2) $(KERNEL_FLAGS) csrc/tests/network/*.cpp build/$(3)/libbitkernels.a -o build/$(3)/network_test
-	build/$(3)/network_test $(4)
-endef
-
-.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon engine engine-neon network-test mutants gpu-check abi-audit lint clean
+.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon engine engine-neon mutants gpu-check abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
 	@echo "make bench             build and measure binary against real convolutions"
 	@echo "make build             set up $(VENV) and build into it"
 	@echo "make test-all          the tests once for each other CPU kernel of this machine"
-	@echo "make kernel-test       the C++ kernels alone, plain, under sanitizers and with threads"
+	@echo "make kernel-test       the C++ engine alone, plain, under sanitizers and with threads"
 	@echo "make kernel-test-compilers  the same, quickly, by each of COMPILERS"
 	@echo "make kernel-test-neon  the same for aarch64, under qemu"
 	@echo "make engine            build/engine: networks without Python and LibTorch, and an example"
 	@echo "make engine-neon       the same for aarch64"
-	@echo "make network-test      that engine's test in C++, plain and under sanitizers"
 	@echo "make mutants           do the tests notice each mistake of a list?"
 	@echo "make gpu-check         on a GPU machine: all kernels checked, timed and tested, 7 minutes"
 	@echo "make abi-audit         the built extension keeps to the stable ABIs"
@@ -116,7 +112,7 @@ test-all: build
 kernel-test:
 	$(call kernel_test,$(CXX),-O3,plain,)
 	$(call kernel_test,$(CXX),$(SANITIZE),sanitized,)
-	$(call kernel_test,$(CXX),$(RACES),races,,scalar)
+	$(call kernel_test,$(CXX),$(RACES),races,,scalar,threads)
 
 # Whether other compilers take the engine, at what costs least time.
 kernel-test-compilers: $(addprefix kernel-test-by-,$(COMPILERS))
@@ -137,11 +133,6 @@ engine:
 engine-neon:
 	$(call engine,$(CXX_NEON),$(CC_NEON),-O3,engine-neon,$(AR))
 	$(call classify,$(CXX_NEON),$(CC_NEON),engine-neon)
-
-network-test:
-	$(call network_test,$(CXX),-O3,network)
-	$(call network_test,$(CXX),$(SANITIZE),network-sanitized)
-	$(call network_test,$(CXX),$(RACES),network-races,threads)
 
 # Where $(PYTHON) has torch, as on a GPU machine without a network, it and this tree are used as they
 # are. GPU_CHECK: its options, as --parts compile,correct,conv or --minutes 3.

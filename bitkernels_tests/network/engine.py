@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 
 import bitkernels
-from bitkernels.converter import file as converted_file
+from bitkernels.converter.described import inputs_of_file, module_of
+from bitkernels.converter.engine import _Step as StepOf
+from bitkernels.converter.engine import _Tensor as TensorOf
 
 safetensors = pytest.importorskip("safetensors.torch")
 
 TYPES = (torch.float32, torch.int32, torch.int64, torch.bool)
-
-
-class TensorOf(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("rank", ctypes.c_int32),
-                ("sizes", ctypes.c_int64 * 8), ("strides", ctypes.c_int64 * 8)]
-
-
-class StepOf(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("call", ctypes.c_char_p),
-                ("weight", ctypes.c_char_p), ("seconds", ctypes.c_double)]
 
 
 def _library() -> ctypes.CDLL:
@@ -165,8 +157,7 @@ class Graph:
         """What PyTorch computes."""
         described = json.loads(json.dumps(dict(inputs=self.inputs, nodes=self.nodes,
                                                output=self.output)))
-        module = converted_file._module(described, converted_file._inputs(described),
-                                        self.tensors, torch.device("cpu"))
+        module = module_of(described, inputs_of_file(described), self.tensors, torch.device("cpu"))
         with torch.no_grad():
             return list(module(*inputs))
 
