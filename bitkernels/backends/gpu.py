@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from bitkernels.backends.cuda import dispatch as cuda
 from bitkernels.backends.triton import dispatch as triton
-from bitkernels.ops._record import register
+from bitkernels.ops._record import STRAIGHT, register
 
 
 def run(op: str, *args, **kw):
-    result = cuda.attempt(op, args, kw)
-    return triton.run(op, *args, **kw) if result is None else result
+    if op in cuda.OPS:
+        result = cuda.attempt(op, args, kw)
+        if result is not None:
+            return result
+    return triton.run(op, *args, **kw)
 
 
 register("CUDA", run, triton.OPERATORS)
+STRAIGHT["cuda"] = run

@@ -15,13 +15,14 @@ Three forms of one operator:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from bitkernels._dispatch import autocast, refuse_grad
+from bitkernels._dispatch import autocast, functorch_active, refuse_grad
 from bitkernels.ops._batching import Rule, batched, each, images, per_sample, rows
 from bitkernels.ops._samples import Sample, Values, channels_last
 
@@ -132,6 +133,40 @@ def _detached(value: Any) -> Any:
 
 
 OPERATORS: dict[str, Operator] = {}
+# By type of device: what runs the calls of operators that operators make (`inside`). Of devices
+# whose host is slower than they are; the C++ engine checks and unpacks its arguments itself.
+STRAIGHT: dict[str, Callable[..., Any]] = {}
+
+
+def inside(like: torch.Tensor) -> Callable[..., Any]:
+    """By what the kernel of an operator calls others, below autograd: a function of a name and a
+    call, in the form that `check` makes of arguments, which nobody checks again.
+
+    like: a tensor on the device. It is the backend itself, past PyTorch's dispatcher, which takes
+    as long as the launch; but the dispatcher where modes, transforms or a profiler look on.
+    """
+    straight = STRAIGHT.get(like.device.type)
+    if (straight is None or torch._C._len_torch_dispatch_stack() > 0 or functorch_active()
+            or type(like) not in (torch.Tensor, torch.nn.Parameter)
+            or torch.autograd._profiler_enabled()):
+        return dispatched
+    return straight
+
+
+@functools.cache
+def _arguments(name: str) -> tuple[torch._ops.OpOverload, int, list[str]]:
+    """(operator, its number of positional arguments, the names of the others)."""
+    op = OPERATORS[name].overloads[""]
+    positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
+    return op, len(positional), [a.name for a in op._schema.arguments if a.kwarg_only]
+
+
+def dispatched(name: str, *args: Any, **kw: Any) -> Any:
+    """A call, whose values are in the schema's order, by PyTorch's dispatcher; what the schema does
+    not have, as which outputs are wanted, is left out."""
+    op, positional, names = _arguments(name)
+    given = dict(zip(names, args[positional:], strict=False))
+    return op(*args[:positional], **given, **{n: v for n, v in kw.items() if n in names})
 
 
 def define(operator: Operator) -> None:

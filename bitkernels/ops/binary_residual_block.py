@@ -22,9 +22,10 @@ from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_m
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, Sample, define, each
+from bitkernels.ops._record import Call, Operator, Sample, define, each, inside
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
+from bitkernels.ops.packed_conv2d_moments import dot_dtype
 from bitkernels.ops.residual_block_vectors import Statistics, gradients, statistics
 
 ops = torch.ops.bitkernels
@@ -103,31 +104,32 @@ def _all_reduce(t: Tensor, group: str) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(t, "sum", group))
 
 
-def _moments(words: Tensor, weight_words: Tensor, channels: int, conv: ConvSpec,
-             relu: bool) -> tuple[Tensor, Tensor]:
-    return ops.packed_conv2d_moments.default(
-        words, weight_words, channels, conv.stride, conv.pad, conv.dilation, conv.groups,
-        pad_value=conv.pad_value, relu=relu)
+def _moments(run: Any, words: Tensor, weight_words: Tensor, channels: int, conv: ConvSpec,
+             relu: bool, sums: bool) -> tuple[Tensor, Tensor]:
+    return run(
+        "packed_conv2d_moments", words, weight_words, channels, conv.stride, conv.pad,
+        conv.dilation, conv.groups, pad_value=conv.pad_value, out_channels=None, relu=relu,
+        dtype=dot_dtype(weight_words, channels, conv.groups), sums=sums)
 
 
 def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
     """(output, mean, variance, what the backward needs of the norm, packed signs of input and
     weight, packed mask or None)."""
-    mask, weight_words = None, ops.sign_pack.default(t.weight, None, 1)
+    run = inside(t.input)
+    mask, weight_words = None, run("sign_pack", t.weight, None, 1)
     if clip is None:
-        words = ops.sign_pack.default(t.input, t.sign_shift, 1)
+        words = run("sign_pack", t.input, t.sign_shift, 1)
     else:
-        words, mask = ops.sign_pack_mask.default(t.input, clip, t.sign_shift, 1)
-    dot, moments = _moments(words, weight_words, t.input.shape[1], conv, spec.relu)
+        words, mask = run("sign_pack_mask", t.input, clip, t.sign_shift, 1)
+    dot, moments = _moments(run, words, weight_words, t.input.shape[1], conv, spec.relu, True)
     if spec.group is not None:
         moments = _all_reduce(moments.double(), spec.group)
     vectors, mean, variance = statistics(
         moments, t.scale, t.norm_weight, t.norm_bias, spec.eps,
         torch.float64 if t.input.dtype == torch.float64 else torch.float32)
     norm = Statistics(*vectors.unbind(0))
-    out = ops.residual_block_forward.default(
-        dot, t.input if t.residual is None else t.residual, norm.slope, norm.offset, t.shift_in,
-        t.slope, t.shift_out, spec.relu)
+    out = run("residual_block_forward", dot, t.input if t.residual is None else t.residual,
+              norm.slope, norm.offset, t.shift_in, t.slope, t.shift_out, spec.relu)
     return out, mean, variance, vectors, words, weight_words, mask
 
 
@@ -178,10 +180,12 @@ class _ResidualBlock(FirstOrder):
         needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        norm = Statistics(*vectors.unbind(0))
-        dot, _ = _moments(words, weight_words, weight.shape[1] * conv.groups, conv, spec.relu)
-        grad_value, sums = ops.residual_block_backward.default(
-            grad, dot, stream, norm.slope, norm.offset, shift_in, slope, norm.center, spec.relu)
+        norm, run = Statistics(*vectors.unbind(0)), inside(grad)
+        dot, _ = _moments(run, words, weight_words, weight.shape[1] * conv.groups, conv, spec.relu,
+                          False)
+        grad_value, sums = run(
+            "residual_block_backward", grad, dot, stream, norm.slope, norm.offset, shift_in, slope,
+            norm.center, spec.relu)
         if slope is None:
             grad_value = grad
         wants_input = estimator != "none" and (needs.input or needs.sign_shift)
@@ -196,8 +200,8 @@ class _ResidualBlock(FirstOrder):
             factor, scale = scale, None  # where it costs no pass
         pqr, grads = _gradients(ctx, needs, sums, total, vectors, factor)
         if wants_input or wants_weight:
-            grad_dot = ops.residual_block_norm_backward.default(
-                grad_value, dot, *pqr.unbind(0), norm.center, spec.relu, dtype)
+            grad_dot = run("residual_block_norm_backward", grad_value, dot, *pqr.unbind(0),
+                           norm.center, spec.relu, dtype)
             del dot  # here and below: each is as large as the input
             grad_signs, grad_weight_signs = conv2d_backward(
                 grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
@@ -233,13 +237,13 @@ def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | 
     """Gradients of the input, with `add`, and of the shift."""
     wants_shift = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)]).sign_shift
     if kept is not None:
-        out, total = ops.sign_backward.default(
-            grad, kept, shift, add, estimator=ctx.estimator, clip=ctx.train.input_clip,
-            beta=ctx.train.beta)
+        out, total = inside(grad)("sign_backward", grad, kept, shift, add, ctx.estimator,
+                                  ctx.train.input_clip, ctx.train.beta,
+                                  shift.dtype if wants_shift else torch.float64)
     else:
         grad = in_memory_format(grad.to(ctx.input_dtype), ctx.memory_format)
         if mask is not None:
-            grad = ops.mask_grad.default(grad, mask, 1)
+            grad = inside(grad)("mask_grad", grad, mask, 1)
         total = grad.sum((0, 2, 3), dtype=torch.float64) if wants_shift else None
         out = grad if add is None else grad + add
     return out, total.to(shift.dtype) if wants_shift else None

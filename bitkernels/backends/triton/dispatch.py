@@ -9,6 +9,7 @@ it: checking synchronizes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -54,6 +55,7 @@ def why_unusable(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
 def kernel(op: str):
     """Of the file that is named as the one of the operator's record."""
     module = importlib.import_module(f"bitkernels.backends.triton.{RECORDS[op].file}")
@@ -67,10 +69,12 @@ def run(op: str, *args, **kw):
         for inner in inners:
             if not _trusted(op, inner, device):
                 continue
-            found = trust.run((op, inner), device, _launch, op, *args, **kw,
-                              **({"inner": inner} if inner else {}))
+            if inner is not None:
+                kw["inner"] = inner
+            found = trust.run((op, inner), device, _launch, op, *args, **kw)
             if found is not None:
                 return found
+    kw.pop("inner", None)
     return reference.run(op, *args, **kw)
 
 
@@ -108,12 +112,17 @@ def _launch(op: str, *args, **kw):
 
 
 def _usable(device: torch.device) -> bool:
+    if usable.runs(device):
+        return True
     return usable.obstacle(
         device, why_unusable,
         lambda why: f"{why}; on {device} the operators run in plain PyTorch, slowly") is None
 
 
 def _trusted(op: str, inner: str | None, device: torch.device) -> bool:
+    if trust.passed((op, inner), device):
+        return True
+
     def failure() -> str | None:
         from bitkernels.backends.triton import selfcheck
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton.elementwise import collapse, wide
 from bitkernels.backends.triton.jit import row_offset
+from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sign_backward import ESTIMATORS, IDENTITY, estimator_grad
 from bitkernels.ops.geometry import is_channels_last
 from bitkernels.ops.latent_weight_grad import fake
@@ -72,11 +73,10 @@ def latent_weight_grad(grad, weight, scale, estimator, clip, beta, scale_weight_
     outer, inner, strides = found
     if clip is None and estimator == "ste_sign":
         estimator = "identity"
-    latent_weight_grad_kernel[(weight.shape[0],)](
-        tensors[0], tensors[1], scale.contiguous() if scale is not None and scale_weight_grad else
-        None, tensors[2], of_scale if wants_scale else None, 0.0 if clip is None else float(clip),
-        float(beta), outer * inner, None if outer == 1 else inner,
-        *(s for o, i, r in strides for s in (r, o, i)),
-        ESTIMATOR=ESTIMATORS.get(estimator, -1), BLOCK=BLOCK, WIDE=wide(*tensors), num_warps=4,
-        enable_fp_fusion=False)
+    factor = scale.contiguous() if scale is not None and scale_weight_grad else None
+    launch(latent_weight_grad_kernel, (weight.shape[0], 1),
+           (tensors[0], tensors[1], factor, tensors[2], of_scale if wants_scale else None,
+            0.0 if clip is None else float(clip), float(beta), outer * inner,
+            None if outer == 1 else inner, *(s for o, i, r in strides for s in (r, o, i))), (4,),
+           ESTIMATOR=ESTIMATORS.get(estimator, -1), BLOCK=BLOCK, WIDE=wide(*tensors))
     return out, of_scale
