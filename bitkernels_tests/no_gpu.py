@@ -155,7 +155,7 @@ def routed(with_cuda: bool = True) -> Iterator[NoGpu]:
         put(_conv2d_backward, "by_tables", lambda *arguments: (False, False))
         put(_training, "finish_weight_grad", lambda grad, weight, words, scale, train, *wants:
             _training.finish_in_one(grad, weight, scale, train, *wants))
-        patch(mock.patch.dict(STRAIGHT, cpu=gpu.run))
+        patch(mock.patch.dict(STRAIGHT, cpu=gpu.repeat))
         if with_cuda:
             patch(mock.patch.dict(os.environ, BITKERNELS_CUDA="1"))
         aten.impl("convolution", _convolution, "CPU")
@@ -165,7 +165,7 @@ def routed(with_cuda: bool = True) -> Iterator[NoGpu]:
             if operator.launched:
                 for overload in operator.overloads:
                     lib.impl(f"{name}.{overload}".rstrip("."),
-                             operator.launcher(gpu.run, overload), "CPU", allow_override=True)
+                             operator.launcher(gpu.repeat, overload), "CPU", allow_override=True)
         try:
             yield found
         finally:

@@ -138,6 +138,20 @@ OPERATORS: dict[str, Operator] = {}
 STRAIGHT: dict[str, Callable[..., Any]] = {}
 
 
+# By what `inside` returns: `remembered` of a backend that can repeat what it has launched.
+REMEMBERED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def remembered(run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """`function(run, *args)`, which allocates, calls operators by `run` and looks at parts of
+    tensors, and does nothing else. A backend may repeat its launches for calls that look alike.
+
+    function: of the module. args: tensors, the first not None, and what can be hashed.
+    """
+    again = REMEMBERED.get(run)
+    return function(run, *args) if again is None else again(run, function, *args)
+
+
 def inside(like: torch.Tensor) -> Callable[..., Any]:
     """By what the kernel of an operator calls others, below autograd: a function of a name and a
     call, in the form that `check` makes of arguments, which nobody checks again.
@@ -154,9 +168,9 @@ def inside(like: torch.Tensor) -> Callable[..., Any]:
 
 
 @functools.cache
-def _arguments(name: str) -> tuple[torch._ops.OpOverload, int, list[str]]:
+def _arguments(name: str, overload: str) -> tuple[torch._ops.OpOverload, int, list[str]]:
     """(operator, its number of positional arguments, the names of the others)."""
-    op = OPERATORS[name].overloads[""]
+    op = OPERATORS[name].overloads[overload]
     positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
     return op, len(positional), [a.name for a in op._schema.arguments if a.kwarg_only]
 
@@ -164,9 +178,14 @@ def _arguments(name: str) -> tuple[torch._ops.OpOverload, int, list[str]]:
 def dispatched(name: str, *args: Any, **kw: Any) -> Any:
     """A call, whose values are in the schema's order, by PyTorch's dispatcher; what the schema does
     not have, as which outputs are wanted, is left out."""
-    op, positional, names = _arguments(name)
+    which = kw.get("real", True), kw.get("packed", False)
+    overload = next(name for name, outputs in OUTPUTS.items() if outputs == which)
+    op, positional, names = _arguments(name, overload)
     given = dict(zip(names, args[positional:], strict=False))
-    return op(*args[:positional], **given, **{n: v for n, v in kw.items() if n in names})
+    found = op(*args[:positional], **given, **{n: v for n, v in kw.items() if n in names})
+    if "real" not in kw or all(which):
+        return found
+    return (found, None) if which[0] else (None, found)
 
 
 def define(operator: Operator) -> None:

@@ -22,7 +22,7 @@ from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_m
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, Sample, define, each, inside
+from bitkernels.ops._record import Call, Operator, Sample, define, each, inside, remembered
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
 from bitkernels.ops.packed_conv2d_moments import dot_dtype
@@ -116,6 +116,14 @@ def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
     """(output, mean, variance, what the backward needs of the norm, packed signs of input and
     weight, packed mask or None)."""
     run = inside(t.input)
+    if spec.group is None:
+        return remembered(run, _passes, *t, conv, spec, clip)
+    return _passes(run, *t, conv, spec, clip)
+
+
+def _passes(run: Any, *args: Any):
+    *tensors, conv, spec, clip = args
+    t = PerTensor(*tensors)
     mask, weight_words = None, run("sign_pack", t.weight, None, 1)
     if clip is None:
         words = run("sign_pack", t.input, t.sign_shift, 1)
@@ -125,7 +133,7 @@ def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
     if spec.group is not None:
         moments = _all_reduce(moments.double(), spec.group)
     vectors, mean, variance = statistics(
-        moments, t.scale, t.norm_weight, t.norm_bias, spec.eps,
+        run, moments, t.scale, t.norm_weight, t.norm_bias, spec.eps,
         torch.float64 if t.input.dtype == torch.float64 else torch.float32)
     norm = Statistics(*vectors.unbind(0))
     out = run("residual_block_forward", dot, t.input if t.residual is None else t.residual,
@@ -180,32 +188,29 @@ class _ResidualBlock(FirstOrder):
         needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        norm, run = Statistics(*vectors.unbind(0)), inside(grad)
-        dot, _ = _moments(run, words, weight_words, weight.shape[1] * conv.groups, conv, spec.relu,
-                          False)
-        grad_value, sums = run(
-            "residual_block_backward", grad, dot, stream, norm.slope, norm.offset, shift_in, slope,
-            norm.center, spec.relu)
-        if slope is None:
-            grad_value = grad
+        run = inside(grad)
         wants_input = estimator != "none" and (needs.input or needs.sign_shift)
         wants_scale = scale is not None and needs.scale
         wants_weight = (needs.weight and train.weight_estimator != "none") or wants_scale
-        total, dtype = None, train.dtype or grad.dtype
-        if spec.group is not None and (wants_input or wants_weight):
-            total = _all_reduce(sums[:2].contiguous(), spec.group)
-        factor = None
+        dtype, factor = train.dtype or grad.dtype, None
         if (scale is not None and train.scale_weight_grad and not wants_scale
                 and dtype != torch.float16):  # which it might bring below the normal numbers
             factor, scale = scale, None  # where it costs no pass
-        pqr, grads = _gradients(ctx, needs, sums, total, vectors, factor)
+        dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
+        args = (grad, words, weight_words, stream, shift_in, slope, vectors, factor,
+                weight.shape[1] * conv.groups, conv, spec, wants_input or wants_weight, dtype,
+                dtypes.pop() if len(dtypes) == 1 else torch.float64)
+        if spec.group is None:
+            grad_value, grad_dot, *found = remembered(run, _passes_backward, *args)
+        else:
+            grad_value, grad_dot, *found = _passes_backward(run, *args)
+        grads = PerTensor(None, None, **{
+            name: t.to(getattr(ctx.dtypes, name)) for name, t in zip(VECTORS, found, strict=True)
+            if getattr(needs, name)})
         if wants_input or wants_weight:
-            grad_dot = run("residual_block_norm_backward", grad_value, dot, *pqr.unbind(0),
-                           norm.center, spec.relu, dtype)
-            del dot  # here and below: each is as large as the input
             grad_signs, grad_weight_signs = conv2d_backward(
                 grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
-            del grad_dot
+            del grad_dot  # as large as the input
             if wants_weight:
                 of_weight, of_scale = training.finish_weight_grad(
                     grad_weight_signs, weight, weight_words, scale, train, needs.weight,
@@ -223,14 +228,24 @@ class _ResidualBlock(FirstOrder):
         return (*grads, None, None, None)
 
 
-def _gradients(ctx, needs: PerTensor, sums, total, vectors, factor) -> tuple[Tensor, PerTensor]:
-    """(p, q, r) of the norm's backward, and the gradients of the vectors."""
-    dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
-    pqr, *found = gradients(
-        sums, total, vectors, factor, dtypes.pop() if len(dtypes) == 1 else torch.float64)
-    return pqr, PerTensor(None, None, **{
-        name: t.to(getattr(ctx.dtypes, name)) for name, t in zip(VECTORS, found, strict=True)
-        if getattr(needs, name)})
+def _passes_backward(run, grad, words, weight_words, stream, shift_in, slope, vectors, factor,
+                     channels: int, conv: ConvSpec, spec: NormSpec, wants_dot: bool,
+                     dtype: torch.dtype, vector_dtype: torch.dtype):
+    """(the value's gradient, that of the dot products or None, those of the vectors)."""
+    norm = Statistics(*vectors.unbind(0))
+    dot, _ = _moments(run, words, weight_words, channels, conv, spec.relu, False)
+    grad_value, sums = run("residual_block_backward", grad, dot, stream, norm.slope, norm.offset,
+                           shift_in, slope, norm.center, spec.relu)
+    if slope is None:
+        grad_value = grad
+    total = grad_dot = None
+    if spec.group is not None and wants_dot:
+        total = _all_reduce(sums[:2].contiguous(), spec.group)
+    pqr, *found = gradients(run, sums, total, vectors, factor, vector_dtype)
+    if wants_dot:
+        grad_dot = run("residual_block_norm_backward", grad_value, dot, *pqr.unbind(0),
+                       norm.center, spec.relu, dtype)
+    return grad_value, grad_dot, *found
 
 
 def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | None]:

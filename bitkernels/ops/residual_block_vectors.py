@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitkernels.ops._checks import REAL, check_same_device, check_vectors, describe, fail
-from bitkernels.ops._record import Call, Operator, Sample, define, dispatched, each, inside
+from bitkernels.ops._record import Call, Operator, Sample, define, dispatched, each
 
 
 class Statistics(NamedTuple):
@@ -111,18 +111,16 @@ def reference_gradients(sums, total, vectors, scale, dtype):
     return torch.stack((p, q, minus * mean)), *(t.to(dtype, copy=True) for t in grads)
 
 
-def statistics(moments, *rest):
+def statistics(run, moments, *rest):
     """The operator, or on a CPU what it would run: its way costs as much again as its arithmetic.
     """
-    run = inside(moments)
     if moments.device.type == "cpu" and run is dispatched:
         return reference_statistics(moments, *rest)
     return run("residual_block_statistics", moments, *rest)
 
 
-def gradients(sums, *rest):
+def gradients(run, sums, *rest):
     """As `statistics`."""
-    run = inside(sums)
     if sums.device.type == "cpu" and run is dispatched:
         return reference_gradients(sums, *rest)
     return run("residual_block_gradients", sums, *rest)

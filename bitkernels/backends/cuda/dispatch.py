@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from bitkernels.backends import gpus
+from bitkernels.backends import gpus, replay
 from bitkernels.backends.answer import Answer
 from bitkernels.backends.cuda import kernels, plan
 from bitkernels.backends.cuda.recent import Recent
@@ -53,6 +53,7 @@ def clear() -> None:
     usable.clear()
     _unasked.clear()
     _plans.clear()
+    replay.clear()
     launch.clear()
 
 

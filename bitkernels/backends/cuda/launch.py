@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from bitkernels.backends.cuda.spec import (
     conv_spec,
     linear_spec,
 )
+from bitkernels.backends.replay import watch
 from bitkernels.backends.trust import Capturing, capturing
 from bitkernels.ops.geometry import (
     TILE,
@@ -309,12 +311,37 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     grid = min(tiles, multiprocessors(device)) if kernel.persistent else tiles
     if kernel.resident:
         grid = max(grid, columns)
+    if watch.launches is not None:
+        single = kernel.resident and not kernel.bulk
+        watch.launches.append(_again(main, (grid, kernel.threads, shared), params, tensors, device)
+                              if single else None)
     maps: tuple[TensorMap, ...] = ()
     if kernel.bulk:
         maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
                 run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
     run.launch(main, grid, kernel.threads, shared, stream, params, *maps,
                early=kernel.bulk or kernel.resident)
+
+
+def _again(main: Loaded, sizes: tuple[int, int, int], params: Params,
+           tensors: dict[str, Tensor | None], device: torch.device):
+    """For `replay`: a resident kernel's launch, and its tensors."""
+    kept, number = weakref.ref(main), _index(device)
+    names = [name for name, t in tensors.items() if t is not None]
+    numbers = {name: getattr(params, name) for name in (
+        "clamp_min", "clamp_max", "rows", "images")}
+
+    def again(stream: int, values: list[int]) -> None:
+        kernel, run = kept(), driver()
+        if kernel is None:
+            raise LookupError("the kernel has been unloaded")
+        if not kernel.captured and capturing(device):
+            kernel.keep()
+        run.bind(number)
+        run.launch(kernel, *sizes, stream, Params(**dict(zip(names, values, strict=True)),
+                                                  **numbers), early=True)
+
+    return again, [t for t in tensors.values() if t is not None]
 
 
 @functools.lru_cache(maxsize=4096)

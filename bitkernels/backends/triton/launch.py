@@ -19,6 +19,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from bitkernels.backends import replay
+
 OPTIONS = "num_warps", "num_stages", "maxnreg"
 
 
@@ -72,9 +74,23 @@ def launch(kernel: Any, grid: tuple[int, int], args: tuple, options: tuple[int |
         if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
             _ready[at] = _Ready(compiled.run, compiled.function, compiled.packed_metadata,
                                 (kernel, compiled))
+        if replay.watch.launches is not None:
+            replay.watch.launches.append(None)
         return
+    if replay.watch.launches is not None:
+        replay.watch.launches.append((_again(found, grid), [*args, *fixed]))
     found.run(grid[0], grid[1], 1, active.get_current_stream(device), found.function,
               found.metadata, None, None, None, *values, *fixed)
+
+
+def _again(found: _Ready, grid: tuple[int, int]) -> Any:
+    """For `replay`."""
+    run, function, metadata, (x, y) = found.run, found.function, found.metadata, grid
+
+    def again(stream: int, values: list[Any]) -> None:
+        run(x, y, 1, stream, function, metadata, None, None, None, *values)
+
+    return again
 
 
 def _hooks() -> bool:
@@ -82,3 +98,6 @@ def _hooks() -> bool:
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+replay.obstacles.append(_hooks)

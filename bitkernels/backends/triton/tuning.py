@@ -17,6 +17,7 @@ from contextvars import ContextVar
 import torch
 import triton
 
+from bitkernels.backends.replay import watch
 from bitkernels.backends.triton import configs
 from bitkernels.backends.triton.b1 import b1_kernel
 from bitkernels.backends.triton.configs import Size, Tile
@@ -74,6 +75,8 @@ def launch(inner: str, family: str, size: Size, grid, **arguments) -> None:
     """One call of a product's kernel; `grid` is a function of the configuration."""
     table, choice = configs.table(inner, family, size.flat), _fixed.get()
     if choice is None and configs.tunes(size):
+        if watch.launches is not None:  # its launches are Triton's own
+            watch.launches.append(None)
         with contextlib.suppress(Untimed), _lock:  # a tuner holds the arguments of one call
             tuner(inner, table)[grid](**arguments, enable_fp_fusion=False)
             return
