@@ -67,11 +67,15 @@ def cases(dtype: torch.dtype = torch.float16) -> dict[str, Callable[[], object]]
         found[f"{name}, step"] = lambda model=model: residual_block.training_step(model, x, grad)
         found[f"{name}, forward"] = lambda model=model: model(x)
     words, filters = torch.zeros(1, 2, 2, 2).int(), torch.zeros(64, 3, 3, 2).int()
+    matrix = torch.zeros(64, 2).int()
     vectors = dict(scale=torch.ones(64), bias=torch.ones(64), residual=x.detach(), dtype=dtype)
     found["packed_conv2d"] = lambda: ops.packed_conv2d(words, filters, 64, 1, 1)
     found["packed_conv2d, epilogue"] = lambda: ops.packed_conv2d(words, filters, 64, 1, 1,
                                                                  **vectors)
-    found["packed_linear"] = lambda: ops.packed_linear(words.view(-1, 2), filters[:, 0, 0], 64)
+    found["packed_linear"] = lambda: ops.packed_linear(words.view(-1, 2), matrix, 64)
+    eval_block = residual_block.Block(64).to(dtype=dtype, memory_format=torch.channels_last).eval()
+    image = x.detach()
+    found["block, evaluation"] = torch.no_grad()(lambda: eval_block(image))
     conv = bnn.BinaryConv2d(64, 64, 3, padding=1, bias=False).to(dtype)
     conv.to(memory_format=torch.channels_last)
 

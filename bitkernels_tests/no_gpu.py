@@ -12,6 +12,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -158,6 +159,8 @@ def routed(with_cuda: bool = True) -> Iterator[NoGpu]:
         patch(mock.patch.dict(STRAIGHT, cpu=gpu.repeat))
         if with_cuda:
             patch(mock.patch.dict(os.environ, BITKERNELS_CUDA="1"))
+        patch(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch says which kernels are replaced
         aten.impl("convolution", _convolution, "CPU")
         aten.impl("convolution_backward", _convolution_backward, "CPU")
         for name in triton.OPERATORS:

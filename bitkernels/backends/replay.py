@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bitkernels.backends.trust import is_current
+
 MOST = 4096  # recordings, each of some kilobytes; then all are forgotten
 VARIABLES = ("BITKERNELS_TRITON", "BITKERNELS_TRITON_INNER", "BITKERNELS_TRITON_AUTOTUNE",
              "BITKERNELS_CUDA", "BITKERNELS_CUDA_KERNEL")
 _EMPTY = {f"aten::{name}" for name in (
     "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")}
 _TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((type(None), bool, int, float, str, tuple, torch.dtype))
 
 
 class Watch(threading.local):
@@ -117,6 +120,8 @@ def call(run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> A
         if kind in _TENSORS:
             given.append(value)
             key += value.shape, value.stride(), value.dtype, value.data_ptr() % 16
+        elif kind in _PLAIN:
+            key.append(value)
         elif kind is list:
             key.append(tuple(value))
         elif isinstance(value, Tensor):  # of a class that wraps others
@@ -124,11 +129,8 @@ def call(run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> A
         else:
             key.append(value)
     device, environ = given[0].device, os.environ
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if not is_current(device) or any([hinders() for hinders in obstacles]):
         return function(run, *args)
-    for hinders in obstacles:
-        if hinders():
-            return function(run, *args)
     key.append(device)
     key += [environ[name] if name in environ else None for name in VARIABLES]
     at = tuple(key)

@@ -25,9 +25,11 @@ class Capturing(RuntimeError):
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes a GPU the current one, where it is not yet."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    return contextlib.nullcontext() if is_current(device) else torch.cuda.device(device)
+
+
+def is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def index(device: torch.device) -> int:
@@ -131,7 +133,7 @@ class Trust:
         """What the kernel returns, or None if it fails twice and is trusted no more."""
         for attempt in (1, 2):
             try:
-                if device.type != "cuda" or device.index == torch.cuda.current_device():
+                if is_current(device):
                     return call(*args, **kw)
                 with on(device):
                     return call(*args, **kw)

@@ -197,7 +197,8 @@ def define(operator: Operator) -> None:
         name = f"{operator.name}.{overload}".rstrip(".")
         torch.library.register_fake(f"bitkernels::{name}", _fake(operator, overload), lib=LIB)
         LIB.impl(name, batched(op, operator.batched), "FuncTorchBatched")
-        LIB.impl(name, operator.autograd or refuse_grad(op), "Autograd")
+        LIB.impl(name, operator.autograd or refuse_grad(op, _straight(operator, overload)),
+                 "Autograd")
         if operator.composed is not None:
             LIB.impl(name, _composed(operator), KEY)
         elif not operator.launched:
@@ -211,6 +212,23 @@ def define(operator: Operator) -> None:
 
 def _fake(operator: Operator, overload: str) -> Callable[..., Any]:
     return operator.launcher(lambda _, *args, **kw: operator.fake(*args, **kw), overload)
+
+
+def _straight(operator: Operator, overload: str) -> Callable[[Any], Callable[..., Any] | None]:
+    """Of a tensor: what checks and runs arguments on its device past the dispatcher, or None."""
+    launchers: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def straight(like: Any) -> Callable[..., Any] | None:
+        if not operator.launched or not isinstance(like, torch.Tensor):
+            return None
+        run = inside(like)
+        if run is dispatched:
+            return None
+        if run not in launchers:
+            launchers[run] = operator.launcher(run, overload)
+        return launchers[run]
+
+    return straight
 
 
 def _composed(operator: Operator) -> Callable[..., Any]:

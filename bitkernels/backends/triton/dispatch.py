@@ -21,7 +21,7 @@ from bitkernels.backends import gpus, reference, replay
 from bitkernels.backends import triton as package
 from bitkernels.backends.answer import Answer
 from bitkernels.backends.triton import configs, plan
-from bitkernels.backends.trust import Trust, Usable
+from bitkernels.backends.trust import Trust, Usable, is_current
 from bitkernels.ops._record import OPERATORS as RECORDS
 
 OLDEST = (3, 4)
@@ -37,6 +37,7 @@ _ready: set[tuple[str, torch.device]] = set()
 def clear() -> None:
     """Forgets what has been checked; the next calls check again."""
     _ready.clear()
+    kernel.cache_clear()
     replay.clear()
     trust.clear()
     usable.clear()
@@ -70,8 +71,7 @@ def kernel(op: str):
 
 def run(op: str, *args, **kw):
     device = args[0].device
-    if (op, device) in _ready and plan.takes(op, args, kw) and (
-            device.type != "cuda" or device.index == torch.cuda.current_device()):
+    if (op, device) in _ready and plan.takes(op, args, kw) and is_current(device):
         try:
             return _launch(op, *args, **kw)
         except Exception:  # below it is tried again, and its kernel blamed

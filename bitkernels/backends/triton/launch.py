@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 
 from bitkernels.backends import replay
 
@@ -42,6 +42,9 @@ def launch(kernel: Any, grid: tuple[int, int], args: tuple, options: tuple[int |
     options: values of `OPTIONS`, or of the first of them; None: Triton's. constants: the constexpr
     parameters, each always of one type, in their order, which end the kernel's.
     """
+    if type(kernel) is not JITFunction:
+        _tritons_way(kernel, grid, args, options, constants)
+        return
     active, fixed = driver.active, (*constants.values(),)
     device = active.get_current_device()
     key: list[Any] = [id(kernel), device, options, fixed]
@@ -67,20 +70,24 @@ def launch(kernel: Any, grid: tuple[int, int], args: tuple, options: tuple[int |
     at = tuple(key)
     found = _ready.get(at)
     if found is None or _hooks():
-        given = zip(OPTIONS, options, strict=False)
         assert (*constants,) == (*kernel.arg_names[len(args):],)
-        compiled = kernel[grid](*args, **constants, enable_fp_fusion=False,
-                                **{name: value for name, value in given if value is not None})
+        compiled = _tritons_way(kernel, grid, args, options, constants)
         if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
             _ready[at] = _Ready(compiled.run, compiled.function, compiled.packed_metadata,
                                 (kernel, compiled))
-        if replay.watch.launches is not None:
-            replay.watch.launches.append(None)
         return
     if replay.watch.launches is not None:
         replay.watch.launches.append((_again(found, grid), [*args, *fixed]))
     found.run(grid[0], grid[1], 1, active.get_current_stream(device), found.function,
               found.metadata, None, None, None, *values, *fixed)
+
+
+def _tritons_way(kernel: Any, grid, args, options, constants) -> Any:
+    if replay.watch.launches is not None:
+        replay.watch.launches.append(None)
+    given = zip(OPTIONS, options, strict=False)
+    return kernel[grid](*args, **constants, enable_fp_fusion=False,
+                        **{name: value for name, value in given if value is not None})
 
 
 def _again(found: _Ready, grid: tuple[int, int]) -> Any:
