@@ -52,7 +52,7 @@ define engine
 	mkdir -p build/$(4)
 	printf '%s\n' $(foreach f,$(LIBRARY_SOURCES),'$(if $(findstring network,$(f)),$(3:-O3=-Os),$(3)) -c $(f)') | \
 	xargs -P $(JOBS) -I{} sh -c 'set -- {}; for f; do :; done; \
-	  $(1) {} $(KERNEL_FLAGS) -ffunction-sections -fdata-sections -o build/$(4)/$$(basename $$f .cpp).o'
+	  $(1) {} $(KERNEL_FLAGS) -DBK_INFERENCE_ONLY -ffunction-sections -fdata-sections -o build/$(4)/$$(basename $$f .cpp).o'
 	rm -f build/$(4)/libbitkernels.a
 	$(5) rcs build/$(4)/libbitkernels.a $(call objects,$(4),$(LIBRARY_SOURCES))
 endef

@@ -10,7 +10,7 @@ the form with `setup_context`, and torch handles all levels (`apply`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -247,22 +247,30 @@ def _refuse_onnx(operator: str) -> NoReturn:
                        "itself, not a program that torch.export made of it")
 
 
-def refuse_grad(op: torch._ops.OpOverload):
-    """A kernel of the Autograd key for an operator that would detach: it refuses instead."""
+def refuse_grad(op: torch._ops.OpOverload, straight: Callable[..., Any]):
+    """A kernel of the Autograd key for an operator that would detach: it refuses instead.
+
+    straight: of a tensor, what runs calls on its device past the dispatcher, or None.
+    """
     packet = op._schema.name.removeprefix("bitkernels::")
     names = [a.name for a in op._schema.arguments]
 
     def forward(*args, **kw):
         if is_traced() and torch.onnx.is_in_onnx_export():
             _refuse_onnx(packet)
-        recorded = torch.is_grad_enabled()
-        if recorded or forward_ad._current_level >= 0:
-            for arg, value in (*zip(names, args, strict=False), *kw.items()):
+        recorded, tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
+        if recorded or tangents:
+            for value in (*args, *kw.values()):
                 if isinstance(value, Tensor) and (recorded and value.requires_grad
-                                                  or _has_tangent(value)):
+                                                  or tangents and _has_tangent(value)):
+                    arg = next(name for name, v in (*zip(names, args, strict=False), *kw.items())
+                               if v is value)
                     raise RuntimeError(
                         f"bitkernels::{packet}: {arg} must not require grad, this operator has no "
                         "gradient; use binary_conv2d or binary_linear to train, or .detach()")
+        launch = straight(args[0])
+        if launch is not None:
+            return launch(*args, **kw)
         with below_autograd():
             return op(*args, **kw)
 

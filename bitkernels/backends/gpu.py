@@ -5,14 +5,37 @@ Operators without a Triton kernel stay with the reference: the library's real gr
 
 from __future__ import annotations
 
+from bitkernels.backends import replay
 from bitkernels.backends.cuda import dispatch as cuda
 from bitkernels.backends.triton import dispatch as triton
-from bitkernels.ops._record import register
+from bitkernels.ops._record import REMEMBERED, STRAIGHT, register
 
 
 def run(op: str, *args, **kw):
-    result = cuda.attempt(op, args, kw)
-    return triton.run(op, *args, **kw) if result is None else result
+    if op in cuda.OPS:
+        result = cuda.attempt(op, args, kw)
+        if result is not None:
+            return result
+    return triton.run(op, *args, **kw)
 
 
-register("CUDA", run, triton.OPERATORS)
+def _one(run, op: str, names: tuple[str, ...], *args):
+    """A call whose last arguments have names."""
+    if not names:
+        return run(op, *args)
+    first = len(args) - len(names)
+    return run(op, *args[:first], **dict(zip(names, args[first:], strict=True)))
+
+
+def repeat(op: str, *args, **kw):
+    """`run`, by what is remembered of calls that look alike."""
+    return replay.call(run, _one, op, (*kw,), *args, *kw.values())
+
+
+def remember(_, function, *args):
+    return replay.call(run, function, *args)
+
+
+register("CUDA", repeat, triton.OPERATORS)
+STRAIGHT["cuda"] = repeat
+REMEMBERED[repeat] = remember

@@ -25,9 +25,11 @@ class Capturing(RuntimeError):
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes a GPU the current one, where it is not yet."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    return contextlib.nullcontext() if is_current(device) else torch.cuda.device(device)
+
+
+def is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def index(device: torch.device) -> int:
@@ -90,6 +92,10 @@ class Trust:
         wrong = self._verdicts[place]
         return wrong is None, "checked" if wrong is None else wrong
 
+    def passed(self, key: Hashable, device: torch.device) -> bool:
+        """Whether the kernel has been checked and may run: most answers of `has`, sooner."""
+        return self._verdicts.get((key, index(device)), "") is None
+
     def has(self, key: Any, device: torch.device, failure: Callable[[], str | None]) -> bool:
         """Whether the kernel may run. The first question asks `failure`, on the device.
 
@@ -127,6 +133,8 @@ class Trust:
         """What the kernel returns, or None if it fails twice and is trusted no more."""
         for attempt in (1, 2):
             try:
+                if is_current(device):
+                    return call(*args, **kw)
                 with on(device):
                     return call(*args, **kw)
             except Exception as error:
@@ -150,6 +158,10 @@ class Usable:
         with self._lock:
             self._reasons.clear()
             self._said.clear()
+
+    def runs(self, device: torch.device) -> bool:
+        """Whether it is known that the backend runs here, for calls, which ask every time."""
+        return self._reasons.get(index(device), "") is None and not planned()
 
     def reason(self, device: torch.device, why_unusable: Callable[[torch.device], str | None]
                ) -> str | None:

@@ -46,10 +46,13 @@ def replaced(module: nn.Module, names: Collection[str] = _CALLED) -> str | None:
 
     What accelerate leaves when it takes its hook off is the class's own method.
     """
+    set_here = vars(module)
     for name in names:
-        own = vars(module).get(name)
+        own = set_here.get(name)
+        if own is None:
+            continue
         of_class = getattr(own, "__func__", None) is getattr(type(module), name, None)
-        if own is not None and not (of_class and own.__self__ is module):
+        if not (of_class and own.__self__ is module):
             return name
     return None
 

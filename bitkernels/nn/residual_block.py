@@ -22,8 +22,8 @@ _pack = torch.ops.bitkernels.sign_pack.default
 _infer = torch.ops.bitkernels.packed_conv2d.default
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
 
 
 class NoShortcut(nn.Module):
@@ -98,9 +98,12 @@ class BinaryResidualBlock(FxLeaf):
         if any(_GLOBAL_HOOKS):
             return "all modules have hooks"
         for name, module in (("conv", conv), ("norm", norm), ("act", act), ("sign", sign)):
-            if module is not None and any(getattr(module, hooks) for hooks in _HOOKS):
+            if module is None:
+                continue
+            if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                    or module._backward_pre_hooks):
                 return f"{name} has hooks"
-            if module is not None and is_patched(module):
+            if is_patched(module):
                 return f"{name} has a forward of its own"
         packed = type(conv) in (PackedConv2d, PackedSameConv2d)
         if not packed and type(conv) not in (BinaryConv2d, SameConv2d):
@@ -250,12 +253,16 @@ class BinaryResidualBlock(FxLeaf):
         norm = self.norm
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-        for running, batch in ((norm.running_mean, mean), (norm.running_var, variance)):
-            batch = batch.to(running.dtype)
-            if norm.momentum is None:  # cumulative average
-                running.lerp_(batch, (1.0 / norm.num_batches_tracked).to(running.dtype))
+        running, momentum = [norm.running_mean, norm.running_var], norm.momentum
+        batch = [t.to(like.dtype) for t, like in zip((mean, variance), running, strict=True)]
+        if momentum is not None and not functional_transforms():
+            torch._foreach_lerp_(running, batch, momentum)  # one launch on a GPU
+            return
+        for t, end in zip(running, batch, strict=True):
+            if momentum is None:  # cumulative average
+                t.lerp_(end, (1.0 / norm.num_batches_tracked).to(t.dtype))
             else:
-                running.lerp_(batch, norm.momentum)
+                t.lerp_(end, momentum)
 
     def _trains(self, input: Tensor) -> bool:
         return input.requires_grad or any(p.requires_grad for p in self.parameters())

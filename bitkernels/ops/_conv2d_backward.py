@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels._dispatch import in_memory_format
+from bitkernels.ops._record import inside
 from bitkernels.ops.geometry import ConvSpec
 
 ops = torch.ops.bitkernels
@@ -16,7 +17,7 @@ ops = torch.ops.bitkernels
 
 def scaled_signs(weight: Tensor, words: Tensor, scale: Tensor | None, dtype) -> Tensor:
     """The weight's signs, from its packed ones, times the scale."""
-    signs = ops.unpack.default(words, weight.shape[1], dtype, 1)
+    signs = inside(words)("unpack", words, weight.shape[1], dtype, 1)
     return signs if scale is None else signs * scale.view(-1, *[1] * (signs.dim() - 1)).to(dtype)
 
 
@@ -95,7 +96,7 @@ def _input_grad(grad, words, weight, weight_words, scale, conv) -> Tensor:
 
 def _weight_grad(grad, words, weight, conv) -> Tensor:
     """Of the weight's signs, by PyTorch's convolution backward."""
-    x = ops.unpack.default(words, weight.shape[1] * conv.groups, grad.dtype, 1)
+    x = inside(words)("unpack", words, weight.shape[1] * conv.groups, grad.dtype, 1)
     top, bottom, left, right = conv.pad
     explicit = conv.pad_value != 0 or top != bottom or left != right
     if explicit:

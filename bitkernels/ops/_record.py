@@ -15,13 +15,14 @@ Three forms of one operator:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from bitkernels._dispatch import autocast, refuse_grad
+from bitkernels._dispatch import autocast, functorch_active, refuse_grad
 from bitkernels.ops._batching import Rule, batched, each, images, per_sample, rows
 from bitkernels.ops._samples import Sample, Values, channels_last
 
@@ -132,6 +133,59 @@ def _detached(value: Any) -> Any:
 
 
 OPERATORS: dict[str, Operator] = {}
+# By type of device: what runs the calls of operators that operators make (`inside`). Of devices
+# whose host is slower than they are; the C++ engine checks and unpacks its arguments itself.
+STRAIGHT: dict[str, Callable[..., Any]] = {}
+
+
+# By what `inside` returns: `remembered` of a backend that can repeat what it has launched.
+REMEMBERED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def remembered(run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """`function(run, *args)`, which allocates, calls operators by `run` and looks at parts of
+    tensors, and does nothing else. A backend may repeat its launches for calls that look alike.
+
+    function: of the module. args: tensors, the first not None, and what can be hashed.
+    """
+    again = REMEMBERED.get(run)
+    return function(run, *args) if again is None else again(run, function, *args)
+
+
+def inside(like: torch.Tensor) -> Callable[..., Any]:
+    """By what the kernel of an operator calls others, below autograd: a function of a name and a
+    call, in the form that `check` makes of arguments, which nobody checks again.
+
+    like: a tensor on the device. It is the backend itself, past PyTorch's dispatcher, which takes
+    as long as the launch; but the dispatcher where modes, transforms or a profiler look on.
+    """
+    straight = STRAIGHT.get(like.device.type)
+    if (straight is None or torch._C._len_torch_dispatch_stack() > 0 or functorch_active()
+            or type(like) not in (torch.Tensor, torch.nn.Parameter)
+            or torch.autograd._profiler_enabled()):
+        return dispatched
+    return straight
+
+
+@functools.cache
+def _arguments(name: str, overload: str) -> tuple[torch._ops.OpOverload, int, list[str]]:
+    """(operator, its number of positional arguments, the names of the others)."""
+    op = OPERATORS[name].overloads[overload]
+    positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
+    return op, len(positional), [a.name for a in op._schema.arguments if a.kwarg_only]
+
+
+def dispatched(name: str, *args: Any, **kw: Any) -> Any:
+    """A call, whose values are in the schema's order, by PyTorch's dispatcher; what the schema does
+    not have, as which outputs are wanted, is left out."""
+    which = kw.get("real", True), kw.get("packed", False)
+    overload = next(name for name, outputs in OUTPUTS.items() if outputs == which)
+    op, positional, names = _arguments(name, overload)
+    given = dict(zip(names, args[positional:], strict=False))
+    found = op(*args[:positional], **given, **{n: v for n, v in kw.items() if n in names})
+    if "real" not in kw or all(which):
+        return found
+    return (found, None) if which[0] else (None, found)
 
 
 def define(operator: Operator) -> None:
@@ -143,7 +197,8 @@ def define(operator: Operator) -> None:
         name = f"{operator.name}.{overload}".rstrip(".")
         torch.library.register_fake(f"bitkernels::{name}", _fake(operator, overload), lib=LIB)
         LIB.impl(name, batched(op, operator.batched), "FuncTorchBatched")
-        LIB.impl(name, operator.autograd or refuse_grad(op), "Autograd")
+        LIB.impl(name, operator.autograd or refuse_grad(op, _straight(operator, overload)),
+                 "Autograd")
         if operator.composed is not None:
             LIB.impl(name, _composed(operator), KEY)
         elif not operator.launched:
@@ -157,6 +212,23 @@ def define(operator: Operator) -> None:
 
 def _fake(operator: Operator, overload: str) -> Callable[..., Any]:
     return operator.launcher(lambda _, *args, **kw: operator.fake(*args, **kw), overload)
+
+
+def _straight(operator: Operator, overload: str) -> Callable[[Any], Callable[..., Any] | None]:
+    """Of a tensor: what checks and runs arguments on its device past the dispatcher, or None."""
+    launchers: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def straight(like: Any) -> Callable[..., Any] | None:
+        if not operator.launched or not isinstance(like, torch.Tensor):
+            return None
+        run = inside(like)
+        if run is dispatched:
+            return None
+        if run not in launchers:
+            launchers[run] = operator.launcher(run, overload)
+        return launchers[run]
+
+    return straight
 
 
 def _composed(operator: Operator) -> Callable[..., Any]:

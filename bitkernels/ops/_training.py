@@ -31,6 +31,7 @@ from bitkernels.ops._checks import (
     check_same_device,
     fail,
 )
+from bitkernels.ops._record import inside
 from bitkernels.ops.geometry import is_channels_last
 
 ops = torch.ops.bitkernels
@@ -106,16 +107,16 @@ class Signs:
     def pack(x: Tensor, name: str, clip: float | None, dim: int) -> tuple[Tensor, Tensor | None]:
         """(words, saved): saved is packed mask bits, a reference to x, or None."""
         if name == "ste_sign" and clip is not None:
-            return ops.sign_pack_mask.default(x, clip, None, dim)
+            return inside(x)("sign_pack_mask", x, clip, None, dim % x.dim())
         saved = x if name in ("approx_sign", "swish_sign") else None
-        return ops.sign_pack.default(x, None, dim), saved
+        return inside(x)("sign_pack", x, None, dim % x.dim()), saved
 
     @staticmethod
     def grad(grad: Tensor, saved: Tensor | None, name: str, beta: float, dim: int) -> Tensor:
         if saved is None:
             return grad
         if name == "ste_sign":
-            return ops.mask_grad.default(grad, saved, dim)
+            return inside(grad)("mask_grad", grad, saved, dim % grad.dim())
         return estimated_grad(grad, saved, name, beta)
 
 
@@ -131,8 +132,8 @@ def estimated_grad(grad: Tensor, x: Tensor, estimator: str, beta: float,
     if x.dim() < 2 or (plane < SHORT_PLANE and not is_channels_last(x)):
         columns = x[0].numel() if x.dim() > 1 and len(x) else x.numel()
         grad, x = (t.reshape(-1, max(columns, 1)) for t in (grad, x))
-    return ops.sign_backward.default(
-        grad, x, None, None, estimator=estimator, clip=clip, beta=beta)[0].view(shape)
+    run = inside(grad)
+    return run("sign_backward", grad, x, None, None, estimator, clip, beta)[0].view(shape)
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
@@ -168,9 +169,9 @@ def finish_in_one(grad, weight, scale, train: Estimators, wants_weight: bool,
     wants_scale = wants_scale and scale is not None
     if estimator == "none" and not wants_scale:
         return None, None
-    grad_weight, grad_scale = ops.latent_weight_grad.default(
-        grad, weight, scale, estimator=estimator, clip=train.weight_clip, beta=train.beta,
-        scale_weight_grad=train.scale_weight_grad, wants_scale=wants_scale)
+    grad_weight, grad_scale = inside(grad)(
+        "latent_weight_grad", grad, weight, scale, estimator, train.weight_clip, train.beta,
+        train.scale_weight_grad, wants_scale)
     return (None if estimator == "none" else grad_weight,
             grad_scale.to(scale.dtype) if wants_scale else None)
 

@@ -9,7 +9,17 @@ from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_m
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, images
+from bitkernels.ops._record import (
+    Call,
+    Operator,
+    Sample,
+    channels_last,
+    define,
+    dispatched,
+    images,
+    inside,
+    remembered,
+)
 from bitkernels.ops.geometry import (
     ConvSpec,
     check_padded,
@@ -105,7 +115,7 @@ class _BinaryConv2d(FirstOrder):
         wants_input, wants_weight = training.wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
         if wants_input or wants_weight:
-            weight_words = ops.sign_pack.default(weight, None, 1)
+            weight_words = inside(weight)("sign_pack", weight, None, 1)
             grad_input, grad_signs = conv2d_backward(grad, words, weight, weight_words, scale, conv,
                                                      wants_input, wants_weight)
             if wants_input:
@@ -122,6 +132,9 @@ class _BinaryConv2d(FirstOrder):
 
 
 def _forward(input, weight, bias, scale, conv, train, clip):
+    if inside(input) is not dispatched:
+        return composed_forward(input, weight, bias, scale, conv, clip, train.dtype or input.dtype,
+                                wants_channels_last(input, weight))
     return ops.binary_conv2d_forward.default(
         input, weight, bias, scale, conv.stride, conv.pad, conv.dilation, conv.groups,
         conv.pad_value, clip, train.dtype or input.dtype, wants_channels_last(input, weight))
@@ -168,14 +181,19 @@ def fake_forward(input, weight, bias, scale, conv, clip, dtype, channels_last):
 
 def composed_forward(input, weight, bias, scale, conv, clip, dtype, channels_last):
     """By the packed operators, whatever backend they have on the device."""
+    return remembered(inside(input), _passes, input, weight, bias, scale, conv, clip, dtype,
+                      channels_last)
+
+
+def _passes(run, input, weight, bias, scale, conv, clip, dtype, channels_last):
     if clip is None:
-        words, mask = ops.sign_pack(input, None, 1), input.new_empty(0, dtype=torch.int32)
+        words, mask = run("sign_pack", input, None, 1), input.new_empty(0, dtype=torch.int32)
     else:
-        words, mask = ops.sign_pack_mask(input, clip, None, 1)
-    out = ops.packed_conv2d(
-        words, ops.sign_pack(weight, None, 1), input.shape[1], conv.stride, conv.pad,
-        conv.dilation, conv.groups, pad_value=conv.pad_value, scale=scale, bias=bias, dtype=dtype,
-        channels_last=channels_last)
+        words, mask = run("sign_pack_mask", input, clip, None, 1)
+    out, _ = run(
+        "packed_conv2d", words, run("sign_pack", weight, None, 1), input.shape[1], conv.stride,
+        conv.pad, conv.dilation, conv.groups, pad_value=conv.pad_value, out_channels=None,
+        scale=scale, bias=bias, dtype=dtype, channels_last=channels_last, real=True, packed=False)
     return out, words, mask
 
 

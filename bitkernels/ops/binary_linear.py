@@ -10,7 +10,7 @@ from bitkernels._dispatch import FirstOrder, below_autograd, differentiate
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import describe, fail
 from bitkernels.ops._conv2d_backward import scaled_signs
-from bitkernels.ops._record import Call, Operator, Sample, define, rows
+from bitkernels.ops._record import Call, Operator, Sample, define, inside, rows
 from bitkernels.ops.geometry import empty_real
 
 ops = torch.ops.bitkernels
@@ -59,13 +59,13 @@ class _BinaryLinear(FirstOrder):
         train = ctx.train
         wants_input, wants_weight = training.wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None
-        weight_words = ops.sign_pack.default(weight, None, 1)
+        weight_words = inside(weight)("sign_pack", weight, None, 1)
         if wants_input:
             scaled = scaled_signs(weight, weight_words, scale, grad.dtype)
             grad_input = training.Signs.grad((grad @ scaled).to(ctx.input_dtype), saved,
                                              train.input_estimator, train.beta, -1)
         if wants_weight:
-            x = ops.unpack.default(words, weight.shape[1], grad.dtype, -1)
+            x = inside(words)("unpack", words, weight.shape[1], grad.dtype, words.dim() - 1)
             grad_signs = _as_matrix(grad).T @ _as_matrix(x)
             grad_weight, grad_scale = training.finish_weight_grad(
                 grad_signs, weight, weight_words, scale, train, ctx.needs_input_grad[1],
@@ -80,9 +80,10 @@ def _as_matrix(t: Tensor) -> Tensor:
 
 
 def _on_words(words, input, weight, bias, scale, train):
-    return ops.packed_linear.default(
-        words, ops.sign_pack.default(weight), weight.shape[1], scale=scale, bias=bias,
-        dtype=train.dtype or input.dtype)
+    run = inside(input)
+    return run("packed_linear", words, run("sign_pack", weight, None, 1), weight.shape[1],
+               scale=scale, bias=bias, dtype=train.dtype or input.dtype, out_channels=None,
+               real=True, packed=False)[0]
 
 
 def autograd(*args, **kw):

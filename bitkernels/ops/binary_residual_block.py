@@ -22,9 +22,10 @@ from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_m
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, Sample, define, each
+from bitkernels.ops._record import Call, Operator, Sample, define, each, inside, remembered
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
+from bitkernels.ops.packed_conv2d_moments import dot_dtype
 from bitkernels.ops.residual_block_vectors import Statistics, gradients, statistics
 
 ops = torch.ops.bitkernels
@@ -103,31 +104,40 @@ def _all_reduce(t: Tensor, group: str) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(t, "sum", group))
 
 
-def _moments(words: Tensor, weight_words: Tensor, channels: int, conv: ConvSpec,
-             relu: bool) -> tuple[Tensor, Tensor]:
-    return ops.packed_conv2d_moments.default(
-        words, weight_words, channels, conv.stride, conv.pad, conv.dilation, conv.groups,
-        pad_value=conv.pad_value, relu=relu)
+def _moments(run: Any, words: Tensor, weight_words: Tensor, channels: int, conv: ConvSpec,
+             relu: bool, sums: bool) -> tuple[Tensor, Tensor]:
+    return run(
+        "packed_conv2d_moments", words, weight_words, channels, conv.stride, conv.pad,
+        conv.dilation, conv.groups, pad_value=conv.pad_value, out_channels=None, relu=relu,
+        dtype=dot_dtype(weight_words, channels, conv.groups), sums=sums)
 
 
 def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
     """(output, mean, variance, what the backward needs of the norm, packed signs of input and
     weight, packed mask or None)."""
-    mask, weight_words = None, ops.sign_pack.default(t.weight, None, 1)
+    run = inside(t.input)
+    if spec.group is None:
+        return remembered(run, _passes, *t, conv, spec, clip)
+    return _passes(run, *t, conv, spec, clip)
+
+
+def _passes(run: Any, *args: Any):
+    *tensors, conv, spec, clip = args
+    t = PerTensor(*tensors)
+    mask, weight_words = None, run("sign_pack", t.weight, None, 1)
     if clip is None:
-        words = ops.sign_pack.default(t.input, t.sign_shift, 1)
+        words = run("sign_pack", t.input, t.sign_shift, 1)
     else:
-        words, mask = ops.sign_pack_mask.default(t.input, clip, t.sign_shift, 1)
-    dot, moments = _moments(words, weight_words, t.input.shape[1], conv, spec.relu)
+        words, mask = run("sign_pack_mask", t.input, clip, t.sign_shift, 1)
+    dot, moments = _moments(run, words, weight_words, t.input.shape[1], conv, spec.relu, True)
     if spec.group is not None:
         moments = _all_reduce(moments.double(), spec.group)
     vectors, mean, variance = statistics(
-        moments, t.scale, t.norm_weight, t.norm_bias, spec.eps,
+        run, moments, t.scale, t.norm_weight, t.norm_bias, spec.eps,
         torch.float64 if t.input.dtype == torch.float64 else torch.float32)
     norm = Statistics(*vectors.unbind(0))
-    out = ops.residual_block_forward.default(
-        dot, t.input if t.residual is None else t.residual, norm.slope, norm.offset, t.shift_in,
-        t.slope, t.shift_out, spec.relu)
+    out = run("residual_block_forward", dot, t.input if t.residual is None else t.residual,
+              norm.slope, norm.offset, t.shift_in, t.slope, t.shift_out, spec.relu)
     return out, mean, variance, vectors, words, weight_words, mask
 
 
@@ -178,30 +188,29 @@ class _ResidualBlock(FirstOrder):
         needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        norm = Statistics(*vectors.unbind(0))
-        dot, _ = _moments(words, weight_words, weight.shape[1] * conv.groups, conv, spec.relu)
-        grad_value, sums = ops.residual_block_backward.default(
-            grad, dot, stream, norm.slope, norm.offset, shift_in, slope, norm.center, spec.relu)
-        if slope is None:
-            grad_value = grad
+        run = inside(grad)
         wants_input = estimator != "none" and (needs.input or needs.sign_shift)
         wants_scale = scale is not None and needs.scale
         wants_weight = (needs.weight and train.weight_estimator != "none") or wants_scale
-        total, dtype = None, train.dtype or grad.dtype
-        if spec.group is not None and (wants_input or wants_weight):
-            total = _all_reduce(sums[:2].contiguous(), spec.group)
-        factor = None
+        dtype, factor = train.dtype or grad.dtype, None
         if (scale is not None and train.scale_weight_grad and not wants_scale
                 and dtype != torch.float16):  # which it might bring below the normal numbers
             factor, scale = scale, None  # where it costs no pass
-        pqr, grads = _gradients(ctx, needs, sums, total, vectors, factor)
+        dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
+        args = (grad, words, weight_words, stream, shift_in, slope, vectors, factor,
+                weight.shape[1] * conv.groups, conv, spec, wants_input or wants_weight, dtype,
+                dtypes.pop() if len(dtypes) == 1 else torch.float64)
+        if spec.group is None:
+            grad_value, grad_dot, *found = remembered(run, _passes_backward, *args)
+        else:
+            grad_value, grad_dot, *found = _passes_backward(run, *args)
+        grads = PerTensor(None, None, **{
+            name: t.to(getattr(ctx.dtypes, name)) for name, t in zip(VECTORS, found, strict=True)
+            if getattr(needs, name)})
         if wants_input or wants_weight:
-            grad_dot = ops.residual_block_norm_backward.default(
-                grad_value, dot, *pqr.unbind(0), norm.center, spec.relu, dtype)
-            del dot  # here and below: each is as large as the input
             grad_signs, grad_weight_signs = conv2d_backward(
                 grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
-            del grad_dot
+            del grad_dot  # as large as the input
             if wants_weight:
                 of_weight, of_scale = training.finish_weight_grad(
                     grad_weight_signs, weight, weight_words, scale, train, needs.weight,
@@ -219,27 +228,37 @@ class _ResidualBlock(FirstOrder):
         return (*grads, None, None, None)
 
 
-def _gradients(ctx, needs: PerTensor, sums, total, vectors, factor) -> tuple[Tensor, PerTensor]:
-    """(p, q, r) of the norm's backward, and the gradients of the vectors."""
-    dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
-    pqr, *found = gradients(
-        sums, total, vectors, factor, dtypes.pop() if len(dtypes) == 1 else torch.float64)
-    return pqr, PerTensor(None, None, **{
-        name: t.to(getattr(ctx.dtypes, name)) for name, t in zip(VECTORS, found, strict=True)
-        if getattr(needs, name)})
+def _passes_backward(run, grad, words, weight_words, stream, shift_in, slope, vectors, factor,
+                     channels: int, conv: ConvSpec, spec: NormSpec, wants_dot: bool,
+                     dtype: torch.dtype, vector_dtype: torch.dtype):
+    """(the value's gradient, that of the dot products or None, those of the vectors)."""
+    norm = Statistics(*vectors.unbind(0))
+    dot, _ = _moments(run, words, weight_words, channels, conv, spec.relu, False)
+    grad_value, sums = run("residual_block_backward", grad, dot, stream, norm.slope, norm.offset,
+                           shift_in, slope, norm.center, spec.relu)
+    if slope is None:
+        grad_value = grad
+    total = grad_dot = None
+    if spec.group is not None and wants_dot:
+        total = _all_reduce(sums[:2].contiguous(), spec.group)
+    pqr, *found = gradients(run, sums, total, vectors, factor, vector_dtype)
+    if wants_dot:
+        grad_dot = run("residual_block_norm_backward", grad_value, dot, *pqr.unbind(0),
+                       norm.center, spec.relu, dtype)
+    return grad_value, grad_dot, *found
 
 
 def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | None]:
     """Gradients of the input, with `add`, and of the shift."""
     wants_shift = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)]).sign_shift
     if kept is not None:
-        out, total = ops.sign_backward.default(
-            grad, kept, shift, add, estimator=ctx.estimator, clip=ctx.train.input_clip,
-            beta=ctx.train.beta)
+        out, total = inside(grad)("sign_backward", grad, kept, shift, add, ctx.estimator,
+                                  ctx.train.input_clip, ctx.train.beta,
+                                  shift.dtype if wants_shift else torch.float64)
     else:
         grad = in_memory_format(grad.to(ctx.input_dtype), ctx.memory_format)
         if mask is not None:
-            grad = ops.mask_grad.default(grad, mask, 1)
+            grad = inside(grad)("mask_grad", grad, mask, 1)
         total = grad.sum((0, 2, 3), dtype=torch.float64) if wants_shift else None
         out = grad if add is None else grad + add
     return out, total.to(shift.dtype) if wants_shift else None

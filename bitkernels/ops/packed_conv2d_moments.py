@@ -26,17 +26,22 @@ def check(words, weight_words, channels, stride=(1,), padding=(0,), dilation=(1,
                            dtype=dot_dtype(weight_words, channels, groups)))
 
 
-def fake(words, *args, dtype, relu, **kw):
+def fake(words, *args, dtype, relu, sums=True, **kw):
     shape = output_shape(words, *args, **kw)
     return (empty_real(words, shape, dtype, True),
-            words.new_empty((3, shape[1]), dtype=torch.int64))
+            words.new_empty((3, shape[1]), dtype=torch.int64) if sums else None)
 
 
 def reference(words, weight_words, channels, stride, padding, dilation, groups, *,
-                          pad_value, out_channels, relu, dtype):
-    """Dot products in `dtype`, channels-last; their sums, sums of squares and count: (3, Cout)."""
+                          pad_value, out_channels, relu, dtype, sums=True):
+    """Dot products in `dtype`, channels-last; their sums, sums of squares and count: (3, Cout).
+
+    sums: in calls from `inside`, whether somebody wants them.
+    """
     weight_words = canonical(weight_words, 4, out_channels, groups)
     dot = dot_conv2d(words, weight_words, channels, stride, padding, dilation, groups, pad_value)
+    if not sums:
+        return as_rows(dot.to(dtype)), None
     d = (dot.relu() if relu else dot).long()
     moments = torch.stack([t.sum((0, 2, 3)) for t in (d, d * d, torch.ones_like(d))])
     return as_rows(dot.to(dtype)), moments

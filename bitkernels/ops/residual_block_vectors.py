@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitkernels.ops._checks import REAL, check_same_device, check_vectors, describe, fail
-from bitkernels.ops._record import Call, Operator, Sample, define, each
+from bitkernels.ops._record import Call, Operator, Sample, define, dispatched, each
 
 
 class Statistics(NamedTuple):
@@ -111,19 +111,19 @@ def reference_gradients(sums, total, vectors, scale, dtype):
     return torch.stack((p, q, minus * mean)), *(t.to(dtype, copy=True) for t in grads)
 
 
-def statistics(moments, *rest):
+def statistics(run, moments, *rest):
     """The operator, or on a CPU what it would run: its way costs as much again as its arithmetic.
     """
-    if moments.device.type == "cpu":
+    if moments.device.type == "cpu" and run is dispatched:
         return reference_statistics(moments, *rest)
-    return torch.ops.bitkernels.residual_block_statistics.default(moments, *rest)
+    return run("residual_block_statistics", moments, *rest)
 
 
-def gradients(sums, *rest):
+def gradients(run, sums, *rest):
     """As `statistics`."""
-    if sums.device.type == "cpu":
+    if sums.device.type == "cpu" and run is dispatched:
         return reference_gradients(sums, *rest)
-    return torch.ops.bitkernels.residual_block_gradients.default(sums, *rest)
+    return run("residual_block_gradients", sums, *rest)
 
 
 def _moments(v) -> Tensor:

@@ -8,7 +8,16 @@ from torch import Tensor
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate
 from bitkernels.ops._checks import check_channels, check_grad_like
 from bitkernels.ops._contract import per_channel, wide
-from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, each, images
+from bitkernels.ops._record import (
+    Call,
+    Operator,
+    Sample,
+    channels_last,
+    define,
+    each,
+    images,
+    inside,
+)
 from bitkernels.ops.geometry import empty_around
 
 ops = torch.ops.bitkernels
@@ -49,7 +58,7 @@ class _RPReLU(FirstOrder):
     @staticmethod
     def backward(ctx, grad):
         input, shift_in, slope = ctx.saved_tensors
-        grads = ops.rprelu_backward.default(grad, input, shift_in, slope)
+        grads = inside(grad)("rprelu_backward", grad, input, shift_in, slope)
         return (grads[0], grads[1].to(shift_in.dtype), grads[2].to(slope.dtype),
                 grads[3].to(ctx.shift_out_dtype))
 

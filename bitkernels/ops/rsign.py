@@ -13,7 +13,16 @@ from bitkernels.ops._checks import (
     check_shift,
 )
 from bitkernels.ops._contract import shifted, sign
-from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, images, per_sample
+from bitkernels.ops._record import (
+    Call,
+    Operator,
+    Sample,
+    channels_last,
+    define,
+    images,
+    inside,
+    per_sample,
+)
 from bitkernels.ops._training import Signs, memory_format
 from bitkernels.ops.geometry import empty_around
 
@@ -58,10 +67,11 @@ class _RSign(FirstOrder):
     @staticmethod
     def forward(ctx, input, shift, estimator, clip, beta):
         saved = input if estimator in ("approx_sign", "swish_sign") else None
+        run = inside(input)
         with below_autograd():
             if estimator == "ste_sign" and clip is not None:
-                saved = ops.sign_pack_mask.default(input, clip, shift, 1)[1]
-            out = ops.rsign.default(input, shift)
+                saved = run("sign_pack_mask", input, clip, shift, 1)[1]
+            out = run("rsign", input, shift)
         ctx.save_for_backward(saved, shift)
         ctx.conf, ctx.memory_format = (estimator, clip, beta), memory_format(input)
         return out
@@ -76,8 +86,8 @@ class _RSign(FirstOrder):
             per_sample = shift.dim() > 1
             if per_sample:  # as the N C channels of one sample, which sign_backward takes
                 grad, saved = (t.flatten(0, 1).unsqueeze(0) for t in (grad, saved))
-            grad_input, grad_shift = ops.sign_backward.default(
-                grad, saved, shift.flatten(), None, estimator=estimator, clip=clip, beta=beta)
+            grad_input, grad_shift = inside(grad)(
+                "sign_backward", grad, saved, shift.flatten(), None, estimator, clip, beta)
             if per_sample:
                 grad_input = in_memory_format(
                     grad_input.squeeze(0).unflatten(0, shift.shape[:2]), ctx.memory_format)

@@ -37,18 +37,22 @@ def check(grad, input, shift=None, add=None, *, estimator="ste_sign", clip=1.0, 
     return Call((grad, input, shift, add, estimator, clip, beta))
 
 
-def fake(grad, input, *_):
-    return empty_around(input, 1), input.new_empty(input.shape[1], dtype=torch.float64)
+def fake(grad, input, shift, add, estimator, clip, beta, dtype=torch.float64):
+    return empty_around(input, 1), input.new_empty(input.shape[1], dtype=dtype)
 
 
-def reference(grad, input, shift, add, estimator, clip, beta):
-    """grad times the estimator's slope at input + shift, plus add; float64 sums of the product."""
+def reference(grad, input, shift, add, estimator, clip, beta, dtype=torch.float64):
+    """grad times the estimator's slope at input + shift, plus add; float64 sums of the product.
+
+    dtype: in calls from `inside`, that of the sums.
+    """
     x, g = wide(input), wide(grad)
     if shift is not None:
         x = x + per_channel(shift, input)
     g = estimator_grad(g, x, estimator, clip, beta)
     total = g if add is None else g + wide(add)
-    return total.to(input.dtype), g.double().sum([d for d in range(g.dim()) if d != 1])
+    of_shift = g.double().sum([d for d in range(g.dim()) if d != 1])
+    return total.to(input.dtype), of_shift.to(dtype)
 
 
 def samples(v):

@@ -216,21 +216,25 @@ struct Kernel {
 };
 
 // The functions of a Kernel that go by the field's name in each instruction set's namespace: all
-// but `dot`. isa_common.inc fills a row by it, so that no function can come to another's place.
-#define BK_KERNEL_FUNCTIONS(DO)                                                                   \
-  DO(supported), DO(epilogue), DO(pack_rows), DO(pack_planes), DO(unpack_rows), DO(mask_rows),    \
-      DO(mask_planes), DO(rsign), DO(rprelu), DO(rprelu_backward), DO(sign_backward),             \
-      DO(block_forward), DO(block_backward), DO(norm_backward), DO(subset_offsets),               \
-      DO(table_sums), DO(transpose_bits), DO(plane_sums), DO(rows_to_planes), DO(planes_to_rows), \
-      DO(conv_run), DO(depthwise_run), DO(max_run), DO(mean_run), DO(affine_run),                 \
-      DO(multiply_run), DO(sigmoid_run), DO(popcount_loop)
+// but tables of several. isa_common.inc fills a row by these lists, so that no function can come to
+// another's place. BK_INFERENCE_ONLY leaves the first out, of a library that runs networks alone.
+#define BK_TRAINING_FUNCTIONS(DO)                                                            \
+  DO(mask_rows), DO(mask_planes), DO(rprelu_backward), DO(sign_backward), DO(block_forward), \
+      DO(block_backward), DO(norm_backward), DO(subset_offsets), DO(table_sums),             \
+      DO(transpose_bits), DO(plane_sums), DO(rows_to_planes), DO(planes_to_rows),            \
+      DO(popcount_loop)
+#define BK_INFERENCE_FUNCTIONS(DO)                                                            \
+  DO(supported), DO(epilogue), DO(pack_rows), DO(pack_planes), DO(unpack_rows), DO(rsign),    \
+      DO(rprelu), DO(conv_run), DO(depthwise_run), DO(max_run), DO(mean_run), DO(affine_run), \
+      DO(multiply_run), DO(sigmoid_run)
 #define BK_SIZE(FUNCTION) sizeof(Kernel::FUNCTION)
-constexpr std::size_t kFunctionSizes[] = {BK_KERNEL_FUNCTIONS(BK_SIZE)};
+constexpr std::size_t kFunctionSizes[] = {BK_TRAINING_FUNCTIONS(BK_SIZE),
+                                          BK_INFERENCE_FUNCTIONS(BK_SIZE)};
 #undef BK_SIZE
 static_assert(sizeof(Kernel) == sizeof(Kernel::name) + sizeof(Kernel::arranged) +
                                     sizeof(Kernel::dot) + sizeof(Kernel::depthwise) +
                                     sizeof(kFunctionSizes),
-              "BK_KERNEL_FUNCTIONS lacks a function of Kernel");
+              "a function of Kernel is in neither list");
 
 // Best first; every machine supports the last.
 extern const Kernel* const kKernels[];

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from bitkernels.backends import gpus
+from bitkernels.backends import gpus, replay
 from bitkernels.backends.answer import Answer
 from bitkernels.backends.cuda import kernels, plan
 from bitkernels.backends.cuda.recent import Recent
@@ -53,6 +53,7 @@ def clear() -> None:
     usable.clear()
     _unasked.clear()
     _plans.clear()
+    replay.clear()
     launch.clear()
 
 
@@ -95,10 +96,13 @@ def why_unusable(device: torch.device) -> str | None:
 
 def attempt(op: str, args, kw):
     """What the kernels return for a call with checked arguments, or None: the next backend's."""
-    if op not in OPS or mode() == "0" or (mode() != "1" and not plan.table()):
+    asked = mode()
+    if op not in OPS or asked == "0" or (asked != "1" and not plan.table()):
         return None
     device = args[0].device
-    found = _plan(op, args, kw, device)
+    found = _plan(op, args, kw, device, asked)
+    if not found.candidates:
+        return None
     from bitkernels.backends.cuda import launch
 
     for kernel in found.candidates:
@@ -128,16 +132,17 @@ def explain(op: str, *args, **kw) -> Answer:
     return Answer("cuda", None, wrong.removesuffix("; ") or found.reason)
 
 
-def _plan(op: str, args, kw, device) -> Plan:
-    """`decide`, made once for calls that look alike; its shape counts from here on."""
-    key = (op, index(device), mode(), os.environ.get("BITKERNELS_CUDA_KERNEL"),
-           *map(_look, args), *((name, _look(value)) for name, value in kw.items()))
+def _plan(op: str, args, kw, device, asked: str | None = None) -> Plan:
+    """`decide`, made once for calls that look alike; its shape counts from here on. asked: `mode()`
+    where it is known."""
+    asked = mode() if asked is None else asked
+    key = (op, index(device), asked, os.environ.get("BITKERNELS_CUDA_KERNEL"),
+           *[_look(value) for value in args], *kw, *[_look(value) for value in kw.values()])
     found = _plans.get(key)
     if found is None:
-        asked = mode() == "1"
         usable.obstacle(
-            device, why_unusable,
-            lambda why: f"{why}; BITKERNELS_CUDA=1 has no effect on {device}" if asked else None)
+            device, why_unusable, lambda why:
+            f"{why}; BITKERNELS_CUDA=1 has no effect on {device}" if asked == "1" else None)
         found = decide(op, args, kw, device)
         _plans.put(key, found)
         if found.unasked is not None:
@@ -147,6 +152,8 @@ def _plan(op: str, args, kw, device) -> Plan:
 
 def _look(value):
     """What a plan may depend on."""
+    if value is None or isinstance(value, int):
+        return value
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.data_ptr() % 16, value.is_contiguous()
     return tuple(value) if isinstance(value, list) else value
@@ -198,6 +205,9 @@ def decide(op: str, args, kw, device) -> Plan:
 
 
 def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:
+    if trust.passed((op, kernel.name), device):
+        return True
+
     def failure() -> str | None:
         from bitkernels.backends.cuda import selfcheck
 

@@ -37,6 +37,9 @@ class Kernel:
     persistent: bool = False  # whether a block computes many tiles
     groups: int = 0  # of a resident kernel: warpgroups of a block, each with tiles of its own
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def family(self) -> str:
         return self.name.split("_")[0].rstrip("0123456789")

@@ -8,7 +8,9 @@ that a graph has captured.
 
 from __future__ import annotations
 
+import functools
 import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -27,8 +29,17 @@ from bitkernels.backends.cuda.spec import (
     conv_spec,
     linear_spec,
 )
+from bitkernels.backends.replay import watch
 from bitkernels.backends.trust import Capturing, capturing
-from bitkernels.ops.geometry import TILE, conv_geometry, empty_real, empty_words, linear_geometry
+from bitkernels.ops.geometry import (
+    TILE,
+    conv_output_size,
+    empty_real,
+    empty_words,
+    linear_geometry,
+    padding4,
+    pair,
+)
 
 _lock = threading.Lock()
 _driver: Driver | None = None
@@ -60,6 +71,11 @@ def _index(device: torch.device) -> int:
     if device.type != "cuda":
         return -1
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _stream(device: torch.device) -> int:
+    """The current one, without an object around it."""
+    return torch._C._cuda_getCurrentRawStream(_index(device)) if device.type == "cuda" else 0
 
 
 def architecture(device: torch.device) -> str | None:
@@ -151,13 +167,23 @@ def _defaults(words, filters, channels, stride=(1,), padding=(0,), dilation=(1,)
 
 def _conv(words, filters, channels, stride, padding, dilation, pad_value, out_channels, chunk):
     """(spec, output shape) of a convolution."""
-    shape, stride, pad, dilation = conv_geometry(
-        "packed_conv2d", words, filters, channels, stride, padding, dilation, 1, pad_value,
-        out_channels)
-    tiled = filters.dim() == 5
-    filters_shape = (shape[1], *filters.shape[1:4]) if tiled else tuple(filters.shape)
-    spec = conv_spec(tuple(shape), tuple(words.shape[1:3]), filters_shape, channels, tuple(stride),
-                     tuple(pad), tuple(dilation), chunk, pad_value)
+    return _conv_of(words.shape, filters.shape, channels, tuple(stride), tuple(padding),
+                    tuple(dilation), pad_value, out_channels, chunk)
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_of(size, filters, channels, stride, padding, dilation, pad_value, out_channels, chunk):
+    """Of sizes that `conv_geometry` has let pass once."""
+    stride, dilation = pair("packed_conv2d", "stride", stride, 1), pair(
+        "packed_conv2d", "dilation", dilation, 1)
+    pad = padding4("packed_conv2d", padding)
+    cout = filters[0]
+    if len(filters) == 5:
+        cout = filters[0] * TILE if out_channels is None else out_channels
+    oh, ow = conv_output_size("packed_conv2d", size[1:3], filters[1:3], stride, pad, dilation)
+    shape = size[0], cout, oh, ow
+    spec = conv_spec(shape, tuple(size[1:3]), (cout, *filters[1:4]), channels, stride, pad,
+                     dilation, chunk, pad_value)
     return spec, shape
 
 
@@ -205,17 +231,19 @@ def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=
 
 def packed_conv2d_moments(kernel: kernels.Kernel, words, weight_words, channels, stride=(1,),
                           padding=(0,), dilation=(1,), groups=1, *, pad_value=0, out_channels=None,
-                          relu=False, dtype=torch.int16):
-    """(dot products, their moments)."""
+                          relu=False, dtype=torch.int16, sums=True):
+    """(dot products, their moments). Where nobody wants the sums the same kernel takes them, and
+    what they are added to is not cleared before."""
     words, filters = words.contiguous(), _filters(weight_words, out_channels).contiguous()
     spec, shape = _conv(words, filters, channels, stride, padding, dilation, pad_value, None,
                         _chunk(4 * words.shape[-1], words, filters))
     images, cout, oh, ow = shape
     dot = empty_real(words, shape, dtype, True)
-    moments = words.new_zeros((3, cout), dtype=torch.int64)
+    new = words.new_zeros if sums else words.new_empty
+    moments = new((3, cout), dtype=torch.int64)
     _contract(kernel, spec.with_parts(("moments", 2 if relu else 1)), words, filters,
               images * oh * ow, dot, None, None, True, moments=moments)
-    return dot, moments
+    return dot, moments if sums else None
 
 
 def _filters(weight_words: Tensor, out_channels: int | None) -> Tensor:
@@ -252,15 +280,10 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
                if vectors.get(name) is not None}
     if threshold is not None:
         threshold = _aligned(threshold)
-    spec = spec.with_parts(
-        ("out_type", TYPES[None if out is None else out.dtype]), ("nhwc", int(nhwc)),
-        ("packed", int(packed is not None)),
-        ("residual", TYPES[None if residual is None else residual.dtype]),
-        ("threshold", int(threshold is not None)), ("clamp_min", int(clamp_min is not None)),
-        ("clamp_max", int(clamp_max is not None)), ("windows", int(kernel.windows)),
-        *((name, 1) for name in vectors))
-    if kernel.resident:
-        spec = spec.resident(kernel.bm, words.data_ptr() % 16 == 0)
+    spec, shared = _specialized(
+        kernel, spec, None if out is None else out.dtype, nhwc, packed is not None,
+        None if residual is None else residual.dtype, threshold is not None, clamp_min is not None,
+        clamp_max is not None, tuple(vectors), words.data_ptr() % 16 == 0)
     main = _function(kernel, spec, device)
     tensors = dict(words=words, filters=filters, out=out, packed=packed, residual=residual,
                    threshold=threshold, moments=moments, **vectors)
@@ -275,7 +298,7 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         counts = words.new_empty(first + (rows if kernel.windows else 0))
         params.corr = counts.data_ptr()
         params.pa = params.corr + 4 * first if kernel.windows else None
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = _stream(device)
     run = driver()
     run.bind(_index(device))
     if prepare is not None:
@@ -288,12 +311,53 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     grid = min(tiles, multiprocessors(device)) if kernel.persistent else tiles
     if kernel.resident:
         grid = max(grid, columns)
+    if watch.launches is not None:
+        single = kernel.resident and not kernel.bulk
+        watch.launches.append(_again(main, (grid, kernel.threads, shared), params, tensors, device)
+                              if single else None)
     maps: tuple[TensorMap, ...] = ()
     if kernel.bulk:
         maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
                 run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
-    run.launch(main, grid, kernel.threads, kernel.shared_bytes(spec), stream, params, *maps,
+    run.launch(main, grid, kernel.threads, shared, stream, params, *maps,
                early=kernel.bulk or kernel.resident)
+
+
+def _again(main: Loaded, sizes: tuple[int, int, int], params: Params,
+           tensors: dict[str, Tensor | None], device: torch.device):
+    """For `replay`: a resident kernel's launch, and its tensors."""
+    kept, number = weakref.ref(main), _index(device)
+    names = [name for name, t in tensors.items() if t is not None]
+    numbers = {name: getattr(params, name) for name in (
+        "clamp_min", "clamp_max", "rows", "images")}
+
+    def again(stream: int, values: list[int]) -> None:
+        kernel, run = kept(), driver()
+        if kernel is None:
+            raise LookupError("the kernel has been unloaded")
+        if not kernel.captured and capturing(device):
+            kernel.keep()
+        run.bind(number)
+        run.launch(kernel, *sizes, stream, Params(**dict(zip(names, values, strict=True)),
+                                                  **numbers), early=True)
+
+    return again, [t for t in tensors.values() if t is not None]
+
+
+@functools.lru_cache(maxsize=4096)
+def _specialized(kernel: kernels.Kernel, spec: Spec, out, nhwc: bool, packed: bool, residual,
+                 threshold: bool, clamp_min: bool, clamp_max: bool, vectors: tuple[str, ...],
+                 aligned: bool) -> tuple[Spec, int]:
+    """(what the kernel is compiled for, bytes of its dynamic shared memory); out and residual:
+    their types."""
+    spec = spec.with_parts(
+        ("out_type", TYPES[out]), ("nhwc", int(nhwc)), ("packed", int(packed)),
+        ("residual", TYPES[residual]), ("threshold", int(threshold)),
+        ("clamp_min", int(clamp_min)), ("clamp_max", int(clamp_max)),
+        ("windows", int(kernel.windows)), *((name, 1) for name in vectors))
+    if kernel.resident:
+        spec = spec.resident(kernel.bm, aligned)
+    return spec, kernel.shared_bytes(spec)
 
 
 def peak(device: torch.device, rounds: int = 2000):
@@ -305,7 +369,7 @@ def peak(device: torch.device, rounds: int = 2000):
     params = Params(out=out.data_ptr(), rows=rounds)
 
     def call():
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = _stream(device)
         driver().bind(_index(device))
         driver().launch(function, blocks, kernel.threads, kernel.shared, stream, params)
         return out

@@ -9,6 +9,7 @@ it: checking synchronizes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -16,11 +17,11 @@ from typing import cast
 
 import torch
 
-from bitkernels.backends import gpus, reference
+from bitkernels.backends import gpus, reference, replay
 from bitkernels.backends import triton as package
 from bitkernels.backends.answer import Answer
 from bitkernels.backends.triton import configs, plan
-from bitkernels.backends.trust import Trust, Usable
+from bitkernels.backends.trust import Trust, Usable, is_current
 from bitkernels.ops._record import OPERATORS as RECORDS
 
 OLDEST = (3, 4)
@@ -29,8 +30,15 @@ OPERATORS = tuple(name for name, operator in RECORDS.items() if operator.file in
 PRODUCTS = tuple(name for name, operator in RECORDS.items() if operator.product)
 
 
+# Operators with one kernel, by device, once it has run there: usable and trusted.
+_ready: set[tuple[str, torch.device]] = set()
+
+
 def clear() -> None:
     """Forgets what has been checked; the next calls check again."""
+    _ready.clear()
+    kernel.cache_clear()
+    replay.clear()
     trust.clear()
     usable.clear()
 
@@ -54,6 +62,7 @@ def why_unusable(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
 def kernel(op: str):
     """Of the file that is named as the one of the operator's record."""
     module = importlib.import_module(f"bitkernels.backends.triton.{RECORDS[op].file}")
@@ -62,15 +71,24 @@ def kernel(op: str):
 
 def run(op: str, *args, **kw):
     device = args[0].device
+    if (op, device) in _ready and plan.takes(op, args, kw) and is_current(device):
+        try:
+            return _launch(op, *args, **kw)
+        except Exception:  # below it is tried again, and its kernel blamed
+            _ready.discard((op, device))
     inners = plan.decide(op, args, kw, device).inners
     if inners and _usable(device):
         for inner in inners:
             if not _trusted(op, inner, device):
                 continue
-            found = trust.run((op, inner), device, _launch, op, *args, **kw,
-                              **({"inner": inner} if inner else {}))
+            if inner is not None:
+                kw["inner"] = inner
+            found = trust.run((op, inner), device, _launch, op, *args, **kw)
             if found is not None:
+                if inner is None:
+                    _ready.add((op, device))
                 return found
+    kw.pop("inner", None)
     return reference.run(op, *args, **kw)
 
 
@@ -108,12 +126,17 @@ def _launch(op: str, *args, **kw):
 
 
 def _usable(device: torch.device) -> bool:
+    if usable.runs(device):
+        return True
     return usable.obstacle(
         device, why_unusable,
         lambda why: f"{why}; on {device} the operators run in plain PyTorch, slowly") is None
 
 
 def _trusted(op: str, inner: str | None, device: torch.device) -> bool:
+    if trust.passed((op, inner), device):
+        return True
+
     def failure() -> str | None:
         from bitkernels.backends.triton import selfcheck
 

@@ -60,8 +60,10 @@ def together(dim: int, out: Tensor, *tensors: Tensor
 
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an element of some tensor lies 2^31 or more elements from its first."""
-    return any(
-        t is not None and t.untyped_storage().nbytes() >= 2**30  # mostly not, and soon known
-        and sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 2**14 >= 2**31
-        for t in tensors
-    )
+    for t in tensors:
+        if t is None or (t.numel() < 2**30 and (  # most, and soon known
+                t.is_contiguous() or _is_rows(t))):
+            continue
+        if sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 2**14 >= 2**31:
+            return True
+    return False

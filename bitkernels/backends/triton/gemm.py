@@ -11,6 +11,7 @@ import triton
 
 from bitkernels.backends.triton import configs, elementwise, tuning
 from bitkernels.backends.triton.contraction import filter_kernel, window_kernel
+from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.plan import VECTORS
 
 
@@ -78,8 +79,7 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
         return triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cout, tile.get("BLOCK_N", 64))
 
     tuning.launch(inner, family, size, grid, words=words, filters=filters, GROUPS=groups, KH=kh,
-                  KW=kw, WIDTH=depth, size_class=tuning.size_class(rows), enable_fp_fusion=False,
-                  **common)
+                  KW=kw, WIDTH=depth, size_class=tuning.size_class(rows), **common)
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
@@ -117,10 +117,10 @@ def windows(words, groups, geometry, border, kh, kw, depth, rows, ptx):
     """Set bits of every window and group (pixels, groups), border class of every window."""
     pa = words.new_empty((rows, groups))
     labels = words.new_empty((rows if any(border) else 1,))
-    window_kernel[(triton.cdiv(rows, 128), groups)](
-        words, pa, labels, rows, *geometry, *border, GROUPS=groups, WIDTH=depth, KH=kh,
-        KW=kw, PTX=ptx, BLOCK_M=128, BLOCK_K=min(triton.next_power_of_2(depth), 32), WIDE=False,
-        num_warps=4, enable_fp_fusion=False)
+    top, bottom, left, right = border
+    launch(window_kernel, (-(-rows // 128), groups), (words, pa, labels, rows, *geometry), (4,),
+           TOP=top, BOTTOM=bottom, LEFT=left, RIGHT=right, GROUPS=groups, WIDTH=depth, KH=kh,
+           KW=kw, PTX=ptx, BLOCK_M=128, BLOCK_K=min(triton.next_power_of_2(depth), 32), WIDE=False)
     return pa, labels
 
 
@@ -130,8 +130,9 @@ def corrections(filters, channels, groups, border, pad_value, ptx):
     classes = math.prod(taps + 1 for taps in border)
     corr = filters.new_empty((classes, cout))
     block_b = min(triton.next_power_of_2(classes), 64)
-    filter_kernel[(triton.cdiv(cout, 32), triton.cdiv(classes, block_b))](
-        filters, corr, cout, classes, channels // groups, *border[1:], WIDTH=depth, KH=kh, KW=kw,
-        PAD_VALUE=max(pad_value, 0), PTX=ptx, BLOCK_B=block_b, BLOCK_N=32,
-        BLOCK_K=min(triton.next_power_of_2(depth), 32), num_warps=4, enable_fp_fusion=False)
+    _, bottom, left, right = border
+    launch(filter_kernel, (-(-cout // 32), -(-classes // block_b)),
+           (filters, corr, cout, classes, channels // groups), (4,), BOTTOM=bottom, LEFT=left,
+           RIGHT=right, WIDTH=depth, KH=kh, KW=kw, PAD_VALUE=max(pad_value, 0), PTX=ptx,
+           BLOCK_B=block_b, BLOCK_N=32, BLOCK_K=min(triton.next_power_of_2(depth), 32))
     return corr

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton.elementwise import collapse, wide
 from bitkernels.backends.triton.jit import row_offset
+from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sign_backward import ESTIMATORS, IDENTITY, estimator_grad
 from bitkernels.ops.geometry import is_channels_last
 from bitkernels.ops.latent_weight_grad import fake
@@ -54,29 +55,36 @@ def latent_weight_grad_kernel(grad, weight, scale, out, of_scale, clip, beta, co
         tl.store(of_scale + row, tl.sum(total, axis=0))
 
 
+def _rows(grad, weight, out):
+    """(grad, weight and out, or copies, outer, inner, strides of each): `collapse` by rows."""
+    same = weight.stride()
+    if (grad.stride() == same == out.stride()
+            and (weight.is_contiguous() or is_channels_last(weight))):
+        columns = weight.numel() // weight.shape[0]  # neighbours, in one order in all three
+        return (grad, weight, out), 1, columns, [(0, 1, columns)] * 3
+    tensors = [grad, weight, out]
+    if is_channels_last(weight):
+        tensors = [t.movedim(1, -1) for t in tensors]
+    found = collapse(0, *tensors)
+    if found is None:
+        *operands, to = tensors
+        tensors = [*(torch.empty_like(to, dtype=t.dtype).copy_(t) for t in operands), to]
+        found = collapse(0, *tensors)
+    return tensors, *found
+
+
 def latent_weight_grad(grad, weight, scale, estimator, clip, beta, scale_weight_grad, wants_scale):
     out, of_scale = fake(grad, weight, scale, estimator, clip, beta, scale_weight_grad,
                          wants_scale)
     if not weight.numel():
         return out, of_scale.zero_()
-    if is_channels_last(weight):
-        tensors = [t.movedim(1, -1) for t in (grad, weight, out)]
-    else:
-        tensors = [grad, weight, out]
-    found = collapse(0, *tensors)
-    if found is None:
-        *operands, to = tensors
-        operands = [torch.empty_like(to, dtype=t.dtype).copy_(t) for t in operands]
-        tensors = [*operands, to]
-        found = collapse(0, *tensors)
-    outer, inner, strides = found
+    tensors, outer, inner, strides = _rows(grad, weight, out)
     if clip is None and estimator == "ste_sign":
         estimator = "identity"
-    latent_weight_grad_kernel[(weight.shape[0],)](
-        tensors[0], tensors[1], scale.contiguous() if scale is not None and scale_weight_grad else
-        None, tensors[2], of_scale if wants_scale else None, 0.0 if clip is None else float(clip),
-        float(beta), outer * inner, None if outer == 1 else inner,
-        *(s for o, i, r in strides for s in (r, o, i)),
-        ESTIMATOR=ESTIMATORS.get(estimator, -1), BLOCK=BLOCK, WIDE=wide(*tensors), num_warps=4,
-        enable_fp_fusion=False)
+    factor = scale.contiguous() if scale is not None and scale_weight_grad else None
+    launch(latent_weight_grad_kernel, (weight.shape[0], 1),
+           (tensors[0], tensors[1], factor, tensors[2], of_scale if wants_scale else None,
+            0.0 if clip is None else float(clip), float(beta), outer * inner,
+            None if outer == 1 else inner, *(s for o, i, r in strides for s in (r, o, i))), (4,),
+           ESTIMATOR=ESTIMATORS.get(estimator, -1), BLOCK=BLOCK, WIDE=wide(*tensors))
     return out, of_scale

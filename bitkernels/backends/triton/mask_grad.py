@@ -9,6 +9,7 @@ import triton.language as tl
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import together, wide
 from bitkernels.backends.triton.jit import block_index, row_offset
+from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.geometry import empty_around
 
 
@@ -38,9 +39,8 @@ def mask_grad(grad, mask_words, dim=-1):
     if outer * inner:
         block_r, block_c = passes.tile("mask_grad", strides[2], channels)
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
-        mask_grad_kernel[grid](grad, masks, out, outer * inner,
-                               None if outer == 1 else inner, channels, masks.shape[-1],
-                               *strides, *out_strides, BLOCK_R=block_r, BLOCK_C=block_c,
-                               WIDE=wide(grad, masks, out),
-                               num_warps=passes.PASSES["mask_grad"].warps, enable_fp_fusion=False)
+        launch(mask_grad_kernel, grid,
+               (grad, masks, out, outer * inner, None if outer == 1 else inner, channels,
+                masks.shape[-1], *strides, *out_strides), (passes.PASSES["mask_grad"].warps,),
+               BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(grad, masks, out))
     return out

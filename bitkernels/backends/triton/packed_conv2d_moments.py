@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, passes, sums
 from bitkernels.backends.triton.jit import tile_rows
+from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.packed_conv2d import packed_conv2d
 from bitkernels.backends.triton.residual_block import positive, size_of
 
@@ -49,15 +50,14 @@ def moments(dot: Tensor, relu: bool) -> Tensor:
         return dot.new_zeros((3, channels), dtype=torch.int64)
     walk = passes.walk("moments", 1, rows, channels, elementwise.wide(dot))
     partial = dot.new_empty((walk.programs, 3, channels), dtype=torch.int64)
-    moments_kernel[(walk.programs, walk.blocks)](
-        dot, partial, rows, channels, walk.tiles, RELU=relu, BLOCK_R=walk.block_r,
-        BLOCK_C=walk.block_c, WIDE=walk.wide, num_warps=passes.PASSES["moments"].warps,
-        enable_fp_fusion=False)
+    launch(moments_kernel, (walk.programs, walk.blocks), (dot, partial, rows, channels, walk.tiles),
+           (passes.PASSES["moments"].warps,), RELU=relu, BLOCK_R=walk.block_r,
+           BLOCK_C=walk.block_c, WIDE=walk.wide)
     return sums.reduce(partial)
 
 
 def packed_conv2d_moments(words, weight_words, channels, stride, padding, dilation, groups, *,
-                          pad_value, out_channels, relu, dtype, inner):
+                          pad_value, out_channels, relu, dtype, sums=True, inner):
     dot, _ = packed_conv2d(words, weight_words, channels, stride, padding, dilation, groups,
                            pad_value=pad_value, out_channels=out_channels, dtype=dtype, inner=inner)
-    return dot, moments(dot, relu)
+    return dot, moments(dot, relu) if sums else None

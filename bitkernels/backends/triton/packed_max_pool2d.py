@@ -7,12 +7,13 @@ import triton.language as tl
 
 from bitkernels.backends.triton.elementwise import wide
 from bitkernels.backends.triton.jit import block_index
+from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.packed_max_pool2d import pool_geometry
 
 
 @triton.jit
-def packed_max_pool2d_kernel(words, out, total, width, H, W, OH, OW, KH: tl.constexpr,
-                             KW: tl.constexpr, SH, SW, PT, PL, DH, DW, BLOCK: tl.constexpr,
+def packed_max_pool2d_kernel(words, out, total, width, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
+                             KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
                              WIDE: tl.constexpr):
     i = block_index(BLOCK, WIDE)
     ok = i < total
@@ -35,7 +36,7 @@ def packed_max_pool2d(words, kernel_size, stride=(), padding=(0,), dilation=(1,)
     n, h, w, width = words.shape
     out = words.new_empty((n, oh, ow, width))
     if out.numel():
-        packed_max_pool2d_kernel[(triton.cdiv(out.numel(), 512),)](
-            words, out, out.numel(), width, h, w, oh, ow, *kernel, *stride, *padding, *dilation,
-            BLOCK=512, WIDE=wide(words, out), num_warps=4, enable_fp_fusion=False)
+        launch(packed_max_pool2d_kernel, (-(-out.numel() // 512), 1),
+               (words, out, out.numel(), width, h, w, oh, ow, *stride, *padding, *dilation), (4,),
+               KH=kernel[0], KW=kernel[1], BLOCK=512, WIDE=wide(words, out))
     return out

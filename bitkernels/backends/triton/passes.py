@@ -7,6 +7,7 @@ fill 132 processors once with the registers that they take.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -41,7 +42,10 @@ PASSES = {
 
 def tile(name: str, channel_stride: int, channels: int) -> tuple[int, int]:
     """(BLOCK_R, BLOCK_C), long along what is contiguous in memory."""
-    found = PASSES[name]
+    return _tile(PASSES[name], channel_stride, channels)
+
+
+def _tile(found: Pass, channel_stride: int, channels: int) -> tuple[int, int]:
     if channel_stride != 1:
         return found.elements // 8, 8
     columns = min(max(32, 1 << (channels - 1).bit_length()), found.columns)
@@ -61,7 +65,12 @@ class Walk(NamedTuple):
 
 def walk(name: str, channel_stride: int, rows: int, channels: int, far: bool) -> Walk:
     """far: whether offsets are int64 anyway."""
-    (block_r, block_c), most = tile(name, channel_stride, channels), PASSES[name].programs
+    return _walk(PASSES[name], channel_stride, rows, channels, far)
+
+
+@functools.lru_cache(4096)
+def _walk(found: Pass, channel_stride: int, rows: int, channels: int, far: bool) -> Walk:
+    (block_r, block_c), most = _tile(found, channel_stride, channels), found.programs
     tiles, blocks = -(-rows // block_r), -(-channels // block_c)
     programs = min(tiles, max(most // blocks, 1)) if most else -(-tiles // 2)
     wide = far or rows + 2 * programs * block_r >= 2**31

@@ -31,10 +31,9 @@ _ONE_KERNEL = Plan((None,), "the operator's kernel")
 
 def decide(op: str, args, kw, device: torch.device) -> Plan:
     """Of a call with checked arguments on a device that this backend runs on."""
-    if not configs.enabled():
-        return Plan((), "BITKERNELS_TRITON is 0")
-    if _is_double(op, args, kw):
-        return Plan((), "the kernels do not take float64")
+    if not takes(op, args, kw):
+        return Plan((), "the kernels do not take float64" if configs.enabled() else
+                    "BITKERNELS_TRITON is 0")
     if op not in PRODUCTS:
         return _ONE_KERNEL
     family = configs.family(device)
@@ -43,26 +42,32 @@ def decide(op: str, args, kw, device: torch.device) -> Plan:
     return _conv2d(family, *args, **kw)
 
 
+def takes(op: str, args, kw) -> bool:
+    """Whether some kernel takes the call."""
+    return configs.enabled() and not _is_double(op, args, kw)
+
+
+# Of operators of which not every tensor's type counts: the places of those that do. A residual
+# block's vectors may be of any type, a shift and a scale too; between its passes all is float64.
+_TYPED: dict[str, tuple[int, ...]] = {
+    "residual_block_statistics": (), "residual_block_gradients": (), "residual_block_forward": (1,),
+    "residual_block_backward": (0,), "residual_block_norm_backward": (0,),
+    "latent_weight_grad": (0,), "sign_backward": (0, 1, 3)}
+
+
 def _is_double(op: str, args, kw) -> bool:
-    """Whether arithmetic in float64 is asked for. A residual block's vectors may be of any type."""
+    """Whether arithmetic in float64 is asked for."""
     if op in PRODUCTS:
         found = [kw.get("dtype"), *(kw[n].dtype for n in (*VECTORS, "residual")
                                     if kw.get(n) is not None)]
-    elif op == "unpack":
-        found = [args[2]]
-    elif op in ("residual_block_statistics", "residual_block_gradients"):  # it is all they do
-        found = []
-    elif op == "residual_block_forward":
-        found = [args[1].dtype]
-    elif op.startswith("residual_block"):
-        found = [args[0].dtype]
-    elif op == "latent_weight_grad":  # not its scale
-        found = [args[0].dtype]
-    elif op == "sign_backward":  # not its shift
-        found = [t.dtype for t in (args[0], args[1], args[3]) if t is not None]
-    else:
-        return any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in args)
-    return torch.float64 in found
+        return torch.float64 in found
+    if op == "unpack":
+        return args[2] is torch.float64
+    places = _TYPED.get(op)
+    for t in args if places is None else [args[i] for i in places]:
+        if isinstance(t, torch.Tensor) and t.dtype is torch.float64:
+            return True
+    return False
 
 
 def _conv2d(family: str, words, weight_words, channels, stride=(1,), padding=(0,), dilation=(1,),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, passes, sums
 from bitkernels.backends.triton.jit import tile_rows, vector
+from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_real
 
@@ -202,10 +203,10 @@ def _elementwise(name: str, kernel, dot: Tensor, real: Tensor, vectors, dtype: t
         dot, real = rows_of(dot), rows_of(real)
         pair = (dot, real) if name == "block_forward" else (real, dot)
         walk = passes.walk(name, 1, rows, channels, elementwise.wide(out))
-        kernel[(walk.programs, walk.blocks)](
-            *pair, *_vectors(*vectors), out, rows, channels, walk.tiles, RELU=relu,
-            BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
-            num_warps=passes.PASSES[name].warps, enable_fp_fusion=False)
+        launch(kernel, (walk.programs, walk.blocks),
+               (*pair, *_vectors(*vectors), out, rows, channels, walk.tiles),
+               (passes.PASSES[name].warps,), RELU=relu, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c,
+               WIDE=walk.wide)
     return out
 
 
@@ -229,9 +230,9 @@ def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, c
     way = passes.PASSES["block_backward"]
     walk = passes.walk("block_backward", 1, rows, channels, elementwise.wide(dot))
     partial = dot.new_empty((walk.programs, 4, channels), dtype=torch.float64)
-    block_backward_kernel[(walk.programs, walk.blocks)](
-        rows_of(grad), rows_of(dot), residual, *_vectors(scale, bias, shift_in, slope, center), out,
-        partial, rows, channels, walk.tiles, RELU=relu, STEPS=way.steps, STAGES=way.stages,
-        BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide, num_warps=way.warps,
-        enable_fp_fusion=False)
+    launch(block_backward_kernel, (walk.programs, walk.blocks),
+           (rows_of(grad), rows_of(dot), residual,
+            *_vectors(scale, bias, shift_in, slope, center), out, partial, rows, channels,
+            walk.tiles), (way.warps,), RELU=relu, STEPS=way.steps, STAGES=way.stages,
+           BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide)
     return out, sums.reduce(partial)

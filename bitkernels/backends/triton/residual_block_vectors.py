@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.residual_block_vectors import fake_gradients, fake_statistics
 
 BLOCK = 32  # channels a program, one a thread: what counts is the latency
@@ -96,9 +97,8 @@ def residual_block_statistics(moments, scale, weight, bias, eps, dtype):
     channels = moments.shape[1]
     if channels:
         vectors = (None if t is None else t.contiguous() for t in (scale, weight, bias))
-        statistics_kernel[(triton.cdiv(channels, BLOCK),)](
-            moments.contiguous(), *vectors, *out, channels, EPS=float(eps), BLOCK=BLOCK,
-            num_warps=1, enable_fp_fusion=False)
+        launch(statistics_kernel, (-(-channels // BLOCK), 1),
+               (moments.contiguous(), *vectors, *out, channels), (1,), EPS=float(eps), BLOCK=BLOCK)
     return out
 
 
@@ -107,8 +107,7 @@ def residual_block_gradients(sums, total, vectors, scale, dtype):
     channels = sums.shape[1]
     if channels:
         sums = sums.contiguous()
-        gradients_kernel[(triton.cdiv(channels, BLOCK),)](
-            sums, sums if total is None else total.contiguous(), vectors.contiguous(),
-            None if scale is None else scale.contiguous(), *out, channels, BLOCK=BLOCK,
-            num_warps=1, enable_fp_fusion=False)
+        launch(gradients_kernel, (-(-channels // BLOCK), 1),
+               (sums, sums if total is None else total.contiguous(), vectors.contiguous(),
+                None if scale is None else scale.contiguous(), *out, channels), (1,), BLOCK=BLOCK)
     return out

@@ -15,6 +15,7 @@ import triton.language as tl
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import together, wide
 from bitkernels.backends.triton.jit import block_index, row_offset, tile_rows
+from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sums import COLUMNS, rows_at_once
 from bitkernels.ops.geometry import empty_around
 
@@ -103,11 +104,11 @@ def rprelu(input, shift_in, slope, shift_out):
     if outer * inner and channels:
         block_r, block_c = passes.tile("rprelu", strides[2], channels)
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
-        rprelu_kernel[grid](input, shift_in.contiguous(), slope.contiguous(),
-                            shift_out.contiguous(), out, outer * inner,
-                            None if outer == 1 else inner, channels, *strides, *out_strides,
-                            BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, out),
-                            num_warps=passes.PASSES["rprelu"].warps, enable_fp_fusion=False)
+        launch(rprelu_kernel, grid,
+               (input, shift_in.contiguous(), slope.contiguous(), shift_out.contiguous(), out,
+                outer * inner, None if outer == 1 else inner, channels, *strides, *out_strides),
+               (passes.PASSES["rprelu"].warps,), BLOCK_R=block_r, BLOCK_C=block_c,
+               WIDE=wide(input, out))
     return out
 
 
@@ -123,12 +124,12 @@ def rprelu_backward(grad, input, shift_in, slope):
         way = passes.PASSES["rprelu_backward"]
         walk = passes.walk("rprelu_backward", strides[2], rows, channels, wide(grad, input, out))
         partial = input.new_empty((walk.programs, 3, channels), dtype=torch.float32)
-        rprelu_backward_kernel[(walk.programs, walk.blocks)](
-            grad, input, shift_in.contiguous(), slope.contiguous(), out, partial, rows,
-            None if outer == 1 else inner, channels, walk.tiles, *grad_strides, *strides,
-            *out_strides, STAGES=way.stages, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c,
-            WIDE=walk.wide, num_warps=way.warps, enable_fp_fusion=False)
-        rprelu_reduce_kernel[(triton.cdiv(channels, COLUMNS), 3)](
-            partial, *sums, walk.programs, channels, BLOCK_P=rows_at_once(walk.programs),
-            BLOCK_C=COLUMNS, num_warps=8, enable_fp_fusion=False)
+        launch(rprelu_backward_kernel, (walk.programs, walk.blocks),
+               (grad, input, shift_in.contiguous(), slope.contiguous(), out, partial, rows,
+                None if outer == 1 else inner, channels, walk.tiles, *grad_strides, *strides,
+                *out_strides), (way.warps,), STAGES=way.stages, BLOCK_R=walk.block_r,
+               BLOCK_C=walk.block_c, WIDE=walk.wide)
+        launch(rprelu_reduce_kernel, (-(-channels // COLUMNS), 3),
+               (partial, *sums, walk.programs, channels), (8,),
+               BLOCK_P=rows_at_once(walk.programs), BLOCK_C=COLUMNS)
     return out, *sums

@@ -8,6 +8,7 @@ import triton.language as tl
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import together, wide
 from bitkernels.backends.triton.jit import block_index, row_offset, shift_tile
+from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.geometry import empty_around
 
 
@@ -35,8 +36,8 @@ def rsign(input, shift):
         block_r, block_c = passes.tile("rsign", strides[2], channels)
         each = None if shift.dim() == 1 else outer * inner // input.shape[0]
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))
-        rsign_kernel[grid](input, shift.contiguous(), out, outer * inner,
-                           None if outer == 1 else inner, channels, *strides, *out_strides, each,
-                           BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, out),
-                           num_warps=passes.PASSES["rsign"].warps, enable_fp_fusion=False)
+        launch(rsign_kernel, grid,
+               (input, shift.contiguous(), out, outer * inner, None if outer == 1 else inner,
+                channels, *strides, *out_strides, each), (passes.PASSES["rsign"].warps,),
+               BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, out))
     return out

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton import elementwise, passes, sums
 from bitkernels.backends.triton.jit import row_offset, tile_rows, vector
+from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_around
 
@@ -92,12 +93,12 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
         tl.debug_barrier()
 
 
-def sign_backward(grad, input, shift, add, estimator, clip, beta):
+def sign_backward(grad, input, shift, add, estimator, clip, beta, dtype=torch.float64):
     out = empty_around(input, 1)
     operands = tuple(t for t in (grad, input, add) if t is not None)
     channels = input.shape[1]
     if not input.numel():
-        return out, input.new_zeros((channels,), dtype=torch.float64)
+        return out, input.new_zeros((channels,), dtype=dtype)
     operands, outer, inner, strides = elementwise.together(1, out, *operands)
     if add is None:
         strides.insert(2, (0, 0, 0))
@@ -109,11 +110,11 @@ def sign_backward(grad, input, shift, add, estimator, clip, beta):
     walk = passes.walk("sign_backward", strides[1][2], rows, channels,
                        elementwise.wide(*operands, out))
     partial = input.new_empty((walk.programs, channels), dtype=torch.float64)
-    sign_backward_kernel[(walk.programs, walk.blocks)](
-        *operands[:2], None if shift is None else shift.contiguous(), add, out, partial,
-        0.0 if clip is None else float(clip), float(beta), rows,
-        None if outer == 1 else inner, channels, walk.tiles,
-        *(s for each in strides for s in each), ESTIMATOR=ESTIMATORS[estimator], STEPS=way.steps,
-        STAGES=way.stages, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide,
-        num_warps=way.warps, enable_fp_fusion=False)
-    return out, sums.reduce(partial)
+    launch(sign_backward_kernel, (walk.programs, walk.blocks),
+           (*operands[:2], None if shift is None else shift.contiguous(), add, out, partial,
+            0.0 if clip is None else float(clip), float(beta), rows,
+            None if outer == 1 else inner, channels, walk.tiles,
+            *(s for each in strides for s in each)), (way.warps,),
+           ESTIMATOR=ESTIMATORS[estimator], STEPS=way.steps, STAGES=way.stages,
+           BLOCK_R=walk.block_r, BLOCK_C=walk.block_c, WIDE=walk.wide)
+    return out, sums.reduce(partial, dtype)

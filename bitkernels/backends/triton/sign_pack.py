@@ -13,6 +13,7 @@ import triton.language as tl
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import collapse, wide
 from bitkernels.backends.triton.jit import block_index, pack_signs, row_offset, shift_tile
+from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.geometry import empty_words, word_count
 
 
@@ -82,18 +83,15 @@ def _launch(input, shift, clip, dim, with_mask):
     words = word_count(channels)
     if sc == 1:
         block_r, block_c = passes.tile("sign_pack", 1, channels)
-        grid = (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))
-        sign_pack_rows_kernel[grid](input, shift, signs, masks, clip, rows,
-                                    None if outer == 1 else inner, channels, words,
-                                    so, si, each, BLOCK_R=block_r, BLOCK_C=block_c,
-                                    WIDE=wide(input, signs),
-                                    num_warps=passes.PASSES["sign_pack"].warps,
-                                    enable_fp_fusion=False)
+        grid = -(-rows // block_r), -(-channels // block_c)
+        launch(sign_pack_rows_kernel, grid,
+               (input, shift, signs, masks, clip, rows, None if outer == 1 else inner, channels,
+                words, so, si, each), (passes.PASSES["sign_pack"].warps,),
+               BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, signs))
     else:
-        grid = (triton.cdiv(rows, 512), words)
-        sign_pack_planes_kernel[grid](input, shift, signs, masks, clip, rows, inner, channels,
-                                      words, so, si, sc, each, BLOCK_R=512,
-                                      WIDE=wide(input, signs), num_warps=8, enable_fp_fusion=False)
+        launch(sign_pack_planes_kernel, (-(-rows // 512), words),
+               (input, shift, signs, masks, clip, rows, inner, channels, words, so, si, sc, each),
+               (8,), BLOCK_R=512, WIDE=wide(input, signs))
     return signs, masks
 
 

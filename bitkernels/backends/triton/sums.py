@@ -12,9 +12,12 @@ where they take no registers.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bitkernels.backends.triton.launch import launch
 
 COLUMNS = 4  # of a reduction's program: few, for there are few programs to share the rows
 
@@ -38,19 +41,21 @@ def reduce_kernel(partial, out, programs, width, BLOCK_P: tl.constexpr, BLOCK_C:
     p = tl.arange(0, BLOCK_P)
     rows = tl.load(partial + p[:, None] * width + c[None, :],
                    mask=(p < programs)[:, None] & (c < width)[None, :], other=0)
-    tl.store(out + c, tl.sum(rows, axis=0), mask=c < width)
+    total = tl.sum(rows, axis=0)
+    if out.dtype.element_ty != partial.dtype.element_ty:  # to 16 bits by float32, as PyTorch does
+        total = total.to(tl.float32)
+    tl.store(out + c, total.to(out.dtype.element_ty), mask=c < width)
 
 
 def rows_at_once(programs: int) -> int:
     """BLOCK_P of a reduction: all rows by one load, whose latency is most of the time."""
-    return max(triton.next_power_of_2(programs), 32)
+    return max(1 << (programs - 1).bit_length(), 32)
 
 
-def reduce(partial: Tensor) -> Tensor:
-    """The sum over the first dimension."""
-    out = partial.new_empty(partial.shape[1:])
-    reduce_kernel[(triton.cdiv(out.numel(), COLUMNS),)](
-        partial, out, partial.shape[0], out.numel(),
-        BLOCK_P=rows_at_once(partial.shape[0]), BLOCK_C=COLUMNS, num_warps=8,
-        enable_fp_fusion=False)
+def reduce(partial: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over the first dimension, in a type of its own or in dtype."""
+    out = partial.new_empty(partial.shape[1:], dtype=dtype or partial.dtype)
+    programs, width = partial.shape[0], out.numel()
+    launch(reduce_kernel, (-(-width // COLUMNS), 1), (partial, out, programs, width), (8,),
+           BLOCK_P=rows_at_once(programs), BLOCK_C=COLUMNS)
     return out

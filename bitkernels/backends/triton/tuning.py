@@ -17,10 +17,12 @@ from contextvars import ContextVar
 import torch
 import triton
 
+from bitkernels.backends.replay import watch
 from bitkernels.backends.triton import configs
 from bitkernels.backends.triton.b1 import b1_kernel
 from bitkernels.backends.triton.configs import Size, Tile
 from bitkernels.backends.triton.contraction import int8_kernel, popc_kernel
+from bitkernels.backends.triton.launch import launch as launch_kernel
 
 KERNELS = {"b1": b1_kernel, "int8": int8_kernel, "popc": popc_kernel}
 # What the best configuration depends on, beside the types of the tensors, which Triton adds.
@@ -61,7 +63,7 @@ def milliseconds(call, quantiles):
 
 @functools.cache
 def tuner(inner: str, tiles: tuple[Tile, ...]):
-    """The kernel with one configuration, or with several to choose from."""
+    """The kernel with configurations to choose from."""
     return triton.autotune(
         [triton.Config(t.tile, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers)
          for t in tiles],
@@ -73,11 +75,18 @@ def launch(inner: str, family: str, size: Size, grid, **arguments) -> None:
     """One call of a product's kernel; `grid` is a function of the configuration."""
     table, choice = configs.table(inner, family, size.flat), _fixed.get()
     if choice is None and configs.tunes(size):
+        if watch.launches is not None:  # its launches are Triton's own
+            watch.launches.append(None)
         with contextlib.suppress(Untimed), _lock:  # a tuner holds the arguments of one call
-            tuner(inner, table)[grid](**arguments)
+            tuner(inner, table)[grid](**arguments, enable_fp_fusion=False)
             return
     if choice is None:
         choice = configs.fixed_tile(inner, family, size)
     elif isinstance(choice, int):
         choice = table[min(choice, len(table) - 1)]
-    tuner(inner, (choice,))[grid](**arguments)
+    kernel, given = KERNELS[inner], arguments | choice.tile
+    names = kernel.arg_names
+    numbers = names.index("size_class") + 1  # what follows is constexpr
+    launch_kernel(kernel, grid(choice.tile), tuple([given[name] for name in names[:numbers]]),
+                  (choice.warps, choice.stages, choice.registers),
+                  **{name: given[name] for name in names[numbers:]})

@@ -9,6 +9,7 @@ import triton.language as tl
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import wide
 from bitkernels.backends.triton.jit import block_index
+from bitkernels.backends.triton.launch import launch
 
 
 @triton.jit
@@ -30,7 +31,6 @@ def unpack(words, channels, dtype=torch.float32, dim=-1):
     found, count = passes.PASSES["unpack"], words.numel()
     if count:
         block = found.elements // 8
-        unpack_kernel[(triton.cdiv(count, block),)](
-            words, out, count, channels, words.shape[-1], BLOCK=block, WIDE=wide(words, out),
-            num_warps=found.warps, enable_fp_fusion=False)
+        launch(unpack_kernel, (-(-count // block), 1), (words, out, count, channels,
+               words.shape[-1]), (found.warps,), BLOCK=block, WIDE=wide(words, out))
     return out.movedim(-1, dim)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +67,7 @@ def test_each_thread_gets_a_context(op, kernel, driver):
 
 
 def test_the_peak_of_each_thread_gets_a_context(driver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=9))
+    monkeypatch.setattr(launch, "_stream", lambda device: 9)
     with driver.watching():
         call, _ = launch.peak(CPU)
         in_a_thread(call)

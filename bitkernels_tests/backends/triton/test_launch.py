@@ -16,56 +16,17 @@ if torch.cuda.is_available():
     pytest.skip("the other tests launch on the GPU", allow_module_level=True)
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bitkernels.backends.triton import configs, dispatch, selfcheck, tuning
+from bitkernels_tests import no_gpu
 from bitkernels_tests.backends import test_training_launches
 
 
-class NoGpu:
-    """As much of a driver as launching asks for, tensors being on the CPU."""
-
-    launched: list[tuple[str, tuple[int, int, int]]] = []  # compiled kernels keep their first one
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-        self.utils = self
-
-    def load_binary(self, name, kernel, shared, device):
-        self.loaded.append(name)
-        return 1, 1, 128, 0, 1024  # module, function, registers, spills, most threads
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132,
-                "warpSize": 32}
-
-    def launcher_cls(self, src, metadata):
-        def launch(x, y, z, *args):
-            self.launched.append((metadata.name, (x, y, z)))
-
-        return launch
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
 @pytest.fixture
-def launched(monkeypatch):
-    gpu, before = NoGpu(), dict(vars(driver))
-    driver.set_active(gpu)
-    monkeypatch.setattr(configs, "family", lambda device: "sm90")
-    tuning.tuner.cache_clear()
-    gpu.launched.clear()
-    yield gpu.launched
-    tuning.tuner.cache_clear()
-    vars(driver).update(before)
+def launched():
+    with no_gpu.triton_driver() as gpu:
+        yield gpu.launched
 
 
 def first_case(op, **forced):

@@ -7,11 +7,13 @@ import triton.language as tl
 
 from bitkernels.backends.triton.elementwise import wide
 from bitkernels.backends.triton.jit import block_index
+from bitkernels.backends.triton.launch import launch
 
 
 @triton.jit
-def packed_min_pool2d_kernel(words, out, total, width, H, W, OH, OW, KH: tl.constexpr,
-                             KW: tl.constexpr, SH, SW, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def packed_min_pool2d_kernel(words, out, total, width, H, W, OH, OW, SH, SW,
+                             KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+                             WIDE: tl.constexpr):
     i = block_index(BLOCK, WIDE)
     ok = i < total
     word, pixel = i % width, i // width
@@ -29,7 +31,7 @@ def packed_min_pool2d(words, kernel, stride, size):
     n, h, w, width = words.shape
     out = words.new_empty((n, *size, width))
     if out.numel():
-        packed_min_pool2d_kernel[(triton.cdiv(out.numel(), 512),)](
-            words, out, out.numel(), width, h, w, *size, *kernel, *stride, BLOCK=512,
-            WIDE=wide(words, out), num_warps=4, enable_fp_fusion=False)
+        launch(packed_min_pool2d_kernel, (-(-out.numel() // 512), 1),
+               (words, out, out.numel(), width, h, w, *size, *stride), (4,), KH=kernel[0],
+               KW=kernel[1], BLOCK=512, WIDE=wide(words, out))
     return out

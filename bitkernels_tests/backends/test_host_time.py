@@ -1,0 +1,103 @@
+"""What the host does for a training step and a call on a GPU: counted, not timed, without one."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has a launch path of its own", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("the drivers are replaced", allow_module_level=True)
+
+from bitkernels.backends import gpu, replay
+from bitkernels_tests import cuda_emulator, no_gpu
+from bitkernels_tests.backends import test_training_launches as training
+
+pytestmark = pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
+
+
+@pytest.fixture(params=(True, False), ids=("cuda", "triton"))
+def routed(request):
+    with no_gpu.routed(request.param) as found, torch.autograd.set_multithreading_enabled(False):
+        yield found
+
+
+def launches(found) -> int:
+    return len(found.launched) + no_gpu.NoDriver.launches
+
+
+@pytest.mark.parametrize("dtype,scale,most", [
+    (torch.float16, None, 22), (torch.float32, None, 20),
+    (torch.float16, "detached", 25), (torch.float32, "detached", 23)])
+def test_launches_of_a_block(monkeypatch, dtype, scale, most):
+    """Ours, PyTorch's and the library's, of forward, running statistics and backward."""
+    names = [name for name in sys.modules if name.startswith("bitkernels.ops")]
+    with no_gpu.routed(True) as found:
+        for name in names:  # a mode looks on, and the operators go the backend's way all the same
+            if hasattr(sys.modules[name], "inside"):
+                monkeypatch.setattr(sys.modules[name], "inside", lambda like: gpu.run)
+        block = training.block(64, weight_scale=scale)
+        training.step(block, dtype)  # compiles
+        block.zero_grad()
+        found.launched.clear()
+        no_gpu.NoDriver.launches = 0
+        others = training.step(block, dtype)
+        others.pop("binary_residual_block", None)
+        assert others.total() + launches(found) == most, (others, found.launched)
+
+
+def test_a_step_launches_the_same_from_the_second_on(routed):
+    """First as it comes, then recorded, then repeated."""
+    block, seen = training.block(64), []
+    x, grad = (torch.randn(1, 64, 2, 2).to(memory_format=torch.channels_last) for _ in range(2))
+    block(x)  # looks at its first input
+    replay.clear()
+    for _ in range(4):
+        routed.launched.clear()
+        no_gpu.NoDriver.launches = 0
+        block(x).backward(grad)
+        seen.append((list(routed.launched), no_gpu.NoDriver.launches))
+    assert seen[0] == seen[1] == seen[2] == seen[3] and launches(routed) >= 14
+    assert len(replay._recordings) == 6  # forward and backward, two unpacked, two gradients
+    assert {type(entry) for entry in replay._recordings.values()} == {replay._Recording}
+
+
+def calls_of(call) -> int:
+    """Functions of Python and C that a call enters."""
+    found = 0
+
+    def count(frame, event, arg):
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_step_enters_few_functions(routed):
+    """1,284 and 1,229 on 2026-11-27, of torch's too; 3,399 before launches were repeated."""
+    block = training.block(64)
+    x, grad = (torch.randn(1, 64, 2, 2).to(memory_format=torch.channels_last) for _ in range(2))
+    for _ in range(4):
+        block(x).backward(grad)
+    assert calls_of(lambda: block(x).backward(grad)) < 1400
+
+
+def test_a_call_enters_few_functions(routed):
+    words, filters = torch.zeros(1, 2, 2, 2).int(), torch.zeros(64, 3, 3, 2).int()
+
+    def call():
+        return torch.ops.bitkernels.packed_conv2d(words, filters, 64, 1, 1)
+
+    for _ in range(4):
+        call()
+    assert calls_of(call) < 200
