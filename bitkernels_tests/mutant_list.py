@@ -189,6 +189,7 @@ MUTANTS = (
         ("computed-once", "None if made.other else _recording(", "_recording("),
         ("which-of-the-overlapping", "return around[0] if len(around) == 1 and",
          "return around[0] if around and"),
+        ("repeated-though-wrong", "recording if equal else _NEVER", "recording"),
         ("zeroed-once", "            if zeroed:\n", "            if False:\n"))),
     Mutant("fused-eval-without-scale", "bitkernels/nn/residual_block.py",
            "scale=factor if scale is None else factor * scale, bias=bias",

@@ -21,7 +21,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bitkernels.backends import gpu
+from bitkernels.backends import gpu, replay
 from bitkernels.backends.cuda import dispatch as cuda
 from bitkernels.backends.cuda import launch
 from bitkernels.backends.cuda.driver import Driver, Loaded
@@ -153,6 +153,7 @@ def routed(with_cuda: bool = True) -> Iterator[NoGpu]:
         put(triton, "why_unusable", lambda device: None)
         for backend in (cuda, triton):
             put(backend, "_trusted", lambda *arguments: True)
+        put(replay, "same", lambda wanted, found: True)  # nothing is computed
         put(_conv2d_backward, "by_tables", lambda *arguments: (False, False))
         put(_training, "finish_weight_grad", lambda grad, weight, words, scale, train, *wants:
             _training.finish_in_one(grad, weight, scale, train, *wants))

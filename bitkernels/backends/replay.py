@@ -1,9 +1,11 @@
 """Remembers what a part of an operator launches, and launches it again with other addresses.
 
 Between two calls that look alike nothing differs but where the tensors are: kernels, grids, sizes
-and allocations are the same. The first call runs, the second one is recorded (`_record`), from the
-third on the recording runs (`_Recording.run`): one look at the arguments, the allocations, the
-launches. What is not an allocation, a view or a launch of ours makes a part one that always runs.
+and allocations are the same. The first call runs, the second one is recorded (`_record`), the third
+one runs both ways, which have to give the same bits (`_proven`), and from then on the recording
+runs (`_Recording.run`): one look at the arguments, the allocations, the launches. What is not an
+allocation, a view or a launch of ours makes a part one that always runs, and so does a recording
+that gives something else.
 
 Calls look alike where all agree that launches may depend on: shapes, strides and types, addresses
 modulo 16, all other arguments, the device and the environment variables of the backends.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,9 +149,46 @@ def call(run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> A
         _recordings[at] = _ONCE
     elif found is _ONCE:
         results, recording = _record(run, function, args, given)
-        _recordings[at] = _NEVER if recording is None else recording
+        _recordings[at] = _NEVER if recording is None else _Unproven(recording)
         return results
+    elif type(found) is _Unproven:
+        return _proven(at, found.recording, function, run, args, given)
     return function(run, *args)
+
+
+class _Unproven(NamedTuple):
+    recording: _Recording
+
+
+def _proven(at: tuple, recording: _Recording, function: Callable[..., Any], run, args,
+            given: list[Tensor]) -> Any:
+    """What the function returns; its recording is used from now on if it returns the same."""
+    results = function(run, *args)
+    if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return results  # comparing would synchronize: another time
+    wanted = (results,) if isinstance(results, Tensor) else results
+    try:
+        repeated = recording.run(given)
+        found = (repeated,) if isinstance(repeated, Tensor) else repeated
+        equal = all(map(same, wanted, found))
+    except Exception:  # as a lack of memory
+        _recordings[at] = _ONCE
+        return results
+    _recordings[at] = recording if equal else _NEVER
+    if not equal:
+        warnings.warn(f"bitkernels: repeating the launches of {function.__name__} gives other "
+                      "results than the first time; it is launched anew in each call, which is "
+                      "slower. Please report this.", stacklevel=2)
+    return results
+
+
+def same(wanted: Tensor | None, found: Tensor | None) -> bool:
+    """Bit for bit."""
+    if wanted is None or found is None:
+        return wanted is found
+    return wanted.shape == found.shape and wanted.dtype == found.dtype and (
+        not wanted.numel() or torch.equal(wanted.contiguous().view(torch.uint8),
+                                          found.contiguous().view(torch.uint8)))
 
 
 def _record(run, function, args, given: list[Tensor]) -> tuple[Any, _Recording | None]:

@@ -59,7 +59,7 @@ def test_the_same_again(way, size):
         out, none, zeros = replay.call(run, double_step, x, 1.5)
         assert torch.equal(out, x + 1.5) and none is None and not zeros.any()
         assert zeros.dtype == torch.int64 and out.data_ptr() != x.data_ptr()
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_what_looks_different_is_another_call():
@@ -75,7 +75,7 @@ def test_what_looks_different_is_another_call():
         for _ in range(3):
             out = replay.call(run, double_step, x, added)[0]
             assert torch.equal(out, x + added)
-    assert len(calls) == 2 * len(looks)
+    assert len(calls) == 3 * len(looks)
 
 
 @pytest.mark.parametrize("name", replay.VARIABLES)
@@ -85,7 +85,7 @@ def test_the_environment_is_asked_in_every_call(name, monkeypatch):
         replay.call(run, double_step, x, 1.0)
     monkeypatch.setenv(name, "7")
     replay.call(run, double_step, x, 1.0)
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 def test_views_of_arguments_and_of_results():
@@ -117,6 +117,33 @@ def test_what_computes_runs_always():
         return out
 
     assert runs_always(function, torch.randn(5)) and len(calls) == 3
+
+
+def test_what_repeats_wrongly_runs_always():
+    """It depends on what no argument tells."""
+    def function(run, x):
+        calls.append("plain")
+        out = torch.empty_like(x)
+        launch(x, out, x.numel(), float(len(calls)))
+        return out
+
+    x = torch.zeros(5)
+    for number in (1, 2):
+        assert replay.call(run, function, x)[0] == number
+    with pytest.warns(UserWarning, match="repeating the launches of function gives other results"):
+        assert replay.call(run, function, x)[0] == 3
+    assert replay.call(run, function, x)[0] == 4
+    assert list(replay._recordings.values()) == ["runs always"]
+
+
+def test_the_same_bits():
+    nan = torch.tensor([float("nan"), -0.0])
+    assert replay.same(nan, nan.clone()) and replay.same(None, None)
+    assert not replay.same(nan, torch.tensor([float("nan"), 0.0]))
+    assert not replay.same(nan, None) and not replay.same(nan, nan[:1])
+    image = torch.randn(2, 3, 4, 4)
+    assert replay.same(image, image.to(memory_format=torch.channels_last))
+    assert replay.same(torch.empty(0), torch.empty(0))
 
 
 def test_arguments_that_overlap_run_always():
@@ -168,7 +195,7 @@ def test_a_failing_launch_runs_as_the_first_time(monkeypatch):
         raise RuntimeError("no launch")
 
     recording.launches[1] = (fail, *recording.launches[1][1:])
-    assert torch.equal(replay.call(run, double_step, x, 1.0)[0], x + 1.0) and len(calls) == 3
+    assert torch.equal(replay.call(run, double_step, x, 1.0)[0], x + 1.0) and len(calls) == 4
 
 
 def test_nothing_is_repeated_where_a_backend_says_so(monkeypatch):

@@ -62,7 +62,7 @@ def test_an_epilogue(driver):
             scale=scale, bias=bias, slope=slope, sign_shift=bias)
         assert all(torch.equal(w, g) and w.stride() == g.stride()
                    for w, g in zip(want, got, strict=True)), number
-    assert recorded() == ["_Recording"] and len(driver.launched) == 4
+    assert recorded() == ["_Recording"] and len(driver.launched) == 5
 
 
 @pytest.mark.parametrize("sums", (True, False))
