@@ -102,7 +102,7 @@ class _Recording(NamedTuple):
 
 
 obstacles: list[Callable[[], bool]] = []  # of backends: whether nothing may be repeated now
-_recordings: dict[tuple, _Recording | str] = {}
+_recordings: dict[tuple, _Recording | _Unproven | str] = {}
 _ONCE, _NEVER = "ran once", "runs always"
 
 

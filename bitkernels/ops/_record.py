@@ -15,7 +15,6 @@ Three forms of one operator:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -133,6 +132,8 @@ def _detached(value: Any) -> Any:
 
 
 OPERATORS: dict[str, Operator] = {}
+# Of a name and an overload: the operator, its number of positional arguments, the others' names.
+_SIGNATURES: dict[tuple[str, str], tuple[torch._ops.OpOverload, int, list[str]]] = {}
 # By type of device: what runs the calls of operators that operators make (`inside`). Of devices
 # whose host is slower than they are; the C++ engine checks and unpacks its arguments itself.
 STRAIGHT: dict[str, Callable[..., Any]] = {}
@@ -167,20 +168,12 @@ def inside(like: torch.Tensor) -> Callable[..., Any]:
     return straight
 
 
-@functools.cache
-def _arguments(name: str, overload: str) -> tuple[torch._ops.OpOverload, int, list[str]]:
-    """(operator, its number of positional arguments, the names of the others)."""
-    op = OPERATORS[name].overloads[overload]
-    positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
-    return op, len(positional), [a.name for a in op._schema.arguments if a.kwarg_only]
-
-
 def dispatched(name: str, *args: Any, **kw: Any) -> Any:
     """A call, whose values are in the schema's order, by PyTorch's dispatcher; what the schema does
     not have, as which outputs are wanted, is left out."""
     which = kw.get("real", True), kw.get("packed", False)
     overload = next(name for name, outputs in OUTPUTS.items() if outputs == which)
-    op, positional, names = _arguments(name, overload)
+    op, positional, names = _SIGNATURES[name, overload]
     given = dict(zip(names, args[positional:], strict=False))
     found = op(*args[:positional], **given, **{n: v for n, v in kw.items() if n in names})
     if "real" not in kw or all(which):
@@ -195,6 +188,8 @@ def define(operator: Operator) -> None:
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for overload, op in operator.overloads.items():
         name = f"{operator.name}.{overload}".rstrip(".")
+        named = [a.name for a in op._schema.arguments if a.kwarg_only]
+        _SIGNATURES[operator.name, overload] = op, len(op._schema.arguments) - len(named), named
         torch.library.register_fake(f"bitkernels::{name}", _fake(operator, overload), lib=LIB)
         LIB.impl(name, batched(op, operator.batched), "FuncTorchBatched")
         LIB.impl(name, operator.autograd or refuse_grad(op, _straight(operator, overload)),
