@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #include "parallel.h"
@@ -118,8 +117,8 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
 
 // Filters as a kernel arranged them; the tasks of a thread that follow each other often share them.
 struct ArrangedFilters {
-  const uint32_t* tiles = nullptr;  // what they were made of
-  std::unique_ptr<uint32_t[]> lanes;
+  const uint32_t* tiles = nullptr;  // what they were made of, in this call
+  std::vector<uint32_t>& lanes;     // of the thread, so that later calls allocate nothing
 };
 
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& box,
@@ -131,13 +130,13 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& bo
   if (plan.depthwise) filters = plan.conv.tiles + first / kChunk * plan.tile_size;
   if (plan.arranged) {
     const int64_t words = plan.tile_size / kTile;
-    if (!arranged.lanes)
-      arranged.lanes.reset(new uint32_t[plan.width / kChunk * words * kArrangedLanes]);
+    const auto size = static_cast<size_t>(plan.width / kChunk * words * kArrangedLanes);
+    if (arranged.lanes.size() < size) arranged.lanes.resize(size);
     if (arranged.tiles != filters)
       plan.arranged->arrange(filters, plan.tile_size, static_cast<int>(ceil_div(channels, kTile)),
-                             words, arranged.lanes.get());
+                             words, arranged.lanes.data());
     arranged.tiles = filters;
-    filters = arranged.lanes.get();
+    filters = arranged.lanes.data();
   }
   const Channels c = {g, first, static_cast<int>(channels), filters};
   int64_t moments[4 * kChunk] = {};
@@ -302,7 +301,8 @@ void packed_conv2d(const Kernel& kernel, Conv conv, Epilogue epilogue, Strides o
                           (conv.kh * conv.kw * conv.channels + kOutput);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / products));
   parallel_for(outer * blocks, grain, [&](int64_t begin, int64_t end) {
-    ArrangedFilters arranged_filters;
+    static thread_local std::vector<uint32_t> lanes;
+    ArrangedFilters arranged_filters = {nullptr, lanes};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, task = i / blocks;
       Box box = {0, conv.out_h, 0, conv.out_w};
