@@ -91,7 +91,7 @@ bool fits(const Arg& arg, const Param& param) {
   }
 }
 
-void bind(Node& node, const Json& args, const Json& kwargs, const Index& index) {
+void fill_arguments(Node& node, const Json& args, const Json& kwargs, const Index& index) {
   const auto& params = node.op->params;
   const auto broken = [&](const std::string& why) {
     fail("the graph is broken: ", quoted(node.name), ", a call of ", node.op->name, ", ", why);
@@ -219,7 +219,7 @@ Graph graph_of(const SafeTensors& file) {
       if (!node.op)
         fail(quoted(node.name), " calls ", quoted(i[1].string),
              ", which this engine does not have");
-      bind(node, i[2], i[3], index);
+      fill_arguments(node, i[2], i[3], index);
     }
     add(std::move(node));
   }
