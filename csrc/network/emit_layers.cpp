@@ -140,13 +140,11 @@ void emit_mean(Lowering& low, const Call& call, int node) {
   View each = out;  // of the output's elements, where each begins in the input
   Sizes left, steps;
   each.strides = {};
-  int next = 0;
   for (int i = 0; i < t.sizes.rank; ++i) {
     const bool reduced = std::find(dims.begin(), dims.end(), i) != dims.end();
     if (reduced) left.push(x.sizes[i]), steps.push(x.strides[i]);
     if (reduced && out.sizes.rank != t.sizes.rank) continue;
     each.strides.push(reduced ? 0 : x.strides[i]);
-    ++next;
   }
   const Strided order = strided(out, each, each);
   const int64_t count = left.count();
