@@ -120,5 +120,22 @@ constexpr int kConvPixels = 6, kNarrowPixels = 6, kFewPixels = 1, kConvTiles = 1
 
 #include "isa_common.inc"
 
+namespace bytes {
+constexpr const char* kInt8Name = "bytes";
+constexpr int kInt8Depth = 4, kInt8Offset = 0;
+bool int8_supported() { return true; }
+// Two products, of at most 127 * 128 each, fit 16 bits.
+inline Ints dot_words(Ints acc, Ints words, Ints weights) {
+  const auto a = reinterpret_cast<int8x16_t>(words), w = reinterpret_cast<int8x16_t>(weights);
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(w)), high = vmull_high_s8(a, w);
+  return reinterpret_cast<Ints>(
+      vpadalq_s16(reinterpret_cast<int32x4_t>(acc), vpaddq_s16(low, high)));
+}
+#include "isa_int8.inc"
+}  // namespace bytes
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&bytes::kInt8Dot};
+
+#include "isa_table.inc"
+
 }  // namespace bitkernels::neon
 #endif

@@ -109,4 +109,21 @@ constexpr int kConvPixels = 2, kNarrowPixels = 2, kFewPixels = 1, kConvTiles = 1
 
 #include "isa_common.inc"
 
+namespace bytes {
+constexpr const char* kInt8Name = "bytes";
+constexpr int kInt8Depth = 4, kInt8Offset = 0;
+bool int8_supported() { return true; }
+inline Ints element(Ints words, int shift) {
+  return reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(words) << shift) >> 24;
+}
+inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  for (int shift = 0; shift < 32; shift += 8) acc += element(a, shift) * element(w, shift);
+  return acc;
+}
+#include "isa_int8.inc"
+}  // namespace bytes
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&bytes::kInt8Dot};
+
+#include "isa_table.inc"
+
 }  // namespace bitkernels::scalar
