@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import bitkernels
-from bitkernels.converter import file as converted_file
+from bitkernels.converter.described import inputs_of_file, module_of
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -165,8 +165,8 @@ class Graph:
         """What PyTorch computes."""
         described = json.loads(json.dumps(dict(inputs=self.inputs, nodes=self.nodes,
                                                output=self.output)))
-        module = converted_file._module(described, converted_file._inputs(described),
-                                        self.tensors, torch.device("cpu"))
+        module = module_of(described, inputs_of_file(described), self.tensors,
+                           torch.device("cpu"))
         with torch.no_grad():
             return list(module(*inputs))
 
