@@ -32,6 +32,8 @@ void test_int8_conv2d(const Kernel& k, const Int8Dot& dot, const RealConv& given
   for (int64_t i = 0; i < in.data.size; ++i) {
     if (conv.steps == 2) in.data.set(i, std::nearbyint(in.data.get(i) * 64) / 4);
     if (extreme) in.data.set(i, i % 7 ? 1 : -1);
+    if (std::isnan(in.data.get(i)))  // of any bits
+      in.data.as<uint32_t>()[i] = 0x7fc00000u | static_cast<uint32_t>(rng() & 0x803fffff);
   }
   std::unique_ptr<int8_t[]> weight(new int8_t[cout * c.channels * taps]);
   for (int64_t i = 0; i < cout * c.channels * taps; ++i)
