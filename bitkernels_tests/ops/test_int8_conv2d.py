@@ -104,3 +104,15 @@ def test_compiled_and_exported():
     batch = torch.export.Dim("batch")
     program = torch.export.export(Net(), (x,), dynamic_shapes={"x": {0: batch}})
     assert torch.equal(program.module()(x[:1]), wanted[:1])
+
+
+def test_multiply_adds_are_counted():
+    from bitkernels.counting.operators import macs, of_signs
+
+    conv, linear = ops.int8_conv2d.default, ops.int8_linear.default
+    args = (torch.randn(2, 6, 5, 4), torch.zeros(8, 3, 3, 2, dtype=torch.int8), torch.ones(8), None,
+            1.0, (1,), (0,), (1,), 2)
+    assert macs(conv, args, {}, conv(*args)) == 2 * 3 * 3 * 8 * 3 * 3 * 2
+    args = torch.randn(2, 3, 6), torch.zeros(8, 6, dtype=torch.int8), torch.ones(8), None, 1.0
+    assert macs(linear, args, {}, linear(*args)) == 2 * 3 * 8 * 6
+    assert not of_signs(conv) and not of_signs(linear)
