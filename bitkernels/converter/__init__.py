@@ -10,6 +10,7 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
   joins     steps behind a concatenation of products, in front of it
   signs     signs taken early: through pools, joins and norms, and written by the product itself
   real      batch norms into real convolutions; bfloat16
+  int8      real convolutions and linear layers in int8
   report    what became of each layer
   inputs    the types and sizes that a graph was made for, looked at in each call
   engine    a graph as one call of the C++ engine, csrc/network

@@ -24,7 +24,7 @@ class Signs:
 
     signs: how many were compared. different: how many of them differ from the model's. far: those
     of them whose real value is not within 1e-5 of the threshold, relative to the largest value;
-    a right conversion has none.
+    a right conversion has none, but behind layers in int8.
     """
 
     name: str

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from bitkernels import _onnx
 from bitkernels.converter.capture import capture
 from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
 from bitkernels.converter.inputs import Input, check_inputs, inputs_of
+from bitkernels.converter.int8 import in_int8
 from bitkernels.converter.joins import split_joins
 from bitkernels.converter.lower import lower
 from bitkernels.converter.net import WITH_WORDS, Net, ops
@@ -23,7 +24,7 @@ from bitkernels.converter.report import ConvertReport, report
 from bitkernels.converter.signs import move_signs, write_signs
 from bitkernels.packed import WeightImage
 
-REALS = ("float32", "bfloat16")
+REALS = ("float32", "bfloat16", "int8")
 tile_weight = ops.tile_weight.default
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -132,7 +133,7 @@ def _arrange(module: Converted, _: Any) -> None:
 
 
 def convert(model: nn.Module, example_inputs: Any = None, *,
-            real: Literal["float32", "bfloat16"] = "float32",
+            real: Literal["float32", "bfloat16", "int8"] = "float32",
             sign_of_zero: Literal[1] | None = None,
             dynamic_shapes: Any = None, verbose: bool = False) -> Converted:
     """A network that computes on bits what the model computes in evaluation.
@@ -140,7 +141,11 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     example_inputs: a tensor or a tuple of arguments, as the model will get them. The first size of
       each tensor, the batch, may be another later (but for one of 1 beside larger ones); other
       sizes, types and arguments that are no tensors may not.
-    real: "bfloat16" runs real convolutions and linear layers in bfloat16.
+    real: "bfloat16" runs real convolutions and linear layers in bfloat16. "int8" runs those of at
+      least 16 input channels a group on int8, a quarter of the bytes, with steps for activations
+      that are taken from the values in example_inputs: give real images, a batch or more. Values
+      are approximate then, by a few tenths of a percent of a layer's largest, and signs that are
+      near their thresholds may change; `bitkernels.converter.compare` counts them.
     sign_of_zero: 1 takes signs of 0 in code that computes on real numbers as +1, where it has 0
       (torch.sign) or -1. None: what has another sign of 0 stays real, and the report says so.
     dynamic_shapes: as of `torch.export.export`, for other sizes that may change.
@@ -158,7 +163,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     values is not.
 
     Raises ValueError for a model that cannot be exported, with the reason of torch.export, that
-    changes buffers or inputs in evaluation or calls as_strided, and for arguments out of range.
+    changes buffers or inputs in evaluation or calls as_strided, for arguments out of range, and
+    with real="int8" where a real layer's input is all 0 or not finite in the example_inputs.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -173,7 +179,7 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
         example_inputs = (example_inputs,)
     before = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     net = capture(model, tuple(example_inputs), dynamic_shapes)
-    reasons = passes(net, real, sign_of_zero)
+    reasons = passes(net, real, sign_of_zero, example_inputs)
     specs: Any = net.graph._codegen
     info = specs.pytree_info
     net.graph.set_codegen(fx.graph.CodeGen())
@@ -186,7 +192,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     return converted
 
 
-def passes(net: Net, real: str, sign_of_zero: int | None) -> dict[fx.Node, str]:
+def passes(net: Net, real: str, sign_of_zero: int | None,
+           example_inputs: Any) -> dict[fx.Node, str]:
     """All passes, in their order; why some real layers are not products of bits."""
     reasons = recognise(net, sign_of_zero)
     lower(net)
@@ -199,6 +206,8 @@ def passes(net: Net, real: str, sign_of_zero: int | None) -> dict[fx.Node, str]:
     channels_last(net)
     if real == "bfloat16":
         in_bfloat16(net)
+    elif real == "int8":
+        in_int8(net, tree_leaves(example_inputs), reasons)
     net.flatten()
     net.clean()
     return reasons

@@ -27,7 +27,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST_RANK = 8
 _DTYPES = (torch.float32, torch.int32, torch.int64, torch.bool)  # as in bk_dtype
 _FORMS = 16  # of inputs, whose descriptions are kept
-_NAMES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}
+_NAMES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+          torch.int8: "I8"}
 
 
 class Refused(Exception):

@@ -16,6 +16,7 @@ CONV, LINEAR = ops.packed_conv2d.default, ops.packed_linear.default
 PRODUCTS = (CONV, LINEAR)  # what the passes gather an epilogue in
 WITH_WORDS = (CONV, ops.packed_conv2d.packed, ops.packed_conv2d.both,
               LINEAR, ops.packed_linear.packed, ops.packed_linear.both)
+INT8 = (ops.int8_conv2d.default, ops.int8_linear.default)  # real layers, rounded
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out")
 
 

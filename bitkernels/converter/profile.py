@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from bitkernels._packages import needs
 from bitkernels.converter.converted import Converted
 from bitkernels.converter.engine import Engine
-from bitkernels.converter.net import WITH_WORDS, arguments, aten, ops
+from bitkernels.converter.net import INT8, WITH_WORDS, arguments, aten, ops
 
 _REAL = tuple(map(str, (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-                        aten.linear.default)))
+                        aten.linear.default, *INT8)))
 _BINARY = tuple(map(str, (*WITH_WORDS, ops.packed_conv_transpose2d.default)))
 PARTS = ("stem", "binary", "real", "glue")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, is_call, ops
+from bitkernels.converter.net import CONV, INT8, LINEAR, Net, arguments, aten, is_call, ops
 
 _PRODUCTS: dict[Any, str] = {
     **dict.fromkeys((CONV, ops.packed_conv2d.packed, ops.packed_conv2d.both), "conv2d"),
@@ -18,7 +18,9 @@ _PRODUCTS: dict[Any, str] = {
 _STEPS = {"clamp_min": "clamp", "clamp_max": "clamp", "scale": "scale", "bias": "bias",
           "residual": "residual", "slope": "activation", "threshold": "threshold"}
 _MULTIPLIES = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default,
-               aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
+               aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default,
+               aten.conv2d.padding, *INT8)
+IN_INT8 = "in int8"  # the reasons of such layers begin so
 _LATENT = {ops.binary_conv2d.default: "its weight is computed from the input",
            ops.binary_linear.default: "its weight is computed from the input",
            ops.binary_conv_transpose2d.default: "its weight is computed from the input"}
@@ -64,6 +66,9 @@ class ConvertReport:
                   + " -> ".join((p.reads, ", ".join(p.epilogue) or "as it is", p.writes))
                   for p in self.products]
         lines += [f"  real: {name}: {why}" for name, why in self.real]
+        if any(why.startswith(IN_INT8) for _, why in self.real):
+            lines.append("  values of int8 layers are approximate, signs near their thresholds may "
+                         "change: bitkernels.converter.compare counts them")
         if self.others:
             lines.append("  between them: " + ", ".join(f"{n} {name}" for name, n in self.others))
         return "\n".join(lines)

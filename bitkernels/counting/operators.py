@@ -78,6 +78,8 @@ _OURS: dict[Any, Callable[[Any, dict[str, Any], Any], int]] = {
     _ours.packed_linear: _packed_linear, _ours.binary_conv_transpose2d: _transposed,
     _ours.packed_conv_transpose2d: _packed_transposed,
 }
+_INT8: dict[Any, Callable[[Any, dict[str, Any], Any], int]] = {
+    _ours.int8_conv2d: _latent_conv, _ours.int8_linear: _linear}
 # (which argument is the matrix): products of a matrix and a vector, which torch's list lacks.
 _VECTORS: dict[Any, int] = {_aten.mv: 0, _aten.addmv: 1, _aten.dot: 0, _aten.vdot: 0}
 
@@ -85,8 +87,9 @@ _VECTORS: dict[Any, int] = {_aten.mv: 0, _aten.addmv: 1, _aten.dot: 0, _aten.vdo
 def macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
     """Multiply-adds of a call of an operator; None for one that is not known to multiply."""
     packet = func.overloadpacket
-    if packet in _OURS:
-        return _OURS[packet](func, _named(func, args, kwargs), out)
+    for ours in (_OURS, _INT8):
+        if packet in ours:
+            return ours[packet](func, _named(func, args, kwargs), out)
     if packet in _VECTORS:
         return args[_VECTORS[packet]].numel()
     if packet is _aten.mkldnn_rnn_layer:  # (T, N, ...) by the weights of input and of state

@@ -13,6 +13,8 @@ binary_conv2d_forward: Any
 binary_conv_transpose2d: Any
 binary_linear: Any
 binary_residual_block: Any
+int8_conv2d: Any
+int8_linear: Any
 latent_weight_grad: Any
 mask_grad: Any
 packed_conv2d: Any
@@ -42,6 +44,8 @@ __all__ = [
     "binary_conv_transpose2d",
     "binary_linear",
     "binary_residual_block",
+    "int8_conv2d",
+    "int8_linear",
     "latent_weight_grad",
     "mask_grad",
     "packed_conv2d",

@@ -32,7 +32,8 @@ LIB = torch.library.Library("bitkernels", "DEF")
 KEY = "CompositeExplicitAutograd"  # every device without a kernel of its own
 # Of operators that have these overloads: whether kernels are asked for (real, packed) outputs.
 OUTPUTS = {"": (True, False), "packed": (False, True), "both": (True, True)}
-GROUPS = ("Training", "Bits", "Products of bits", "The residual block")  # the page's sections
+# The page's sections.
+GROUPS = ("Training", "Bits", "Products of bits", "Real layers in int8", "The residual block")
 
 
 class Call(NamedTuple):

@@ -246,7 +246,7 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("model, options, says", [
     (lambda x: x, {}, "model must be a torch.nn.Module, got function"),
     (nn.Linear(3, 3), dict(example_inputs=None), "example_inputs must be given"),
-    (nn.Linear(3, 3), dict(real="int4"), "real must be one of float32, bfloat16, got 'int4'"),
+    (nn.Linear(3, 3), dict(real="int4"), "real must be one of float32, bfloat16, int8, got 'int4'"),
     (Branches(), {}, "cannot be exported"),
     (nn.Linear(4, 3), {}, "cannot be exported"),
 ])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bitkernels  # noqa: F401
-from bitkernels_tests.network.engine import EngineError, Graph
+from bitkernels_tests.network.engine import Engine, EngineError, Graph
 
 ops = torch.ops.bitkernels
 IMAGES = [(1, 1, 5, 7), (3, 3, 6, 6), (1, 31, 7, 5), (3, 33, 6, 5)]
@@ -208,6 +208,58 @@ def test_linear(shape):
     graph.check(*outputs)
 
 
+def int8(*shape):
+    return torch.randint(-128, 128, shape).to(torch.int8)
+
+
+def exactly(graph, *outputs):
+    engine = Engine(graph.file(*outputs))
+    for got, expected in zip(engine(*graph.values), graph.expected(graph.values), strict=True):
+        assert torch.equal(got, expected)
+    return engine
+
+
+def test_int8_conv2d(image):
+    graph, x, value = image
+    c, name = value.shape[1], "bitkernels.int8_conv2d.default"
+    first = graph.call(name, x, int8(5, c, 3, 3), torch.randn(5), torch.randn(5), 30.5)
+    outputs = [
+        first, graph.call("aten.relu.default", graph.call(
+            name, first, int8(33, 5, 1, 1), torch.randn(33) / 100, None, 3.0, [2, 2])),
+        graph.call(name, x, int8(2 * c, 1, 3, 2), torch.randn(2 * c), None, 50, [1, 2], [1, 0],
+                   [2, 1], c),
+        graph.call(name, x, int8(4, c, 2, 3), torch.randn(4), None, 9.0, [1, 1], [1, 0, 2, 1]),
+        graph.call(name, graph.call("aten.pad.default", x, [1, 0, 2, 1], "constant", 0.0),
+                   int8(4, c, 2, 3), torch.randn(4), None, 9.0, [1, 2], [1, 1])]
+    engine = exactly(graph, *outputs)
+    called = [call for _, call, *_ in engine.steps(*graph.values)]
+    assert "aten.pad.default" not in called and "aten.relu.default" not in called
+
+
+def test_int8_weights_are_arranged_once():
+    graph = Graph()
+    x = graph.input(torch.randn(2, 64, 5, 5))
+    weight = int8(128, 64, 3, 3)
+    y = graph.call("bitkernels.int8_conv2d.default", x, weight, torch.randn(128), None, 20.0)
+    flat = graph.call("aten.flatten.using_ints", y, 1)
+    z = graph.call("bitkernels.int8_linear.default", flat, int8(7, 1152), torch.randn(7),
+                   torch.randn(7), 0.5)
+    engine = exactly(graph, z)
+    constants, _ = engine.memory(*graph.values)
+    assert engine(torch.randn(0, 64, 5, 5))[0].shape == (0, 7)
+    assert engine.memory(torch.randn(3, 64, 5, 5))[0] == constants
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 3, 4)])
+def test_int8_linear(shape):
+    graph = Graph()
+    x = graph.input(torch.randn(shape), free=())
+    y = graph.call("bitkernels.int8_linear.default", x, int8(33, 4), torch.randn(33),
+                   torch.randn(33), 40.0)
+    exactly(graph, y, graph.call("aten.relu6.default", graph.call(
+        "bitkernels.int8_linear.default", y, int8(1, 33), torch.randn(1), None, 0.1)))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("channels, groups", [(1, 1), (31, 1), (33, 1), (66, 2), (64, 2), (3, 3)])
 def test_words(batch, channels, groups):
@@ -277,6 +329,19 @@ def test_empty_batch():
     ("bitkernels.sign_pack.default", (torch.randn(9), 1), r"shift must be of shape \(3,\)"),
     ("bitkernels.packed_conv2d.default", (torch.zeros(8, 1, 1, 1).int(), 3),
      "words must be int32 words of 4 dimensions"),
+    ("bitkernels.int8_conv2d.default", (torch.zeros(4, 3, 1, 1), torch.randn(4), None, 1.0),
+     "weight must be a constant, int8 of 4"),
+    ("bitkernels.int8_conv2d.default", (int8(4, 2, 1, 1), torch.randn(4), None, 1.0),
+     "weight must be of 1 groups for 3"),
+    ("bitkernels.int8_conv2d.default", (int8(4, 3, 1, 1), torch.randn(3), None, 1.0),
+     r"scale must be a constant of shape \(4,\)"),
+    ("bitkernels.int8_conv2d.default", (int8(4, 3, 1, 1), torch.randn(4), None, 0.0),
+     "steps must be a positive float32 number, got 0"),
+    ("bitkernels.int8_conv2d.default", (int8(4, 3, 210, 210), torch.randn(4), None, 1.0, 1, 200),
+     "weight must be of at most 132104 products"),
+    ("bitkernels.int8_linear.default", (int8(4, 3), torch.randn(4), None, 1.0),
+     "input must be of 1 to 3 dimensions, 3 wide"),
+    ("aten.mul.Tensor", (int8(2, 3, 4, 4),), "as a weight of int8 layers only"),
     ("aten.relu.default", (3,), "has too many arguments"),
     ("aten.prelu.default", (), "lacks weight"),
     ("aten.permute.default", ([0, 1, 1, 2],), "dims must be each of 4 dimensions once"),

@@ -1,8 +1,8 @@
 """Wrong arguments: one RuntimeError that names operator, argument, what it takes and what it got.
 
 The eager operator, the fake one (compile, export, meta) and the launcher in Python must say the
-same words. Rows by hand lie in `wrong_packed.py` and `wrong_trained.py`; those of every operator
-are made of its record's samples.
+same words. Rows by hand lie in `wrong_*.py`; those of every operator are made of its record's
+samples.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+import bitkernels_tests.ops.wrong_int8
 import bitkernels_tests.ops.wrong_packed
 import bitkernels_tests.ops.wrong_trained  # noqa: F401  its rows
 from bitkernels.ops._record import OPERATORS
@@ -71,7 +72,8 @@ def wrong_calls(op, args, kw):
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     for i in tensors:
         t = leaves[i].detach()
-        wrong = {"int8": t.to(torch.int8), "one more dimension": t.unsqueeze(0)}
+        other = torch.int16 if t.dtype is torch.int8 else torch.int8
+        wrong = {"type": t.to(other), "one more dimension": t.unsqueeze(0)}
         if i != tensors[0]:
             wrong["meta"] = t.to("meta")
         if refuses and t.is_floating_point():

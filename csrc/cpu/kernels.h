@@ -155,12 +155,41 @@ struct RealRun {
   int64_t out_pixel = 0;
 };
 
+// The same of an int8 layer. a and w are words of `Int8Dot::depth` channels.
+struct Int8Run {
+  const int32_t* a = nullptr;
+  int64_t a_pixel = 0, a_ky = 0, a_kx = 0, ky = 0, kx = 0, run = 0;
+  const int32_t* w = nullptr;
+  int64_t w_tile = 0, w_ky = 0, w_kx = 0;
+  const int32_t* start = nullptr;  // what each of ky x start_kx taps adds to 16 sums; may be null
+  int64_t start_tile = 0, start_ky = 0, start_kx = 0;
+  const float *scale = nullptr, *bias = nullptr;  // bias may be null
+  float lo = 0, hi = 0;
+  int64_t pixels = 0, channels = 0;
+  float* out = nullptr;
+  int64_t out_pixel = 0;
+};
+
+// A way to multiply int8 in exact sums of int32.
+struct Int8Dot {
+  const char* name;
+  bool (*supported)();
+  int depth;   // elements a 32-bit word: 4 of 8 bits, or 2 of 16
+  int offset;  // what is added to an activation in memory, where the instruction takes it unsigned
+  // Rows of n floats, `row` apart, to words: round(x * steps) in [-127, 127], 0 where x is NaN.
+  void (*quantize)(const float* x, int64_t rows, int64_t row, int64_t n, float steps, int32_t* out);
+  void (*run)(const Int8Run&);
+};
+constexpr int kInt8Ways = 2;
+
 struct RowsJob;  // elementwise.h
 
 struct Kernel {
   const char* name;
   bool (*supported)();
   const Arranged* arranged;  // null where tiles are best as they are
+  // Best first; the last that is not null runs wherever the kernel does.
+  const Int8Dot* int8[kInt8Ways];
   DotFn dot[2][kMaxPixels];  // [tiles - 1][pixels - 1]
   // Of 32 channels that have a window each: a and w have one word a tap, bit i of channel i; acc is
   // [pixel][32].
@@ -232,8 +261,8 @@ constexpr std::size_t kFunctionSizes[] = {BK_TRAINING_FUNCTIONS(BK_SIZE),
                                           BK_INFERENCE_FUNCTIONS(BK_SIZE)};
 #undef BK_SIZE
 static_assert(sizeof(Kernel) == sizeof(Kernel::name) + sizeof(Kernel::arranged) +
-                                    sizeof(Kernel::dot) + sizeof(Kernel::depthwise) +
-                                    sizeof(kFunctionSizes),
+                                    sizeof(Kernel::int8) + sizeof(Kernel::dot) +
+                                    sizeof(Kernel::depthwise) + sizeof(kFunctionSizes),
               "a function of Kernel is in neither list");
 
 // Best first; every machine supports the last.

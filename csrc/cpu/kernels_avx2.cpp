@@ -291,5 +291,40 @@ constexpr int kConvPixels = 6, kNarrowPixels = 6, kFewPixels = 1, kConvTiles = 1
 
 #include "isa_common.inc"
 
+// Pairs of 16 bits, whose sums of two products cannot saturate.
+namespace pairs {
+constexpr const char* kInt8Name = "pairs";
+constexpr int kInt8Depth = 2, kInt8Offset = 0;
+bool int8_supported() { return true; }
+BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  return acc + reinterpret_cast<Ints>(
+                   _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(w)));
+}
+#include "isa_int8.inc"
+}  // namespace pairs
+
+// Bytes by VNNI, of which the activations' are unsigned.
+namespace vnni {
+#pragma push_macro("BK_TARGET")
+#undef BK_TARGET
+#define BK_TARGET __attribute__((target("avx2,fma,f16c,bmi2,popcnt,avxvnni")))
+constexpr const char* kInt8Name = "vnni";
+constexpr int kInt8Depth = 4, kInt8Offset = 128;
+bool int8_supported() {  // by name GCC 11 does not know it
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(acc), reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(w)));
+}
+#include "isa_int8.inc"
+#pragma pop_macro("BK_TARGET")
+}  // namespace vnni
+
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &pairs::kInt8Dot};
+
+#include "isa_table.inc"
+
 }  // namespace bitkernels::avx2
 #endif

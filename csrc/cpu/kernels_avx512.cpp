@@ -108,5 +108,40 @@ constexpr int kConvPixels = 14, kNarrowPixels = 28, kFewPixels = 3, kConvTiles =
 
 #include "isa_common.inc"
 
+// Pairs of 16 bits, whose sums of two products cannot saturate.
+namespace pairs {
+constexpr const char* kInt8Name = "pairs";
+constexpr int kInt8Depth = 2, kInt8Offset = 0;
+bool int8_supported() { return true; }
+BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  return acc + reinterpret_cast<Ints>(
+                   _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(w)));
+}
+#include "isa_int8.inc"
+}  // namespace pairs
+
+// Bytes by VNNI, of which the activations' are unsigned.
+namespace vnni {
+#pragma push_macro("BK_TARGET")
+#undef BK_TARGET
+#define BK_TARGET                                                            \
+  __attribute__((                                                            \
+      target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,f16c,bmi2," \
+             "avx512vnni")))
+constexpr const char* kInt8Name = "vnni";
+constexpr int kInt8Depth = 4, kInt8Offset = 128;
+bool int8_supported() { return __builtin_cpu_supports("avx512vnni"); }
+BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(w)));
+}
+#include "isa_int8.inc"
+#pragma pop_macro("BK_TARGET")
+}  // namespace vnni
+
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &pairs::kInt8Dot};
+
+#include "isa_table.inc"
+
 }  // namespace bitkernels::avx512
 #endif

@@ -2,6 +2,9 @@
 // channels before a byte can overflow.
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include <cmath>
 #include <cstring>
@@ -119,6 +122,48 @@ inline float32x4_t fused(float32x4_t x, float32x4_t y, float32x4_t z) { return v
 constexpr int kConvPixels = 6, kNarrowPixels = 6, kFewPixels = 1, kConvTiles = 1, kFewTiles = 4;
 
 #include "isa_common.inc"
+
+namespace bytes {
+constexpr const char* kInt8Name = "bytes";
+constexpr int kInt8Depth = 4, kInt8Offset = 0;
+bool int8_supported() { return true; }
+// Two products, of at most 127 * 128 each, fit 16 bits.
+inline Ints dot_words(Ints acc, Ints words, Ints weights) {
+  const auto a = reinterpret_cast<int8x16_t>(words), w = reinterpret_cast<int8x16_t>(weights);
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(w)), high = vmull_high_s8(a, w);
+  return reinterpret_cast<Ints>(
+      vpadalq_s16(reinterpret_cast<int32x4_t>(acc), vpaddq_s16(low, high)));
+}
+#include "isa_int8.inc"
+}  // namespace bytes
+
+// Four products at once, where the machine has the instruction: compiled by GCC on Linux, where
+// that can be asked; clang before 16 knows it for whole files only.
+#if defined(__linux__) && !defined(__clang__)
+namespace sdot {
+#pragma push_macro("BK_TARGET")
+#undef BK_TARGET
+#define BK_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+constexpr const char* kInt8Name = "sdot";
+constexpr int kInt8Depth = 4, kInt8Offset = 0;
+bool int8_supported() {
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDotProducts;
+}
+BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  return reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(acc),
+                                          reinterpret_cast<int8x16_t>(w),
+                                          reinterpret_cast<int8x16_t>(a)));
+}
+#include "isa_int8.inc"
+#pragma pop_macro("BK_TARGET")
+}  // namespace sdot
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&sdot::kInt8Dot, &bytes::kInt8Dot};
+#else
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&bytes::kInt8Dot};
+#endif
+
+#include "isa_table.inc"
 
 }  // namespace bitkernels::neon
 #endif

@@ -1,4 +1,8 @@
 // Portable: no instruction set beyond the compiler's baseline. Runs everywhere, last in the table.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -108,5 +112,36 @@ inline Four fused(Four x, Four y, Four z) { return x * y + z; }
 constexpr int kConvPixels = 2, kNarrowPixels = 2, kFewPixels = 1, kConvTiles = 1, kFewTiles = 2;
 
 #include "isa_common.inc"
+
+namespace bytes {
+constexpr const char* kInt8Name = "bytes";
+constexpr int kInt8Depth = 4, kInt8Offset = 0;
+bool int8_supported() { return true; }
+inline Ints element(Ints words, int shift) {
+  return reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(words) << shift) >> 24;
+}
+inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  for (int shift = 0; shift < 32; shift += 8) acc += element(a, shift) * element(w, shift);
+  return acc;
+}
+#include "isa_int8.inc"
+}  // namespace bytes
+#if defined(__SSE2__)  // the baseline of x86-64 has pairs of 16 bits
+namespace pairs {
+constexpr const char* kInt8Name = "pairs";
+constexpr int kInt8Depth = 2, kInt8Offset = 0;
+bool int8_supported() { return true; }
+inline Ints dot_words(Ints acc, Ints a, Ints w) {
+  return acc + reinterpret_cast<Ints>(
+                   _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(w)));
+}
+#include "isa_int8.inc"
+}  // namespace pairs
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&pairs::kInt8Dot, &bytes::kInt8Dot};
+#else
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&bytes::kInt8Dot};
+#endif
+
+#include "isa_table.inc"
 
 }  // namespace bitkernels::scalar

@@ -14,6 +14,8 @@ void emit_rsign(Lowering&, const Call&, int node);
 void emit_unpack(Lowering&, const Call&, int node);
 void emit_conv(Lowering&, const Call&, int node);
 void emit_linear(Lowering&, const Call&, int node);
+void emit_int8_conv(Lowering&, const Call&, int node);
+void emit_int8_linear(Lowering&, const Call&, int node);
 void emit_max_pool(Lowering&, const Call&, int node);
 void emit_avg_pool(Lowering&, const Call&, int node);
 void emit_adaptive_pool(Lowering&, const Call&, int node);

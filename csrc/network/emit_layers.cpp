@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "cpu/conv2d.h"
+#include "cpu/int8_conv2d.h"
 #include "cpu/pool2d.h"
 #include "emit.h"
 #include "strided.h"
@@ -9,23 +10,53 @@
 namespace bitkernels::network {
 namespace {
 
-// The step of a convolution whose sizes are filled in; `node` writes, `call` is the layer's.
-void emit_product(Lowering& low, const Call& call, int node, RealConv conv, const View& x) {
-  const int layer = static_cast<int>(&call.node - low.graph.nodes.data());
-  const int weight = low.resolved(call, "weight").node;
-  const Kernel* kernel = &low.kernel;
-  const View out = low.out(node);
+RealConv conv_of(const Call& call, const Window& w, const View& x) {
+  const Sizes& f = call.tensor("weight").sizes;
+  RealConv c = {};
+  c.batch = x.sizes[0], c.height = x.sizes[2], c.width = x.sizes[3];
+  c.groups = call.integer("groups");
+  c.channels = f[1], c.out_channels = f[0] / c.groups;
+  c.kh = w.kh, c.kw = w.kw, c.stride_h = w.stride_h, c.stride_w = w.stride_w;
+  c.top = w.top, c.left = w.left, c.dilation_h = w.dilation_h, c.dilation_w = w.dilation_w;
+  c.out_h = w.out_h, c.out_w = w.out_w;
+  return c;
+}
+
+RealConv linear_of(const Call& call, const View& x) {
+  const Sizes& f = call.tensor("weight").sizes;
+  RealConv c = {};  // an image of one row
+  c.batch = c.height = c.out_h = 1;
+  c.width = c.out_w = x.sizes.count() / f[1];
+  c.groups = c.kh = c.kw = c.stride_h = c.stride_w = c.dilation_h = c.dilation_w = 1;
+  c.channels = f[1], c.out_channels = f[0];
+  return c;
+}
+
+// What is left of a layer whose sizes are filled in; `node` writes, `call` is the layer's.
+void fill(Lowering& low, const Call& call, int node, RealConv& conv, const View& x,
+          const View& out) {
   conv.in_pixel = rows_of(x)->row;
   conv.out_pixel = rows_of(out)->row;
   conv.lo = low.chain(node).lo;
   conv.hi = low.chain(node).hi;
+  if (call.given("bias")) conv.bias = low.constants.floats(low.resolved(call, "bias").node);
+}
+
+int layer_of(const Lowering& low, const Call& call) {
+  return static_cast<int>(&call.node - low.graph.nodes.data());
+}
+
+void emit_product(Lowering& low, const Call& call, int node, RealConv conv, const View& x) {
+  const int layer = layer_of(low, call), weight = low.resolved(call, "weight").node;
+  const Kernel* kernel = &low.kernel;
+  const View out = low.out(node);
+  fill(low, call, node, conv, x, out);
   conv.weight = static_cast<const float*>(
       low.constants.made(layer, "arranged", arranged_conv2d_size(*kernel, conv) * 4, [&](void* to) {
         const Memory dense = low.constants.weight(weight);
         arrange_conv2d(*kernel, conv, reinterpret_cast<const float*>(dense.get()),
                        static_cast<float*>(to));
       }));
-  if (call.given("bias")) conv.bias = low.constants.floats(low.resolved(call, "bias").node);
   const Where in = x.where, to = out.where;
   low.step(
       node, {x}, {out},
@@ -34,6 +65,37 @@ void emit_product(Lowering& low, const Call& call, int node, RealConv conv, cons
         c.input = f.at<const float>(in);
         c.out = f.at<float>(to);
         conv2d(*kernel, c);
+      },
+      weight);
+}
+
+// The same in int8; the rounded input has memory of its own.
+void emit_int8_product(Lowering& low, const Call& call, int node, const RealConv& sizes,
+                       const View& x) {
+  const int layer = layer_of(low, call), weight = low.resolved(call, "weight").node;
+  const Int8Dot* dot = &int8_dot(low.kernel);
+  const View out = low.out(node);
+  Int8Conv conv = {};
+  conv.layer = sizes;
+  fill(low, call, node, conv.layer, x, out);
+  conv.steps = static_cast<float>(call.number("steps"));
+  conv.scale = low.constants.floats(low.resolved(call, "scale").node);
+  conv.weight = static_cast<const int32_t*>(
+      low.constants.made(layer, "arranged", arranged_int8_size(*dot, sizes) * 4, [&](void* to) {
+        const Memory dense = low.constants.weight(weight);
+        arrange_int8_conv2d(*dot, sizes, reinterpret_cast<const int8_t*>(dense.get()),
+                            static_cast<int32_t*>(to));
+      }));
+  const View rounded = low.fresh({Element::kInt32, {int8_input_size(*dot, sizes)}}, {1});
+  const Where in = x.where, to = out.where, between = rounded.where;
+  low.step(
+      node, {x}, {out, rounded},
+      [=](const Frame& f) {
+        Int8Conv c = conv;
+        c.layer.input = f.at<const float>(in);
+        c.layer.out = f.at<float>(to);
+        c.quantized = f.at<int32_t>(between);
+        int8_conv2d(*dot, c);
       },
       weight);
 }
@@ -72,28 +134,24 @@ void pool_step(Lowering& low, int node, const View& x, const View& out, const Re
 
 void emit_conv(Lowering& low, const Call& call, int node) {
   const int layer = low.chain(node).conv;
-  const Window w = conv_window(call, low.pads(layer));
   const View x = low.rows(low.source(layer));
-  const Sizes& f = call.tensor("weight").sizes;
-  RealConv c = {};
-  c.batch = x.sizes[0], c.height = x.sizes[2], c.width = x.sizes[3];
-  c.groups = call.integer("groups");
-  c.channels = f[1], c.out_channels = f[0] / c.groups;
-  c.kh = w.kh, c.kw = w.kw, c.stride_h = w.stride_h, c.stride_w = w.stride_w;
-  c.top = w.top, c.left = w.left, c.dilation_h = w.dilation_h, c.dilation_w = w.dilation_w;
-  c.out_h = w.out_h, c.out_w = w.out_w;
-  emit_product(low, call, node, c, x);
+  emit_product(low, call, node, conv_of(call, conv_window(call, low.pads(layer)), x), x);
+}
+
+void emit_int8_conv(Lowering& low, const Call& call, int node) {
+  const int layer = low.chain(node).conv;
+  const View x = low.rows(low.source(layer));
+  emit_int8_product(low, call, node, conv_of(call, int8_window(call, low.pads(layer)), x), x);
 }
 
 void emit_linear(Lowering& low, const Call& call, int node) {
   const View x = low.rows(low.resolved(call, "input"));
-  const Sizes& f = call.tensor("weight").sizes;
-  RealConv c = {};  // an image of one row
-  c.batch = c.height = c.out_h = 1;
-  c.width = c.out_w = x.sizes.count() / f[1];
-  c.groups = c.kh = c.kw = c.stride_h = c.stride_w = c.dilation_h = c.dilation_w = 1;
-  c.channels = f[1], c.out_channels = f[0];
-  emit_product(low, call, node, c, x);
+  emit_product(low, call, node, linear_of(call, x), x);
+}
+
+void emit_int8_linear(Lowering& low, const Call& call, int node) {
+  const View x = low.rows(low.resolved(call, "input"));
+  emit_int8_product(low, call, node, linear_of(call, x), x);
 }
 
 void emit_max_pool(Lowering& low, const Call& call, int node) {

@@ -150,7 +150,8 @@ Type type_of(const SafeTensors::Entry& e) {
   static const std::pair<const char*, Element> kTypes[] = {{"F32", Element::kFloat32},
                                                            {"I32", Element::kInt32},
                                                            {"I64", Element::kInt64},
-                                                           {"BOOL", Element::kBool}};
+                                                           {"BOOL", Element::kBool},
+                                                           {"I8", Element::kInt8}};
   for (const auto& [name, element] : kTypes) {
     if (e.type != name) continue;
     Type type = {element, {}};
@@ -158,6 +159,16 @@ Type type_of(const SafeTensors::Entry& e) {
     return type;
   }
   fail("the tensor ", quoted(e.name), " is of type ", e.type, ", which this engine does not have");
+}
+
+// Int8 is for weights of int8 layers alone.
+void check_int8(const Graph& graph, const Arg& arg) {
+  for (const Arg& item : arg.items) check_int8(graph, item);
+  if (arg.kind != Arg::kNode) return;
+  const Node& node = graph.nodes[static_cast<size_t>(arg.integer)];
+  if (node.tensor && node.type.element == Element::kInt8)
+    fail("the tensor ", quoted(node.tensor->name),
+         " is of type I8, which this engine has as a weight of int8 layers only");
 }
 
 void add_outputs(const Json& v, const Index& index, std::vector<int>& outputs) {
@@ -220,6 +231,9 @@ Graph graph_of(const SafeTensors& file) {
         fail(quoted(node.name), " calls ", quoted(i[1].string),
              ", which this engine does not have");
       fill_arguments(node, i[2], i[3], index);
+      const bool int8 = i[1].string.rfind("bitkernels.int8_", 0) == 0;
+      for (size_t a = 0; a < node.args.size(); ++a)
+        if (!int8 || node.op->params[a].name != "weight") check_int8(graph, node.args[a]);
     }
     add(std::move(node));
   }
@@ -227,6 +241,12 @@ Graph graph_of(const SafeTensors& file) {
   if (!output) fail("the graph is broken: no output");
   add_outputs(*output, index, graph.outputs);
   if (graph.outputs.empty()) fail("the graph is broken: no output");
+  for (int o : graph.outputs) {
+    Arg arg;
+    arg.kind = Arg::kNode;
+    arg.integer = o;
+    check_int8(graph, arg);
+  }
   return graph;
 }
 

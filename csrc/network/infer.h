@@ -16,6 +16,8 @@ Value infer_unpack(const Call&);
 
 Value infer_conv(const Call&);
 Value infer_linear(const Call&);
+Value infer_int8_conv(const Call&);
+Value infer_int8_linear(const Call&);
 Value infer_norm(const Call&);
 Value infer_max_pool(const Call&);
 Value infer_avg_pool(const Call&);

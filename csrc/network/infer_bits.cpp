@@ -103,6 +103,28 @@ Value infer_sign_pack(const Call& call) {
   return of(Element::kInt32, out);
 }
 
+Window padded_window(const Call& call, const char* weight, int64_t height, int64_t width,
+                     int64_t kh, int64_t kw) {
+  const auto [sh, sw] = call.pair("stride", 1);
+  const auto [dh, dw] = call.pair("dilation", 1);
+  const std::vector<int64_t> p = call.integers("padding");
+  if (p.size() != 1 && p.size() != 2 && p.size() != 4)
+    call.wrong("padding", "one, two or four integers", text(p.size(), " of them"));
+  for (int64_t n : p)
+    if (n < 0 || n > 1 << 20) call.wrong("padding", "in [0, 1048576]", text(n));
+  Window w = {kh, kw, sh, sw, p[0], p[0], p.back(), p.back(), dh, dw, 0, 0};
+  if (p.size() == 4) w.bottom = p[1], w.left = p[2];
+  const auto out = [&](int64_t size, int64_t pads, int64_t taps, int64_t stride, int64_t dilation) {
+    const int64_t room = plus(size, pads) - plus(times(dilation, taps - 1), 1);
+    if (room < 0)
+      call.wrong(weight, "not larger than the padded input", text_of(call.tensor(weight)));
+    return room / stride + 1;
+  };
+  w.out_h = out(height, w.top + w.bottom, kh, sh, dh);
+  w.out_w = out(width, w.left + w.right, kw, sw, dw);
+  return w;
+}
+
 Window packed_window(const Call& call) {
   const int64_t channels = channels_of(call);
   const Type& words = words_of(call, "words", channels, 4);
@@ -112,23 +134,8 @@ Window packed_window(const Call& call) {
   if (f.sizes[0] % groups) call.wrong("groups", text("a divisor of ", f.sizes[0]), text(groups));
   if (call.given("out_channels") && call.integer("out_channels") != f.sizes[0])
     call.wrong("out_channels", text(f.sizes[0]), text(call.integer("out_channels")));
-  const auto [sh, sw] = call.pair("stride", 1);
-  const auto [dh, dw] = call.pair("dilation", 1);
-  const std::vector<int64_t> p = call.integers("padding");
-  if (p.size() != 1 && p.size() != 2 && p.size() != 4)
-    call.wrong("padding", "one, two or four integers", text(p.size(), " of them"));
-  for (int64_t n : p)
-    if (n < 0 || n > 1 << 20) call.wrong("padding", "in [0, 1048576]", text(n));
-  Window w = {f.sizes[1], f.sizes[2], sh, sw, p[0], p[0], p.back(), p.back(), dh, dw, 0, 0};
-  if (p.size() == 4) w.bottom = p[1], w.left = p[2];
-  const auto out = [&](int64_t size, int64_t pads, int64_t taps, int64_t stride, int64_t dilation) {
-    const int64_t room = plus(size, pads) - plus(times(dilation, taps - 1), 1);
-    if (room < 0) call.wrong("weight_words", "not larger than the padded input", text_of(f));
-    return room / stride + 1;
-  };
-  w.out_h = out(words.sizes[1], w.top + w.bottom, w.kh, sh, dh);
-  w.out_w = out(words.sizes[2], w.left + w.right, w.kw, sw, dw);
-  return w;
+  return padded_window(call, "weight_words", words.sizes[1], words.sizes[2], f.sizes[1],
+                       f.sizes[2]);
 }
 
 Value infer_packed_conv(const Call& call) {

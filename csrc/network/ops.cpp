@@ -53,6 +53,11 @@ std::vector<Op> table() {
       {"bitkernels.unpack.default", "words:T channels:i dtype:s=float32 dim:i=-1", infer_unpack,
        emit_unpack},
 
+      {"bitkernels.int8_conv2d.default",
+       "input:T weight:T scale:T bias:T? steps:f stride:I=1 padding:I=0 dilation:I=1 groups:i=1",
+       infer_int8_conv, emit_int8_conv, Fuse::kConv},
+      {"bitkernels.int8_linear.default", "input:T weight:T scale:T bias:T? steps:f",
+       infer_int8_linear, emit_int8_linear, Fuse::kConv},
       {"aten.conv2d.default",
        "input:T weight:T bias:T?=none stride:I=1 padding:I=0 dilation:I=1 groups:i=1", infer_conv,
        emit_conv, Fuse::kConv},

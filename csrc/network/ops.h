@@ -50,8 +50,12 @@ struct Pads {
   int64_t left = 0, right = 0, top = 0, bottom = 0;
   bool any() const { return left || right || top || bottom; }
 };
-Window conv_window(const Call& call, const Pads& pads = {});        // aten.conv2d
-Window packed_window(const Call& call);                             // packed_conv2d*
+Window conv_window(const Call& call, const Pads& pads = {});  // aten.conv2d
+Window packed_window(const Call& call);                       // packed_conv2d*
+Window int8_window(const Call& call, const Pads& pads = {});  // int8_conv2d
+// With padding as one, two or four integers, of a filter that the argument `weight` is.
+Window padded_window(const Call& call, const char* weight, int64_t height, int64_t width,
+                     int64_t kh, int64_t kw);
 Window pool_window(const Call& call, int first, const Pads& = {});  // first: the height's dimension
 std::vector<int64_t> pads_of(const Call& call, const Type& input);  // aten.pad: each >= 0
 std::vector<int> reduced_dims(const Call& call, const Type& input);  // aten.mean.dim, sorted

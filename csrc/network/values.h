@@ -11,10 +11,11 @@ namespace bitkernels::network {
 
 constexpr int kMostRank = 8;
 
-enum class Element : int32_t { kFloat32 = 0, kInt32 = 1, kInt64 = 2, kBool = 3 };  // as bk_dtype
-constexpr const char* kElementNames[] = {"float32", "int32", "int64", "bool"};
+// As bk_dtype; weights alone are int8.
+enum class Element : int32_t { kFloat32 = 0, kInt32 = 1, kInt64 = 2, kBool = 3, kInt8 = 4 };
+constexpr const char* kElementNames[] = {"float32", "int32", "int64", "bool", "int8"};
 inline int64_t bytes_of(Element e) {
-  return e == Element::kInt64 ? 8 : e == Element::kBool ? 1 : 4;
+  return e == Element::kInt64 ? 8 : e == Element::kBool || e == Element::kInt8 ? 1 : 4;
 }
 inline const char* name_of(Element e) { return kElementNames[static_cast<int>(e)]; }
 

@@ -327,6 +327,7 @@ void test_kernel(const Kernel& k) {
   test_block_passes(k);
   test_gradients(k);
   test_real_layers(k);
+  test_int8_layers(k);
 
   parameters = k.name;
   uint32_t sink = 1;

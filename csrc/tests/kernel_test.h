@@ -244,5 +244,6 @@ inline int32_t naive_dot(const Conv& c, const Words& in, const Words& weight, in
 void test_block_passes(const Kernel& k);  // kernel_test_block.cpp
 void test_gradients(const Kernel& k);     // kernel_test_grads.cpp
 void test_real_layers(const Kernel& k);   // kernel_test_real.cpp
+void test_int8_layers(const Kernel& k);   // kernel_test_int8.cpp
 
 }  // namespace bitkernels
