@@ -12,7 +12,8 @@ struct File {
   std::string tensors, entries, nodes;
   std::mt19937 random{7};
 
-  std::string constant(const std::string& name, const std::vector<int64_t>& shape, bool words) {
+  std::string constant(const std::string& name, const std::vector<int64_t>& shape,
+                       const std::string& type) {
     int64_t count = 1;
     std::string sizes;
     for (int64_t n : shape) {
@@ -24,20 +25,23 @@ struct File {
       const float real = static_cast<float>(random() % 2001) / 1000.0f - 1.0f;
       const uint32_t word = random();
       char bytes[4];
-      std::memcpy(bytes, words ? static_cast<const void*>(&word) : &real, 4);
-      tensors.append(bytes, 4);
+      std::memcpy(bytes, type == "F32" ? static_cast<const void*>(&real) : &word, 4);
+      tensors.append(bytes, type == "I8" ? 1 : 4);
     }
-    entries += (entries.empty() ? "" : ", ") + ("\"" + name + "\": {\"dtype\": \"") +
-               (words ? "I32" : "F32") + "\", \"shape\": [" + sizes + "], \"data_offsets\": [" +
-               std::to_string(begin) + ", " + std::to_string(tensors.size()) + "]}";
+    entries += (entries.empty() ? "" : ", ") + ("\"" + name + "\": {\"dtype\": \"") + type +
+               "\", \"shape\": [" + sizes + "], \"data_offsets\": [" + std::to_string(begin) +
+               ", " + std::to_string(tensors.size()) + "]}";
     node(name + "_1", "constant", "'" + name + "'");
     return name + "_1";
   }
   std::string real(const std::string& name, const std::vector<int64_t>& shape) {
-    return "{'node': '" + constant(name, shape, false) + "'}";
+    return "{'node': '" + constant(name, shape, "F32") + "'}";
+  }
+  std::string int8(const std::string& name, const std::vector<int64_t>& shape) {
+    return "{'node': '" + constant(name, shape, "I8") + "'}";
   }
   std::string words(const std::string& name, const std::vector<int64_t>& shape) {
-    return "{'node': '" + constant(name, shape, true) + "'}";
+    return "{'node': '" + constant(name, shape, "I32") + "'}";
   }
   void node(const std::string& name, const std::string& call, const std::string& args,
             const std::string& kwargs = "") {
@@ -103,12 +107,19 @@ inline File network(int pad_value) {
   f.node("wide", "aten.cat.default", "[" + at("unpacked") + ", " + at("unpacked") + "], 1");
   f.node("sum", "aten.add.Tensor", at("max") + ", " + at("wide"));
   f.node("avg", "aten.avg_pool2d.default", at("sum") + ", [2, 2], [1, 1]");
-  f.node("adaptive", "aten.adaptive_avg_pool2d.default", at("avg") + ", [2, 2]");
+  f.node("rounded", "bitkernels.int8_conv2d.default",
+         at("avg") + ", " + f.int8("eight", {64, 32, 3, 3}) + ", " + f.real("eight.scale", {64}) +
+             ", null, 20.5, [1, 1], [1, 0, 2, 1], [1, 1], 2");
+  f.node("bounded", "aten.relu.default", at("rounded"));
+  f.node("adaptive", "aten.adaptive_avg_pool2d.default", at("bounded") + ", [2, 2]");
   f.node("turned", "aten.permute.default", at("adaptive") + ", [0, 2, 3, 1]");
   f.node("flat", "aten.flatten.using_ints", at("turned") + ", 1");
   f.node("logits", "aten.linear.default",
          at("flat") + ", " + f.real("head", {10, 256}) + ", " + f.real("head.bias", {10}));
-  f.node("odds", "aten.softmax.int", at("logits") + ", 1");
+  f.node("more", "bitkernels.int8_linear.default",
+         at("logits") + ", " + f.int8("ten", {10, 10}) + ", " + f.real("ten.scale", {10}) + ", " +
+             f.real("ten.bias", {10}) + ", 3");
+  f.node("odds", "aten.softmax.int", at("more") + ", 1");
   return f;
 }
 
