@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 ENV_STAMP := $(VENV)/.bitkernels-environment
 BUILD_STAMP := $(VENV)/.bitkernels-build
 ENGINE := $(wildcard csrc/*.h $(addprefix csrc/,$(foreach room,torch cpu network,$(room)/*.cpp $(room)/*.h $(room)/*.inc)))
-# Networks are planned by code whose size matters more than its speed.
+# The size of code that plans networks, and of kernels for old processors, matters more than its speed.
 LIBRARY_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/network/*.cpp)
 KERNEL_TEST := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
 NETWORK_TEST := $(LIBRARY_SOURCES) $(wildcard csrc/tests/network/*.cpp)
@@ -50,7 +50,7 @@ endef
 # Python and LibTorch, and what is linked with it.
 define engine
 	mkdir -p build/$(4)
-	printf '%s\n' $(foreach f,$(LIBRARY_SOURCES),'$(if $(findstring network,$(f)),$(3:-O3=-Os),$(3)) -c $(f)') | \
+	printf '%s\n' $(foreach f,$(LIBRARY_SOURCES),'$(if $(or $(findstring network,$(f)),$(findstring scalar,$(f))),$(3:-O3=-Os),$(3)) -c $(f)') | \
 	xargs -P $(JOBS) -I{} sh -c 'set -- {}; for f; do :; done; \
 	  $(1) {} $(KERNEL_FLAGS) -DBK_INFERENCE_ONLY -ffunction-sections -fdata-sections -o build/$(4)/$$(basename $$f .cpp).o'
 	rm -f build/$(4)/libbitkernels.a

@@ -1,5 +1,5 @@
-// AVX-512 with VPOPCNTDQ (Ice Lake, Zen 4 and later): one 512-bit xor, popcount and add per 512
-// products, 16 output channels in the lanes, so that no sum ever crosses a lane.
+// AVX-512 with VPOPCNTDQ and VNNI (Ice Lake, Zen 4 and later): one 512-bit xor, popcount and add
+// per 512 products, 16 output channels in the lanes, so that no sum ever crosses a lane.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -23,7 +23,8 @@ constexpr int kLanes = 16;
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("bmi2");
+         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("bmi2");
 }
 
 #define BK_MASK_REGISTERS
@@ -108,18 +109,6 @@ constexpr int kConvPixels = 14, kNarrowPixels = 28, kFewPixels = 3, kConvTiles =
 
 #include "isa_common.inc"
 
-// Pairs of 16 bits, whose sums of two products cannot saturate.
-namespace pairs {
-constexpr const char* kInt8Name = "pairs";
-constexpr int kInt8Depth = 2, kInt8Offset = 0;
-bool int8_supported() { return true; }
-BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
-  return acc + reinterpret_cast<Ints>(
-                   _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(w)));
-}
-#include "isa_int8.inc"
-}  // namespace pairs
-
 // Bytes by VNNI, of which the activations' are unsigned.
 namespace vnni {
 #pragma push_macro("BK_TARGET")
@@ -130,7 +119,7 @@ namespace vnni {
              "avx512vnni")))
 constexpr const char* kInt8Name = "vnni";
 constexpr int kInt8Depth = 4, kInt8Offset = 128;
-bool int8_supported() { return __builtin_cpu_supports("avx512vnni"); }
+bool int8_supported() { return true; }
 BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(w)));
@@ -139,7 +128,7 @@ BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
 #pragma pop_macro("BK_TARGET")
 }  // namespace vnni
 
-constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &pairs::kInt8Dot};
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, nullptr};
 
 #include "isa_table.inc"
 
