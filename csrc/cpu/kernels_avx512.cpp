@@ -12,6 +12,10 @@
 #include "elementwise.h"
 #include "kernels.h"
 
+namespace bitkernels::avx2 {
+extern const Int8Dot kInt8Pairs;  // for a machine that hides its VNNI
+}
+
 namespace bitkernels::avx512 {
 
 #define BK_TARGET \
@@ -108,18 +112,6 @@ constexpr int kConvPixels = 14, kNarrowPixels = 28, kFewPixels = 3, kConvTiles =
 
 #include "isa_common.inc"
 
-// Pairs of 16 bits, whose sums of two products cannot saturate.
-namespace pairs {
-constexpr const char* kInt8Name = "pairs";
-constexpr int kInt8Depth = 2, kInt8Offset = 0;
-bool int8_supported() { return true; }
-BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
-  return acc + reinterpret_cast<Ints>(
-                   _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(w)));
-}
-#include "isa_int8.inc"
-}  // namespace pairs
-
 // Bytes by VNNI, of which the activations' are unsigned.
 namespace vnni {
 #pragma push_macro("BK_TARGET")
@@ -139,7 +131,7 @@ BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
 #pragma pop_macro("BK_TARGET")
 }  // namespace vnni
 
-constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &pairs::kInt8Dot};
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &avx2::kInt8Pairs};
 
 #include "isa_table.inc"
 
