@@ -18,7 +18,7 @@ from bitkernels.backends.cuda import dispatch as cuda
 from bitkernels.backends.cuda import plan
 
 FEATURES = ("popcnt", "avx2", "avx512_bw", "avx512_vl", "avx512_vpopcntdq", "avx512_bitalg",
-            "neon", "sve")
+            "avx512_vnni", "avx_vnni", "neon", "sve")
 DISTRIBUTIONS = {"triton": ("triton", "pytorch-triton-rocm", "triton-windows"),
                  "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
 TRAINING = (("safetensors", "safetensors"), ("tqdm", "tqdm"), ("sklearn", "scikit-learn"),

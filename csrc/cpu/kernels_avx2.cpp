@@ -322,7 +322,9 @@ BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
 #pragma pop_macro("BK_TARGET")
 }  // namespace vnni
 
-constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &pairs::kInt8Dot};
+extern const Int8Dot kInt8Pairs;
+const Int8Dot kInt8Pairs = pairs::kInt8Dot;
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &kInt8Pairs};
 
 #include "isa_table.inc"
 

@@ -1,5 +1,5 @@
-// AVX-512 with VPOPCNTDQ and VNNI (Ice Lake, Zen 4 and later): one 512-bit xor, popcount and add
-// per 512 products, 16 output channels in the lanes, so that no sum ever crosses a lane.
+// AVX-512 with VPOPCNTDQ (Ice Lake, Zen 4 and later): one 512-bit xor, popcount and add per 512
+// products, 16 output channels in the lanes, so that no sum ever crosses a lane.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -12,6 +12,10 @@
 #include "elementwise.h"
 #include "kernels.h"
 
+namespace bitkernels::avx2 {
+extern const Int8Dot kInt8Pairs;  // for a machine that hides its VNNI
+}
+
 namespace bitkernels::avx512 {
 
 #define BK_TARGET \
@@ -23,8 +27,7 @@ constexpr int kLanes = 16;
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("bmi2");
+         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("bmi2");
 }
 
 #define BK_MASK_REGISTERS
@@ -119,7 +122,7 @@ namespace vnni {
              "avx512vnni")))
 constexpr const char* kInt8Name = "vnni";
 constexpr int kInt8Depth = 4, kInt8Offset = 128;
-bool int8_supported() { return true; }
+bool int8_supported() { return __builtin_cpu_supports("avx512vnni"); }
 BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(w)));
@@ -128,7 +131,7 @@ BK_TARGET inline Ints dot_words(Ints acc, Ints a, Ints w) {
 #pragma pop_macro("BK_TARGET")
 }  // namespace vnni
 
-constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, nullptr};
+constexpr const Int8Dot* kInt8Dots[kInt8Ways] = {&vnni::kInt8Dot, &avx2::kInt8Pairs};
 
 #include "isa_table.inc"
 
