@@ -34,23 +34,6 @@ from bitkernels_tests import no_gpu  # noqa: E402
 ops = torch.ops.bitkernels
 
 
-def count_calls(call: Callable[[], object]) -> int:
-    """Python functions and methods of C that a call enters: the same number in every run."""
-    found = 0
-
-    def count(frame, event, arg):
-        nonlocal found
-        found += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        with torch.autograd.set_multithreading_enabled(False):
-            call()
-    finally:
-        sys.setprofile(None)
-    return found
-
-
 def cases(dtype: torch.dtype = torch.float16) -> dict[str, Callable[[], object]]:
     """Calls by name, of one image of 64 channels and 2 x 2 pixels."""
     torch.manual_seed(0)
@@ -122,7 +105,7 @@ def main() -> None:
                 calls[name]()
                 launches = len(gpu.launched) + no_gpu.NoDriver.launches
                 print(f"  {name:24} {least:6.0f} {median:6.0f} us {launches:3} launches of ours, "
-                      f"{count_calls(calls[name]):5} Python calls")
+                      f"{no_gpu.count_calls(calls[name]):5} Python calls")
             if options.profile:
                 profile = cProfile.Profile()
                 profile.enable()

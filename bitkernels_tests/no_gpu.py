@@ -11,9 +11,10 @@ import contextlib
 import ctypes
 import os
 import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +37,23 @@ int cuLaunchKernel(void) { return 0; }
 int cuLaunchKernelEx(void) { return 0; }
 int cuCtxGetCurrent(void** context) { *context = context; return 0; }
 """
+
+
+def count_calls(call: Callable[[], object]) -> int:
+    """Python functions and methods of C that a call enters: the same number in every run."""
+    found = 0
+
+    def count(frame, event, arg):
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            call()
+    finally:
+        sys.setprofile(None)
+    return found
 
 
 class NoGpu:

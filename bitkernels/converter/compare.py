@@ -179,10 +179,7 @@ class _Compared(fx.Interpreter):
 def _turned(changed: Tensor, groups: int) -> Tensor | None:
     """The input's words with a bit for each channel that was turned around, from how the filters
     changed; None where they did so in another way."""
-    each = changed.reshape(groups, -1, changed.shape[-1])
-    rows = each[:, 0]
-    if not bool((each == rows[:, None]).all()):
-        return None
-    if groups == 1:
-        return rows[0]
-    return rows.reshape(-1) if not bool(changed.any()) else None
+    if not bool(changed.any()):
+        return changed.new_zeros(1)
+    rows = changed.reshape(-1, changed.shape[-1])
+    return rows[0] if groups == 1 and bool((rows == rows[0]).all()) else None

@@ -67,29 +67,13 @@ def test_a_step_launches_the_same_from_the_second_on(routed):
     assert {type(entry) for entry in replay._recordings.values()} == {replay._Recording}
 
 
-def calls_of(call) -> int:
-    """Functions of Python and C that a call enters."""
-    found = 0
-
-    def count(frame, event, arg):
-        nonlocal found
-        found += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return found
-
-
 def test_a_step_enters_few_functions(routed):
     """1,284 and 1,229 on 2026-11-27, of torch's too; 3,399 before launches were repeated."""
     block = training.block(64)
     x, grad = (torch.randn(1, 64, 2, 2).to(memory_format=torch.channels_last) for _ in range(2))
     for _ in range(4):
         block(x).backward(grad)
-    assert calls_of(lambda: block(x).backward(grad)) < 1400
+    assert no_gpu.count_calls(lambda: block(x).backward(grad)) < 1400
 
 
 def test_a_call_enters_few_functions(routed):
@@ -100,4 +84,4 @@ def test_a_call_enters_few_functions(routed):
 
     for _ in range(4):
         call()
-    assert calls_of(call) < 200
+    assert no_gpu.count_calls(call) < 200

@@ -71,6 +71,15 @@ def test_signs_at_their_threshold_are_counted_apart(pair):
     assert found.given_signs < 1e-5 < found.largest
 
 
+def test_groups_narrower_than_a_word():
+    torch.manual_seed(0)
+    model = shuffled(nn.Sequential(nn.Conv2d(3, 20, 3), conv(20, 8, groups=2)))
+    x = torch.randn(2, 3, 8, 8)
+    found = compare(model, convert(model, x), x)
+    assert [(p.signs, p.far) for p in found.products] == [(2 * 20 * 36, 0)]
+    assert found.given_signs < 1e-5 and not found.uncompared
+
+
 def test_another_model_is_refused(pair):
     _, converted, x = pair
     with pytest.raises(ValueError, match="compare: model must be the one that network was conv"):
