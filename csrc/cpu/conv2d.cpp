@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "layer_tasks.h"
 #include "parallel.h"
 #include "segments.h"
 
@@ -13,7 +14,6 @@ namespace {
 
 constexpr double kMinProducts = 1e6;  // per task, about 15 us of one core
 constexpr int64_t kLinesBytes = 32 << 10;
-constexpr int64_t kBlockBytes = 256 << 10;  // of input, which stay in the second-level cache
 
 bool is_depthwise(const RealConv& c) {
   return c.channels == 1 && c.out_channels == 1 && c.groups > 1;
@@ -119,20 +119,8 @@ void conv2d(const Kernel& kernel, const RealConv& given) {
     flatten_pixels(c);
   const bool depthwise = is_depthwise(given);
 
-  // Tasks: (image, group, block of rows, chunk of channels); of columns in a one-row image.
-  const int64_t pixels = c.batch * c.out_h * c.out_w;
-  const int64_t all = c.groups * c.out_channels;
-  const bool by_rows = c.out_h > 1;
-  const int threads = parallel_threads();
-  const int64_t lines = by_rows ? c.out_h : c.out_w;
-  if (!pixels || !all) return;
-  const int64_t chunk = depthwise ? lanes_per_pass(c) : pixels < 4 ? 128 : 32;
-  const int64_t chunks = ceil_div(c.out_channels, chunk);
-  const int64_t outer = c.batch * c.groups;
-  const int64_t bytes = c.height * c.width * c.in_pixel * static_cast<int64_t>(sizeof(float));
-  const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, outer * chunks);
-  const int64_t blocks = std::min(std::max(wanted, ceil_div(bytes, kBlockBytes)),
-                                  by_rows ? lines : ceil_div(lines, 28));
+  if (!c.batch || !c.out_h || !c.out_w || !c.groups || !c.out_channels) return;
+  const int64_t chunk = depthwise ? lanes_per_pass(c) : c.batch * c.out_h * c.out_w < 4 ? 128 : 32;
   const Plan plan = {kernel,
                      c,
                      depthwise,
@@ -140,24 +128,11 @@ void conv2d(const Kernel& kernel, const RealConv& given) {
                      c.kh * c.kw * c.channels * 16,
                      Segments(c.out_h, c.height, c.kh, c.stride_h, c.top, c.dilation_h),
                      Segments(c.out_w, c.width, c.kw, c.stride_w, c.left, c.dilation_w)};
-  // A weight that comes from memory costs as much as 5 products, one of a depthwise layer, whose
-  // inputs come from memory, as 3.
-  const double weights =
-      static_cast<double>(c.kh) * c.kw * c.channels * std::min(chunk, c.out_channels);
-  const double products =
-      weights * (static_cast<double>(c.out_h) * c.out_w * (depthwise ? 3 : 1) / blocks + 5);
-  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / (products + 1)));
-  parallel_for(outer * blocks * chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i / chunks % blocks, image = i / chunks / blocks;
-      Box box = {0, c.out_h, 0, c.out_w};
-      int64_t& lo = by_rows ? box.y0 : box.x0;
-      int64_t& hi = by_rows ? box.y1 : box.x1;
-      lo = lines * block / blocks;
-      hi = lines * (block + 1) / blocks;
-      run_box(plan, image / c.groups, image % c.groups, i % chunks * chunk, box);
-    }
-  });
+  // The inputs of a depthwise layer come from memory: a product costs as much as 3.
+  for_tasks(c, chunk, depthwise ? 3 : 1, kMinProducts,
+            [&](int64_t n, int64_t g, int64_t first, const Box& box) {
+              run_box(plan, n, g, first, box);
+            });
 }
 
 }  // namespace bitkernels

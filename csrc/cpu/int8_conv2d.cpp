@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "layer_tasks.h"
 #include "parallel.h"
 #include "segments.h"
 
@@ -14,7 +15,6 @@ namespace {
 
 constexpr double kMinProducts = 4e6;  // per task, about 15 us of one core
 constexpr int64_t kElements = 1 << 16;
-constexpr int64_t kBlockBytes = 256 << 10;
 
 int64_t words_of(const Int8Dot& dot, const RealConv& c) { return ceil_div(c.channels, dot.depth); }
 int64_t tiles_of(const RealConv& c) { return ceil_div(c.out_channels, 16); }
@@ -166,17 +166,7 @@ void int8_conv2d(const Int8Dot& dot, const Int8Conv& given) {
     c.batch = c.height = c.out_h = c.stride_h = c.stride_w = 1;
   }
 
-  // Tasks as in conv2d.cpp.
-  const bool by_rows = c.out_h > 1;
-  const int threads = parallel_threads();
-  const int64_t lines = by_rows ? c.out_h : c.out_w;
   const int64_t chunk = pixels < 4 ? 128 : 32;
-  const int64_t chunks = ceil_div(c.out_channels, chunk);
-  const int64_t outer = c.batch * c.groups;
-  const int64_t bytes = c.height * c.width * c.in_pixel * static_cast<int64_t>(sizeof(int32_t));
-  const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, outer * chunks);
-  const int64_t blocks = std::min(std::max(wanted, ceil_div(bytes, kBlockBytes)),
-                                  by_rows ? lines : ceil_div(lines, 28));
   const Plan plan = {dot,
                      given,
                      c,
@@ -184,20 +174,8 @@ void int8_conv2d(const Int8Dot& dot, const Int8Conv& given) {
                      chunk,
                      Segments(c.out_h, c.height, c.kh, c.stride_h, c.top, c.dilation_h),
                      Segments(c.out_w, c.width, c.kw, c.stride_w, c.left, c.dilation_w)};
-  const double weights =
-      static_cast<double>(c.kh) * c.kw * c.channels * std::min(chunk, c.out_channels);
-  const double products = weights * (static_cast<double>(c.out_h) * c.out_w / blocks + 5);
-  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kMinProducts / (products + 1)));
-  parallel_for(outer * blocks * chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i / chunks % blocks, image = i / chunks / blocks;
-      Box box = {0, c.out_h, 0, c.out_w};
-      int64_t& lo = by_rows ? box.y0 : box.x0;
-      int64_t& hi = by_rows ? box.y1 : box.x1;
-      lo = lines * block / blocks;
-      hi = lines * (block + 1) / blocks;
-      run_box(plan, image / c.groups, image % c.groups, i % chunks * chunk, box);
-    }
+  for_tasks(c, chunk, 1, kMinProducts, [&](int64_t n, int64_t g, int64_t first, const Box& box) {
+    run_box(plan, n, g, first, box);
   });
 }
 

@@ -5,6 +5,14 @@
 
 namespace bitkernels::network {
 
+// A tensor of a type, whose bytes have to fit.
+inline Value of(const Type& type) {
+  Value v;
+  v.type = type;
+  v.type.bytes();
+  return v;
+}
+
 Value infer_sign_pack(const Call&);
 Value infer_packed_conv(const Call&);
 Value infer_packed_linear(const Call&);

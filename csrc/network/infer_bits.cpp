@@ -1,15 +1,11 @@
 // Shapes of the operators on words.
+#include <utility>
+
 #include "cpu/kernels.h"
 #include "infer.h"
 
 namespace bitkernels::network {
 namespace {
-
-Value of(Element element, const Sizes& sizes) {
-  Value v;
-  v.type = {element, sizes};
-  return v;
-}
 
 const Type& words_of(const Call& call, const char* name, int64_t channels, int rank) {
   const Type& t = call.tensor(name);
@@ -75,12 +71,23 @@ const Type& filters_of(const Call& call, int64_t channels, int rank) {
 Value outputs(const Call& call, const Sizes& real, Sizes words, int64_t cout) {
   const bool packed = is_overload(call, "packed");
   words[words.rank - 1] = ceil_div(cout, 32);
-  Value v = of(Element::kFloat32, real);
+  Value v = of({Element::kFloat32, real});
   v.second = {Element::kInt32, words};
   if (packed) v.type = v.second;
   if (!packed) check_dtype(call);
   if (is_overload(call, "both")) v.kind = Value::kTuple;
   return v;
+}
+
+// Words and filters of a convolution, that fit each other and its groups.
+std::pair<const Type&, const Type&> grouped(const Call& call) {
+  const int64_t channels = channels_of(call);
+  const Type& words = words_of(call, "words", channels, 4);
+  const int64_t groups = call.integer("groups", 1, channels);
+  if (channels % groups) call.wrong("groups", text("a divisor of ", channels), text(groups));
+  const Type& f = filters_of(call, channels / groups, 4);
+  if (f.sizes[0] % groups) call.wrong("groups", text("a divisor of ", f.sizes[0]), text(groups));
+  return {words, f};
 }
 
 }  // namespace
@@ -100,7 +107,7 @@ Value infer_sign_pack(const Call& call) {
   Sizes out = x.sizes;
   out.erase(dim);
   out.push(ceil_div(x.sizes[dim], 32));
-  return of(Element::kInt32, out);
+  return of({Element::kInt32, out});
 }
 
 Window padded_window(const Call& call, const char* weight, int64_t height, int64_t width,
@@ -126,12 +133,7 @@ Window padded_window(const Call& call, const char* weight, int64_t height, int64
 }
 
 Window packed_window(const Call& call) {
-  const int64_t channels = channels_of(call);
-  const Type& words = words_of(call, "words", channels, 4);
-  const int64_t groups = call.integer("groups", 1, channels);
-  if (channels % groups) call.wrong("groups", text("a divisor of ", channels), text(groups));
-  const Type& f = filters_of(call, channels / groups, 4);
-  if (f.sizes[0] % groups) call.wrong("groups", text("a divisor of ", f.sizes[0]), text(groups));
+  const auto& [words, f] = grouped(call);
   if (call.given("out_channels") && call.integer("out_channels") != f.sizes[0])
     call.wrong("out_channels", text(f.sizes[0]), text(call.integer("out_channels")));
   return padded_window(call, "weight_words", words.sizes[1], words.sizes[2], f.sizes[1],
@@ -166,16 +168,12 @@ Value infer_packed_pool(const Call& call) {
   if (words.element != Element::kInt32 || words.sizes.rank != 4)
     call.wrong("words", "int32 words of 4 dimensions", text_of(words));
   const Window w = pool_window(call, 1);
-  return of(Element::kInt32, {words.sizes[0], w.out_h, w.out_w, words.sizes[3]});
+  return of({Element::kInt32, {words.sizes[0], w.out_h, w.out_w, words.sizes[3]}});
 }
 
 Value infer_transposed(const Call& call) {
-  const int64_t channels = channels_of(call);
-  const Type& words = words_of(call, "words", channels, 4);
-  const int64_t groups = call.integer("groups", 1, channels);
-  if (channels % groups) call.wrong("groups", text("a divisor of ", channels), text(groups));
-  const Type& f = filters_of(call, channels / groups, 4);
-  if (f.sizes[0] % groups) call.wrong("groups", text("a divisor of ", f.sizes[0]), text(groups));
+  const auto of_groups = grouped(call);
+  const Type &words = of_groups.first, &f = of_groups.second;
   const auto stride = call.pair("stride", 1), dilation = call.pair("dilation", 1);
   const auto padding = call.pair("padding", 0), more = call.pair("output_padding", 0);
   const auto out = [&](int64_t size, int64_t taps, int64_t s, int64_t d, int64_t p, int64_t extra) {
@@ -192,7 +190,7 @@ Value infer_transposed(const Call& call) {
       out(words.sizes[2], f.sizes[2], stride.second, dilation.second, padding.second, more.second)};
   check_dtype(call);
   check_epilogue(call, sizes, f.sizes[0]);
-  return of(Element::kFloat32, sizes);
+  return of({Element::kFloat32, sizes});
 }
 
 Value infer_rprelu(const Call& call) {
@@ -202,7 +200,7 @@ Value infer_rprelu(const Call& call) {
   for (const char* name : {"shift_in", "slope", "shift_out"})
     if (call.real(name).sizes != Sizes{x.sizes[1]} || !call.constant(name))
       call.wrong(name, text("a constant of shape (", x.sizes[1], ",)"), text_of(call.real(name)));
-  return of(Element::kFloat32, x.sizes);
+  return of({Element::kFloat32, x.sizes});
 }
 
 Value infer_rsign(const Call& call) {
@@ -212,7 +210,7 @@ Value infer_rsign(const Call& call) {
   if (call.real("shift").sizes != Sizes{x.sizes[1]} || !call.constant("shift"))
     call.wrong("shift", text("a constant of shape (", x.sizes[1], ",)"),
                text_of(call.real("shift")));
-  return of(Element::kFloat32, x.sizes);
+  return of({Element::kFloat32, x.sizes});
 }
 
 Value infer_unpack(const Call& call) {
@@ -222,7 +220,7 @@ Value infer_unpack(const Call& call) {
   check_dtype(call);
   out.erase(out.rank - 1);
   out.insert(dim, channels);
-  return of(Element::kFloat32, out);
+  return of({Element::kFloat32, out});
 }
 
 }  // namespace bitkernels::network

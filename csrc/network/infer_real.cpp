@@ -6,13 +6,6 @@
 namespace bitkernels::network {
 namespace {
 
-Value of(const Type& type) {
-  Value v;
-  v.type = type;
-  v.type.bytes();  // fits
-  return v;
-}
-
 // Output size along one axis.
 int64_t steps(const Call& call, const char* name, int64_t size, int64_t before, int64_t after,
               int64_t taps, int64_t stride, int64_t dilation, bool ceil) {

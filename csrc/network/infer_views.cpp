@@ -4,17 +4,6 @@
 #include "infer.h"
 
 namespace bitkernels::network {
-namespace {
-
-Value of(const Type& type) {
-  Value v;
-  v.type = type;
-  v.type.bytes();  // fits
-  return v;
-}
-
-}  // namespace
-
 Value infer_cat(const Call& call) {
   const Arg& list = call.arg("tensors");
   Type out = call.type_of(list.items[0], "tensors");
