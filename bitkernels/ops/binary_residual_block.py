@@ -8,7 +8,8 @@ The convolution is written once, as int16, while its integer sums and sums of sq
 statistics of the batch are exact. One more pass normalizes, adds and activates. For the backward it
 keeps the packed signs, the residual where there is an activation (the residual stream, which a
 chain of blocks shares), and what the sign's estimator needs: the input itself, or one bit an
-element. The dot products are computed again from the bits, and everything else from them.
+element. The dot products are computed again from the bits, unless asked to be kept, and everything
+else from them.
 """
 
 from __future__ import annotations
@@ -50,17 +51,20 @@ class PerTensor(NamedTuple):
 VECTORS = ("norm_weight", "norm_bias", "shift_in", "slope", "shift_out")
 
 
-class NormSpec(NamedTuple):
-    """What stands between convolution and residual."""
+class BlockSpec(NamedTuple):
+    """What stands between convolution and residual, and whether the backward computes the dot
+    products again."""
 
     relu: bool
     eps: float
     group: str | None
+    recompute: bool
 
 
 def check(input, weight, residual=None, sign_shift=None, norm_weight=None, norm_bias=None,
           shift_in=None, slope=None, shift_out=None, stride=(1,), padding=(0,), dilation=(1,),
-          groups=1, *, pad_value=0, relu=False, eps=1e-5, group=None, scale=None, **estimators):
+          groups=1, *, pad_value=0, relu=False, eps=1e-5, group=None, recompute=True, scale=None,
+          **estimators):
     op = "binary_residual_block"
     check_real(op, "input", input, 4)
     conv, train = check_conv(op, input, weight, None, scale, stride, padding, dilation, groups,
@@ -83,7 +87,7 @@ def check(input, weight, residual=None, sign_shift=None, norm_weight=None, norm_
         fail(op, "dtype", "a real type, float64 for float64 only", train.dtype)
     tensors = PerTensor(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in,
                         slope, shift_out, scale)
-    return Call((*tensors, conv, NormSpec(relu, eps, group), train))
+    return Call((*tensors, conv, BlockSpec(relu, eps, group, recompute), train))
 
 
 def _output_shape(input: Tensor, weight: Tensor, conv: ConvSpec) -> tuple[int, ...]:
@@ -112,9 +116,9 @@ def _moments(run: Any, words: Tensor, weight_words: Tensor, channels: int, conv:
         dtype=dot_dtype(weight_words, channels, conv.groups), sums=sums)
 
 
-def _forward(t: PerTensor, conv: ConvSpec, spec: NormSpec, clip: float | None):
+def _forward(t: PerTensor, conv: ConvSpec, spec: BlockSpec, clip: float | None):
     """(output, mean, variance, what the backward needs of the norm, packed signs of input and
-    weight, packed mask or None)."""
+    weight, packed mask or None, dot products or None)."""
     run = inside(t.input)
     if spec.group is None:
         return remembered(run, _passes, *t, conv, spec, clip)
@@ -138,7 +142,8 @@ def _passes(run: Any, *args: Any):
     norm = Statistics(*vectors.unbind(0))
     out = run("residual_block_forward", dot, t.input if t.residual is None else t.residual,
               norm.slope, norm.offset, t.shift_in, t.slope, t.shift_out, spec.relu)
-    return out, mean, variance, vectors, words, weight_words, mask
+    return (out, mean, variance, vectors, words, weight_words, mask,
+            None if spec.recompute else dot)
 
 
 class _ResidualBlock(FirstOrder):
@@ -168,10 +173,11 @@ class _ResidualBlock(FirstOrder):
         from_input = estimator in ("approx_sign", "swish_sign") or stream is t.input
         clip = train.input_clip if estimator == "ste_sign" and not from_input else None
         with below_autograd():
-            out, mean, variance, vectors, words, weight_words, mask = _forward(t, conv, spec, clip)
+            out, mean, variance, vectors, words, weight_words, mask, dot = _forward(
+                t, conv, spec, clip)
         kept = t.input if from_input and estimator not in ("identity", "none") else None
         ctx.save_for_backward(words, weight_words, t.weight, t.scale, stream, kept, mask,
-                              t.sign_shift, t.shift_in, t.slope, vectors)
+                              t.sign_shift, t.shift_in, t.slope, vectors, dot)
         ctx.conv, ctx.spec, ctx.train, ctx.estimator = conv, spec, train, estimator
         ctx.input_dtype, ctx.memory_format = t.input.dtype, training.memory_format(t.input)
         ctx.residual_format = None if t.residual is None else training.memory_format(t.residual)
@@ -183,7 +189,7 @@ class _ResidualBlock(FirstOrder):
     @staticmethod
     def backward(ctx, grad, _mean, _variance):
         (words, weight_words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
-         vectors) = ctx.saved_tensors
+         vectors, dot) = ctx.saved_tensors
         conv, spec, train, estimator = ctx.conv, ctx.spec, ctx.train, ctx.estimator
         needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
         if grad is None:
@@ -197,7 +203,7 @@ class _ResidualBlock(FirstOrder):
                 and dtype != torch.float16):  # which it might bring below the normal numbers
             factor, scale = scale, None  # where it costs no pass
         dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
-        args = (grad, words, weight_words, stream, shift_in, slope, vectors, factor,
+        args = (grad, words, weight_words, dot, stream, shift_in, slope, vectors, factor,
                 weight.shape[1] * conv.groups, conv, spec, wants_input or wants_weight, dtype,
                 dtypes.pop() if len(dtypes) == 1 else torch.float64)
         if spec.group is None:
@@ -228,12 +234,13 @@ class _ResidualBlock(FirstOrder):
         return (*grads, None, None, None)
 
 
-def _passes_backward(run, grad, words, weight_words, stream, shift_in, slope, vectors, factor,
-                     channels: int, conv: ConvSpec, spec: NormSpec, wants_dot: bool,
+def _passes_backward(run, grad, words, weight_words, dot, stream, shift_in, slope, vectors,
+                     factor, channels: int, conv: ConvSpec, spec: BlockSpec, wants_dot: bool,
                      dtype: torch.dtype, vector_dtype: torch.dtype):
     """(the value's gradient, that of the dot products or None, those of the vectors)."""
     norm = Statistics(*vectors.unbind(0))
-    dot, _ = _moments(run, words, weight_words, channels, conv, spec.relu, False)
+    if dot is None:
+        dot, _ = _moments(run, words, weight_words, channels, conv, spec.relu, False)
     grad_value, sums = run("residual_block_backward", grad, dot, stream, norm.slope, norm.offset,
                            shift_in, slope, norm.center, spec.relu)
     if slope is None:
@@ -287,7 +294,7 @@ define(Operator(
              "Tensor? shift_in=None, Tensor? slope=None, Tensor? shift_out=None, "
              "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, "
              "int pad_value=0, bool relu=False, float eps=1e-05, str? group=None, "
-             f"{training.SCHEMA}) -> (Tensor, Tensor, Tensor)",),
+             f"bool recompute=True, {training.SCHEMA}) -> (Tensor, Tensor, Tensor)",),
     group="The residual block", check=check, fake=fake, autograd=autograd, samples=samples,
     batched=each, engine=False,
     text="""
@@ -313,6 +320,8 @@ Arguments:
   relu: a ReLU between convolution and norm.
   eps: of the norm, at least 0.
   group: the name of a process group whose batches are normalized together; None: this process.
+  recompute: compute the dot products again in the backward; False: keep them, 2 or 4 bytes an
+    element of the output.
   scale: (Cout,) real, a factor of the weight; None: none.
   input_estimator: as of binary_conv2d.
   input_clip: as of binary_conv2d.

@@ -309,7 +309,8 @@ def results(folder):
     block = record.Record(folder, "block")
     block.add(key="256@14 batch 256 inference", blocks=3,
               us={"compiled": 400.0, "triton": 500.0, "cuda": 90.0}, wrong={"triton": "differs"})
-    for form, device, peak in (("block", 600.0, 30.0), ("emulation compiled", 500.0, 100.0)):
+    for form, device, peak in (("block", 600.0, 30.0), ("block kept", 350.0, 45.0),
+                               ("emulation compiled", 500.0, 100.0)):
         block.add(key=f"256@14 batch 256 training {form}", **{
             "device us": device, "launches": 30, "host us": 1.0, "peak MiB": peak})
     record.Record(folder, "trunk").add(key="batch 64", batch=64, us={
@@ -343,12 +344,14 @@ def test_goals_compare_with_what_is_asked(tmp_path):
         "block 256@14, inference: times compiled emulation": (4.444, True),
         "block 256@14, training: device us of compiled emulation's": (1.2, False),
         "block 256@14, training: peak MiB of compiled emulation's": (0.3, True),
+        "block 256@14, training, dot products kept: device us of compiled emulation's":
+            (0.7, True),
         "ReActNet-18, blocks: images/s of compiled emulation's": (1.4, True),
         "ReActNet-18, blocks: peak memory of compiled emulation's": (0.35, True),
         "ReActNet-18, layers: images/s of compiled emulation's": (0.9, False),
         "quicknet converted, batch 64: times compiled bf16 emulation": (5.0, True),
     }
-    assert len(found) == 34 and all(goal.met is None for goal in goals.goals([], [], [], [], []))
+    assert len(found) == 36 and all(goal.met is None for goal in goals.goals([], [], [], [], []))
     assert "MISSED" in found["conv 256@14 packed: times cuDNN bf16"].line()
 
 
@@ -369,7 +372,7 @@ def test_the_screen_shows_every_part(tmp_path):
                  "trunk batch 64, us: cuda 100", "published compiled 1000/s 20.0G",
                  "captured layers: NO; digits cuda 0.900", "sm_90a 2 calls", "WRONG mine_b in y",
                  "stopped before 512@7", "failed: mine_b", "passed on the GPU: 20",
-                 "tests-b: 1 failed", "tests-c: ...", "sanitizer: 1 of 2 clean", "goals: 7 met, 6",
+                 "tests-b: 1 failed", "tests-c: ...", "sanitizer: 1 of 2 clean", "goals: 8 met, 6",
                  "quicknet batch 64, us: converted 300", "WRONG converted: 1/64"):
         assert text in said, text
     assert len(said.splitlines()) < 60 and summary.text(tmp_path / "none", [], "g", 0) == "g, 0 s\n"

@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
+import bitkernels.nn as bnn
 from bitkernels import reference
 from bitkernels_tests import oracles
 from bitkernels_tests.cases import CONV_CASES, DTYPES, LAYOUTS, dyadic, reals
+from bitkernels_tests.ops import test_residual_block as whole
 
 ops = torch.ops.bitkernels
 
@@ -131,3 +133,39 @@ def test_statistics_round_to_the_nearest(device):
         slope = 1 / math.sqrt(squares / count - center * center + eps)
         expected.append((center, slope, slope, slope, -(slope * center), count))
     assert vectors.t().tolist() == [list(map(float, row)) for row in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["plain", "reactnet", "reactnet_down", "quicknet_scaled",
+                                  "padded_ones", "groups"])
+def test_kept_dot_products_change_no_bit(name, dtype, device):
+    """And are what is kept besides, two bytes each."""
+    case, parts, options = whole.BLOCKS[name]
+    results, kept = [], []
+    for recompute in (True, False):
+        torch.manual_seed(3)
+        tensors = whole.operands(case, parts, dtype, device)
+        parameters = [t for n, t in tensors.items() if n not in ("input", "residual")]
+
+        def call(recompute=recompute, tensors=tensors):
+            return whole.call(case, tensors, recompute=recompute, **options)
+
+        kept.append(whole.saved_bytes(call, parameters))
+        outputs = call()
+        whole.weighted(outputs[0]).backward()
+        results.append([*outputs, *(t.grad for t in tensors.values())])
+    assert all(map(torch.equal, *results))
+    assert kept[1].pop(torch.int16) == 2 * outputs[0].numel()
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("recompute, convolutions", [(True, 2), (False, 1)])
+def test_kept_dot_products_are_not_computed_again(recompute, convolutions):
+    block = bnn.BinaryResidualBlock(
+        bnn.BinaryConv2d(32, 32, 3, padding=1, bias=False), torch.nn.BatchNorm2d(32),
+        act=torch.nn.PReLU(32), recompute=recompute)
+    assert ("recompute=False" in repr(block)) is not recompute
+    with torch.profiler.profile() as profile:
+        block(torch.randn(2, 32, 4, 4, requires_grad=True)).sum().backward()
+    found = {e.key: e.count for e in profile.key_averages()}
+    assert found["bitkernels::packed_conv2d_moments"] == convolutions

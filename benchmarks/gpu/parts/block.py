@@ -65,13 +65,16 @@ def compiled_chain(made: list[Block]) -> tuple[nn.Module, Callable]:
 
 def forms(channels: int) -> dict[str, Callable[[], tuple[nn.Module, Callable]]]:
     """(the module, what to call) of a training block by its form."""
-    def make(kind: Callable | None, compiled: bool) -> tuple[nn.Module, Callable]:
+    def make(kind: Callable | None, compiled: bool, recompute: bool = True
+             ) -> tuple[nn.Module, Callable]:
         (block,) = blocks(channels, 1)
+        block.recompute = recompute
         model = place(block if kind is None else kind(block)).train()
         torch._dynamo.reset()
         return model, torch.compile(model, dynamic=False) if compiled else model
 
-    return {"block": partial(make, None, False), "layers": partial(make, layer_by_layer, False),
+    return {"block": partial(make, None, False), "block kept": partial(make, None, False, False),
+            "layers": partial(make, layer_by_layer, False),
             "emulation compiled": partial(make, Emulated, True),
             "emulation eager": partial(make, Emulated, False),
             "block compiled": partial(make, None, True)}
