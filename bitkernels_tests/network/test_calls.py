@@ -137,8 +137,29 @@ def test_quantizer(image):
     kept = graph.call("aten.where.ScalarOther", inside, x, 0.0)
     steps = graph.call("aten.round.default", graph.call("aten.mul.Tensor", kept, 3.0))
     graph.check(inside, kept, graph.call("aten.div.Tensor", steps, 3.0),
-                graph.call("aten.sigmoid.default", x), graph.call("aten.softmax.int", x, 1),
-                graph.call("aten.softmax.int", x, -1), graph.call("aten.neg.default", x))
+                graph.call("aten.softmax.int", x, 1), graph.call("aten.softmax.int", x, -1))
+
+
+FUNCTIONS = (("neg",), ("abs",), ("exp",), ("sqrt",), ("tanh",), ("silu",), ("sigmoid",),
+             ("hardsigmoid",), ("hardswish",), ("elu",), ("elu", 0.7), ("elu", 1.67, 1.05, 0.5))
+
+
+def test_functions(image):
+    graph, x, value = image
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.0, -3.0, 6.0, 1e-30, -90.0,
+                            90.0, 2e-4])
+    named = [graph.call(f"aten.{name}.default", of, *args)
+             for of in (x, graph.input(special, free=())) for name, *args in FUNCTIONS]
+    graph.check(*named)
+
+
+def test_gelu(image):
+    """Of infinity PyTorch makes NaN."""
+    graph, x, _ = image
+    graph.check(graph.call("aten.gelu.default", x),
+                graph.call("aten.gelu.default", x, approximate="tanh"))
+    with pytest.raises(EngineError, match="approximate must be none or tanh, got sinh"):
+        Engine(graph.file(graph.call("aten.gelu.default", x, approximate="sinh")))
 
 
 def test_views(image):

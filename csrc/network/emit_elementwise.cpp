@@ -1,6 +1,6 @@
 // Steps of elementwise operators.
 #include <cmath>
-#include <cstring>
+#include <limits>
 
 #include "cpu/elementwise.h"
 #include "emit.h"
@@ -51,6 +51,15 @@ void row_step(Lowering& low, int node, const View& x, const View& out, const F& 
       },
       -1, true);
 }
+
+// "add" of "aten.add.Tensor".
+std::string operation(const Call& call) {
+  const std::string name = call.node.op->name;
+  return name.substr(5, name.find('.', 5) - 5);
+}
+
+// NaN stays NaN.
+float to_six(float v) { return v < 0 ? 0 : v > 6 ? 6 : v; }
 
 }  // namespace
 
@@ -104,16 +113,44 @@ void emit_sigmoid(Lowering& low, const Call& call, int node) {
 
 void emit_unary(Lowering& low, const Call& call, int node) {
   const View x = low.view(low.resolved(call, "self")), out = low.out(node);
-  if (std::strstr(call.node.op->name, "neg"))
-    return binary_step<float, float>(low, node, out, x, nullptr, 0,
-                                     [](float v, float) { return -v; });
-  binary_step<float, float>(low, node, out, x, nullptr, 0,
-                            [](float v, float) { return std::nearbyintf(v); });
+  const std::string name = operation(call);
+  const auto of = [&](auto f) {
+    binary_step<float, float>(low, node, out, x, nullptr, 0, [f](float v, float) { return f(v); });
+  };
+  if (name == "neg") {
+    of([](float v) { return -v; });
+  } else if (name == "abs") {
+    of([](float v) { return std::fabs(v); });
+  } else if (name == "round") {
+    of([](float v) { return std::nearbyint(v); });
+  } else if (name == "exp") {
+    of([](float v) { return std::exp(v); });
+  } else if (name == "sqrt") {
+    of([](float v) { return std::sqrt(v); });
+  } else if (name == "tanh") {
+    of([](float v) { return std::tanh(v); });
+  } else if (name == "silu") {
+    of([](float v) { return v / (1 + std::exp(-v)); });
+  } else if (name == "hardsigmoid") {
+    of([](float v) { return to_six(v + 3) / 6; });
+  } else if (name == "hardswish") {
+    of([](float v) { return v * to_six(v + 3) / 6; });
+  } else if (name == "elu") {
+    const auto number = [&](const char* arg) { return static_cast<float>(call.number(arg)); };
+    const float scale = number("scale"), below = number("alpha") * scale;
+    const float inside = number("input_scale");
+    of([=](float v) { return v > 0 ? v * scale : std::expm1(v * inside) * below; });
+  } else if (call.arg("approximate").name == "tanh") {
+    of([](float v) {
+      return 0.5f * v * (1 + std::tanh(0.797884561f * (v + 0.044715f * v * v * v)));
+    });
+  } else {
+    of([](float v) { return 0.5f * v * (1 + std::erf(v * 0.707106781f)); });
+  }
 }
 
 void emit_binary(Lowering& low, const Call& call, int node) {
-  std::string name = call.node.op->name;
-  name = name.substr(5, name.find('.', 5) - 5);
+  const std::string name = operation(call);
   const View out = low.out(node);
   const Ref self = low.resolved(call, "self");
   const bool two = call.is_tensor("other");

@@ -34,6 +34,7 @@ Value infer_mean(const Call&);
 Value infer_softmax(const Call&);
 Value infer_pad(const Call&);
 Value infer_same(const Call&);
+Value infer_gelu(const Call&);
 Value infer_prelu(const Call&);
 Value infer_binary(const Call&);
 Value infer_compare(const Call&);

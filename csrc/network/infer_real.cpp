@@ -176,6 +176,13 @@ Value infer_pad(const Call& call) {
 
 Value infer_same(const Call& call) { return of(call.real("self")); }
 
+Value infer_gelu(const Call& call) {
+  const Arg& how = call.arg("approximate");  // left out, of no kind
+  if (how.kind == Arg::kName && how.name != "none" && how.name != "tanh")
+    call.wrong("approximate", "none or tanh", how.name);
+  return infer_same(call);
+}
+
 Value infer_prelu(const Call& call) {
   const Type& x = call.real("self");
   const Type& w = call.real("weight");
