@@ -5,6 +5,11 @@
 namespace bitkernels {
 namespace {
 
+// Rows of more channels are taken four at a time: sums and shifts, which the nearest cache does not
+// hold, are then read once for four of them (2 M float32 in rows of 20,000 and 512 channels: 0.37
+// and 0.66 ns an element by four, 0.59 and 0.41 by one).
+constexpr int64_t kLongRow = 4096;
+
 // Moves the pointers on.
 void advance(SignBackward& s, int64_t elements) {
   const int64_t bytes = elements * size_of(s.type);
@@ -25,8 +30,13 @@ void sign_backward_of(const Kernel& kernel, const SignBackward& all, const Sums&
           s.n = n;
           s.shift = shift ? shift + c : nullptr;
           s.sum = sum;
-          advance(s, row * sums.channels + c);
-          for (int64_t i = 0; i < rows; ++i, advance(s, sums.channels)) kernel.sign_backward(s);
+          s.row = sums.channels;
+          advance(s, row * s.row + c);
+          const int64_t together = n > kLongRow ? 4 : 1;
+          for (int64_t i = 0; i < rows; i += together, advance(s, together * s.row)) {
+            s.rows = std::min(together, rows - i);
+            kernel.sign_backward(s);
+          }
         },
         total);
     return;
