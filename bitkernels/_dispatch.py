@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
+from torch.compiler import is_compiling
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -78,26 +79,32 @@ class _NoSecondDerivative(Function):
 def _once(name: str, backward, is_operators: bool):
     """torch's `once_differentiable`, with a message that names the operator, and in torch.func.
 
-    is_operators: of a Function of an operator, whose backward calls operators: straight below their
-    refusals of gradients.
+    backward: of the context, the saved tensors and the gradients. The saved tensors are read here,
+    once, where hooks may compute: checkpoints do, and hand out a tensor a single time.
+    is_operators: of a Function of an operator, which Dynamo does not read.
     """
 
     @functools.wraps(backward)
     def once(ctx, *grads):
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, grads)
-        with torch.no_grad():
-            # The levels of torch.func find their tensors by the keys that are left out elsewhere.
-            if is_operators and not functorch_active():
-                with below_autograd():
-                    outputs = backward(ctx, *grads)
-            else:
-                outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
+        saved, recorded = ctx.saved_tensors, torch.is_grad_enabled()
+        # The levels of torch.func find their tensors by the keys that are left out elsewhere, and
+        # Dynamo does not know such a context.
+        if functorch_active() or not is_operators and is_compiling():
+            with torch.no_grad():
+                outputs = backward(ctx, saved, *grads)
+        elif recorded:  # straight below the operators' refusals of gradients
+            with torch.no_grad(), below_autograd():
+                outputs = backward(ctx, saved, *grads)
+        else:  # a context less, of 3 us
+            with below_autograd():
+                outputs = backward(ctx, saved, *grads)
+        if not recorded:
             return outputs
         inputs = [g for g in grads if isinstance(g, Tensor) and (g.requires_grad or _is_wrapped(g))]
         # A gradient penalty reaches the saved tensors where the output's gradient is a constant.
-        inputs += [t for t in ctx.saved_tensors if isinstance(t, Tensor) and t.requires_grad]
+        inputs += [t for t in saved if isinstance(t, Tensor) and t.requires_grad]
         if not inputs:
             return outputs
         results = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -113,7 +120,8 @@ def _once(name: str, backward, is_operators: bool):
 class FirstOrder(Function):
     """A Function with a first derivative, and one error for a second.
 
-    `operator` is what errors name.
+    `operator` is what errors name. `backward` is a function of the context, the saved tensors,
+    which it does not read from the context, and the gradients.
     """
 
     operator: str
@@ -228,7 +236,7 @@ def apply(function: Any, *args: Any) -> Any:
     Binding the arguments takes `Function.apply` 15 us, which only `torch.func` and Dynamo need.
     Raises where an input has a tangent: Dynamo takes no Function with a `jvp`, to say it there.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return (function.exported if torch.compiler.is_exporting() else function.apply)(*args)
     if forward_ad._current_level >= 0:
         _refuse_tangents(function.operator, args)

@@ -62,8 +62,8 @@ class StraightThrough(FirstOrder):
         return with_gradient_of(_value(x, kind, threshold), torch.where(passes, x, 0.0)), None
 
     @staticmethod
-    def backward(ctx, grad, _):
-        (mask,) = ctx.saved_tensors
+    def backward(ctx, tensors, grad, _):
+        (mask,) = tensors
         if mask is not None:
             grad = grad.movedim(ctx.innermost, -1)
             grad = _mask_grad(grad.reshape(-1), mask).view(grad.shape).movedim(-1, ctx.innermost)
@@ -98,8 +98,8 @@ class EstimatedSign(FirstOrder):
         return with_gradient_of(sign(x), torch.where(slope != 0, x * slope, 0.0))
 
     @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
+    def backward(ctx, tensors, grad):
+        (x,) = tensors
         return estimated_grad(grad, x, ctx.estimator, ctx.beta), None, None
 
 

@@ -57,8 +57,8 @@ class _ConcatNorm(FirstOrder):
         return out
 
     @staticmethod
-    def backward(ctx, grad) -> Any:
-        weight, mean, invstd, reserve, *parts = ctx.saved_tensors
+    def backward(ctx, tensors, grad) -> Any:
+        weight, mean, invstd, reserve, *parts = tensors
         grads = _norm_backward(grad, torch.cat(parts, 1), weight, *ctx.running, mean, invstd,
                                True, ctx.eps, [True] * 3, reserve)
         return *grads[1:], *(None,) * 4, *(

@@ -172,6 +172,9 @@ def inside(like: torch.Tensor) -> Callable[..., Any]:
 def dispatched(name: str, *args: Any, **kw: Any) -> Any:
     """A call, whose values are in the schema's order, by PyTorch's dispatcher; what the schema does
     not have, as which outputs are wanted, is left out."""
+    if not kw:
+        op, positional, names = _SIGNATURES[name, ""]
+        return op(*args[:positional], **dict(zip(names, args[positional:], strict=False)))
     which = kw.get("real", True), kw.get("packed", False)
     overload = next(name for name, outputs in OUTPUTS.items() if outputs == which)
     op, positional, names = _SIGNATURES[name, overload]

@@ -54,8 +54,8 @@ class _BinaryLinear(FirstOrder):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        words, saved, weight, scale = ctx.saved_tensors
+    def backward(ctx, tensors, grad):
+        words, saved, weight, scale = tensors
         train = ctx.train
         wants_input, wants_weight = training.wanted(ctx)
         grad_input = grad_weight = grad_scale = grad_bias = None

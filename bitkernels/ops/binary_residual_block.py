@@ -187,9 +187,9 @@ class _ResidualBlock(FirstOrder):
         return out, mean, variance
 
     @staticmethod
-    def backward(ctx, grad, _mean, _variance):
+    def backward(ctx, tensors, grad, _mean, _variance):
         (words, weight_words, weight, scale, stream, kept, mask, sign_shift, shift_in, slope,
-         vectors, dot) = ctx.saved_tensors
+         vectors, dot) = tensors
         conv, spec, train, estimator = ctx.conv, ctx.spec, ctx.train, ctx.estimator
         needs = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)])
         if grad is None:

@@ -56,8 +56,8 @@ class _RPReLU(FirstOrder):
             return ops.rprelu.default(input, shift_in, slope, shift_out)
 
     @staticmethod
-    def backward(ctx, grad):
-        input, shift_in, slope = ctx.saved_tensors
+    def backward(ctx, tensors, grad):
+        input, shift_in, slope = tensors
         grads = inside(grad)("rprelu_backward", grad, input, shift_in, slope)
         return (grads[0], grads[1].to(shift_in.dtype), grads[2].to(slope.dtype),
                 grads[3].to(ctx.shift_out_dtype))

@@ -77,8 +77,8 @@ class _RSign(FirstOrder):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        saved, shift = ctx.saved_tensors
+    def backward(ctx, tensors, grad):
+        saved, shift = tensors
         estimator, clip, beta = ctx.conf
         if estimator == "none":
             return None, None, None, None, None

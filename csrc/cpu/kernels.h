@@ -101,11 +101,13 @@ struct BlockRows {
 
 enum class Estimator { kSte, kApprox, kSwish, kIdentity };
 
-// grad * d sign(x + shift) / dx, plus `add`, over n elements; parameters as for rsign below.
+// grad * d sign(x + shift) / dx, plus `add`, over n elements of each row; parameters as for rsign
+// below.
 struct SignBackward {
   const void *grad = nullptr, *x = nullptr, *add = nullptr;  // add may be null
   DType grad_type = DType::kF32, type = DType::kF32;         // type: of x, add and out
   int64_t n = 0;
+  int64_t rows = 1, row = 0;  // row: elements from one to the next
   const void* shift = nullptr;
   bool repeat = false;
   Estimator estimator = Estimator::kIdentity;

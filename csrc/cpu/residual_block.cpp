@@ -1,6 +1,6 @@
 #include "residual_block.h"
 
-#include "tasks.h"
+#include "sums.h"
 
 namespace bitkernels {
 namespace {
@@ -16,32 +16,43 @@ BlockRows part(BlockRows b, int64_t first, int64_t count) {
   return b;
 }
 
+// One row's n channels from c on.
+BlockRows part(const BlockRows& rows, int64_t row, int64_t c, int64_t n) {
+  BlockRows b = rows;
+  b.channels = 1;
+  b = part(b, row * rows.channels + c, 1);
+  b.channels = n;
+  const DType wide = b.type == DType::kF64 ? b.type : DType::kF32;
+  for (const void** vector : {&b.scale, &b.bias, &b.shift_in, &b.slope, &b.center})
+    *vector = at(*vector, wide, c);
+  return b;
+}
+
 template <class F>
-void for_parts(const BlockRows& rows, const Tasks& tasks, const F& f) {
-  tasks.run([&](int64_t t, int64_t first, int64_t count, int64_t) {
-    f(t, part(rows, first / rows.channels, count / rows.channels));
+void for_parts(const BlockRows& rows, const F& f) {
+  Tasks{rows.rows, rows.channels, 1}.run([&](int64_t first, int64_t count, int64_t) {
+    f(part(rows, first / rows.channels, count / rows.channels));
   });
 }
 
 template <class W>
-void backward_of(const Kernel& kernel, const BlockRows& rows, double* sums) {
-  const Tasks tasks = {rows.rows, rows.channels, 1, true};
-  const int64_t width = 4 * rows.channels;
-  std::vector<double> partial(tasks.count() * width, 0.0);
-  for_parts(rows, tasks, [&](int64_t t, BlockRows b) {
-    std::vector<W> acc(width, W(0));
-    b.sums = acc.data();
+void backward_of(const Kernel& kernel, const BlockRows& all, double* total) {
+  const auto run = [&](BlockRows b, W* sums) {
+    b.sums = sums;
     kernel.block_backward(b);
-    for (int64_t i = 0; i < width; ++i) partial[t * width + i] += acc[i];
-  });
-  tasks.add_up(partial, 4, sums);
+  };
+  Sums{all.rows, all.channels, 1, 4}.rows<W>(
+      [&](int64_t row, int64_t rows, int64_t c, int64_t n, W* sums) {
+        if (n == all.channels) return run(part(all, row, rows), sums);
+        for (int64_t i = row; i < row + rows; ++i) run(part(all, i, c, n), sums);
+      },
+      total);
 }
 
 }  // namespace
 
 void block_forward(const Kernel& kernel, const BlockRows& rows) {
-  for_parts(rows, {rows.rows, rows.channels, 1},
-            [&](int64_t, const BlockRows& b) { kernel.block_forward(b); });
+  for_parts(rows, [&](const BlockRows& b) { kernel.block_forward(b); });
 }
 
 void block_backward(const Kernel& kernel, const BlockRows& rows, double* sums) {
@@ -50,8 +61,7 @@ void block_backward(const Kernel& kernel, const BlockRows& rows, double* sums) {
 }
 
 void norm_backward(const Kernel& kernel, const BlockRows& rows) {
-  for_parts(rows, {rows.rows, rows.channels, 1},
-            [&](int64_t, const BlockRows& b) { kernel.norm_backward(b); });
+  for_parts(rows, [&](const BlockRows& b) { kernel.norm_backward(b); });
 }
 
 }  // namespace bitkernels

@@ -11,7 +11,7 @@ void rsign(const Kernel& kernel, const void* x, DType type, int64_t outer, int64
   const auto shifts_of = [&](int64_t element) {             // the first of its sample
     return samples > 1 ? element / each * channels : 0;
   };
-  Tasks{outer, channels, inner}.run([&](int64_t, int64_t first, int64_t count, int64_t c) {
+  Tasks{outer, channels, inner}.run([&](int64_t first, int64_t count, int64_t c) {
     if (c >= 0) {
       Repeated a;
       return kernel.rsign(at(x, type, first), type, count, a.of(shift, type, shifts_of(first) + c),

@@ -316,6 +316,7 @@ void test_kernel(const Kernel& k) {
       test_bits(k, type, i ? 1 : 1300, 64, i ? 2100 : 1, false, false);
       test_activations(k, type, i ? 1 : 1300, 40, i ? 2100 : 1, false);
     }
+    test_activations(k, type, 70, 4101, 1, false);  // tasks that share channels
   }
   test_sums_of_many_rows(k);
   for (int i = 0; i < 1500; ++i) test_conv(k, random_conv());

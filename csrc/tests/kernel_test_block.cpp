@@ -247,6 +247,7 @@ void test_block_passes(const Kernel& k) {
       for (const int64_t rows : {0, 1, 5, 33})
         for (int i = 0; i < 6; ++i) test_passes(k, type, rows, channels, i & 1);
     for (int i = 0; i < 4; ++i) test_passes(k, type, 1300, 40, false);  // several tasks
+    for (int i = 0; i < 4; ++i) test_passes(k, type, 70, 4101, false);  // which share channels
     for (const auto estimator :
          {Estimator::kSte, Estimator::kApprox, Estimator::kSwish, Estimator::kIdentity}) {
       for (const int64_t channels : {1, 16, 33})
@@ -254,6 +255,7 @@ void test_block_passes(const Kernel& k) {
           for (int i = 0; i < 4; ++i)
             test_sign_backward(k, type, i, channels, inner, estimator, i & 1);
       test_sign_backward(k, type, 1300, 40, 1, estimator, false);
+      test_sign_backward(k, type, 70, 4101, 1, estimator, false);
       test_sign_backward(k, type, 2, 3, 20000, estimator, false);
     }
   }
