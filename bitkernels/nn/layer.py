@@ -28,6 +28,7 @@ __all__ = ["BinaryLayer", "QuantizerLike", "WeightScale", "channel_scale"]
 
 _QUANTIZERS = ("input_quantizer", "weight_quantizer")
 _OPTIONS = (*_QUANTIZERS, "weight_scale")
+_GEOMETRY = ("stride", "padding", "dilation", "output_padding")
 # What an inference twin does in place of the layer, and hence no subclass or instance may replace.
 _COMPUTES = ("forward", "_conv_forward", "__call__", "_call_impl", "_bit_operands", "_real_forward",
              "_real_operands", "operator_arguments")
@@ -117,6 +118,7 @@ class BinaryLayer(FxLeaf):
 
     weight: Tensor
     binarization: Binarization
+    kernel_size: Any  # of convolutions
     input_quantizer: Quantize | None = _option("input_quantizer")
     weight_quantizer: Quantize | None = _option("weight_quantizer")
     weight_scale: WeightScale = _option("weight_scale")
@@ -144,6 +146,8 @@ class BinaryLayer(FxLeaf):
             return
         if name == "weight":
             self._check_weight(value)
+        elif name in _GEOMETRY and isinstance(value, int):  # as the constructor takes it
+            value = (value,) * len(self.kernel_size)
         elif name == "binarization":
             self._register_quantizers(value)
         super().__setattr__(name, value)
