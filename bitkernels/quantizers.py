@@ -113,7 +113,8 @@ class SwishSign(Quantizer):
     """Sign with the gradient of SignSwish (BNN+, Darabi et al. 2018, eq. 5).
 
     Forward +1 unless x < 0, then -1. Gradient beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta
-    x)), which is beta at 0 and negative in the tails. Alias "swish_sign".
+    x)), which is beta at 0 and negative in the tails. Alias "swish_sign". Raises ValueError for a
+    beta that is not above 0 and finite.
     """
 
     precision = 1
@@ -122,6 +123,8 @@ class SwishSign(Quantizer):
     beta: float
 
     def __init__(self, beta: float = 5.0) -> None:
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"SwishSign: beta must be above 0 and finite, got {beta!r}")
         super().__init__(beta=float(beta))
 
     @traced_whole

@@ -258,6 +258,8 @@ def test_get():
 @pytest.mark.parametrize("build", [
     lambda: quantizers.SteSign(-1), lambda: quantizers.SteSign(NAN),
     lambda: quantizers.MagnitudeAwareSign(-1), lambda: quantizers.SteHeaviside(-1),
+    lambda: quantizers.SwishSign(0.0), lambda: quantizers.SwishSign(-5),
+    lambda: quantizers.SwishSign(NAN), lambda: quantizers.SwishSign(INF),
     lambda: quantizers.SteTern(-0.1), lambda: quantizers.SteTern(clip_value=-1),
     lambda: quantizers.DoReFa(0), lambda: quantizers.DoReFa(2.0),
     lambda: quantizers.DoReFa(2, "kernel"), lambda: quantizers.NoOp(0)])

@@ -21,17 +21,43 @@ _conv2d_padding = torch.ops.bitkernels.binary_conv2d.padding
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-def checked_pad_value(name: str, pad_value: int, padding_mode: str) -> int:
-    """The pad_value of a layer; ValueError, with its name, for one that it cannot have."""
+def check_pad_value(name: str, pad_value: int, padding_mode: str) -> None:
+    """ValueError, with the layer's name, for a pad_value that it cannot have."""
     if pad_value not in (-1, 0, 1):
         raise ValueError(f"{name}: pad_value must be -1, 0 or 1, got {pad_value!r}")
     if pad_value and padding_mode != "zeros":
         raise ValueError(f"{name}: pad_value={pad_value} needs padding_mode='zeros', got "
                          f"{padding_mode!r}")
-    return pad_value
 
 
 class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pad_value":
+            check_pad_value(type(self).__name__, value, self.padding_mode)
+        elif name == "padding_mode":
+            check_pad_value(type(self).__name__, self.pad_value, value)
+        super().__setattr__(name, value)
+
+    @property
+    def _reversed_padding_repeated_twice(self) -> list[int]:
+        """As `F.pad` takes it, of the padding as it is now; torch keeps that of the constructor,
+        which its convolutions do not look at where they pad with zeros."""
+        padding, pads = self.padding, []
+        if padding == "same" and any(s != 1 for s in self.stride):
+            raise ValueError(f"{type(self).__name__}: padding='same' needs stride=1, got "
+                             f"{self.stride}")
+        for i in reversed(range(len(self.kernel_size))):
+            if padding == "same":
+                total = self.dilation[i] * (self.kernel_size[i] - 1)
+                pads += [total // 2, total - total // 2]
+            else:
+                pads += [0, 0] if isinstance(padding, str) else [padding[i]] * 2
+        return pads
+
+    @_reversed_padding_repeated_twice.setter
+    def _reversed_padding_repeated_twice(self, pads: list[int]) -> None:
+        """By torch's constructor."""
+
     def _real_forward(self, input: Tensor, convolution) -> Tensor:
         """The PyTorch convolution of the quantized tensors, padded after quantization."""
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,7 +91,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype)
-        self.pad_value = checked_pad_value(type(self).__name__, pad_value, padding_mode)
+        self.pad_value = pad_value
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     @traced_whole
@@ -121,7 +147,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype)
-        self.pad_value = checked_pad_value(type(self).__name__, pad_value, padding_mode)
+        self.pad_value = pad_value
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     def pads_of(self, size: Sequence[int]) -> tuple[int, int, int, int]:
@@ -164,7 +190,7 @@ class BinaryConv3d(_BinaryConv, nn.Conv3d):
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype)
-        self.pad_value = checked_pad_value(type(self).__name__, pad_value, padding_mode)
+        self.pad_value = pad_value
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     @traced_whole

@@ -120,7 +120,8 @@ def warn_of_zeros(layer: nn.Module, weight: Tensor) -> None:
 def folded_factor(old: Tensor, new: Tensor) -> bool:
     """Whether `new` is `old` times a factor for each channel, not all of them 1.
 
-    That is what folding a batch norm into a convolution makes. Signs drop the factors.
+    That is what folding a batch norm into a convolution makes. Signs drop the factors. Channels of
+    one weight tell nothing: any weights are such multiples of any others.
     """
     if (old.shape != new.shape or old.is_meta or new.is_meta or old.device != new.device
             or old.dim() < 2 or not old.numel() or not type(old) is type(new) is nn.Parameter):
@@ -128,6 +129,8 @@ def folded_factor(old: Tensor, new: Tensor) -> bool:
     a, b = old.detach().double(), new.detach().double()
     rounding = 16 * max(torch.finfo(old.dtype).eps, torch.finfo(new.dtype).eps)
     for dim in (0, 1):  # output channels; those of transposed convolutions
+        if a.numel() == a.shape[dim]:
+            continue
         others = [d for d in range(a.dim()) if d != dim]
         square = (a * a).sum(others, keepdim=True)
         factor = (a * b).sum(others, keepdim=True) / square.clamp_min(1e-300)

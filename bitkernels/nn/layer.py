@@ -28,6 +28,7 @@ __all__ = ["BinaryLayer", "QuantizerLike", "WeightScale", "channel_scale"]
 
 _QUANTIZERS = ("input_quantizer", "weight_quantizer")
 _OPTIONS = (*_QUANTIZERS, "weight_scale")
+_GEOMETRY = ("stride", "padding", "dilation", "output_padding")
 # What an inference twin does in place of the layer, and hence no subclass or instance may replace.
 _COMPUTES = ("forward", "_conv_forward", "__call__", "_call_impl", "_bit_operands", "_real_forward",
              "_real_operands", "operator_arguments")
@@ -102,8 +103,8 @@ class BinaryLayer(FxLeaf):
     A batch norm behind the layer cannot be folded into the latent weight, whose size the signs
     drop: `torch.nn.utils.fuse_conv_bn_eval` and `fuse_linear_bn_eval` raise here, since assigning
     (in evaluation) a weight that is the old one times a factor for each channel does. Code that
-    writes such factors in place is not noticed, and wrong. Keep the norm: a `BinaryResidualBlock`
-    evaluates it in the convolution's epilogue.
+    writes such factors in place, or into a layer of one product an output, is not noticed, and
+    wrong. Keep the norm: a `BinaryResidualBlock` evaluates it in the convolution's epilogue.
 
     A weight that is 0, by `torch.nn.utils.prune` or otherwise, counts as +1: a bit cannot be 0. The
     first forward with many such weights warns.
@@ -117,6 +118,7 @@ class BinaryLayer(FxLeaf):
 
     weight: Tensor
     binarization: Binarization
+    kernel_size: Any  # of convolutions
     input_quantizer: Quantize | None = _option("input_quantizer")
     weight_quantizer: Quantize | None = _option("weight_quantizer")
     weight_scale: WeightScale = _option("weight_scale")
@@ -144,6 +146,8 @@ class BinaryLayer(FxLeaf):
             return
         if name == "weight":
             self._check_weight(value)
+        elif name in _GEOMETRY and isinstance(value, int):  # as the constructor takes it
+            value = (value,) * len(self.kernel_size)
         elif name == "binarization":
             self._register_quantizers(value)
         super().__setattr__(name, value)
@@ -175,7 +179,7 @@ class BinaryLayer(FxLeaf):
         """Refuse a batch norm that is folded into the latent weight; look at new weights' zeros."""
         old = self._parameters.get("weight")
         if (old is not None and isinstance(value, nn.Parameter) and not self.training
-                and latent.folded_factor(old, value)):
+                and "_loading" not in self.__dict__ and latent.folded_factor(old, value)):
             raise ValueError(
                 f"{type(self).__name__}: the new weight is the old one times a factor for each "
                 "channel, as fuse_conv_bn_eval makes it. Signs drop the factors, so a batch norm "
@@ -186,7 +190,11 @@ class BinaryLayer(FxLeaf):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._looked.weight = False
-        super()._load_from_state_dict(*args)
+        self.__dict__["_loading"] = True  # with assign=True weights of any size
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            del self.__dict__["_loading"]
 
     def operator_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the layer's operator that are not its defaults: estimators of

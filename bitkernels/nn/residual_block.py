@@ -257,6 +257,8 @@ class BinaryResidualBlock(FxLeaf):
         norm = self.norm
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
+        if norm.running_mean is None:
+            return
         running, momentum = [norm.running_mean, norm.running_var], norm.momentum
         batch = [t.to(like.dtype) for t, like in zip((mean, variance), running, strict=True)]
         if momentum is not None and not functional_transforms():

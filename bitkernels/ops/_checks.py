@@ -95,6 +95,12 @@ def check_clip(op: str, arg: str, clip: float | None) -> None:
         fail(op, arg, "at least 0", f"{clip:g}")
 
 
+def check_beta(op: str, beta: float, *estimators: str) -> None:
+    """Of swish_sign, whose slope at 0 it is."""
+    if "swish_sign" in estimators and not 0 < beta < float("inf"):
+        fail(op, "beta", "above 0 and finite", f"{beta:g}")
+
+
 def check_estimator(op: str, arg: str, name: str) -> None:
     if name not in ESTIMATORS:
         fail(op, arg, f"one of {', '.join(ESTIMATORS)}", repr(name))

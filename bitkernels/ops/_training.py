@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bitkernels.ops._checks import (
     REAL,
+    check_beta,
     check_channel_vector,
     check_clip,
     check_estimator,
@@ -50,7 +51,7 @@ TEXT = """\
   input_clip: of ste_sign: the slope is 1 where |input| <= input_clip; None: everywhere.
   weight_estimator: the same for the weight.
   weight_clip: the same for the weight.
-  beta: of swish_sign.
+  beta: of swish_sign, above 0 and finite.
   scale_weight_grad: multiply the weight's gradient with scale too.
   dtype: of the result; None: the input's.
 """
@@ -83,6 +84,7 @@ def _estimators(op: str, **given) -> Estimators:
     check_estimator(op, "weight_estimator", train.weight_estimator)
     check_clip(op, "input_clip", train.input_clip)
     check_clip(op, "weight_clip", train.weight_clip)
+    check_beta(op, train.beta, train.input_estimator, train.weight_estimator)
     if train.dtype is not None and train.dtype not in REAL:
         fail(op, "dtype", "float32, float16, bfloat16 or float64", train.dtype)
     return train

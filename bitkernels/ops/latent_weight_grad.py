@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bitkernels.ops._checks import (
+    check_beta,
     check_channel_vector,
     check_clip,
     check_estimator,
@@ -28,6 +29,7 @@ def check(grad, weight, scale=None, *, estimator="ste_sign", clip=1.0, beta=5.0,
     check_channel_vector(op, "scale", scale, weight.shape[0])
     check_estimator(op, "estimator", estimator)
     check_clip(op, "clip", clip)
+    check_beta(op, beta, estimator)
     double = torch.float64
     if grad.shape != weight.shape or (grad.dtype == double) != (weight.dtype == double):
         fail(op, "grad", describe(weight), describe(grad))
@@ -82,7 +84,7 @@ Arguments:
   estimator: of the weight's sign: ste_sign, approx_sign, swish_sign, identity; none: a gradient
     of 0.
   clip: of ste_sign; None: no limit.
-  beta: of swish_sign.
+  beta: of swish_sign, above 0 and finite.
   scale_weight_grad: multiply by scale.
   wants_scale: return the scale's gradient.
 Returns:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
 from bitkernels.ops._checks import (
+    check_beta,
     check_channels,
     check_clip,
     check_estimator,
@@ -29,15 +30,16 @@ from bitkernels.ops.geometry import empty_around
 ops = torch.ops.bitkernels
 
 
-def _check(input, shift, estimator, clip):
+def _check(input, shift, estimator, clip, beta):
     check_channels("rsign", input, **({"shift": shift} if shift.dim() == 1 else {}))
     check_shift("rsign", input, shift, 1)
     check_estimator("rsign", "estimator", estimator)
     check_clip("rsign", "clip", clip)
+    check_beta("rsign", beta, estimator)
 
 
 def check(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
-    _check(input, shift, estimator, clip)
+    _check(input, shift, estimator, clip, beta)
     return Call((input, shift))
 
 
@@ -105,7 +107,7 @@ class _RSign(FirstOrder):
 
 
 def autograd(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):
-    _check(input, shift, estimator, clip)
+    _check(input, shift, estimator, clip, beta)
     return differentiate(_RSign, (input, shift), estimator, clip, beta)
 
 
@@ -134,7 +136,7 @@ Arguments:
   shift: real (C,), or (N, C, 1, ..., 1): one a channel of each sample.
   estimator: the slope in the backward: ste_sign, approx_sign, swish_sign, identity or none.
   clip: of ste_sign; None: no limit.
-  beta: of swish_sign.
+  beta: of swish_sign, above 0 and finite.
 Returns:
   -1 and +1, the shape and dtype of input; +1 unless input + shift < 0.
 Errors:

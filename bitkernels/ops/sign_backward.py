@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bitkernels.ops._checks import (
+    check_beta,
     check_clip,
     check_real,
     check_same_device,
@@ -25,6 +26,7 @@ def check(grad, input, shift=None, add=None, *, estimator="ste_sign", clip=1.0, 
         fail(op, "input", "(N, C, ...)", describe(input))
     check_vectors(op, input, input.shape[1], shift=shift)
     check_clip(op, "clip", clip)
+    check_beta(op, beta, estimator)
     if estimator not in ("ste_sign", "approx_sign", "swish_sign", "identity"):
         fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity",
              repr(estimator))
@@ -83,7 +85,7 @@ Arguments:
   add: the shape and dtype of input, added to the result; None: none.
   estimator: ste_sign, approx_sign, swish_sign or identity.
   clip: of ste_sign; None: no limit.
-  beta: of swish_sign.
+  beta: of swish_sign, above 0 and finite.
 Returns:
   (gradient in the dtype of input, float64 (C,): sums of grad times slope, the shift's gradient).
 Errors:

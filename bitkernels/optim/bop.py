@@ -36,9 +36,13 @@ class _FlipOptimizer(Optimizer):
 
     _moments: tuple[str, ...]  # state of each weight: float32, or float64 for float64 weights
 
-    def __init__(self, params: ParamsT, gamma: float, foreach: bool | None,
-                 **hyperparameters: float | bool) -> None:
-        super().__init__(params, dict(lr=gamma, **hyperparameters, foreach=foreach))
+    def __init__(self, params: ParamsT, gamma: float | None, lr: float | None, default: float,
+                 foreach: bool | None, **hyperparameters: float | bool) -> None:
+        if gamma is not None and lr is not None:
+            raise ValueError(f"{type(self).__name__}: gamma={gamma!r} and lr={lr!r} are the same "
+                             "hyperparameter; give one")
+        rate = gamma if gamma is not None else lr if lr is not None else default
+        super().__init__(params, dict(lr=rate, **hyperparameters, foreach=foreach))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, a dict with "params" and options; "gamma" is stored under "lr".
@@ -82,7 +86,8 @@ class _FlipOptimizer(Optimizer):
         for group in self.param_groups:
             if "gamma" in group:
                 raise RuntimeError(f"{type(self).__name__}: gamma is group['lr'], so that torch's "
-                                   "schedulers drive it; set that instead of group['gamma']")
+                                   "schedulers drive it; set that instead of group['gamma'], and "
+                                   "give lr= instead of gamma= to an optimizer around this one")
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
@@ -174,24 +179,27 @@ class Bop(_FlipOptimizer):
     params: weights of any shape and real dtype, named or not, or groups with their own gamma and
       threshold. The first step sets real weights to -1 and +1, with the real w in the test;
       layers of `bitkernels.nn` compute with signs before that too.
-    gamma: the adaptivity rate in [0, 1], Larq's default. It is the group's "lr", which all
-      schedulers of `torch.optim.lr_scheduler` drive. Threshold: see `ScheduledHyperparameter`.
+    gamma: the adaptivity rate in [0, 1]; None: 1e-4, Larq's default. It is the group's "lr", which
+      all schedulers of `torch.optim.lr_scheduler` drive. Threshold: see `ScheduledHyperparameter`.
     threshold: at least 0.
+    lr: gamma by the name that it has in the groups, for code that knows only that name, as
+      `ZeroRedundancyOptimizer(params, Bop, lr=1e-4)`.
     foreach: all weights of a group in each call; None does so on CUDA.
 
     The layers' weight quantizer must pass gradients at |w| = 1: "ste_sign" or NoOp(precision=1) do,
-    "approx_sign" does not (its gradient is 0 there) and such weights never flip.
+    "approx_sign" does not (its gradient is 0 there: such weights never flip), nor does "swish_sign"
+    (below 0: they flip the wrong way). `CaseOptimizer` refuses both.
 
     state_dict: momentum, one tensor for each weight, float32 (float64 for float64). Sources:
     NeurIPS 2019, algorithm 2; `larq.optimizers.Bop`. Raises ValueError for a gamma or threshold out
-    of range and for weights that are not real.
+    of range, for gamma and lr together, and for weights that are not real.
     """
 
     _moments = ("momentum",)
 
-    def __init__(self, params: ParamsT, gamma: float = 1e-4, threshold: float = 1e-8, *,
-                 foreach: bool | None = None) -> None:
-        super().__init__(params, gamma, foreach, threshold=threshold)
+    def __init__(self, params: ParamsT, gamma: float | None = None, threshold: float = 1e-8, *,
+                 lr: float | None = None, foreach: bool | None = None) -> None:
+        super().__init__(params, gamma, lr, 1e-4, foreach, threshold=threshold)
 
     def _tests(self, group, grads, *moments):
         (momentum,) = moments
@@ -214,9 +222,9 @@ class Bop2ndOrder(_FlipOptimizer):
     1 / sigma, are kept in all steps, and are those of the scheduled gamma and sigma. A step with
     gamma = 0 or sigma = 0 then leaves the weights as they are.
 
-    params, foreach, gamma (the group's "lr") and threshold: as `Bop`. sigma: the rate of v in
-    [0, 1]. The defaults are those of the published code; its CIFAR-10 runs use gamma=1e-7,
-    sigma=1e-3.
+    params, foreach, gamma (the group's "lr"; None: 1e-6), lr and threshold: as `Bop`. sigma: the
+    rate of v in [0, 1]. The defaults are those of the published code; its CIFAR-10 runs use
+    gamma=1e-7, sigma=1e-3.
 
     state_dict: momentum and variance of each weight, float32 (float64 for float64). Sources: CVPRW
     2021; its code for the defaults, 1e-10 and the unbiased form. Raises ValueError for a gamma,
@@ -225,10 +233,10 @@ class Bop2ndOrder(_FlipOptimizer):
 
     _moments = ("momentum", "variance")
 
-    def __init__(self, params: ParamsT, gamma: float = 1e-6, threshold: float = 1e-6,
-                 sigma: float = 1e-2, unbiased: bool = False, *,
+    def __init__(self, params: ParamsT, gamma: float | None = None, threshold: float = 1e-6,
+                 sigma: float = 1e-2, unbiased: bool = False, *, lr: float | None = None,
                  foreach: bool | None = None) -> None:
-        super().__init__(params, gamma, foreach, threshold=threshold, sigma=sigma,
+        super().__init__(params, gamma, lr, 1e-6, foreach, threshold=threshold, sigma=sigma,
                          unbiased=unbiased)
 
     def _tests(self, group, grads, *moments):

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from bitkernels.nn import BinaryLayer
 from bitkernels.nn.latent import latent_parameters, local
-from bitkernels.quantizers import MagnitudeAwareSign, is_binary
+from bitkernels.optim.bop import Bop, Bop2ndOrder
+from bitkernels.quantizers import MagnitudeAwareSign, Quantizer, is_binary
 
 __all__ = ["CaseOptimizer", "binary_weights", "clip_latent_weights", "is_binary_weight"]
 
@@ -83,8 +84,9 @@ class CaseOptimizer(Optimizer):
     themselves.
 
     Raises ValueError for a parameter that several predicates claim, a predicate that claims none,
-    and a factory that leaves out or adds parameters; TypeError for one that makes no optimizer. As
-    `larq.optimizers.CaseOptimizer`, where the predicates see variables.
+    a factory that leaves out or adds parameters, and Bop on weights of a layer of the model whose
+    weight quantizer passes no gradient at -1 and +1, or a reversed one; TypeError for a factory
+    that makes no optimizer. As `larq.optimizers.CaseOptimizer`, where the predicates see variables.
     """
 
     optimizers: tuple[Optimizer, ...]
@@ -113,6 +115,10 @@ class CaseOptimizer(Optimizer):
                           f"so they are not trained: {', '.join(untrained)}", stacklevel=2)
         if not optimizers:
             raise ValueError("CaseOptimizer: there are no parameters to optimize")
+        if isinstance(model, nn.Module):
+            for optimizer in optimizers:
+                if isinstance(optimizer, (Bop, Bop2ndOrder)):
+                    _check_slopes(optimizer, model)
         # Makes the tables of hooks; groups and state are the optimizers' own.
         self.__setstate__({"optimizers": tuple(optimizers), "defaults": {}})
 
@@ -196,6 +202,25 @@ def _made(what: str, factory: Factory, parameters: NamedParameters) -> Optimizer
         raise ValueError(f"{what}: {type(optimizer).__name__} does not have the parameters it was "
                          f"given" + (f", it lacks {', '.join(left)}" if left else ""))
     return optimizer
+
+
+def _check_slopes(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse weights of -1 and +1 that would never flip, or against their gradient."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in binary_layers(model).items():
+        quantizer = layer.weight_quantizer
+        if not isinstance(quantizer, Quantizer) or not any(
+                id(p) in held for p in latent_parameters(layer)):
+            continue
+        with torch.enable_grad():
+            ends = torch.tensor([-1.0, 1.0], requires_grad=True)
+            (slope,) = torch.autograd.grad(quantizer(ends).sum(), ends)
+        if float(slope.min()) <= 0:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot train the weight of {name or 'the model'}: "
+                f"weight_quantizer={quantizer!r} has the slope {float(slope.min()):.3g} at -1 and "
+                "+1, where it keeps weights, so they would never flip the right way; give the "
+                "layer NoOp(precision=1), None or 'ste_sign'")
 
 
 def clip_latent_weights(optimizer: Optimizer, model: nn.Module,

@@ -15,6 +15,7 @@ if torch.cuda.is_available():
     pytest.skip("the drivers are replaced", allow_module_level=True)
 
 from bitkernels.backends import gpu, replay
+from bitkernels.ops._record import OPERATORS
 from bitkernels_tests import cuda_emulator, no_gpu
 from bitkernels_tests.backends import test_training_launches as training
 
@@ -31,24 +32,41 @@ def launches(found) -> int:
     return len(found.launched) + no_gpu.NoDriver.launches
 
 
+def count_step(monkeypatch, model, dtype, with_cuda: bool) -> tuple[int, object]:
+    """Launches of a training step and what they are: ours, PyTorch's and the library's."""
+    names = [name for name in sys.modules if name.startswith("bitkernels.ops")]
+    with no_gpu.routed(with_cuda) as found:
+        for name in names:  # a mode looks on, and the operators go the backend's way all the same
+            if hasattr(sys.modules[name], "inside"):
+                monkeypatch.setattr(sys.modules[name], "inside", lambda like: gpu.run)
+        training.step(model, dtype)  # compiles
+        model.zero_grad()
+        found.launched.clear()
+        no_gpu.NoDriver.launches = 0
+        others = training.step(model, dtype)
+        for name in OPERATORS:  # seen as their kernels are launched
+            others.pop(name, None)
+        return others.total() + launches(found), (others, found.launched)
+
+
 @pytest.mark.parametrize("dtype,scale,most", [
     (torch.float16, None, 22), (torch.float32, None, 20),
     (torch.float16, "detached", 25), (torch.float32, "detached", 23)])
 def test_launches_of_a_block(monkeypatch, dtype, scale, most):
-    """Ours, PyTorch's and the library's, of forward, running statistics and backward."""
-    names = [name for name in sys.modules if name.startswith("bitkernels.ops")]
-    with no_gpu.routed(True) as found:
-        for name in names:  # a mode looks on, and the operators go the backend's way all the same
-            if hasattr(sys.modules[name], "inside"):
-                monkeypatch.setattr(sys.modules[name], "inside", lambda like: gpu.run)
-        block = training.block(64, weight_scale=scale)
-        training.step(block, dtype)  # compiles
-        block.zero_grad()
-        found.launched.clear()
-        no_gpu.NoDriver.launches = 0
-        others = training.step(block, dtype)
-        others.pop("binary_residual_block", None)
-        assert others.total() + launches(found) == most, (others, found.launched)
+    """Of forward, running statistics and backward. Triton alone sums in a launch more."""
+    block = training.block(64, weight_scale=scale)
+    for with_cuda in (True, False):
+        count, what = count_step(monkeypatch, block, dtype, with_cuda)
+        assert count == most + (not with_cuda), what
+
+
+@pytest.mark.parametrize("with_cuda", (True, False))
+@pytest.mark.parametrize("scale,most", [(None, 25), ("detached", 28), ("xnor", 38)])
+def test_launches_of_layers(monkeypatch, scale, most, with_cuda):
+    """RSign, convolution, batch norm, addition and RPReLU one after the other, in float16."""
+    layers = training.Layers(*training.parts(64, weight_scale=scale))
+    count, what = count_step(monkeypatch, layers, torch.float16, with_cuda)
+    assert count == most <= 40, what
 
 
 def test_a_step_launches_the_same_from_the_second_on(routed):

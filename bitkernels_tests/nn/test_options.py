@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from bitkernels import nn as bnn
 from bitkernels import quantizers
 from bitkernels.nn import BinaryConv2d, BinaryConv3d, BinaryLinear, NormSign, RSign
 from bitkernels.nn.options import Binarization
+from bitkernels.quantizers import NoOp
 from bitkernels_tests.cases import reals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,3 +192,61 @@ def test_graphs_know_the_quantizers_by_their_names():
 def test_three_dimensions_are_real():
     layer = BinaryConv3d(4, 4, 1)
     assert layer.binarization.input_is_sign and not layer.on_bits
+
+
+LATER = {
+    "dilated": dict(dilation=(2, 2), padding=(2, 2)),
+    "narrower": dict(padding=(0, 1)),
+    "integers": dict(stride=2, padding=2, dilation=1),
+    "same": dict(padding="same", dilation=2),
+}
+
+
+@pytest.mark.parametrize("geometry", LATER)
+@pytest.mark.parametrize("options", [
+    {}, dict(pad_value=1), dict(padding_mode="circular"),
+    dict(pad_value=-1, input_quantizer=NoOp(32)), dict(weight_quantizer="ste_tern")])
+def test_geometry_can_be_assigned(geometry, options):
+    """As code does that dilates a network after it was made."""
+    x = torch.randn(2, 8, 9, 9)
+    new = bnn.BinaryConv2d(8, 8, 3, **LATER[geometry], **options)
+    layer = bnn.BinaryConv2d(8, 8, 3, padding=1, **options)
+    layer.load_state_dict(new.state_dict())
+    for name, value in LATER[geometry].items():
+        setattr(layer, name, value)
+    assert torch.equal(layer(x), new(x)) and layer.padding == new.padding
+    if layer.pack_obstacle() is None:
+        with torch.no_grad():
+            assert torch.equal(bnn.pack(layer)(x), new(x))
+
+
+@pytest.mark.parametrize("geometry", LATER)
+def test_geometry_of_a_block_can_be_assigned(geometry):
+    conv = bnn.BinaryConv2d(8, 8, 3, padding=1, bias=False)
+    block = bnn.BinaryResidualBlock(conv, nn.BatchNorm2d(8), shortcut=bnn.NoShortcut())
+    x = torch.randn(2, 8, 9, 9)
+    for name, value in LATER[geometry].items():
+        setattr(conv, name, value)
+    for training in (True, False):
+        assert block.train(training).unfused(x.detach()) is None or not training
+        with torch.no_grad():
+            block.fused = True
+            found = block(x)
+            block.fused = False
+            torch.testing.assert_close(found, block(x))
+
+
+def test_wrong_geometry_that_is_assigned():
+    layer = bnn.BinaryConv2d(8, 8, 3, padding=1)
+    with pytest.raises(ValueError, match="pad_value must be -1, 0 or 1, got 5"):
+        layer.pad_value = 5
+    layer.pad_value = 1
+    with pytest.raises(ValueError, match="pad_value=1 needs padding_mode='zeros', got 'reflect'"):
+        layer.padding_mode = "reflect"
+    layer.padding, layer.stride = "same", 2
+    with pytest.raises(ValueError, match=r"padding='same' needs stride=1, got \(2, 2\)"):
+        layer.pads_of((9, 9))
+    assert bnn.BinaryConv1d(8, 8, 3).stride == (1,)
+    deconv = bnn.BinaryConvTranspose1d(8, 8, 3)
+    deconv.stride = deconv.output_padding = 2
+    assert deconv.stride == deconv.output_padding == (2,)

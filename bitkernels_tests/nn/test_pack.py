@@ -331,7 +331,18 @@ def test_a_norm_is_not_folded_into_latent_weights(dims, bias):
     layer.weight = nn.Parameter(torch.randn_like(before))  # any other weight may be set
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     layer.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
+    layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}, assign=True)
     layer.train().weight = nn.Parameter(2 * layer.weight.detach())
+
+
+@pytest.mark.parametrize("make", [
+    lambda: BinaryLinear(1, 8), lambda: BinaryLinear(8, 1), lambda: BinaryConv2d(1, 8, 1),
+    lambda: BinaryConv2d(8, 8, 1, groups=8), lambda: BinaryConvTranspose2d(8, 1, 1),
+    lambda: BinaryLinear(1, 1)])
+def test_other_weights_of_one_a_channel_are_no_folded_norm(make):
+    layer = make().eval()
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    layer.load_state_dict(make().state_dict(), assign=True)
 
 
 def test_tools_that_fuse_by_class_leave_binary_layers():

@@ -189,6 +189,17 @@ def test_norm_options(options):
         near(fused(x), layers(x), limit)
 
 
+def test_a_norm_whose_statistics_were_taken_away():
+    """As for networks of few images a batch: those of the batch, in evaluation too."""
+    fused, layers = pair_of(reactnet)
+    for block in (fused, layers):
+        block.norm.running_mean = block.norm.running_var = None
+    for training in (True, False):
+        x = batch()
+        near(fused.train(training)(x), layers.train(training)(x), 1e-5)
+        assert fused.unfused(x) is None
+
+
 def test_running_statistics_are_those_of_torch():
     """Against nn.BatchNorm2d on the convolution's own output: mean and unbiased variance."""
     block = pair_of(bireal)[0]

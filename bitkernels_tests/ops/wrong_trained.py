@@ -68,6 +68,7 @@ train(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
 train(f"weight_estimator must be {ESTIMATORS}, got ''", weight_estimator="")
 train("input_clip must be at least 0, got -1", input_clip=-1.0)
 train("weight_clip must be at least 0, got -1", weight_clip=-1.0)
+train("beta must be above 0 and finite, got nan", input_estimator="swish_sign", beta=float("nan"))
 train(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
 row(ops.binary_conv2d.padding, "padding must be 'same', 'valid' or integers, got 'full'",
     real(2, 6, 5, 5), real(8, 6, 3, 3), None, (1,), "full")
@@ -100,6 +101,7 @@ transposed("output_padding must be smaller than stride or dilation, got [0, 2]",
 transposed("padding must be small enough for an output of at least 1 x 1, got [4, 4] and an output "
            "of -1 x -1", None, (1,), (4, 4))
 transposed(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
+transposed("beta must be above 0 and finite, got -5", weight_estimator="swish_sign", beta=-5.0)
 transposed("weight_clip must be at least 0, got -1", weight_clip=-1.0)
 transposed(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
 transposed("scale must be on cpu as the first argument, got meta", scale=real(4, device="meta"))
@@ -113,6 +115,7 @@ dense("weight must be on cpu as the first argument, got meta", w=real(8, 6, devi
 dense("bias must be of shape (8,), got float32 of shape (1,)", real(1))
 dense("scale must be of shape (8,), got float32 of shape ()", scale=real())
 dense(f"weight_estimator must be {ESTIMATORS}, got 'sign'", weight_estimator="sign")
+dense("beta must be above 0 and finite, got 0", input_estimator="swish_sign", beta=0.0)
 dense("input_clip must be at least 0, got nan", input_clip=float("nan"))
 dense(f"dtype must be {FLOATS}, got torch.int64", dtype=torch.int64)
 
@@ -135,6 +138,8 @@ row(ops.rsign.default, f"estimator must be {ESTIMATORS}, got 'tanh'", real(2, 3)
     estimator="tanh")
 row(ops.rsign.default, "clip must be at least 0, got -0.5", grad(2, 3), real(3),
     estimator="ste_sign", clip=-0.5)
+row(ops.rsign.default, "beta must be above 0 and finite, got inf", grad(2, 3), real(3),
+    estimator="swish_sign", beta=float("inf"))
 row(ops.rprelu.default, "input must be (N, C, ...), got float32 of shape (3,)", real(3), real(3),
     real(3), real(3))
 row(ops.rprelu.default, "slope must be of shape (3,), got float32 of shape (1,)", grad(2, 3),
@@ -195,6 +200,7 @@ sign_grad("add must be float32 of shape (2, 3), got float16 of shape (2, 3)", No
 sign_grad("shift must be of shape (3,), got float32 of shape (2,)", real(2))
 sign_grad("estimator must be one of ste_sign, approx_sign, swish_sign, identity, got 'none'",
           estimator="none")
+sign_grad("beta must be above 0 and finite, got -0.5", estimator="swish_sign", beta=-0.5)
 sign_grad("clip must be at least 0, got -1", clip=-1.0)
 sign_grad("input must not require grad, this operator has no gradient; use binary_conv2d or "
           "binary_linear to train, or .detach()", x=grad(2, 3))
@@ -231,6 +237,7 @@ block("pad_value must be -1, 0 or 1, got 3", pad_value=3)
 block(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
 block(f"weight_estimator must be {ESTIMATORS}, got 'ste'", weight_estimator="ste")
 block("input_clip must be at least 0, got -1", input_clip=-1.0)
+block("beta must be above 0 and finite, got 0", weight_estimator="swish_sign", beta=0.0)
 block("weight_clip must be at least 0, got nan", weight_clip=float("nan"))
 block(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
 block("dtype must be a real type, float64 for float64 only, got torch.float64",
@@ -287,6 +294,7 @@ latent("grad must be on cpu as the first argument, got meta", real(8, 6, device=
 latent("scale must be of shape (8,), got float32 of shape (6,)", scale=real(6))
 latent("estimator must be one of ste_sign, approx_sign, swish_sign, identity, none, got 'relu'",
        estimator="relu")
+latent("beta must be above 0 and finite, got nan", estimator="swish_sign", beta=float("nan"))
 latent("clip must be at least 0, got -1", clip=-1.0)
 latent("weight must not require grad, this operator has no gradient; use binary_conv2d or "
        "binary_linear to train, or .detach()", w=grad(8, 6))

@@ -14,11 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from bitkernels.nn import BinaryLinear, binarize
 from bitkernels.optim import (
     Bop,
+    Bop2ndOrder,
     CaseOptimizer,
     binary_weights,
     clip_latent_weights,
     is_binary_weight,
 )
+from bitkernels.quantizers import MagnitudeAwareSign, NoOp, SteSign
 
 # Tensors too small for threads, which would cost more than all the rest.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,3 +210,21 @@ def test_two_processes_train_as_one(tmp_path):
     train_linear(model, cases(model), slice(0, 8))
     for name, value in torch.load(tmp_path / "weights").items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bop", [Bop, Bop2ndOrder])
+@pytest.mark.parametrize("quantizer,slope", [
+    ("approx_sign", "0"), ("swish_sign", "-0.195"), (SteSign(0.9), "0"),
+    (MagnitudeAwareSign(0.5), "0")])
+def test_bop_wants_a_gradient_at_its_weights(bop, quantizer, slope):
+    """And has one from the quantizers that are named for it; other layers' do not matter."""
+    def optimizer_of(model):
+        return CaseOptimizer(model, (is_binary_weight(model), bop), default=torch.optim.Adam)
+
+    model = nn.Sequential(BinaryLinear(8, 8, weight_quantizer=quantizer), BinaryLinear(8, 8))
+    with pytest.raises(ValueError, match=f"train the weight of 0: .* slope {slope} at -1 and"):
+        optimizer_of(model)
+    CaseOptimizer(model, (lambda name, _: name == "1.weight", bop), default=torch.optim.Adam)
+    for fit in ("ste_sign", None, NoOp(1), SteSign(1.25), SteSign(None), "magnitude_aware_sign"):
+        model[0].weight_quantizer = fit
+        optimizer_of(model)

@@ -52,6 +52,7 @@ def check(rank, world, store):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -78,6 +79,11 @@ def check(rank, world, store):
             assert full(shards)["0.weight"].abs().eq(1).all()
             b.load_state_dict(copy.deepcopy(b.state_dict()))
             train(shards, b, x)
+
+        whole, spread = network(), network()  # moments of each weight on one process
+        train(whole, Bop(whole.parameters(), gamma=0.3, threshold=1e-9), x)
+        train(spread, ZeroRedundancyOptimizer(spread.parameters(), Bop, lr=0.3, threshold=1e-9), x)
+        assert all(map(torch.equal, whole.parameters(), spread.parameters()))
 
         shards = network()
         fully_shard(shards, mesh=mesh)

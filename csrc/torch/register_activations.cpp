@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 #include "cpu/rprelu.h"
 #include "cpu/rsign.h"
 #include "cpu/sign_backward.h"
@@ -34,7 +36,12 @@ void check_activation(const char* op, const Tensor& input,
   }
 }
 
-Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip, double) {
+void check_beta(const char* op, double beta, const std::string& estimator) {
+  if (estimator == "swish_sign" && !(beta > 0 && beta < std::numeric_limits<double>::infinity()))
+    fail(op, "beta", "above 0 and finite", text(beta));
+}
+
+Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip, double beta) {
   const char* op = "rsign";
   if (shift.dim() == 1)
     check_activation(op, input, {{"shift", &shift}});
@@ -48,6 +55,7 @@ Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip
     fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity, none",
          text("'", estimator, "'"));
   if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
+  check_beta(op, beta, estimator);
   const Around x = around(input, 1);
   const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
   Tensor out = dense_like(x.tensor);
@@ -77,6 +85,7 @@ std::tuple<Tensor, Tensor> op_sign_backward(Tensor grad, Tensor input, OptTensor
   const int64_t channels = input.size(1);
   check_channel_vector(op, "shift", shift, channels);
   if (clip && !(*clip >= 0)) fail(op, "clip", "at least 0", text(*clip));
+  check_beta(op, beta, estimator);
   const ScalarType type = input.scalar_type();
   const bool wide = type == ScalarType::Double;
   const Sizes shape(input.sizes().begin(), input.sizes().end());

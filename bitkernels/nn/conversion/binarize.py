@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bitkernels import quantizers
-from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d, checked_pad_value
+from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d, check_pad_value
 from bitkernels.nn.conversion.activations import (
     ACTIVATIONS,
     Activation,
@@ -281,7 +281,7 @@ def _plan(module: Any, options: dict[str, Any], pad_value: int, name: str = "") 
     cls: Any = twin_class(module)
     where = f"{name}: {cls.__name__}" if name else cls.__name__
     if issubclass(cls, _PADDED):
-        checked_pad_value(where, pad_value, module.padding_mode)
+        check_pad_value(where, pad_value, module.padding_mode)
     try:
         return Binarization(**{key: copy.deepcopy(value) for key, value in options.items()})
     except ValueError as error:

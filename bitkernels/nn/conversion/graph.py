@@ -35,7 +35,10 @@ def is_expansion(module: Any) -> bool:
 
 @dataclass
 class Part:
-    """The graph of one module of the model. `name` is its path: "" if it is the whole model."""
+    """The graph of one module of the model. `name` is its path: "" if it is the whole model.
+
+    Nodes of tensors that the code makes itself have them as meta["constant"].
+    """
 
     name: str
     root: nn.Module
@@ -146,9 +149,13 @@ class _Symbolic:
         try:
             parameters = inspect.signature(type(module).forward).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-            return _Tracer(set(self.opaque)).trace(module, concrete_args=defaults or None)
+            graph = _Tracer(set(self.opaque)).trace(module, concrete_args=defaults or None)
         except Exception:  # whatever the user's code raises when given a proxy
             return None
+        for node in graph.nodes:  # attributes of the module that it will not keep
+            if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+                node.meta["constant"] = getattr(module, str(node.target))
+        return graph
 
     def visit(self, name: str, module: nn.Module) -> list[Part]:
         if id(module) in self.visited or (name and _is_leaf(module)):
@@ -176,12 +183,16 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []  # an id stays that of its tensor
         self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self.buffers = {id(b) for b in model.buffers()}
 
     def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in self.nodes:
                 name = self.parameters.get(id(value), "constant")
-                self.define(self.graph.create_node("get_attr", name), value)
+                node = self.graph.create_node("get_attr", name)
+                if name == "constant" and id(value) not in self.buffers:
+                    node.meta["constant"] = value
+                self.define(node, value)
             return self.nodes[id(value)]
         return value if isinstance(value, (int, float, str)) else None
 

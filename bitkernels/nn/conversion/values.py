@@ -27,6 +27,9 @@ _ANY_PART = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "where
 _ALL = {"add", "iadd", "radd", "matmul", "bmm", "einsum", "minimum"}
 _PRODUCT = {"mul", "imul", "rmul", "multiply", "div", "truediv", "itruediv", "true_divide"}
 _GATES = {"sigmoid", "hardsigmoid", "softmax"}
+_ABOVE, _BELOW = {"gt", "ge", "greater", "greater_equal"}, {"lt", "le", "less", "less_equal"}
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
+_ZEROS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones"}
 
 _NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax,
                          nn.Softmax2d, nn.Softmin)
@@ -51,7 +54,40 @@ def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> A
 
 
 def _at_least_zero(value: Any) -> bool:
+    """A number, or a constant tensor of a graph."""
+    if isinstance(value, fx.Node):
+        constant = value.meta.get("constant")
+        if constant is not None and not constant.is_meta and not constant.is_complex():
+            return bool((constant >= 0).all())
+        return value.op in ("call_function", "call_method") and name_of(value) in _ZEROS
     return isinstance(value, (int, float)) and value >= 0
+
+
+def _compares(test: Any, how: set[str], x: Any) -> bool:
+    """Whether a node is `x > 0`, or in `how` else, in any type."""
+    while isinstance(test, fx.Node) and name_of(test) in _CASTS:
+        test = test.args[0]
+    return (isinstance(test, fx.Node) and name_of(test) in how and len(test.args) == 2
+            and test.args[0] is x and isinstance(x, fx.Node) and _at_least_zero(test.args[1]))
+
+
+def _rectifies(node: fx.Node, name: str) -> bool:
+    """x x, and what is a ReLU in other words: x (x > 0), where(x > 0, x, 0), maximum(x, 0),
+    masked_fill(x, x < 0, 0)."""
+    args = node.args
+    if name in ("mul", "imul", "rmul", "multiply") and len(args) == 2:
+        x, other = args
+        return (isinstance(x, fx.Node) and x is other or _compares(other, _ABOVE, x)
+                or _compares(x, _ABOVE, other))
+    if name in ("maximum", "fmax", "max") and len(args) == 2:
+        return any(isinstance(a, fx.Node) and _at_least_zero(a) for a in args)
+    if name == "where" and len(args) == 3:  # of torch or of a tensor, which comes first then
+        first, second, other = args
+        return any(_compares(test, _ABOVE, x) and _at_least_zero(other)
+                   or _compares(test, _BELOW, other) and _at_least_zero(x)
+                   for test, x in ((first, second), (second, first)))
+    return (name == "masked_fill" and len(args) == 3 and _compares(args[1], _BELOW, args[0])
+            and _at_least_zero(args[2]))
 
 
 def kind(node: fx.Node, module: nn.Module | None) -> str:
@@ -84,7 +120,7 @@ def kind(node: fx.Node, module: nn.Module | None) -> str:
         constant = _argument(node, 2, "mode", "constant") == "constant"
         value = _argument(node, 3, "value") or 0
         return "keeps" if not constant or _at_least_zero(value) else "any"
-    if name in _NON_NEGATIVE:
+    if name in _NON_NEGATIVE or _rectifies(node, name):
         return "source"
     if name in _KEEPING or any(part in name for part in _KEEPING_PARTS):
         return "keeps"

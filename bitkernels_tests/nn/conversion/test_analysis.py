@@ -178,7 +178,16 @@ FUNCTIONS = {
     "abs": torch.abs,
     "square": lambda x: x.square(),
     "power": lambda x: x ** 2,
-    "product with itself": lambda x: F.relu(x) * torch.sigmoid(x),
+    "product of two": lambda x: F.relu(x) * torch.sigmoid(x),
+    "product with itself": lambda x: x * x,
+    "product with a mask": lambda x: x * (x > 0),
+    "product with a real mask": lambda x: (x >= 0).to(x.dtype) * x,
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "where not": lambda x: torch.where(x < 0, torch.zeros_like(x), x),
+    "Tensor.where": lambda x: x.where(x > 0, 0.0),
+    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "max": lambda x: torch.max(torch.zeros(()), x),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
 }
 
 
@@ -206,6 +215,9 @@ SIGNED = {
     "LeakyReLU": lambda: nn.Sequential(nn.LeakyReLU(), conv()),
     "plus a real value": lambda: Code(lambda s, x: s.conv(x + s.relu(x)), relu=nn.ReLU(),
                                       conv=conv()),
+    "product with another mask": lambda: Code(lambda s, x: s.conv(x * (x > -1)), conv=conv()),
+    "where less": lambda: Code(lambda s, x: s.conv(torch.where(x > 0, x, -1.0)), conv=conv()),
+    "maximum of two": lambda: Code(lambda s, x: s.conv(torch.maximum(x, x.flip(1))), conv=conv()),
     "less a constant": lambda: Code(lambda s, x: s.conv(s.relu(x) - 0.5), relu=nn.ReLU(),
                                     conv=conv()),
     "after the signs": lambda: nn.Sequential(conv(), nn.ReLU()),
