@@ -35,7 +35,8 @@ def in_int8(net: Net, inputs: Sequence[Any], reasons: dict[fx.Node, str]) -> Non
         if why is None:
             layers.append(node)
         else:
-            reasons[node] = f"{reasons.get(node, 'a real layer')}, in float32: {why}"
+            kind = str(node.meta["val"].dtype).removeprefix("torch.")
+            reasons[node] = f"{reasons.get(node, 'a real layer')}, in {kind}: {why}"
     largest = _Calibration(net, layers).run_on(inputs)
     for node in layers:
         given = arguments(node)
@@ -55,7 +56,7 @@ def _why_not(net: Net, node: fx.Node) -> str | None:
         return "its weight is computed from the input"
     conv = node.target is not aten.linear.default
     if node.meta["val"].dtype is not torch.float32:
-        return f"its values are {node.meta['val'].dtype}".replace("torch.", "")
+        return "layers in int8 read and give float32"
     if conv and (weight.dim() != 4 or len(shape(given["input"])) != 4):
         return "no convolution of a batch of images"
     if weight.shape[1] < FEWEST_CHANNELS:
@@ -73,7 +74,7 @@ def _replace(net: Net, node: fx.Node, given: dict[str, Any], name: str, most: fl
     step[step == 0] = 1
     filters = (weight.double() / step.view(around)).round().to(torch.int8)
     # The steps that the kernel multiplies by are rounded to float32, and what they are worth too.
-    steps = torch.tensor(127 / most, dtype=torch.float32).double().item()
+    steps = torch.tensor(127 / most, dtype=torch.float32, device="cpu").double().item()
     constants = (net.constant(filters.contiguous(), name),
                  net.constant((step / steps).float(), f"{name}.scale"), given["bias"])
     with net.graph.inserting_before(node):
