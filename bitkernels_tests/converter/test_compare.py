@@ -81,7 +81,7 @@ def test_groups_narrower_than_a_word():
 
 
 class Several(nn.Module):
-    """One binary convolution called on a value and, last, on what was made of it."""
+    """One binary convolution called three times, and a transposed one."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class Several(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         early, late = self.shared(-x), self.shared(self.norm(self.shared(x)))
-        return self.up(late + early.abs() + x)
+        return self.up(early + late.abs() + x)  # the first call moves behind what is added
 
 
 def test_one_weight_in_several_products_and_transposed_ones():
