@@ -69,6 +69,8 @@ MUTANTS = (
            ENGINE),
     Mutant("int8-scale-of-the-weights-alone", "bitkernels/converter/int8.py",
            "(step / steps).float()", "(step / 127).float()", ("converter/test_int8.py",)),
+    Mutant("int8-input-that-was-replaced", "bitkernels/converter/int8.py", "largest[source]",
+           'largest[given["input"]]', ("converter/test_int8.py::test_layers_that_read_each_other",)),
     Mutant("norm-without-a-batch", "bitkernels/converter/real.py",
            "len(shape(conv)) != weight.dim()", "False",
            ("converter/test_user_models.py::test_one_image_without_a_batch",)),
