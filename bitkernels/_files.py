@@ -7,7 +7,9 @@ old one: a crash at any moment, or a full disk, leaves the old file as it was.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,16 +17,23 @@ from pathlib import Path
 def replace_file(path: Path, data: bytes, mark: str = "") -> None:
     """Put `data` at `path`, all of it or none.
 
+    A file that was there leaves its permissions to the new one; a link is replaced, not followed.
+
     mark: told apart by it, several writers may replace one file at the same time. Without it a
     later writer takes over the temporary file of one that was killed.
 
-    Raises OSError where the disk is full or the folder cannot be written; what was at `path` before
-    is then still there, and no other file is left.
+    Raises OSError where the disk is full, the folder cannot be written, or `path` is a device, a
+    pipe or a socket; what was at `path` before is then still there, and no other file is left.
     """
+    old = path.stat() if path.exists() else None
+    if old is not None and not (stat.S_ISREG(old.st_mode) or stat.S_ISDIR(old.st_mode)):
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket", os.fspath(path))
     temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
+        if old is not None and stat.S_ISREG(old.st_mode) and not path.is_symlink():
+            temporary.chmod(stat.S_IMODE(old.st_mode))
         put(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import torch
 
 from bitkernels.cli import zoo
 from bitkernels.converter import convert, load_converted
+from bitkernels.converter.inputs import Input
 from bitkernels.converter.profile import profile
 from bitkernels.models import create_model
 from bitkernels.models.registry import entry, takes_image_size
@@ -44,21 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     try:
         zoo.check(options, "batch", "repeats")
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        device = zoo.prepared(options)
         if os.path.exists(options.model):
             if options.size is not None:
                 raise ValueError("--size is for published networks; a file has its own")
-            network = load_converted(options.model, options.device)
-            inputs = [torch.randn(options.batch, *known.example[1:], device=options.device)
-                      for known in network.inputs]
+            network = load_converted(options.model, device)
+            inputs = [_example(known, options.batch, device) for known in network.inputs]
         else:
             published = entry(options.model)
             side = options.size or published.image_size
             sized: dict[str, Any] = (
                 {"image_size": side} if takes_image_size(published.build) else {})
-            inputs = [torch.randn(options.batch, 3, side, side, device=options.device)]
-            model = create_model(options.model, **sized).to(options.device)
+            inputs = [torch.randn(options.batch, 3, side, side, device=device)]
+            model = create_model(options.model, **sized).to(device)
             network = convert(model, inputs[0])
         found = profile(network, *inputs, repeats=options.repeats)
         if options.chart:
@@ -68,3 +67,14 @@ def main(options: argparse.Namespace) -> int:
         return 1
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
     return 0
+
+
+def _example(known: Input, batch: int, device: torch.device) -> torch.Tensor:
+    """Values for an input of a file: random ones, and integers that are 0, so that they are in
+    range whatever they count."""
+    sizes = [batch if i == 0 and isinstance(n, str) else example
+             for i, (n, example) in enumerate(zip(known.sizes, known.example, strict=True))]
+    assert known.dtype is not None
+    if known.dtype.is_floating_point:
+        return torch.randn(sizes, device=device).to(known.dtype)
+    return torch.zeros(sizes, dtype=known.dtype, device=device)

@@ -40,6 +40,16 @@ def check(options: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
+def prepared(options: argparse.Namespace) -> torch.device:
+    """Sets --threads; the device of --device, which tensors were seen to be made on."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        return torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"--device {options.device}: {first_line(error)}") from None
+
+
 def rule(options: argparse.Namespace) -> preprocessing.Preprocessing:
     """What the network's pictures go through."""
     published = entry(options.model)
@@ -48,12 +58,7 @@ def rule(options: argparse.Namespace) -> preprocessing.Preprocessing:
 
 def network(options: argparse.Namespace) -> nn.Module:
     """The network that was asked for, with its weights, in evaluation on its device."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
-        device = torch.empty(0, device=options.device).device
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise ValueError(f"--device {options.device}: {first_line(error)}") from None
+    device = prepared(options)
     sized: dict[str, Any] = {}
     if options.size is not None and takes_image_size(entry(options.model).build):
         sized["image_size"] = options.size

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bitkernels.converter.net import Net, aten, fold_constants, shape
+from bitkernels.converter.net import (
+    Net,
+    arguments,
+    aten,
+    dtype,
+    fold_constants,
+    is_call,
+    shape,
+)
+from bitkernels.ops.geometry import same_padding
 
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
              aten.feature_alpha_dropout.default)
+
+_BROADCAST = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+
+@contextlib.contextmanager
+def neutral() -> Iterator[None]:
+    """No gradients, no autocast and no inference mode, whatever the caller is in.
+
+    A graph has the types of the model, not those of an autocast around the call, and tensors of
+    inference mode have no version by which the engine sees that they were written to.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> Net:
@@ -23,20 +52,33 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
       for tensors of first size 1 beside others.
     """
     name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"convert: model must be the torch.nn.Module that {name} was made of, for "
+                         "torch.export takes no ScriptModule")
+    varies = dynamic_shapes is None
     try:
         model = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:
-        raise ValueError(f"convert: {name} cannot be copied (copy.deepcopy: {error})") from error
+        raise ValueError(
+            f"convert: {name} cannot be copied (copy.deepcopy: {error}); where a weight is made of "
+            "others, as in pruning, call the model once under torch.no_grad() before") from error
     if dynamic_shapes is None:
         example_inputs, dynamic_shapes = _batches(example_inputs)
-    with torch.no_grad():
+    with neutral():
         try:
             program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = " ".join(lines[:2]) or "no reason"
+            hint = ""
+            if varies and "specialized" in reason:
+                hint = ("; where the first size of an input is always the same, say so by "
+                        "dynamic_shapes, as of torch.export")
+            elif "fake tensor" in reason:
+                hint = ("; the model may keep what it computes in its attributes or write to .data "
+                        "of its weights or input")
             raise ValueError(f"convert: {name} cannot be exported for these example_inputs "
-                             f"(torch.export: {type(error).__name__}: {reason})") from error
+                             f"(torch.export: {type(error).__name__}: {reason}){hint}") from error
         if any(_writes(node) for node in program.graph.nodes):
             program = program.run_decompositions({})  # the same operators, none in place
         _check_writes(name, program.graph_signature)
@@ -64,6 +106,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
             net.replace(node, node.args[0])  # type: ignore[arg-type]
     for node in net.calls(aten._assert_tensor_metadata.default, aten._assert_scalar.default):
         net.graph.erase_node(node)
+    _drop_expansions(net)
+    _number_paddings(net)
     net.graph.eliminate_dead_code()
     for name, _ in (*net.module.named_parameters(), *net.module.named_buffers()):
         net.names[name] = name
@@ -83,12 +127,43 @@ def _check_writes(name: str, signature: Any) -> None:
                              + ", ".join(changed.values()))
 
 
+def _drop_expansions(net: Net) -> None:
+    """x + bias.expand_as(x) is x + bias, also in other arithmetic that broadcasts."""
+    for node in net.calls(aten.expand.default, aten.expand_as.default):
+        source: Any = node.args[0]
+        for user in list(node.users):
+            if not is_call(user, *_BROADCAST):
+                continue
+            first, second = user.args[:2]
+            other = second if first is node else first
+            if (isinstance(other, fx.Node) and other is not node
+                    and isinstance(other.meta.get("val"), Tensor) and shape(other) == shape(node)
+                    and dtype(other) == dtype(node)):
+                user.replace_input_with(node, source)
+
+
+def _number_paddings(net: Net) -> None:
+    """Padding by name becomes one in numbers, where it is the same on both sides."""
+    for node in net.calls(aten.conv2d.padding):
+        given = arguments(node)
+        top, bottom, left, right = same_padding(
+            "convert", given["padding"], given["weight"].meta["val"].shape[2:], given["stride"],
+            given["dilation"])
+        if top == bottom and left == right:
+            given["padding"] = [top, left]
+            node.target, node.args, node.kwargs = aten.conv2d.default, tuple(given.values()), {}
+
+
 def _batches(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     """The inputs, and that their first sizes vary: all of them, or those that are not 1.
 
     A batch of one is exported as a constant, so it becomes a batch of two here.
     """
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    for tensor in tensors:
+        if not tensor.shape[0]:
+            raise ValueError("convert: example_inputs must hold a batch of at least 1, got a "
+                             f"tensor of shape {tuple(tensor.shape)}")
     if all(t.shape[0] == 1 for t in tensors):
         def two(value: Any) -> Any:
             return (value.expand(2, *value.shape[1:]).contiguous()

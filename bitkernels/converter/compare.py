@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from bitkernels.converter.capture import capture
+from bitkernels.converter.capture import capture, neutral
 from bitkernels.converter.converted import Converted
 from bitkernels.converter.lower import lower
 from bitkernels.converter.net import PRODUCTS, WITH_WORDS, Net, arguments, is_call, ops
 from bitkernels.converter.recognise import recognise
 
 NEAR = 1e-5
+_TRANSPOSED = ops.packed_conv_transpose2d.default
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Comparison:
 
 def compare(model: nn.Module, network: Converted, *inputs: Any,
             sign_of_zero: int | None = None) -> Comparison:
-    """Run a model and what `convert` made of it on these inputs, and compare.
+    """Run a model, in evaluation, and what `convert` made of it on these inputs, and compare.
 
     sign_of_zero: as it was given to `convert`.
 
@@ -79,9 +81,10 @@ def compare(model: nn.Module, network: Converted, *inputs: Any,
     if not isinstance(network, Converted):
         raise ValueError("compare: network must be what bitkernels.convert(model) returns, got "
                          f"{type(network).__name__}")
-    with torch.no_grad():
-        wanted, got = tree_leaves(model(*inputs)), tree_leaves(network(*inputs))
+    with neutral():
         net = capture(model, inputs, None)
+        evaluated = copy.deepcopy(model).eval()  # what was converted; statistics stay as they are
+        wanted, got = tree_leaves(evaluated(*inputs)), tree_leaves(network(*inputs))
         recognise(net, sign_of_zero)
         lower(net)
         expected = _Expected(net)
@@ -119,14 +122,15 @@ class _Expected(fx.Interpreter):
     def __init__(self, net: Net) -> None:
         net.clean()
         super().__init__(net.module, garbage_collect_values=False)
-        self.net, self.names = net, [net.origin(n.kwargs["weight_words"])
-                                     for n in net.calls(*PRODUCTS)]
+        self.net, self.names = net, [net.origin(arguments(n)["weight_words"])
+                                     for n in net.calls(*PRODUCTS, _TRANSPOSED)]
         self.reads: dict[str, list[_Read]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if is_call(n, *PRODUCTS):
-            words: Any = n.kwargs["words"]
-            filters: Any = n.kwargs["weight_words"]
+        product = arguments(n) if is_call(n, *PRODUCTS, _TRANSPOSED) else {}
+        words: Any = product.get("words")
+        if is_call(words, ops.sign_pack.default):  # else words that the model itself made
+            filters: Any = product["weight_words"]
             given = arguments(words)
             value, shift = self.env[given["input"]], given["shift"]
             source = given["input"]
@@ -139,7 +143,7 @@ class _Expected(fx.Interpreter):
             distance = value.abs() / value.abs().max().clamp_min(1e-30)
             self.reads.setdefault(self.net.origin(filters), []).append(_Read(
                 self.env[words], self.env[filters], distance, given["dim"],
-                n.kwargs.get("groups", 1)))  # type: ignore[arg-type]
+                product.get("groups", 1)))
         return super().run_node(n)
 
 
@@ -153,27 +157,42 @@ class _Compared(fx.Interpreter):
         self.skipped: list[str] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        if not is_call(n, *WITH_WORDS):
+        if not is_call(n, *WITH_WORDS, _TRANSPOSED):
             return super().run_node(n)
-        name = self.names.pop(0)
-        read = self.expected.reads[name].pop(0)
-        words: Any = n.kwargs["words"]
-        image: Any = n.kwargs["weight_words"]
-        filters = getattr(self.network.graph_module, self.network.words_of(str(image.target)))
-        turned = _turned(filters ^ read.filters, read.groups)
-        own = self.env[words]
-        if turned is None or own.shape != read.words.shape:
+        name, given = self.names.pop(0), arguments(n)
+        filters = getattr(self.network.graph_module, self.network.words_of(
+            str(given["weight_words"].target)))
+        own = self.env[given["words"]]
+        reads = self.expected.reads.get(name, [])
+        # Of several products with one weight, which may stand in another order here, the nearest.
+        found = min((f for f in (_signs(read, name, filters, own) for read in reads) if f),
+                    key=lambda f: f[0].different, default=None)
+        if found is None:
             self.skipped.append(name)
             return super().run_node(n)
-        wanted = read.words ^ turned
-        channels = read.distance.shape[read.dim]
-        bits = ops.unpack(own ^ wanted, channels, torch.float32, read.dim) > 0
-        self.found.append(Signs(name, bits.numel(), int(bits.sum()),
-                                int((bits & (read.distance > NEAR)).sum())))
-        self.env[words] = wanted
+        signs, wanted, read = found
+        reads[:] = [other for other in reads if other is not read]
+        self.found.append(signs)
+        self.env[given["words"]] = wanted
         result = super().run_node(n)
-        self.env[words] = own
+        self.env[given["words"]] = own
         return result
+
+
+def _signs(read: _Read, name: str, filters: Tensor, own: Tensor
+           ) -> tuple[Signs, Tensor, _Read] | None:
+    """How a product's words differ from what the model's reads, and the words that it should have;
+    None where they stand in another order."""
+    if filters.shape != read.filters.shape or own.shape != read.words.shape:
+        return None
+    turned = _turned(filters ^ read.filters, read.groups)
+    if turned is None:
+        return None
+    wanted = read.words ^ turned
+    channels = read.distance.shape[read.dim]
+    bits = ops.unpack(own ^ wanted, channels, torch.float32, read.dim) > 0
+    signs = Signs(name, bits.numel(), int(bits.sum()), int((bits & (read.distance > NEAR)).sum()))
+    return signs, wanted, read
 
 
 def _turned(changed: Tensor, groups: int) -> Tensor | None:

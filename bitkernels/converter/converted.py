@@ -9,10 +9,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from bitkernels import _onnx
-from bitkernels.converter.capture import capture
+from bitkernels.converter.capture import capture, neutral
 from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
-from bitkernels.converter.inputs import Input, check_inputs, inputs_of
+from bitkernels.converter.inputs import Input, arguments_of, check_inputs, inputs_of
 from bitkernels.converter.int8 import in_int8
 from bitkernels.converter.joins import split_joins
 from bitkernels.converter.lower import lower
@@ -85,11 +85,15 @@ class Converted(nn.Module):
         self.arrange()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Converted:
-        if fn(torch.zeros(1)).dtype is not torch.float32:
+        if fn(torch.zeros(1, dtype=torch.float32, device="cpu")).dtype is not torch.float32:
             raise RuntimeError("Converted: a converted network keeps its types; convert the model "
                                "of another type")
-        super()._apply(fn, recurse)
-        self.arrange()
+        for name in self._read:  # made again, whatever their layout; channels-last takes 4 sizes
+            self.graph_module.register_buffer(name, None, persistent=False)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.arrange()
         return self
 
     def words_of(self, buffer: str) -> str:
@@ -100,7 +104,7 @@ class Converted(nn.Module):
         inputs, spec = tree_flatten((args, kwargs))
         if spec != self.in_spec:
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
-                               f"convert, {self.in_spec}, got {spec}")
+                               f"convert, {arguments_of(self.in_spec)}, got {arguments_of(spec)}")
         check_inputs(self.inputs, inputs)
         if _onnx.is_exporting():
             return tree_unflatten(RealForm(self).run(*inputs), self.out_spec)
@@ -159,12 +163,13 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     where its real value is that close to its threshold. What is not recognised stays as it is;
     `report` names it.
 
-    The model is not changed. It has to be one that torch.export takes: control flow that depends on
-    values is not.
+    The model is not changed, and an autocast around this call is none of it. It has to be one that
+    torch.export takes: control flow that depends on values is not.
 
     Raises ValueError for a model that cannot be exported, with the reason of torch.export, that
-    changes buffers or inputs in evaluation or calls as_strided, for arguments out of range, and
-    with real="int8" where a real layer's input is all 0 or not finite in the example_inputs.
+    changes buffers or inputs in evaluation, calls as_strided or is converted already, for arguments
+    out of range, and with real="int8" where a real layer's input is all 0 or not finite in the
+    example_inputs.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -177,8 +182,21 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
                          "shaped as those of a call of the model")
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list)):
+        raise ValueError("convert: example_inputs must be a tensor or a tuple of arguments, got "
+                         f"{type(example_inputs).__name__}")
+    for name, part in model.named_modules():
+        if isinstance(part, Converted):
+            raise ValueError(f"convert: {name or 'model'} is converted already; convert the model "
+                             "that it was made of")
+    with neutral():
+        return _converted(model, tuple(example_inputs), real, sign_of_zero, dynamic_shapes, verbose)
+
+
+def _converted(model: nn.Module, example_inputs: tuple[Any, ...], real: str,
+               sign_of_zero: int | None, dynamic_shapes: Any, verbose: bool) -> Converted:
     before = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    net = capture(model, tuple(example_inputs), dynamic_shapes)
+    net = capture(model, example_inputs, dynamic_shapes)
     reasons = passes(net, real, sign_of_zero, example_inputs)
     specs: Any = net.graph._codegen
     info = specs.pytree_info

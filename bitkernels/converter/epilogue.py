@@ -20,6 +20,7 @@ from bitkernels.converter.net import (
     aten,
     channels,
     channels_second,
+    device,
     dtype,
     is_call,
     keywords,
@@ -60,7 +61,7 @@ def vector(net: Net, value: Any, product: fx.Node) -> Tensor | None:
     """A scalar, or a constant with one number a channel, as float64 (channels,); else None."""
     count = channels(product)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full((count,), float(value), dtype=torch.float64)
+        return _all(product, float(value))
     found = net.value(value)
     if found is None or not found.is_floating_point():
         return None
@@ -73,6 +74,11 @@ def vector(net: Net, value: Any, product: fx.Node) -> Tensor | None:
             found.numel() != count):
         return None
     return found.double().reshape(count)
+
+
+def _all(product: fx.Node, value: float) -> Tensor:
+    """A vector of the channels with one value."""
+    return torch.full((channels(product),), value, dtype=torch.float64, device=device(product))
 
 
 def _set(net: Net, product: fx.Node, **vectors: Tensor | fx.Node | float | None) -> None:
@@ -173,7 +179,7 @@ def _clamped(net: Net, product: fx.Node, low: float | None, high: float | None) 
 def _relu(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
     if _clamped(net, product, 0.0, None):
         return user
-    return _sloped(net, product, user, torch.zeros(channels(product)))
+    return _sloped(net, product, user, _all(product, 0.0))
 
 
 def _clamp(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
@@ -208,7 +214,7 @@ def _prelu(net: Net, product: fx.Node, user: fx.Node, shift_in: Tensor | None = 
 
 def _leaky_relu(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
     slope = arguments(user)["negative_slope"]
-    return _sloped(net, product, user, torch.full((channels(product),), float(slope)))
+    return _sloped(net, product, user, _all(product, float(slope)))
 
 
 def _rprelu(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bitkernels._files import replace_file
 from bitkernels._packages import needs
+from bitkernels.converter.capture import neutral
 from bitkernels.converter.converted import Converted
 from bitkernels.converter.described import (
     FORMAT,
@@ -68,10 +69,22 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
     """The network of a file that `save_converted` wrote, on a device.
 
     The whole graph is tried without values first, so a file that is broken, of a later format or
-    not of `save_converted` is refused here: ValueError. FileNotFoundError; ImportError without the
+    not of `save_converted` is refused here: ValueError, as is what torch takes for no device.
+    FileNotFoundError; ImportError without the
     package safetensors.
     """
     _safetensors()
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"load_converted: device must be one of torch, got {device!r}: "
+                         f"{(str(error).splitlines() or [''])[0]}") from None
+    with neutral(), torch.device("cpu"):  # whatever the caller's default is
+        network = _loaded(path, device)
+    return network.to(device)
+
+
+def _loaded(path: str | os.PathLike, device: torch.device) -> Converted:
     from safetensors import SafetensorError, safe_open
 
     if os.path.isdir(path):
@@ -91,7 +104,7 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
     try:
         described = json.loads(metadata["graph"])
         inputs = inputs_of_file(described)
-        module = module_of(described, inputs, tensors, torch.device(device))
+        module = module_of(described, inputs, tensors, device)
         network = Converted(module, _report(json.loads(metadata["report"])), inputs,
                             tree_of(described["in_spec"]), tree_of(described["out_spec"]))
         if not _planned(network):
@@ -100,7 +113,7 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"load_converted: {path} is broken: {type(error).__name__}: {reason}"
                          ) from None
-    return network.to(device)
+    return network
 
 
 def _check_format(path: str | os.PathLike, metadata: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,18 @@ def _input(node: fx.Node) -> Input:
                  tuple(n if isinstance(n, int) else int(n.node.hint) for n in value.shape))
 
 
+def arguments_of(spec: TreeSpec) -> str:
+    """What a call was given, with * for every value: "(*, {'a': *}, factor=*)"."""
+    args, kwargs = tree_unflatten([_Star()] * spec.num_leaves, spec)
+    text = ", ".join((*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())))
+    return f"({text})" if len(text) <= 200 else f"({text[:200]} ...)"
+
+
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
+
+
 def check_inputs(inputs: Sequence[Input], values: Sequence[Any]) -> None:
     """Raises RuntimeError for values that the graph was not made for."""
     bound: dict[str, int] = {}
@@ -52,6 +65,9 @@ def check_inputs(inputs: Sequence[Input], values: Sequence[Any]) -> None:
         if not isinstance(value, Tensor):
             raise RuntimeError(f"Converted: {input.name} must be a tensor, got "
                                f"{type(value).__name__}")
+        if value.is_nested or value.layout is not torch.strided:
+            raise RuntimeError(f"Converted: {input.name} must be a dense tensor, got "
+                               f"{'a nested one' if value.is_nested else _short(value.layout)}")
         wanted = tuple(bound.setdefault(n, m) if isinstance(n, str) else n
                        for n, m in zip(input.sizes, value.shape, strict=False))
         if value.dtype != input.dtype or len(input.sizes) != value.dim() or wanted != value.shape:
@@ -64,5 +80,5 @@ def check_inputs(inputs: Sequence[Input], values: Sequence[Any]) -> None:
                 f"{tuple(value.shape)}")
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

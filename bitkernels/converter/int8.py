@@ -35,11 +35,13 @@ def in_int8(net: Net, inputs: Sequence[Any], reasons: dict[fx.Node, str]) -> Non
         if why is None:
             layers.append(node)
         else:
-            reasons[node] = f"{reasons.get(node, 'a real layer')}, in float32: {why}"
-    largest = _Calibration(net, layers).run_on(inputs)
-    for node in layers:
+            kind = str(node.meta["val"].dtype).removeprefix("torch.")
+            reasons[node] = f"{reasons.get(node, 'a real layer')}, in {kind}: {why}"
+    reads = [(node, arguments(node)["input"]) for node in layers]  # layers that are replaced below
+    largest = _Calibration(net, {source for _, source in reads}).run_on(inputs)
+    for node, source in reads:
         given = arguments(node)
-        name, most = net.origin(given["weight"]), largest[given["input"]]
+        name, most = net.origin(given["weight"]), largest[source]
         if not _LEAST <= most < math.inf:
             raise ValueError(
                 f'convert: real="int8" takes its steps from example_inputs, in which the input of '
@@ -55,7 +57,7 @@ def _why_not(net: Net, node: fx.Node) -> str | None:
         return "its weight is computed from the input"
     conv = node.target is not aten.linear.default
     if node.meta["val"].dtype is not torch.float32:
-        return f"its values are {node.meta['val'].dtype}".replace("torch.", "")
+        return "layers in int8 read and give float32"
     if conv and (weight.dim() != 4 or len(shape(given["input"])) != 4):
         return "no convolution of a batch of images"
     if weight.shape[1] < FEWEST_CHANNELS:
@@ -73,7 +75,7 @@ def _replace(net: Net, node: fx.Node, given: dict[str, Any], name: str, most: fl
     step[step == 0] = 1
     filters = (weight.double() / step.view(around)).round().to(torch.int8)
     # The steps that the kernel multiplies by are rounded to float32, and what they are worth too.
-    steps = torch.tensor(127 / most, dtype=torch.float32).double().item()
+    steps = torch.tensor(127 / most, dtype=torch.float32, device="cpu").double().item()
     constants = (net.constant(filters.contiguous(), name),
                  net.constant((step / steps).float(), f"{name}.scale"), given["bias"])
     with net.graph.inserting_before(node):
@@ -95,10 +97,10 @@ def _replace(net: Net, node: fx.Node, given: dict[str, Any], name: str, most: fl
 class _Calibration(fx.Interpreter):
     """The largest magnitude of what each layer reads."""
 
-    def __init__(self, net: Net, layers: Sequence[fx.Node]) -> None:
+    def __init__(self, net: Net, inputs: set[fx.Node]) -> None:
         super().__init__(net.module)
         self.largest: dict[fx.Node, float] = {}
-        self.inputs = {arguments(node)["input"] for node in layers}
+        self.inputs = inputs
 
     def run_on(self, inputs: Sequence[Any]) -> dict[fx.Node, float]:
         with torch.no_grad():

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, fx
 
-from bitkernels.converter.net import CONV, LINEAR, PRODUCTS, Net, arguments, dtype, ops
+from bitkernels.converter.net import (
+    CONV,
+    LINEAR,
+    PRODUCTS,
+    Net,
+    arguments,
+    aten,
+    dtype,
+    ops,
+    shape,
+)
 from bitkernels.ops.binary_conv_transpose2d import by_output
 from bitkernels.ops.geometry import same_padding, wants_channels_last
 
@@ -36,10 +48,11 @@ def _words(net: Net, weight: fx.Node) -> fx.Node | None:
 def _lower(net: Net, node: fx.Node) -> None:
     given = arguments(node)
     conv = node.target in _CONVS
-    input, weight = given["input"], given["weight"]
+    weight = given["weight"]
     words = _words(net, weight)
     if words is None or given["bias"] is not None and net.value(given["bias"]) is None:
         return
+    input = _batched(net, node, given) if conv else given["input"]
     kept = dict(scale=given["scale"], bias=given["bias"],
                 dtype=given["dtype"] or dtype(node))
     if conv:
@@ -56,7 +69,7 @@ def _lower(net: Net, node: fx.Node) -> None:
         made = net.graph.call_function(CONV if conv else LINEAR, (), dict(
             words=signs, weight_words=words, out_channels=weight.meta["val"].shape[0],
             channels=input.meta["val"].shape[1 if conv else -1], **kept))
-    net.replace(node, made)
+    _replace(net, node, made, input is not given["input"])
 
 
 def _lower_transposed(net: Net, node: fx.Node) -> None:
@@ -66,7 +79,7 @@ def _lower_transposed(net: Net, node: fx.Node) -> None:
         return
     words = net.constant(_SIGN_PACK(by_output(weight, groups), None, 1),
                          net.origin(given["weight"]))
-    input = given["input"]
+    input = _batched(net, node, given)
     with net.graph.inserting_before(node):
         signs = net.graph.call_function(_SIGN_PACK, (input, None, 1))
         signs.meta["val"] = _fake(_SIGN_PACK, input.meta["val"], None, 1)
@@ -75,6 +88,26 @@ def _lower_transposed(net: Net, node: fx.Node) -> None:
             given["output_padding"], groups, given["dilation"]), dict(
             scale=given["scale"], bias=given["bias"], dtype=given["dtype"] or dtype(node),
             channels_last=wants_channels_last(input.meta["val"], weight)))
+    _replace(net, node, made, input is not given["input"])
+
+
+def _batched(net: Net, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    """The input of a convolution as a batch; packed operators take no single image."""
+    input = given["input"]
+    if len(shape(input)) == 4:
+        return input
+    with net.graph.inserting_before(node):
+        batch = net.graph.call_function(aten.unsqueeze.default, (input, 0))
+    batch.meta["val"] = _fake(aten.unsqueeze.default, input.meta["val"], 0)
+    return batch
+
+
+def _replace(net: Net, node: fx.Node, made: fx.Node, single: bool) -> None:
+    """A product in place of a convolution, of a single image by a step behind it."""
+    if single:
+        made.meta["val"] = _fake(aten.unsqueeze.default, node.meta["val"], 0)
+        with net.graph.inserting_before(node):
+            made = net.graph.call_function(aten.squeeze.dim, (made, 0))
     net.replace(node, made)
 
 

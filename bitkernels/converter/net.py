@@ -111,6 +111,10 @@ def dtype(node: fx.Node) -> torch.dtype:
     return node.meta["val"].dtype
 
 
+def device(node: fx.Node) -> torch.device:
+    return node.meta["val"].device
+
+
 def channels(product: fx.Node) -> int:
     return int(shape(product)[1 if product.target is CONV else -1])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitkernels.converter.net import Net, arguments, aten, norm_affine, only_user, ops
+from bitkernels.converter.net import Net, arguments, aten, norm_affine, only_user, ops, shape
 
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _REAL_CONVS = (aten.conv2d.default,)
@@ -25,7 +25,8 @@ def fold_norms(net: Net) -> None:
         weight = net.value(given["weight"])
         bias = None if given["bias"] is None else net.value(given["bias"])
         affine = norm_affine(net, arguments(norm))
-        if weight is None or affine is None or (bias is None) != (given["bias"] is None):
+        if weight is None or affine is None or (bias is None) != (given["bias"] is None) or (
+                len(shape(conv)) != weight.dim()):  # without a batch the norm's channels are others
             continue
         factor, offset = affine
         name = net.origin(given["weight"])

@@ -16,6 +16,8 @@ from bitkernels.converter.net import (
     arguments,
     aten,
     channels,
+    device,
+    dtype,
     is_call,
     keywords,
     norm_affine,
@@ -54,6 +56,9 @@ def _moved(net: Net, pack: fx.Node) -> bool:
         return _through_flatten(net, pack, source, shift)
     if given["dim"] % rank != 1:
         return False
+    if shift is None and is_call(source, aten.add.Tensor, aten.sub.Tensor):
+        added = _added(net, source)
+        return added is not None and _again(pack, *added)
     if is_call(source, aten.batch_norm.default) and rank in (2, 4):
         return _through_norm(net, pack, source, shift)
     if rank != 4:
@@ -71,7 +76,7 @@ def _keeps_signs(net: Net, node: fx.Node, shift: Any) -> bool:
         given = arguments(node)
         low = given.get("min", given.get("min_val"))
         high = given.get("max", given.get("max_val"))
-        point = torch.zeros(1) if shift is None else net.value(shift)
+        point = torch.zeros(1, device=device(node)) if shift is None else net.value(shift)
         if point is None or any(isinstance(v, fx.Node) for v in (low, high)):
             return False
         return (low is None or bool((low < -point).all())) and (
@@ -82,6 +87,31 @@ def _keeps_signs(net: Net, node: fx.Node, shift: Any) -> bool:
     if shift is None and is_call(node, aten.leaky_relu.default):
         return arguments(node)["negative_slope"] > 0
     return False
+
+
+def _added(net: Net, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(x, the vector) of a sum of x and a number for each channel, which is the shift of a sign."""
+    given = arguments(node)
+    first, second = given["self"], given["other"]
+    subtract = node.target is aten.sub.Tensor
+    if not subtract and net.value(first) is not None:
+        first, second = second, first
+    count, rank = shape(node)[1], len(shape(node))
+    if given["alpha"] != 1 or not isinstance(first, fx.Node) or shape(first) != shape(node) or not (
+            dtype(first) == dtype(node) == torch.float32) or not isinstance(count, int):
+        return None
+    value, name = net.value(second), node.name
+    if value is not None:
+        name = net.origin(second)
+    elif isinstance(second, (int, float)):
+        value = torch.full((1,), float(second), dtype=torch.float32, device=device(node))
+    if value is None or value.dtype != torch.float32 or value.dim() > rank:
+        return None
+    sizes = [1] * (rank - value.dim()) + list(value.shape)
+    if value.numel() != 1 and (sizes[1] != count or value.numel() != count):
+        return None
+    vector = value.reshape(-1).expand(count)
+    return first, net.constant((-vector if subtract else vector).contiguous(), f"{name}.sign_shift")
 
 
 def _through_flatten(net: Net, pack: fx.Node, flat: fx.Node, shift: Any) -> bool:
@@ -176,7 +206,8 @@ def _through_norm(net: Net, pack: fx.Node, norm: fx.Node, shift: Any) -> bool:
     """
     given = arguments(norm)
     affine = norm_affine(net, given)
-    offset = torch.zeros(1, dtype=torch.float64) if shift is None else vector_of(net, shift)
+    offset = (torch.zeros(1, dtype=torch.float64, device=device(norm)) if shift is None
+              else vector_of(net, shift))
     if affine is None or offset is None or not _only_signs(norm):
         return False
     factor, bias = affine
@@ -282,7 +313,7 @@ def _threshold(net: Net, product: fx.Node, kept: dict[str, Any]) -> Tensor:
     products = taps * (int(kept["channels"]) // kept.get("groups", 1))
     vectors = {n: net.value(kept[n]) for n in ("scale", "bias", "sign_shift")}
     return fold_threshold(products, clamp_min=kept["clamp_min"], clamp_max=kept["clamp_max"],
-                          out_channels=channels(product), **vectors)
+                          out_channels=channels(product), **vectors).to(words.device)
 
 
 def _write_both(net: Net, product: fx.Node, packs: list[fx.Node], kept: dict[str, Any]) -> None:

@@ -80,6 +80,41 @@ def test_groups_narrower_than_a_word():
     assert found.given_signs < 1e-5 and not found.uncompared
 
 
+class Several(nn.Module):
+    """One binary convolution called three times, and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared = nn.Conv2d(3, 32, 3, padding=1), conv(32, 32)
+        self.up, self.norm = bnn.BinaryConvTranspose2d(32, 32, 2, stride=2), norm(32)
+
+    def forward(self, x):
+        x = self.stem(x)
+        early, late = self.shared(-x), self.shared(self.norm(self.shared(x)))
+        return self.up(early + late.abs() + x)  # the first call moves behind what is added
+
+
+def test_one_weight_in_several_products_and_transposed_ones():
+    torch.manual_seed(0)
+    model = shuffled(Several())
+    x = torch.randn(2, 3, 8, 8)
+    converted = convert(model, x)
+    found = compare(model, converted, x)
+    assert [p.name for p in found.products] == ["shared.weight"] * 3 + ["up.weight"]
+    assert found.far == 0 and found.given_signs < 1e-5 and not found.uncompared
+    name = next(n for n in converted.graph_module.state_dict() if "threshold" in n)
+    converted.graph_module.get_buffer(name).add_(9)
+    assert compare(model, converted, x).far
+
+
+def test_a_model_in_training_is_compared_in_evaluation(pair):
+    model, converted, x = pair
+    mean = model.train()[3].running_mean.clone()
+    found = compare(model, converted, x)
+    assert found.far == 0 and found.given_signs < 1e-5
+    assert model.training and torch.equal(model[3].running_mean, mean)
+
+
 def test_another_model_is_refused(pair):
     _, converted, x = pair
     with pytest.raises(ValueError, match="compare: model must be the one that network was conv"):

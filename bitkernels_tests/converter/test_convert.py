@@ -226,6 +226,30 @@ def test_it_is_a_module_like_others():
         converted.train()
     with pytest.raises(RuntimeError, match="keeps its types"):
         converted.half()
+    converted.to(memory_format=torch.channels_last)
+    assert torch.equal(converted(x), expected)
+
+
+CALLERS = {
+    "another device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize("how", CALLERS)
+@pytest.mark.parametrize("real", ["float32", "int8"])
+def test_a_network_does_not_depend_on_where_convert_is_called(how, real):
+    """On a GPU, too, every constant is made on the model's device: none on the default one."""
+    model = shuffled(nn.Sequential(
+        nn.Conv2d(3, 32, 3), norm(32), nn.Hardtanh(), conv(32, 32), Factors(32), nn.ReLU(),
+        norm(32), conv(32, 32), nn.LeakyReLU(), conv(32, 32), conv(32, 32), nn.ReLU(),
+        nn.Conv2d(32, 4, 1)))
+    x = torch.randn(2, 3, 8, 8)
+    wanted = convert(model, x, real=real)
+    with CALLERS[how]():
+        converted = convert(model, x, real=real)
+    assert torch.equal(converted(x), wanted(x)) and products(converted) == products(wanted)
+    assert not any(t.is_inference() for t in converted.buffers())
 
 
 def test_the_model_is_not_changed():
@@ -247,6 +271,8 @@ class Branches(nn.Module):
     (lambda x: x, {}, "model must be a torch.nn.Module, got function"),
     (nn.Linear(3, 3), dict(example_inputs=None), "example_inputs must be given"),
     (nn.Linear(3, 3), dict(real="int4"), "real must be one of float32, bfloat16, int8, got 'int4'"),
+    (nn.Linear(3, 3), dict(example_inputs={"x": 1}), "must be a tensor or a tuple .* got dict"),
+    (nn.Linear(3, 3), dict(example_inputs=torch.ones(0, 3)), r"at least 1, got .*shape \(0, 3\)"),
     (Branches(), {}, "cannot be exported"),
     (nn.Linear(4, 3), {}, "cannot be exported"),
 ])

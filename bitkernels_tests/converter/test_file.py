@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import random
 import sys
 
@@ -167,6 +168,34 @@ def test_bytes_that_are_wrong(file, tmp_path):
         load_converted(tmp_path / "none")
 
 
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")])
+def test_where_it_is_loaded(around, network, file):
+    """Also there it is the engine's."""
+    with around():
+        loaded = load_converted(file)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), network(x))
+    assert isinstance(loaded.engine(x), str) == isinstance(network.engine(x), str)
+
+
+def test_the_file_that_was_there(network, file):
+    file.chmod(0o640)
+    save_converted(network, file)
+    assert file.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(pipe := file.with_name("pipe"))
+    with pytest.raises(OSError, match="cannot write: it is a device, a pipe or a socket"):
+        save_converted(network, pipe)
+    assert pipe.is_fifo() and len(list(file.parent.iterdir())) == 2
+
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+class Paired(nn.Module):
+    def forward(self, x):
+        return Pair(x + 1, x + 2)
+
+
 def test_bad_input(network, tmp_path):
     class Counted(nn.Module):
         def forward(self, x):
@@ -174,8 +203,17 @@ def test_bad_input(network, tmp_path):
 
     with pytest.raises(ValueError, match="cannot hold a tree of collections.defaultdict"):
         save_converted(convert(Counted(), torch.randn(2, 3)), tmp_path / "n")
+    network_of_pairs = convert(Paired(), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="cannot hold named tuples or other types"):
+        save_converted(network_of_pairs, tmp_path / "n")
+    pair = network_of_pairs(torch.zeros(3, 3))
+    assert isinstance(pair, Pair) and torch.equal(pair.b, torch.full((3, 3), 2.0))
+    assert "tuple" not in str(network_of_pairs.engine(torch.zeros(3, 3)))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="must be what bitkernels.convert"):
         save_converted(nn.Linear(2, 2), tmp_path / "n")
     with pytest.raises(OSError, match="cannot write"):
         save_converted(network, tmp_path / "no" / "folder")
+    for device in ("none", None):
+        with pytest.raises(ValueError, match="load_converted: device must be one of torch, got"):
+            load_converted(tmp_path / "n", device)

@@ -44,6 +44,27 @@ def test_the_command(network, tmp_path, capsys):
     assert len(said["calls"]) > 5 and said["calls"][0]["part"] == "stem"
 
 
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_a_file_with_other_inputs(batch, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.words = conv(3, 8), nn.Embedding(5, 8)
+
+        def forward(self, x, factor, mask, index):
+            x = torch.where(mask, self.conv(x * factor), -1.0)
+            return x.mean((2, 3)) + self.words(index)
+
+    x = torch.randn(2, 3, 4, 4)
+    save_converted(convert(Model().eval(), (
+        x, torch.ones(1, 3, 1, 1), x[:, :1] > 0, torch.tensor([1, 4]))), tmp_path / "network")
+    with pytest.raises(SystemExit) as end:
+        main(["profile", str(tmp_path / "network"), "--repeats", "1", "--batch", batch])
+    assert end.value.code == 0, capsys.readouterr().err
+
+
 def test_the_chart(network, tmp_path):
     pytest.importorskip("matplotlib")
     profile(network, torch.randn(1, 3, 8, 8), repeats=1).chart(tmp_path / "chart.png")
@@ -52,7 +73,9 @@ def test_the_chart(network, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (["nothing"], "no model is called 'nothing'"), (["quicknet", "--batch", "0"], "--batch"),
-    (["FILE", "--size", "32"], "a file has its own")])
+    (["FILE", "--size", "32"], "a file has its own"),
+    (["FILE", "--device", "none"], "--device none: "),
+    (["quicknet", "--device", "none"], "--device none: ")])
 def test_wrong_commands_are_one_line(arguments, says, network, tmp_path, capsys):
     pytest.importorskip("safetensors")
     save_converted(network, tmp_path / "network")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitkernels.converter import convert
-from bitkernels_tests.converter.networks import norm, shuffled
+from bitkernels_tests.converter.networks import conv, norm, shuffled
 
 SIGNS = {
     "where": lambda x: torch.where(x >= 0, torch.ones_like(x), -torch.ones_like(x)),
@@ -59,6 +59,62 @@ def test_signs_are_recognised(name):
     report = both(Faked(SIGNS[name], padding=1))
     assert [(p.name, p.kind) for p in report.products] == [("weight", "conv2d"), ("last", "linear")]
     assert not report.real
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding):
+    report = both(Faked(SIGNS["where"], padding=padding, dilation=2))
+    assert len(report.products) == 2 and not report.real
+
+
+class Written(nn.Module):
+    """A block as ReActNet's code has it: biases that are expanded, before a sign and a PReLU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.biases = nn.ParameterList(
+            torch.linspace(-0.5, 0.5, channels).roll(i).view(1, channels, 1, 1) for i in range(3))
+        self.weight = nn.Parameter(torch.randn(channels, channels, 3, 3))
+        self.norm, self.act = norm(channels), nn.PReLU(channels)
+
+    def moved(self, i, x):
+        return x + self.biases[i].expand_as(x)
+
+    def forward(self, x):
+        scale = self.weight.abs().mean((1, 2, 3), keepdim=True)
+        y = F.conv2d(self.moved(0, x).sign(), scale * self.weight.sign(), padding=1)
+        return self.moved(2, self.act(self.moved(1, self.norm(y) + x)))
+
+
+def test_blocks_of_published_code_stay_packed():
+    report = both(nn.Sequential(Written(32), Written(32)), sign_of_zero=1)
+    steps = ("scale", "bias", "residual", "activation")
+    assert [(p.reads, p.epilogue, p.writes) for p in report.products] == [
+        ("signs", steps, "both"), ("words", steps, "real")]
+    assert dict(report.others).keys() <= {"contiguous", "bitkernels.sign_pack"}
+
+
+ADDED = {
+    "a number": (lambda x, v: x - 0.25, True), "a tensor of one": (lambda x, v: x + v[:1], True),
+    "in front": (lambda x, v: v.view(-1, 1, 1) + x, True),
+    "a factor": (lambda x, v: torch.add(x, v.view(-1, 1, 1), alpha=2), False),
+    "of the columns": (lambda x, v: x + v[:6], False),
+    "from a number": (lambda x, v: 0.25 - x, False),
+    "of another type": (lambda x, v: x + v.double().view(-1, 1, 1), False)}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_added_before_a_sign(name):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.shift = conv(32, 8), nn.Parameter(torch.linspace(-1, 1, 32))
+
+        def forward(self, x):
+            return self.conv(ADDED[name][0](x, self.shift))
+
+    left = dict(both(Added()).others)
+    assert (not left.keys() & {"add", "sub", "rsub"}) == ADDED[name][1]
 
 
 @pytest.mark.parametrize("name", OTHERS)

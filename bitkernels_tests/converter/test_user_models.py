@@ -45,6 +45,7 @@ def sequence(*layers):
 X, S = (torch.randn(4, *sizes, generator=torch.Generator().manual_seed(0))
         for sizes in ((3, 8, 8), (5, 48)))
 DOUBLES = nn.Parameter(torch.linspace(-1, 1, 32, dtype=torch.float64).view(32, 1, 1))
+SHIFTS = nn.Parameter(torch.linspace(-0.5, 0.5, 32).view(1, 32, 1, 1))
 TEN = nn.Parameter(torch.linspace(-1, 1, 10))
 EQUAL = {
     "clamp_min": (image(lambda s, x: torch.clamp_min(s.c(x), 0.0)), X),
@@ -73,6 +74,11 @@ EQUAL = {
         lambda s, x: s.d(s.n(s.c(x))) + s.d(s.m(s.c(x))) + s.c(x), n=norm(32), m=norm(32),
         d=conv(32, 32)), X),
     "any number of inputs": (image(lambda s, x: s.c(x), Starred), X),
+    "expanded vectors and gates": (image(
+        lambda s, x: (s.c(x + s.k.expand_as(x)) * s.k.expand(x.shape) + x)
+        * x.mean((2, 3), keepdim=True).sigmoid().expand_as(x), k=SHIFTS), X),
+    "a number of another type expanded": (image(
+        lambda s, x: s.c(x) * s.k.expand_as(x), k=nn.Parameter(DOUBLES[0, 0, 0].detach())), X),
     "autocast": (image(lambda s, x: _autocast(s, x)), X),
 }
 
@@ -136,9 +142,24 @@ def test_one_of_the_inputs_is_no_batch():
             ((x, factor, residual[:3], 2.0), r"residual must be .*\(4, 32, 8, 8\).*\(3, 32, 8, 8"),
             ((x, factor, residual, 3.0), "power must be 2.0"),
             ((x[0], factor, residual, 2.0), r"x must be .* got float32 of shape \(3, 8, 8\)"),
-            ((1.0, factor, residual, 2.0), "x must be a tensor, got float")):
+            ((1.0, factor, residual, 2.0), "x must be a tensor, got float"),
+            ((x.to_sparse(), factor, residual, 2.0), "x must be a dense tensor, got sparse_coo"),
+            ((x, factor), r"convert, \(\*, \*, \*, \*\), got \(\*, \*\)")):
         with pytest.raises(RuntimeError, match=says):
             converted(*given)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Sequential(nn.Conv2d(3, 32, 3), conv(32, 32), nn.ReLU(), conv(32, 8)),
+    lambda: nn.Sequential(bnn.BinaryConvTranspose2d(3, 8, 2, stride=2), nn.ReLU()),
+    lambda: nn.Sequential(nn.Flatten(1), nn.Conv1d(3, 64, 3, padding=1), nn.BatchNorm1d(64))])
+def test_one_image_without_a_batch(make):
+    """Where channels come first, and a norm of two dimensions reads others than the convolution
+    writes."""
+    model, x = shuffled(make()), X[0]
+    converted = convert(model, x, dynamic_shapes=({},))
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_that_are_fixed_stay():
@@ -159,13 +180,24 @@ def _normed():
     return model
 
 
+def _data(model, x):
+    model.w.weight.data = model.w.weight.data.sign()
+    return model.w(x)
+
+
 REFUSED = {
     "a buffer that changes": (lambda: image(_count, k=nn.Buffer(torch.zeros(()))),
                               "must not change its buffers in evaluation, changes k"),
     "an input that changes": (lambda: Written(lambda s, x: x.add_(1)),
                               "must not change its inputs in evaluation, changes x"),
     "strides": (lambda: image(lambda s, x: x.as_strided((4, 2), (1, 2))), "calls as_strided"),
-    "no copy": (_normed, "cannot be copied"),
+    "no copy": (_normed, r"cannot be copied .* call the model once under torch.no_grad\(\)"),
+    "a script": (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), "must be the torch.nn.Module that"),
+    "a fixed batch": (lambda: Written(lambda s, x: x.reshape(4, -1) * x.new_ones(4, 1)),
+                      "where the first size of an input is always the same, say so by dynamic_sh"),
+    "weights that are written": (lambda: Written(_data, w=nn.Linear(8, 3)), "write to .data of"),
+    "a part that is converted": (
+        lambda: nn.Sequential(convert(conv(3, 3), X), nn.ReLU()), "convert: 0 is converted alread"),
 }
 
 
