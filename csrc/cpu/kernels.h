@@ -68,7 +68,7 @@ struct Epilogue {
   uint32_t* words = nullptr;  // packed output
 };
 
-// One register tile on its way out: `pixels` rows of 16 * tiles accumulators.
+// Register tiles of neighbouring pixels on their way out: `pixels` rows of 16 * tiles accumulators.
 struct Tile {
   const int32_t* acc;
   int64_t acc_pixel;  // from one pixel to the next

@@ -39,6 +39,9 @@ BK_TARGET inline uint32_t bits16(const Lanes* v) {
 BK_TARGET inline uint32_t less16(__m512 v, float limit) {
   return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LT_OQ);
 }
+BK_TARGET inline uint32_t not_less16(__m512 v, __m512 limit) {
+  return _mm512_cmp_ps_mask(v, limit, _CMP_NLT_UQ);
+}
 BK_TARGET inline uint32_t within16(__m512 v, float clip) {
   return _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(clip), _CMP_LE_OQ);
 }

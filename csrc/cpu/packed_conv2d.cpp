@@ -1,8 +1,8 @@
 // Direct convolution: no im2col, no padded copy. The output is cut into rectangles in which the
 // same filter taps fall inside the image, so that zero padding costs nothing and is exact: taps
 // outside are not visited and not counted. Rectangles are covered by register tiles of up to 8
-// pixels by 32 channels; each tile's sums go through the epilogue while they are in the first-level
-// cache.
+// pixels by 32 channels. The sums of neighbouring tiles go through the epilogue together, which
+// loads its vectors of channels once for them, while they are in the first-level cache.
 #include "packed_conv2d.h"
 
 #include <algorithm>
@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
 constexpr int64_t kFewPixels = 8;      // that do not repay arranging filters
+constexpr int64_t kSums = 4096;        // between products and epilogue, 16 KiB
 constexpr double kMinProducts = 1e7;   // per task, 4 us of one core with AVX-512
 constexpr int64_t kOutput = 200;       // products that cost as much as an output's epilogue
 
@@ -60,9 +61,8 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
                       : plan.arranged ? plan.arranged->dot[chunks - 1]
                                       : plan.kernel.dot[tiles - 1];
 
-  alignas(64) int32_t acc[kMaxPixels * 2 * kChunk];
+  alignas(64) int32_t acc[kSums];
   Dot dot;
-  dot.acc = acc;
   dot.a_pixel = dy * conv.stride_h * in.row + dx * conv.stride_w * in.pixel;
   dot.a_ky = conv.dilation_h * in.row;
   dot.a_kx = conv.dilation_w * in.pixel;
@@ -88,14 +88,21 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
 
   // Equal shares of at most kMaxPixels, but for the kernel's wish, so that no thin tile is left
   // over.
-  for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0; --parts) {
-    const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
+  for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0;) {
     const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
     const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
     dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel +
             (plan.depthwise ? c.first / kChunk : 0);
-    dots[pixels - 1](dot);
-    tile.pixels = static_cast<int>(pixels);
+    int64_t pass = 0;  // pixels
+    for (; parts > 0 && (pass + kMaxPixels) * tile.acc_pixel <= kSums; --parts) {
+      const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
+      dot.acc = acc + pass * tile.acc_pixel;
+      dots[pixels - 1](dot);
+      dot.a += pixels * dot.a_pixel;
+      pass += pixels;
+      left -= pixels;
+    }
+    tile.pixels = static_cast<int>(pass);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int done = chunk * static_cast<int>(kChunk);
       tile.acc = acc + done;
@@ -109,9 +116,8 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
       tile.word = ((n * conv.out_h + y) * conv.out_w + x) * plan.out_words + tile.channel / 32;
       plan.kernel.epilogue(plan.epilogue, tile);
     }
-    left -= pixels;
-    y += dy * pixels;
-    x += dx * pixels;
+    y += dy * pass;
+    x += dx * pass;
   }
 }
 
