@@ -75,6 +75,7 @@ void emit_product(Lowering& low, const Call& call, int node, const Conv& conv, c
   const Epilogue epilogue = epilogue_of(low, call, conv.groups * conv.out_channels);
   std::vector<View> reads = {words}, writes;
   Where out, signs, residual;
+  int in_place = -1;
   Strides out_strides = {}, residual_strides = {};
   if (!packed) {
     writes.push_back(low.out(node));
@@ -92,6 +93,8 @@ void emit_product(Lowering& low, const Call& call, int node, const Conv& conv, c
     reads.push_back(low.type(ref).sizes.rank == 4 ? low.view(ref) : low.rows(ref));
     residual = reads.back().where;
     residual_strides = strides_of(reads.back());
+    // An element of the output needs its own of the residual alone.
+    if (!packed) in_place = static_cast<int>(reads.size()) - 1;
   }
   const Where in = words.where;
   const Kernel* kernel = &low.kernel;
@@ -112,7 +115,7 @@ void emit_product(Lowering& low, const Call& call, int node, const Conv& conv, c
         }
         packed_conv2d(*kernel, c, e, out_strides, residual_strides);
       },
-      low.resolved(call, "weight_words").node);
+      low.resolved(call, "weight_words").node, in_place);
 }
 
 }  // namespace

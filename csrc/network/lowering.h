@@ -72,9 +72,9 @@ class Lowering {
   bool has_place(int node) const { return views_[static_cast<size_t>(node)][0].where.buffer >= 0; }
   View copied(const View& from, const View& to, int node);
 
-  // A step of `node`; reads[0] may be written over where `in_place`.
+  // A step of `node`; writes[0] may be written over reads[in_place].
   void step(int node, const std::vector<View>& reads, const std::vector<View>& writes,
-            std::function<void(const Frame&)> run, int weight = -1, bool in_place = false);
+            std::function<void(const Frame&)> run, int weight = -1, int in_place = -1);
 
   const Chain& chain(int node) const { return chains_[static_cast<size_t>(node)]; }
   const Pads& pads(int node) const { return pads_[static_cast<size_t>(node)]; }
