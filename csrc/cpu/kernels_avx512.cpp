@@ -67,7 +67,7 @@ template <int PIXELS, int TILES>
 BK_TARGET void dot(const Dot& d) {
   __m512i acc[PIXELS][TILES];
   BK_UNROLL for (int p = 0; p < PIXELS; ++p) BK_UNROLL for (int t = 0; t < TILES; ++t) acc[p][t] =
-      _mm512_setzero_si512();
+      _mm512_set1_epi32(d.start);
   const int64_t a_pixel = d.a_pixel, w_tile = d.w_tile, run = d.run;
   for (int64_t y = 0; y < d.ky; ++y)
     for (int64_t x = 0; x < d.kx; ++x) {
