@@ -214,6 +214,58 @@ def test_concatenation_in_place():
     graph.check(outer, last, inner, joined, graph.call("aten.cat.default", [a, a], 1), logits)
 
 
+def product(graph, x, channels, out, residual, groups=1, **kwargs):
+    """A binary 1x1 layer of real and packed output."""
+    words = graph.call("bitkernels.sign_pack.default", x, None, 1)
+    both = graph.call("bitkernels.packed_conv2d.both", words=words, channels=channels,
+                      weight_words=ops.sign_pack(torch.randn(out, 1, 1, channels // groups)),
+                      groups=groups, residual=residual, slope=torch.randn(out), **kwargs)
+    return [graph.call("size.getitem", both, i) for i in (0, 1)]
+
+
+def test_repeated_residual():
+    """A tensor given twice along the channels is read twice; other concatenations are made."""
+    graph = Graph()
+    x = graph.input(torch.randn(2, 64, 7, 5))
+    once = graph.call("aten.relu.default", graph.call("aten.conv2d.default", x,
+                                                      torch.randn(64, 64, 1, 1)))
+
+    def cat(*parts, dim=1):
+        return graph.call("aten.cat.default", list(parts), dim)
+
+    twice, thrice = cat(once, once), cat(once, once, once)
+    outputs = product(graph, x, 64, 128, twice) + product(graph, x, 64, 192, thrice)
+    steps = [name for name, *_ in graph.check(*outputs).steps(*graph.values)]
+    assert twice["node"] not in steps and thrice["node"] not in steps
+
+    narrow = graph.call("aten.conv2d.default", x, torch.randn(48, 64, 1, 1))
+    wide = graph.call("aten.conv2d.default", x, torch.randn(64, 64, 1, 1))
+    read = cat(once, once)
+    outputs += product(graph, x, 64, 128, cat(once, wide)) + [wide]
+    outputs += product(graph, x, 64, 96, cat(narrow, narrow))
+    outputs += product(graph, x, 64, 128, read) + [read]
+    outputs += product(graph, x, 64, 128, cat(once, once), groups=4)
+    outputs += product(graph, cat(x, x, dim=2), 64, 64, cat(once, once, dim=2))
+    graph.check(*outputs)
+
+
+@pytest.mark.parametrize("channels, tensors", [(64, 1), (1024, 2)])
+def test_output_over_the_residual(channels, tensors):
+    """Where nothing reads the residual later the output takes its memory. Rows of 1024 channels lie
+    wider than those of the copied input, which is the second tensor."""
+    graph = Graph()
+    x = graph.input(torch.randn(2, channels, 4, 4))
+    value = graph.call("aten.relu.default", x)
+    for _ in range(3):
+        value, words = product(graph, value, channels, channels, value)
+    engine = graph.check(words, graph.call("aten.mean.dim", value, [2, 3]))
+    assert engine.memory(*graph.values)[1] < (tensors + 0.3) * 4 * 2 * 16 * channels
+    pooled = graph.call("aten.adaptive_avg_pool2d.default", value, [1, 1])
+    kept, _ = product(graph, x, channels, channels, value)
+    graph.check(graph.call("aten.flatten.using_ints", value, 1), kept, pooled,
+                graph.call("aten.neg.default", value), words)
+
+
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)], ids=str)
 def test_linear(shape):
     graph = Graph()

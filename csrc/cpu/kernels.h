@@ -16,6 +16,12 @@ enum class DType { kF32, kF16, kBF16, kF64 };
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t size_of(DType t) { return t == DType::kF64 ? 8 : t == DType::kF32 ? 4 : 2; }
 
+// Sums that begin at this number are floats as they stand: its bits as a float are 2^24, whose
+// neighbours are 2 apart, so the bits of it plus n are 2^24 + 2 n, for n up to 2^22 and further.
+constexpr int32_t kFloatStart = 0x4b800000;
+constexpr float kFloatStartValue = 1 << 24;
+constexpr int64_t kMostFloatSums = 1 << 22;
+
 // popcount(a xor w) of `pixels` x (16 * tiles) dot products over a rectangle of filter taps.
 struct Dot {
   const uint32_t* a;   // first word of the first tap of the first pixel
@@ -26,6 +32,7 @@ struct Dot {
   int64_t w_ky, w_kx;  // words between taps
   int64_t ky, kx;      // taps
   int64_t run;         // words a tap (several taps of a row, where they lie next to each other)
+  int32_t start;       // what the popcounts are added to
   int32_t* acc;        // out: [pixel][16 * tiles]
 };
 
@@ -57,7 +64,9 @@ struct Epilogue {
   const void* residual = nullptr;
   DType residual_type = DType::kF32;
   int64_t residual_channel = 1;  // elements between channels
-  void* out = nullptr;           // real output
+  // Channels after which the residual starts again, a multiple of 32; 0: it does not.
+  int64_t residual_repeats = 0;
+  void* out = nullptr;  // real output
   DType out_type = DType::kF32;
   bool out_int = false;  // int32 dot products instead
   int64_t out_channel = 1;
@@ -68,12 +77,13 @@ struct Epilogue {
   uint32_t* words = nullptr;  // packed output
 };
 
-// One register tile on its way out: `pixels` rows of 16 * tiles accumulators.
+// Register tiles of neighbouring pixels on their way out: `pixels` rows of 16 * tiles accumulators.
 struct Tile {
   const int32_t* acc;
   int64_t acc_pixel;  // from one pixel to the next
   int pixels, tiles;
-  int32_t products;                                  // dot = products - 2 acc
+  int32_t products;                                  // dot = products - 2 (acc - start)
+  int32_t start;                                     // 0, or kFloatStart: products even, no bounds
   int64_t channel;                                   // first output channel
   int channels;                                      // valid ones
   int64_t out, out_pixel, residual, residual_pixel;  // element offset and step

@@ -87,7 +87,7 @@ BK_TARGET inline void dot8(const Dot& d, const uint32_t* tile, int32_t* sum, int
   __m256i bytes[PIXELS];
   BK_UNROLL for (int p = 0; p < PIXELS; ++p) {
     bytes[p] = _mm256_setzero_si256();
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum + p * step), bytes[p]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum + p * step), _mm256_set1_epi32(d.start));
   }
   const int64_t a_pixel = d.a_pixel;
   int64_t room = kRoom;
@@ -178,8 +178,9 @@ BK_TARGET inline void flush_pairs(__m256i* bytes, __m256i* sums) {
   }
 }
 
-BK_TARGET inline void store_words(__m128i shorts, int32_t* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvtepu16_epi32(shorts));
+BK_TARGET inline void store_words(__m128i shorts, __m256i start, int32_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_add_epi32(_mm256_cvtepu16_epi32(shorts), start));
 }
 
 // PIXELS x (32 * CHUNKS) dot products on arranged filters, at most kMostArranged products each.
@@ -228,11 +229,12 @@ BK_TARGET void dot_arranged(const Dot& d) {
     }
   flush_pairs<kSums>(bytes, sums);
   int32_t* to = d.acc;
+  const __m256i start = _mm256_set1_epi32(d.start);
   for (int i = 0; i < kSums; ++i, to += 32) {
-    store_words(_mm256_castsi256_si128(sums[2 * i]), to);
-    store_words(_mm256_castsi256_si128(sums[2 * i + 1]), to + 8);
-    store_words(_mm256_extracti128_si256(sums[2 * i], 1), to + 16);
-    store_words(_mm256_extracti128_si256(sums[2 * i + 1], 1), to + 24);
+    store_words(_mm256_castsi256_si128(sums[2 * i]), start, to);
+    store_words(_mm256_castsi256_si128(sums[2 * i + 1]), start, to + 8);
+    store_words(_mm256_extracti128_si256(sums[2 * i], 1), start, to + 16);
+    store_words(_mm256_extracti128_si256(sums[2 * i + 1], 1), start, to + 24);
   }
 }
 

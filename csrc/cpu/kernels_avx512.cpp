@@ -39,6 +39,9 @@ BK_TARGET inline uint32_t bits16(const Lanes* v) {
 BK_TARGET inline uint32_t less16(__m512 v, float limit) {
   return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LT_OQ);
 }
+BK_TARGET inline uint32_t not_less16(__m512 v, __m512 limit) {
+  return _mm512_cmp_ps_mask(v, limit, _CMP_NLT_UQ);
+}
 BK_TARGET inline uint32_t within16(__m512 v, float clip) {
   return _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(clip), _CMP_LE_OQ);
 }
@@ -64,7 +67,7 @@ template <int PIXELS, int TILES>
 BK_TARGET void dot(const Dot& d) {
   __m512i acc[PIXELS][TILES];
   BK_UNROLL for (int p = 0; p < PIXELS; ++p) BK_UNROLL for (int t = 0; t < TILES; ++t) acc[p][t] =
-      _mm512_setzero_si512();
+      _mm512_set1_epi32(d.start);
   const int64_t a_pixel = d.a_pixel, w_tile = d.w_tile, run = d.run;
   for (int64_t y = 0; y < d.ky; ++y)
     for (int64_t x = 0; x < d.kx; ++x) {

@@ -58,7 +58,7 @@ inline void dot16(const Dot& d, int first, int tile, int tiles) {
   for (int p = 0; p < PIXELS; ++p)
     for (int q = 0; q < 4; ++q) {
       bytes[p][q] = vdupq_n_u8(0);
-      sum[p][q] = vdupq_n_u32(0);
+      sum[p][q] = vdupq_n_u32(static_cast<uint32_t>(d.start));
     }
   const auto flush = [&] {
     for (int p = 0; p < PIXELS; ++p)

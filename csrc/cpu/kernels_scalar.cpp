@@ -83,7 +83,8 @@ template <int PIXELS, int TILES>
 void dot(const Dot& d) {
   for (int t = 0; t < TILES; ++t)
     for (int p = 0; p < PIXELS; ++p) {
-      uint32_t acc[16] = {};
+      uint32_t acc[16];
+      for (uint32_t& sum : acc) sum = static_cast<uint32_t>(d.start);
       for (int64_t y = 0; y < d.ky; ++y)
         for (int64_t x = 0; x < d.kx; ++x) {
           const uint32_t* a = d.a + p * d.a_pixel + y * d.a_ky + x * d.a_kx;

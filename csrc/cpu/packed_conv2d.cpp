@@ -1,8 +1,8 @@
 // Direct convolution: no im2col, no padded copy. The output is cut into rectangles in which the
 // same filter taps fall inside the image, so that zero padding costs nothing and is exact: taps
 // outside are not visited and not counted. Rectangles are covered by register tiles of up to 8
-// pixels by 32 channels; each tile's sums go through the epilogue while they are in the first-level
-// cache.
+// pixels by 32 channels. The sums of neighbouring tiles go through the epilogue together, which
+// loads its vectors of channels once for them, while they are in the first-level cache.
 #include "packed_conv2d.h"
 
 #include <algorithm>
@@ -17,6 +17,8 @@ namespace {
 
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
 constexpr int64_t kFewPixels = 8;      // that do not repay arranging filters
+constexpr int64_t kSums = 4096;        // between products and epilogue, 16 KiB
+constexpr int64_t kFetched = 1 << 14;  // words of filters, at most, that are fetched ahead
 constexpr double kMinProducts = 1e7;   // per task, 4 us of one core with AVX-512
 constexpr int64_t kOutput = 200;       // products that cost as much as an output's epilogue
 
@@ -60,9 +62,8 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
                       : plan.arranged ? plan.arranged->dot[chunks - 1]
                                       : plan.kernel.dot[tiles - 1];
 
-  alignas(64) int32_t acc[kMaxPixels * 2 * kChunk];
+  alignas(64) int32_t acc[kSums];
   Dot dot;
-  dot.acc = acc;
   dot.a_pixel = dy * conv.stride_h * in.row + dx * conv.stride_w * in.pixel;
   dot.a_ky = conv.dilation_h * in.row;
   dot.a_kx = conv.dilation_w * in.pixel;
@@ -82,20 +83,34 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   Tile tile;
   tile.acc_pixel = plan.depthwise || plan.arranged ? kChunk * chunks : kTile * tiles;
   tile.products = static_cast<int32_t>(ky * kx * conv.channels);
+  // Float epilogues begin with dot products as floats, which an even number of products gives at
+  // once; with bounds, or as an integer, the sum itself is wanted.
+  const Epilogue& e = plan.epilogue;
+  const bool floats = !e.clamp && !e.t_lo && !e.out_int && !e.moments;
+  tile.start =
+      floats && tile.products % 2 == 0 && tile.products <= kMostFloatSums ? kFloatStart : 0;
+  dot.start = tile.start;
   tile.out_pixel = dy * plan.out.h + dx * plan.out.w;
   tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
   tile.word_pixel = (dy * conv.out_w + dx) * plan.out_words;
 
   // Equal shares of at most kMaxPixels, but for the kernel's wish, so that no thin tile is left
   // over.
-  for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0; --parts) {
-    const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
+  for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0;) {
     const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
     const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
     dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel +
             (plan.depthwise ? c.first / kChunk : 0);
-    dots[pixels - 1](dot);
-    tile.pixels = static_cast<int>(pixels);
+    int64_t pass = 0;  // pixels
+    for (; parts > 0 && (pass + kMaxPixels) * tile.acc_pixel <= kSums; --parts) {
+      const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
+      dot.acc = acc + pass * tile.acc_pixel;
+      dots[pixels - 1](dot);
+      dot.a += pixels * dot.a_pixel;
+      pass += pixels;
+      left -= pixels;
+    }
+    tile.pixels = static_cast<int>(pass);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int done = chunk * static_cast<int>(kChunk);
       tile.acc = acc + done;
@@ -104,14 +119,15 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
       tile.channel = c.group * conv.out_channels + c.first + done;
       tile.moments = moments + 2 * done;
       tile.out = n * plan.out.n + tile.channel * plan.out.c + y * plan.out.h + x * plan.out.w;
-      tile.residual = n * plan.residual.n + tile.channel * plan.residual.c + y * plan.residual.h +
-                      x * plan.residual.w;
+      const int64_t repeats = plan.epilogue.residual_repeats;
+      tile.residual = n * plan.residual.n +
+                      (repeats ? tile.channel % repeats : tile.channel) * plan.residual.c +
+                      y * plan.residual.h + x * plan.residual.w;
       tile.word = ((n * conv.out_h + y) * conv.out_w + x) * plan.out_words + tile.channel / 32;
       plan.kernel.epilogue(plan.epilogue, tile);
     }
-    left -= pixels;
-    y += dy * pixels;
-    x += dx * pixels;
+    y += dy * pass;
+    x += dx * pass;
   }
 }
 
@@ -121,6 +137,17 @@ struct ArrangedFilters {
   std::vector<uint32_t>& lanes;     // of the thread, so that later calls allocate nothing
 };
 
+// Asks for the filters of the part after this one while this one's many pixels are computed: in a
+// network they come from beyond the second-level cache, and each tile of them is met but once.
+void fetch_next(const Plan& plan, const uint32_t* filters, int64_t first, const Box& box) {
+  const int64_t left = plan.conv.out_channels - first - plan.width;
+  if (left <= 0 || plan.depthwise || (box.y1 - box.y0) * (box.x1 - box.x0) <= kFewPixels) return;
+  const int64_t tiles = ceil_div(std::min(left, plan.width), kTile);
+  const uint32_t* next = filters + plan.width / kTile * plan.tile_size;
+  const int64_t words = std::min(tiles * plan.tile_size, kFetched);
+  for (int64_t i = 0; i < words; i += 16) __builtin_prefetch(next + i, 0, 2);
+}
+
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& box,
              ArrangedFilters& arranged) {
   const int64_t first = part * plan.width;
@@ -128,6 +155,7 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& bo
   const uint32_t* filters =
       plan.conv.tiles + (g * plan.tiles_per_group + first / kTile) * plan.tile_size;
   if (plan.depthwise) filters = plan.conv.tiles + first / kChunk * plan.tile_size;
+  fetch_next(plan, filters, first, box);
   if (plan.arranged) {
     const int64_t words = plan.tile_size / kTile;
     const auto size = static_cast<size_t>(plan.width / kChunk * words * kArrangedLanes);

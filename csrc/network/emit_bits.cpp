@@ -72,9 +72,10 @@ Strides strides_of(const View& v) {
 void emit_product(Lowering& low, const Call& call, int node, const Conv& conv, const View& words) {
   const bool both = is_overload(call, "both");
   const bool packed = is_overload(call, "packed");
-  const Epilogue epilogue = epilogue_of(low, call, conv.groups * conv.out_channels);
+  Epilogue epilogue = epilogue_of(low, call, conv.groups * conv.out_channels);
   std::vector<View> reads = {words}, writes;
   Where out, signs, residual;
+  int in_place = -1;
   Strides out_strides = {}, residual_strides = {};
   if (!packed) {
     writes.push_back(low.out(node));
@@ -88,10 +89,15 @@ void emit_product(Lowering& low, const Call& call, int node, const Conv& conv, c
     signs = v.where;
   }
   if (call.given("residual")) {
-    const Ref ref = low.resolved(call, "residual");
+    const Ref repeated = low.repeated(node);
+    const Ref ref = repeated.node >= 0 ? repeated : low.resolved(call, "residual");
+    if (repeated.node >= 0)
+      epilogue.residual_repeats = low.type(ref).sizes[channel_dim(low.type(ref))];
     reads.push_back(low.type(ref).sizes.rank == 4 ? low.view(ref) : low.rows(ref));
     residual = reads.back().where;
     residual_strides = strides_of(reads.back());
+    // An element of the output needs its own of the residual alone.
+    if (!packed && repeated.node < 0) in_place = static_cast<int>(reads.size()) - 1;
   }
   const Where in = words.where;
   const Kernel* kernel = &low.kernel;
@@ -112,7 +118,7 @@ void emit_product(Lowering& low, const Call& call, int node, const Conv& conv, c
         }
         packed_conv2d(*kernel, c, e, out_strides, residual_strides);
       },
-      low.resolved(call, "weight_words").node);
+      low.resolved(call, "weight_words").node, in_place);
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ void row_step(Lowering& low, int node, const View& x, const View& out, const F& 
                          run(from + r * rows.row, rows.channels, dest + r * step);
                      });
       },
-      -1, true);
+      -1, 0);
 }
 
 // "add" of "aten.add.Tensor".
@@ -89,7 +89,7 @@ void emit_affine(Lowering& low, int node) {
         j.out = f.at<float>(to);
         affine_rows(*kernel, j);
       },
-      -1, true);
+      -1, 0);
 }
 
 void emit_sigmoid(Lowering& low, const Call& call, int node) {
@@ -108,7 +108,7 @@ void emit_sigmoid(Lowering& low, const Call& call, int node) {
         j.out = f.at<float>(to);
         sigmoid_rows(*kernel, j);
       },
-      -1, true);
+      -1, 0);
 }
 
 void emit_unary(Lowering& low, const Call& call, int node) {
@@ -179,7 +179,7 @@ void emit_binary(Lowering& low, const Call& call, int node) {
               multiply_rows(*kernel, j);
             }
           },
-          -1, true);
+          -1, 0);
       return;
     }
   }

@@ -1,6 +1,6 @@
-// Which calls become one step: zero padding into the layer behind it, bounds into a convolution's
-// own, and rows of elementwise calls into one pass. In order of a chain's stages: 1 scale, 2 shift,
-// 3 a second operand, 4 slope below 0, 5 bounds.
+// Which calls become one step: zero padding into the layer behind it, a repeated residual into a
+// binary layer, bounds into a convolution's own, and rows of elementwise calls into one pass. In
+// order of a chain's stages: 1 scale, 2 shift, 3 a second operand, 4 slope below 0, 5 bounds.
 #include <cmath>
 #include <cstring>
 
@@ -126,6 +126,29 @@ void Lowering::fuse_pad(int node, bool max) {
   if (--uses(ref) == 0) --uses(source);
 }
 
+// A residual that is a tensor given twice or more along the channels is read there again.
+void Lowering::fuse_repeats(int node) {
+  const Call c = call(node);
+  if (!c.given("residual") || c.integer("groups") != 1) return;
+  const Ref ref = resolved(c, "residual");
+  const Node& from = graph.nodes[static_cast<size_t>(ref.node)];
+  if (!from.op || from.op->emit != emit_cat || uses(ref) != 1) return;
+  const Call cat = call(ref.node);
+  const Type& whole = type(ref);
+  const auto& parts = cat.arg("tensors").items;
+  const Ref first = resolved(parts.front());
+  if (cat.dim("dim", whole.sizes.rank) != channel_dim(whole) ||
+      type(first).sizes[channel_dim(whole)] % (2 * kTile) != 0)
+    return;
+  for (const Arg& part : parts) {
+    const Ref other = resolved(part);
+    if (other.node != first.node || other.index != first.index) return;
+  }
+  repeated_[static_cast<size_t>(node)] = first;
+  uses(ref) = 0;
+  uses(first) -= static_cast<int>(parts.size()) - 1;
+}
+
 void Lowering::fuse_node(int node) {
   const Call c = call(node);
   Chain& chain = chains_[static_cast<size_t>(node)];
@@ -137,6 +160,8 @@ void Lowering::fuse_node(int node) {
       next.conv = next.head = node;
       chain = next;
       return;
+    case Fuse::kBinary:
+      return fuse_repeats(node);
     case Fuse::kAvgPool:
     case Fuse::kMaxPool:
       return fuse_pad(node, c.node.op->fuse == Fuse::kMaxPool);

@@ -121,7 +121,7 @@ void Lowering::count_uses() {
 View Lowering::fresh(const Type& type, const Sizes& strides) {
   Buffer buffer;
   buffer.kind = Buffer::kArena;
-  buffer.bytes = type.bytes();
+  buffer.bytes = reach_of(type, strides);
   plan_.buffers.push_back(buffer);
   View v;
   static_cast<Type&>(v) = type;
@@ -134,7 +134,7 @@ View Lowering::out(int node, int index) {
   View& v = views_[static_cast<size_t>(node)][static_cast<size_t>(index)];
   if (v.where.buffer < 0) {
     const Type& t = type({node, index});
-    v = fresh(t, dense_strides(t));
+    v = fresh(t, spread_strides(t));
   }
   return v;
 }
@@ -215,7 +215,7 @@ View Lowering::dense(Ref ref) {
 }
 
 void Lowering::step(int node, const std::vector<View>& reads, const std::vector<View>& writes,
-                    std::function<void(const Frame&)> run, int weight, bool in_place) {
+                    std::function<void(const Frame&)> run, int weight, int in_place) {
   int64_t count = 0;
   for (const View& v : writes) count += v.sizes.count();
   if (count == 0) return;
@@ -228,11 +228,14 @@ void Lowering::step(int node, const std::vector<View>& reads, const std::vector<
   s.weight = weight < 0 ? "" : graph.nodes[static_cast<size_t>(weight)].tensor->name.c_str();
   for (const View& v : reads) s.reads.push_back(v.where.buffer);
   for (const View& v : writes) s.writes.push_back(v.where.buffer);
-  for (size_t i = 1; i < reads.size(); ++i)
-    in_place &= reads[i].where.buffer != reads[0].where.buffer;
-  if (in_place && is_dense(reads[0]) && is_dense(writes[0]) && reads[0].where.offset == 0 &&
-      writes[0].where.offset == 0)
-    s.in_place = reads[0].where.buffer;
+  if (in_place >= 0) {
+    const View& over = reads[static_cast<size_t>(in_place)];
+    int readers = 0;
+    for (const View& v : reads) readers += v.where.buffer == over.where.buffer;
+    if (readers == 1 && rows_of(over) && over.strides == writes[0].strides &&
+        over.where.offset == 0 && writes[0].where.offset == 0)
+      s.in_place = over.where.buffer;
+  }
   s.run = std::move(run);
   plan_.steps.push_back(std::move(s));
 }
@@ -280,6 +283,7 @@ void Lowering::run() {
   chains_.resize(graph.nodes.size());
   pads_.resize(graph.nodes.size());
   sources_.resize(graph.nodes.size());
+  repeated_.resize(graph.nodes.size());
   views_.resize(graph.nodes.size());
   fuse();
   for (size_t i = 0; i < graph.nodes.size(); ++i) {

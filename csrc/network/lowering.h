@@ -72,13 +72,15 @@ class Lowering {
   bool has_place(int node) const { return views_[static_cast<size_t>(node)][0].where.buffer >= 0; }
   View copied(const View& from, const View& to, int node);
 
-  // A step of `node`; reads[0] may be written over where `in_place`.
+  // A step of `node`; writes[0] may be written over reads[in_place].
   void step(int node, const std::vector<View>& reads, const std::vector<View>& writes,
-            std::function<void(const Frame&)> run, int weight = -1, bool in_place = false);
+            std::function<void(const Frame&)> run, int weight = -1, int in_place = -1);
 
   const Chain& chain(int node) const { return chains_[static_cast<size_t>(node)]; }
   const Pads& pads(int node) const { return pads_[static_cast<size_t>(node)]; }
   const Ref& source(int node) const { return sources_[static_cast<size_t>(node)]; }
+  // What a binary layer's residual is a concatenation of with itself; node -1 where it is not.
+  const Ref& repeated(int node) const { return repeated_[static_cast<size_t>(node)]; }
 
   const Graph& graph;
   Constants& constants;
@@ -90,6 +92,7 @@ class Lowering {
   void fuse();
   void fuse_node(int node);
   void fuse_pad(int node, bool max);
+  void fuse_repeats(int node);
   bool append(int node, Ref from, int stage, Chain& chain);
   const float* channel_vector(const Call& call, const char* name, const Type& x, bool negative,
                               const char* role);
@@ -104,6 +107,7 @@ class Lowering {
   std::vector<Chain> chains_;
   std::vector<Pads> pads_;    // of pools and convolutions: fused pads
   std::vector<Ref> sources_;  // their input without the pad
+  std::vector<Ref> repeated_;
   std::vector<std::array<View, 2>> views_;
   std::map<std::pair<int, int>, View> in_rows_;
 };

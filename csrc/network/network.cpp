@@ -99,8 +99,8 @@ Network::Network(SafeTensors file)
     for (size_t i = 0; i < node.args.size(); ++i) {
       const Arg& arg = node.args[i];
       const std::string& name = node.op->params[i].name;
-      const bool weight = (name == "weight" && (node.op->fuse == Fuse::kConv)) ||
-                          (name == "weight_words" && node.op->fuse == Fuse::kNo);
+      const bool weight =
+          (name == "weight" && (node.op->fuse == Fuse::kConv)) || name == "weight_words";
       if (arg.kind == Arg::kNode && !weight) read[static_cast<size_t>(arg.integer)] = true;
       for (const Arg& item : arg.items)
         if (item.kind == Arg::kNode) read[static_cast<size_t>(item.integer)] = true;

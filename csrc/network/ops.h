@@ -20,7 +20,19 @@ struct Param {
 };
 
 // What the fusing pass may do with an operator's node.
-enum class Fuse { kNo, kSame, kConv, kAvgPool, kMaxPool, kNorm, kSum, kProduct, kSlope, kBounds };
+enum class Fuse {
+  kNo,
+  kSame,
+  kBinary,
+  kConv,
+  kAvgPool,
+  kMaxPool,
+  kNorm,
+  kSum,
+  kProduct,
+  kSlope,
+  kBounds
+};
 
 struct Op {
   const char* name;

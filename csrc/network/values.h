@@ -104,6 +104,31 @@ inline Sizes dense_strides(const Type& t) {
   return strides;
 }
 
+// The same for images of our own, but that rows of channels which would all begin at the same place
+// of a page are a cache line further apart: the first-level cache keeps 8 lines of one such place
+// (Zen 4; ReActNet-A's epilogue of 1024 channels took 17 cycles for 16 outputs in place of 7).
+constexpr int64_t kPage = 4096, kLine = 64;
+inline Sizes spread_strides(const Type& t) {
+  Sizes strides = dense_strides(t);
+  if (t.element != Element::kFloat32 || t.sizes.rank != 4 || t.sizes[1] * 4 % kPage != 0 ||
+      t.sizes[1] == 0)
+    return strides;
+  const int64_t row = t.sizes[1];
+  for (int i = 0; i < t.sizes.rank; ++i)
+    if (i != 1) strides[i] = times(strides[i] / row, row + kLine / 4);
+  return strides;
+}
+
+// Bytes from a view's first element to behind its last.
+inline int64_t reach_of(const Type& t, const Sizes& strides) {
+  int64_t last = 0;
+  for (int i = 0; i < t.sizes.rank; ++i) {
+    if (t.sizes[i] == 0) return 0;
+    last = plus(last, times(t.sizes[i] - 1, strides[i]));
+  }
+  return times(plus(last, 1), bytes_of(t.element));
+}
+
 // A view as rows of channels next to each other, `row` elements apart.
 struct Rows {
   int64_t count, channels, row;

@@ -208,7 +208,7 @@ void test_conv(const Kernel& k, Conv c) {
   int bit = 0;
   for (auto member : {&Epilogue::shift_in, &Epilogue::shift_out, &Epilogue::slope, &Epilogue::scale,
                       &Epilogue::bias, &Epilogue::sign_shift}) {
-    vectors.push_back(random_real(DType::kF32, cout + 32, false));
+    vectors.push_back(random_real(DType::kF32, cout + 32, member == &Epilogue::sign_shift));
     if (parts >> bit++ & 1) e.*member = vectors.back().as<float>();
   }
   e.clamp = parts >> 6 & 1;
@@ -217,6 +217,8 @@ void test_conv(const Kernel& k, Conv c) {
   e.residual = parts >> 7 & 1 ? residual.data() : nullptr;
   e.residual_type = residual_type;
   e.residual_channel = res.c;
+  if (e.residual && c.groups == 1 && cout > 32) e.residual_repeats = 32 * range(0, cout / 32);
+  const int64_t repeats = e.residual_repeats ? e.residual_repeats : cout;
   std::unique_ptr<int32_t[]> lo(new int32_t[cout + 32]), hi(new int32_t[cout + 32]);
   for (int64_t i = 0; i < cout + 32; ++i) {
     lo[i] = pick<int32_t>({INT32_MIN, -20, -3, 0, 2, INT32_MAX});
@@ -240,7 +242,7 @@ void test_conv(const Kernel& k, Conv c) {
     if (e.clamp) y = std::min(std::max(y, e.lo), e.hi);
     if (e.scale) y *= e.scale[o];
     if (e.bias) y += e.bias[o];
-    if (e.residual) y += static_cast<float>(residual.get(at(res, pixel, o)));
+    if (e.residual) y += static_cast<float>(residual.get(at(res, pixel, o % repeats)));
     if (e.shift_in) y += e.shift_in[o];
     if (e.slope && !(y > 0)) y *= e.slope[o];
     if (e.shift_out) y += e.shift_out[o];
@@ -257,6 +259,17 @@ void test_conv(const Kernel& k, Conv c) {
   if (e.words)
     check_words("packed_conv2d words", words, cout,
                 [&](int64_t pixel, int64_t o) { return bits[pixel * cout + o]; });
+
+  if (!e.out || e.out_int || !e.residual || repeats < cout || type != residual_type ||
+      layout != residual_layout)
+    return;
+  Real both(type, extent);
+  for (int64_t i = 0; i < pixels * cout; ++i)
+    both.set(at(out, i / cout, i % cout), residual.get(at(res, i / cout, i % cout)));
+  e.out = both.data();
+  e.residual = both.data();
+  packed_conv2d(k, c, e, out, res);
+  check_real("packed_conv2d over its residual", both, want);
 }
 
 // Sums as large as they get, at both sides of what arranged filters take.
@@ -276,6 +289,23 @@ void test_longest(const Kernel& k, int64_t channels) {
   packed_conv2d(k, c, e, {170, 1, 85, 17}, {});
   check("packed_conv2d of the largest sums", 170,
         [&](int64_t i) { return std::pair(out[i], static_cast<int32_t>(-channels)); });
+}
+
+// Of one pixel, at both sides of what sums that are floats as they stand take.
+void test_longest_float(const Kernel& k, int64_t channels) {
+  parameters = text(k.name, "channels", channels);
+  const Words in = random_words(1, channels, 1), weight = random_words(16, channels, -1);
+  Words tiles(word_count(channels) * 16);
+  tile_weight(weight.data.get(), 1, 16, word_count(channels), tiles.data.get());
+  Conv c = {1, 1, 1, 1, channels, 16, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, nullptr, nullptr};
+  c.input = in.data.get();
+  c.tiles = tiles.data.get();
+  std::vector<float> out(16);
+  Epilogue e;
+  e.out = out.data();
+  packed_conv2d(k, c, e, {16, 1, 16, 16}, {});
+  check("packed_conv2d of the largest sums as floats", 16,
+        [&](int64_t i) { return std::pair(out[i], static_cast<float>(-channels)); });
 }
 
 void test_pool(int64_t n, int64_t height, int64_t width) {
@@ -323,6 +353,7 @@ void test_kernel(const Kernel& k) {
   for (int i = 0; i < 400; ++i) test_conv(k, depthwise_conv());
   for (int i = 0; i < 32; ++i) test_conv(k, kLarge[i % 4]);  // the others have one task
   for (const int64_t channels : {32, 224, 256, 65504, 65536}) test_longest(k, channels);
+  for (const int64_t more : {-32, -1, 0, 2, 32}) test_longest_float(k, kMostFloatSums + more);
   for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
   test_pool(2, 70, 70);
   test_block_passes(k);
