@@ -118,7 +118,7 @@ class CaseOptimizer(Optimizer):
         if isinstance(model, nn.Module):
             for optimizer in optimizers:
                 if isinstance(optimizer, (Bop, Bop2ndOrder)):
-                    _check_slopes(optimizer, model)
+                    check_slopes(optimizer, model)
         # Makes the tables of hooks; groups and state are the optimizers' own.
         self.__setstate__({"optimizers": tuple(optimizers), "defaults": {}})
 
@@ -204,8 +204,8 @@ def _made(what: str, factory: Factory, parameters: NamedParameters) -> Optimizer
     return optimizer
 
 
-def _check_slopes(optimizer: Optimizer, model: nn.Module) -> None:
-    """Refuse weights of -1 and +1 that would never flip, or against their gradient."""
+def check_slopes(optimizer: Optimizer, model: nn.Module) -> None:
+    """ValueError for weights of -1 and +1 that would never flip, or flip against their gradient."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in binary_layers(model).items():
         quantizer = layer.weight_quantizer

@@ -33,9 +33,15 @@ class Source(Protocol):
 
 
 class Tensors:
-    """Images (N, C, H, W) and labels (N,) in memory."""
+    """Images (N, C, H, W) and labels (N,), integers, in memory.
+
+    Raises DataError for labels of another shape or type.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise DataError(f"labels must be integers of shape ({len(images)},), one for each "
+                            f"image, got {str(labels.dtype)[6:]} of shape {tuple(labels.shape)}")
         self.images, self.labels = images, labels
 
     def __len__(self) -> int:

@@ -178,8 +178,8 @@ class Recipe:
     model: the name of `bitkernels.models` that it is made for, "" for any; model_options: its
       arguments, NAME=VALUE.
 
-    Raises ValueError for stages that name no earlier stage, share a name, or want a teacher that
-    they do not name.
+    Raises ValueError for stages that name no earlier stage, share a name, want a teacher that they
+    do not name, or have epochs or a batch size that is no integer of at least 1.
     """
 
     name: str
@@ -200,8 +200,11 @@ class Recipe:
                     raise ValueError(f"{where}: no earlier stage {what!r}, only {known}")
             if stage.loss.needs_teacher != (stage.teacher is not None):
                 raise ValueError(f"{where}: a teacher and a loss that uses one need each other")
-            if stage.epochs < 1 or stage.batch_size < 1:
-                raise ValueError(f"{where}: epochs and batch_size must be at least 1")
+            for what in ("epochs", "batch_size"):
+                value = getattr(stage, what)
+                if not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{where}: {what} must be an integer of at least 1, got "
+                                     f"{value!r}")
             known.append(stage.name)
         if not self.stages:
             raise ValueError(f"recipe {self.name} has no stages")

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from bitkernels.nn import BinaryLayer, RSign
 from bitkernels.optim import Bop, CaseOptimizer, binary_weights, clip_latent_weights
-from bitkernels.optim.grouping import binary_layers
+from bitkernels.optim.grouping import binary_layers, check_slopes
 from bitkernels.quantizers import NoOp
 from bitkernels.train.distillation import (
     FeatureTap,
@@ -73,10 +73,14 @@ def make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
     """The stage's optimizer, over all parameters that require grad.
 
     Where there is a `rest`, `stage.method` has the weights of the binary layers, also in a stage
-    that made them real.
+    that made them real. Raises TrainError where there is nothing for it, and ValueError for Bop on
+    weights that get no gradient (`CaseOptimizer`).
     """
     binary = {id(layer.weight) for layer in model.modules() if isinstance(layer, BinaryLayer)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not any(stage.rest is None or id(p) in binary for _, p in named):
+        what = "parameter" if stage.rest is None else "weight of a binary layer"
+        raise TrainError(f"stage {stage.name}: no {what} of {type(model).__name__} requires grad")
     optimizer: Optimizer
     if stage.rest is None:
         optimizer = _made(stage.method, named)
@@ -85,6 +89,9 @@ def make_optimizer(model: nn.Module, stage: Stage) -> Optimizer:
         optimizer = CaseOptimizer(
             named, (lambda _, p: id(p) in binary, lambda params: _made(method, params)),
             default=lambda params: _made(rest, params))
+    for part in getattr(optimizer, "optimizers", (optimizer,)):
+        if isinstance(part, Bop):
+            check_slopes(part, model)
     if stage.signs_at_start:
         with torch.no_grad():
             for weight in binary_weights(model).values():

@@ -15,7 +15,7 @@ from bitkernels.metrics import Watcher, watch
 from bitkernels.optim import binary_weights
 from bitkernels.train import checkpoint
 from bitkernels.train.data import Batches, Pictures, held_out_batches, loader
-from bitkernels.train.errors import CheckpointError, DivergedError
+from bitkernels.train.errors import CheckpointError, DataError, DivergedError, TrainError
 from bitkernels.train.logs import Bar, TensorBoard
 from bitkernels.train.run import Run
 from bitkernels.train.stages import StageLoss, make_optimizer, make_scheduler
@@ -79,7 +79,7 @@ class Trainer:
                                      run.device.type == "cuda"):
             images, labels = self._moved(images, labels)
             with self._autocast():
-                logits = self.net(images)
+                logits = self._checked(self.net(images), labels)
                 loss = self.loss(images, logits, labels)
             self.optimizer.zero_grad()
             loss.backward()
@@ -96,7 +96,20 @@ class Trainer:
             if self.total % run.options.checkpoint_every == 0:
                 self.save()
 
+    def _checked(self, logits: Tensor, labels: Tensor) -> Tensor:
+        data = self.run.data
+        if logits.dim() != 2 or len(logits) != len(labels) or logits.shape[1] < data.classes:
+            raise TrainError(f"{type(self.model).__name__} must give ({len(labels)}, "
+                             f"{data.classes}) for {len(labels)} images of {data.name}, got "
+                             f"{tuple(logits.shape)}")
+        return logits
+
     def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        data = self.run.data  # labels still on the CPU
+        if labels.is_floating_point() or len(labels) and not (
+                0 <= int(labels.min()) and int(labels.max()) < data.classes):
+            raise DataError(f"labels of {data.name} must be integers from 0 to {data.classes - 1}, "
+                            f"got {labels.min().item()} to {labels.max().item()}")
         layout = (torch.channels_last if self.run.options.channels_last
                   else torch.preserve_format)
         return (images.to(self.run.device, non_blocking=True, memory_format=layout),
@@ -172,7 +185,7 @@ class Trainer:
                                      run.options.workers, run.device.type == "cuda"):
             images, labels = self._moved(images, labels)
             with self._autocast():
-                logits = self.model(images)
+                logits = self._checked(self.model(images), labels)
             sums += torch.stack([F.cross_entropy(logits.float(), labels, reduction="sum").double(),
                                  (logits.argmax(1) == labels).sum().double(),
                                  torch.tensor(len(labels), device=run.device).double()])

@@ -156,3 +156,10 @@ def test_without_torchvision_one_message_says_what_to_do(monkeypatch, tmp_path, 
     for name in ("cifar10", "folder"):
         with pytest.raises(TrainError, match=f"{error}.*install the release that belongs to torch"):
             datasets.load(name, str(tmp_path))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(39).long(), torch.rand(40),
+                                    torch.zeros(40, 1).long()])
+def test_labels_that_do_not_fit(labels):
+    with pytest.raises(DataError, match=r"labels must be integers of shape \(40,\).*got "):
+        Tensors(torch.zeros(40, 1, 8, 8), labels)

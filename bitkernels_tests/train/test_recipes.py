@@ -177,7 +177,7 @@ ADAM = Method("adam", 1e-3)
     ((Stage("checkpoint", 1, 1, ADAM),), "name is taken"),
     ((Stage("a", 1, 1, ADAM, loss=Loss(matching=1)),), "need each other"),
     ((Stage("a", 1, 1, ADAM, teacher="given"),), "need each other"),
-    ((Stage("a", 0, 1, ADAM),), "epochs and batch_size")])
+    ((Stage("a", 0, 1, ADAM),), "epochs must be an integer of at least 1, got 0")])
 def test_refuses(stages, message):
     with pytest.raises(ValueError, match=message):
         Recipe("mine", stages)
@@ -212,3 +212,10 @@ def test_settings_are_those_that_checkpoints_of_0_1_hold():
         dataclasses.replace(stage, gradient_clip=1.0),))
     assert clipped.settings()["quicknet.gradient_clip"] == 1
     assert any(key.endswith("loss.teachers") for key in recipes.get("bnext").settings())
+
+
+def test_numbers_of_images_are_integers():
+    with pytest.raises(ValueError, match="stage bop: batch_size must be an integer .* got 2.5"):
+        recipes.get("bop-digits").scaled(batch_size=2.5)
+    with pytest.raises(ValueError, match="stage bop: epochs must be an integer .* got 0"):
+        recipes.get("bop-digits").scaled(epochs=0)

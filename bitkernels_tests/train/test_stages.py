@@ -7,10 +7,20 @@ import torch
 from torch import nn
 
 from bitkernels import models
-from bitkernels.nn import BinaryLayer
+from bitkernels.nn import BinaryLayer, BinaryLinear
 from bitkernels.optim import Bop, binary_weights
-from bitkernels.train import CheckpointError, Loss, Method, Stage, TrainError, recipes
+from bitkernels.train import (
+    CheckpointError,
+    DataError,
+    Loss,
+    Method,
+    Stage,
+    TrainError,
+    fit,
+    recipes,
+)
 from bitkernels.train.checkpoint import transfer
+from bitkernels.train.data import Data, Tensors
 from bitkernels.train.distillation import Teachers, soft_labels_loss
 from bitkernels.train.stages import StageLoss, configure, make_optimizer, make_scheduler
 from bitkernels_tests.models import plain_reactnet as plain
@@ -217,3 +227,31 @@ def test_a_teacher_of_other_classes_is_an_error():
     with pytest.raises(TrainError, match=r"teacher's outputs are \(2, 5\), the student's \(2, 10"):
         StageLoss(Loss(matching=1), student, teacher)(
             images, student(images), torch.zeros(2, dtype=torch.long))
+
+
+def linear(classes=3, **options):
+    return nn.Sequential(nn.Flatten(), BinaryLinear(64, 8, **options), nn.Linear(8, classes))
+
+
+def test_what_a_stage_cannot_train():
+    (bop,), (quicknet,) = (recipes.get(name).stages for name in ("bop-digits", "quicknet-digits"))
+    with pytest.raises(TrainError, match="no weight of a binary layer of Sequential requires"):
+        make_optimizer(linear().requires_grad_(False), bop)
+    with pytest.raises(TrainError, match="stage step1: no parameter of Sequential requires grad"):
+        make_optimizer(linear().requires_grad_(False), STEP1)
+    with pytest.raises(ValueError, match="Bop cannot train the weight of 1: .*ApproxSign"):
+        make_optimizer(linear(weight_quantizer="approx_sign"), bop)
+    make_optimizer(linear(weight_quantizer="approx_sign"), quicknet)
+
+
+@pytest.mark.parametrize("labels,classes,message", [
+    (3, 3, "labels of mine must be integers from 0 to 2, got 3 to 3"),
+    (-1, 3, "labels of mine must be integers from 0 to 2, got -1 to -1"),
+    (1, 2, r"Sequential must give \(8, 3\) for 8 images of mine, got \(8, 2\)")])
+def test_classes_that_do_not_fit(labels, classes, message, one_thread):
+    source = Tensors(torch.randn(16, 1, 8, 8), torch.full((16,), labels))
+    data = Data("mine", 3, 1, 8, source, source, plain=torch.clone, augmented={})
+    recipe = recipes.get("quicknet-digits").scaled(epochs=1, batch_size=8, augmentation="none")
+    with pytest.raises(TrainError, match=message) as raised:
+        fit(lambda: linear(classes), recipe, data)
+    assert raised.type is (TrainError if classes == 2 else DataError)
