@@ -71,6 +71,9 @@ class Kernel:
             return False
         if self.resident and (spec.kh * spec.kw > MOST_TAPS or 8 * spec.k_bytes >= MOST_PAIRED):
             return False
+        strips = self.bm // 64
+        if problem.op == MOMENTS and strips * (8 * spec.k_bytes) ** 2 >= MOST_PAIRED ** 2:
+            return False  # the squares of 16 rows a strip
         return self.shared_bytes(spec) <= MOST_SHARED
 
     @property
@@ -116,9 +119,11 @@ def _bulk(strips: int, bn: int, stages: int, ahead: bool = False) -> Kernel:
                   persistent=True)
 
 
-def _resident(bn: int, groups: int) -> Kernel:
-    name = f"resident_64x{bn}" if groups == 3 else f"resident{groups}_64x{bn}"
-    return Kernel(name, "resident.cuh", f"Resident<{groups}, {bn}>", 64, bn,
+def _resident(bn: int, groups: int, strips: int = 1) -> Kernel:
+    """strips: of 64 rows, that a warpgroup's tile has."""
+    bm = 64 * strips
+    name = ("resident" if groups == 3 else f"resident{groups}") + f"_{bm}x{bn}"
+    return Kernel(name, "resident.cuh", f"Resident<{groups}, {bn}, {strips}>", bm, bn,
                   128 * groups, 0, 1, persistent=True, groups=groups)
 
 
@@ -130,7 +135,7 @@ MMA = (
 )
 WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 6))
 BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, ahead=True))
-RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4))
+RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4), _resident(64, 3, strips=2))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)

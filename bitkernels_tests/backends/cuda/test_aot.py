@@ -132,7 +132,8 @@ def test_resident(kernel, what):
     code, registers, spilled = build(kernel, spec, "sm_90a")
     # Fragments in registers: the first operand after the accumulators is not a descriptor.
     product = re.compile(rf"BGMMA.64x{kernel.bn + 16}x256.AND.POPC R\d+, R\d+, gdesc")
-    assert sum(bool(product.search(line)) for line in code) == -(-spec.k_bytes // 32)
+    products = kernel.bm // 64 * -(-spec.k_bytes // 32)
+    assert sum(bool(product.search(line)) for line in code) == products
     assert spilled == 0 and registers * kernel.threads <= 65536
     assert kernel.shared_bytes(spec) <= kernels.MOST_SHARED
     assert any("LDGSTS" in line for line in code) and any("LDS" in line for line in code)
@@ -142,7 +143,7 @@ def test_resident(kernel, what):
     waits = next(i for i, line in enumerate(code) if "ACQBULK" in line)
     assert not any(re.search(r"\b(LDG|STG|RED|ATOM)", line) for line in code[:waits])
     if spec.pixel % 16 == 0:
-        assert sum("LDSM.16.M88.4" in line for line in code) == -(-spec.k_bytes // 32)
+        assert sum("LDSM.16.M88.4" in line for line in code) == products
 
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_89", "sm_90a"))
