@@ -89,7 +89,7 @@ struct WgmmaGemm {
     int acc[STRIPS][BN / 8][4];
     for (int index = block_index(); index < tiles_m * tiles_n; index += block_count()) {
       const Tile tile = tile_at(index, tiles_m, tiles_n);
-      ring.products(acc, at, steps, group * STRIPS, lane, Together{});
+      ring.products(acc, at, steps, group * STRIPS, lane);
       const int first_row = tile.m * BM + group * STRIPS * 64 + warp * 16;
       int pa[STRIPS][2];
 #pragma unroll

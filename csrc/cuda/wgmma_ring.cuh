@@ -61,20 +61,14 @@ struct Ring {
     wgmma_commit();
   }
 
-  // The products of a tile, of all K, in step with other groups as `order` says.
-  template <class Order>
+  // The products of a tile, of all K.
   DEVICE void products(int (&acc)[STRIPS][BN / 8][4], Cursor<STAGES>& at, int steps, int strips,
-                       int lane, const Order& order) const {
+                       int lane) const {
     const auto leave = [&](int stage) {
-      if (lane == 0) barrier_arrive(empty(stage)), order.left(stage);
+      if (lane == 0) barrier_arrive(empty(stage));
     };
     int before = at.stage;
     for (int step = 0; step < steps; ++step, at.next()) {
-      if (order.follows()) {
-        // A stage that this group has left is filled while it waits.
-        if (step > 0) wgmma_wait<0>(), leave(before);
-        order.wait(at.stage, at.parity);
-      }
       barrier_wait(full(at.stage), at.parity);
       const u32 from = stage(at.stage);
       // The last step multiplies only as far as K reaches.
@@ -90,22 +84,13 @@ struct Ring {
       } else {
         multiply<4>(acc, from, strips, step > 0);
       }
-      if (!order.follows()) {
-        wgmma_wait<1>();
-        if (step > 0) leave(before);
-      }
+      wgmma_wait<1>();
+      if (step > 0) leave(before);
       before = at.stage;
     }
     wgmma_wait<0>();
     leave(before);
   }
-};
-
-// Of groups that do not wait for each other.
-struct Together {
-  DEVICE bool follows() const { return false; }
-  DEVICE void wait(int, int) const {}
-  DEVICE void left(int) const {}
 };
 
 // What producers give up must cover what the consumers take: a block owns as many registers as it

@@ -108,15 +108,12 @@ def _wgmma(strips: int, bn: int, stages: int) -> Kernel:
                   bm, bn, 384, shared, 1, windows=True, persistent=True)
 
 
-def _bulk(strips: int, bn: int, stages: int, ahead: bool = False) -> Kernel:
-    """ahead: the first group is kept a step ahead of the other."""
+def _bulk(strips: int, bn: int, stages: int) -> Kernel:
     bm = 2 * strips * 64
     slot = 4 * bm + 7 * 4 * bn + 4 * (4 * bn + 64) + 2 * bn // 8
-    shared = stages * (bm + bn) * 128 + 2 * slot + 24 * stages + 32
-    name = f"bulk_{bm}x{bn}" + "_ahead" * ahead
-    cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {str(ahead).lower()}>"
-    return Kernel(name, "bulk_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=True,
-                  persistent=True)
+    shared = stages * (bm + bn) * 128 + 2 * slot + 16 * stages + 32
+    return Kernel(f"bulk_{bm}x{bn}", "bulk_gemm.cuh", f"BulkGemm<2, {strips}, {bn}, {stages}>", bm,
+                  bn, 384, shared, 1, windows=True, bulk=True, persistent=True)
 
 
 def _resident(bn: int, groups: int, strips: int = 1) -> Kernel:
@@ -134,7 +131,7 @@ MMA = (
     _mma(64, 32, 16, 32, 4, 4),
 )
 WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 6))
-BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, ahead=True))
+BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6))
 RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4), _resident(64, 3, strips=2))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)

@@ -231,7 +231,7 @@ def test_views_are_taken_as_they_lie():
 
 
 @pytest.mark.parametrize("channels", (31999, 32000, 32128))
-@pytest.mark.parametrize("kernel", kernels.BULK[:3], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
 def test_signs_of_the_largest_counts(kernel, channels, driver):
     """Two sums in a word up to K = 32000, one past it: rows of ones and of none, bounds at the ends
     and beside them."""
