@@ -71,7 +71,6 @@ BUDGETS: tuple[tuple[str, Budget], ...] = tuple(
 ) + (
     ("bulk_128x128 .* packed", Budget(4.4)), ("bulk_128x128 .* fp16", Budget(7.5)),
     ("bulk.* packed", Budget(4)), ("bulk.* fp16", Budget(6.8)),
-    ("wgmma.* signs", Budget(18.5)), ("wgmma.* packed", Budget(10)),
     ("mma.* signs", Budget(22)), ("mma.* block", Budget(38)), ("mma.* packed", Budget(11)),
     ("mma.* gemm .* fp16", Budget(11.5)), ("mma.* fp16", Budget(19.5)),
 )
@@ -229,14 +228,14 @@ def conv_case(kernel: kernels.Kernel, channels: int, size: int, output: str,
     words = channels // 32
     spec = conv_spec((BATCH, channels, size, size), (size, size), (channels, 3, 3, words), channels,
                      (1, 1), (1, 1, 1, 1), (1, 1), min(16, 4 * words))
-    spec = replace(spec, windows=int(kernel.windows), **OUTPUTS[output])
+    spec = replace(spec, **OUTPUTS[output])
     if kernel.resident:
         spec = spec.resident(kernel.bm)
     return Case(kernel, f"{channels}@{size}", output, spec, BATCH * size * size, arch)
 
 
 def product_case(kernel: kernels.Kernel, size: int, output: str, arch: str = "sm_90a") -> Case:
-    spec = replace(linear_spec(size // 32, size, size, 16), windows=int(kernel.windows),
+    spec = replace(linear_spec(size // 32, size, size, 16), windows=int(kernel.bulk),
                    **(dict(packed=1) if output == "packed" else dict(out_type=FLOAT16)))
     return Case(kernel, f"gemm {size}", output, spec, size, arch)
 
@@ -253,9 +252,6 @@ def cases() -> Iterator[Case]:
         for size in SIZES:
             for output in ("packed", "fp16"):
                 yield product_case(kernel, size, output)
-    for kernel in kernels.WGMMA:
-        yield conv_case(kernel, 256, 14, "signs")
-        yield product_case(kernel, 8192, "packed")
     for kernel in kernels.MMA:
         for arch in ("sm_80", "sm_86", "sm_89"):
             for output in ("signs", "fp16", "block"):

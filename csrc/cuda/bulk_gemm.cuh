@@ -45,7 +45,7 @@ struct BulkGemm {
     g.steps = (K_BYTES + STEP - 1) / STEP;
     const int thread = thread_index();
     if (thread == 0) {
-      g.ring.init(1, 4 * GROUPS);
+      g.ring.init(4 * GROUPS);
       for (int n = 0; n < 2; ++n) {
         barrier_init(g.brought(n), 96);
         barrier_init(g.used(n), 4 * GROUPS);

@@ -3,9 +3,8 @@
 // K comes in steps of 1024 bits: rows of 128 bytes in the 128-byte swizzle, ROWS of the windows and
 // below them BN of the filters. A warpgroup multiplies STRIPS times 64 of the rows by all filters.
 //
-// Every stage has two mbarriers. `full` ends a phase when the stage is filled: by the bytes of bulk
-// copies, or by an arrival of each producer thread, which comes after its copies have landed and
-// been made visible to wgmma. `empty` ends one when all warps that multiply it have left the stage.
+// Every stage has two mbarriers. `full` ends a phase when the bytes of bulk copies have filled the
+// stage. `empty` ends one when all warps that multiply it have left the stage.
 //
 // A consumer leaves a stage only when it has issued the next one's products, so that one stage's
 // products are always queued.
@@ -36,9 +35,9 @@ struct Ring {
   DEVICE u32 full(int i) const { return barriers + 8 * i; }
   DEVICE u32 empty(int i) const { return barriers + 8 * (STAGES + i); }
 
-  DEVICE void init(int fillers, int leavers) const {
+  DEVICE void init(int leavers) const {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(full(i), fillers);
+      barrier_init(full(i), 1);
       barrier_init(empty(i), leavers);
     }
   }

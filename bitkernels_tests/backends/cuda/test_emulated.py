@@ -19,8 +19,7 @@ from bitkernels_tests.cases import CONV_CASES, ConvCase, dyadic, reals, words_of
 if not cuda_emulator.available():
     pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
-SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "wgmma_128x64", "resident_64x64",
-                                                "resident_128x64"))
+SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "resident_64x64", "resident_128x64"))
 LARGE = [k for k in kernels.ALL.values() if k not in (*SMALL, kernels.PREPARE)]
 INT32 = dict(dtype=torch.int32)
 
@@ -285,7 +284,7 @@ def test_selfcheck_covers_every_kernel(op, driver):
         assert selfcheck.failure(op, kernel, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("kernel", [kernels.WGMMA[3], *kernels.BULK], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
 def test_selfcheck_turns_every_block_over(kernel, driver):
     (words, filters, _), _, _ = selfcheck.many_tiles(kernel, torch.device("cpu"))
     tiles = -(-len(words) // kernel.bm) * -(-len(filters) // kernel.bn)
