@@ -108,6 +108,10 @@ MUTANTS = (
            "y = y > p.clamp_max ? p.clamp_min : y;", (f"{EMULATED}::test_parts_of_the_epilogue",)),
     Mutant("cuda-border-taps", "csrc/cuda/prepare.cuh", "kh >= h.before && kh < KH - h.past",
            "kh > h.before && kh < KH - h.past", (f"{EMULATED}::test_conv_geometry",)),
+    Mutant("cuda-squares-of-one-strip", "csrc/cuda/outputs.cuh", "(16 * STRIPS * products",
+           "(16 * products", (f"{EMULATED}::test_squares_of_the_longest_sums",)),
+    Mutant("cuda-squares-that-overflow", f"{CUDA}/kernels.py", "strips * (8 * spec.k_bytes) ** 2",
+           "(8 * spec.k_bytes) ** 2", ("backends/cuda/test_dispatch.py",)),
     # The launchers of csrc/cuda.
     Mutant("no-context-to-build", f"{CUDA}/launch.py", "                driver().bind(key[2])\n",
            "", LAUNCH),

@@ -29,7 +29,7 @@ from bitkernels.backends.cuda import kernels, launch
 
 SECONDS, CALLS = 0.8, 8
 SIZES = (8192, 16384)
-KERNELS = ("bulk_128x256", "bulk_128x256_ahead", "bulk_128x128")
+KERNELS = ("bulk_128x256", "bulk_128x128")
 QUERY = ("nvidia-smi", "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active",
          "--format=csv,noheader,nounits", "-lms", "50")
 

@@ -3,7 +3,6 @@
 #include "mma_gemm.cuh"
 #include "prepare.cuh"
 #include "resident.cuh"
-#include "wgmma_gemm.cuh"
 
 static Params params;
 static TensorMap maps[2];

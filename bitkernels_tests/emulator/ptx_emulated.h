@@ -415,6 +415,10 @@ inline void store2_if(bool real, void* p, u32 a, u32 b) {
 inline void store4_if(bool real, void* p, const u32 (&v)[4]) {
   if (real) store4(p, v);
 }
+inline void load4_if(bool real, u32 (&v)[4], const void* p) {
+  if (real) return load4(v, static_cast<const u32*>(p));
+  for (u32& x : v) x = static_cast<u32>(machine.random());
+}
 inline int load_fresh(const int* p) { return load(p); }
 inline void dependency_wait() {
   // The kernel before may end long after this one has begun.

@@ -4,9 +4,7 @@
 // shared tiles and three warps bring what the epilogue of each tile needs (gemm_epilogue.cuh), one
 // tile ahead, into one of two slots. GROUPS further warpgroups multiply.
 //
-// All groups share a tile, and its filters, and each has STRIPS times 64 rows. AHEAD: the others
-// multiply a stage only when the first has left it, so they still multiply when it begins its
-// epilogue, and it multiplies while they are in theirs.
+// All groups share a tile, and its filters, and each has STRIPS times 64 rows.
 //
 // The kernel may start before `prepare` has ended: tiles do not depend on it. The three warps wait
 // for it, and the consumers for them.
@@ -15,7 +13,7 @@
 #include "scheduler.cuh"
 #include "wgmma_ring.cuh"
 
-template <int GROUPS, int STRIPS, int BN, int STAGES, bool AHEAD>
+template <int GROUPS, int STRIPS, int BN, int STAGES>
 struct BulkGemm {
   static constexpr int BM = 64 * STRIPS * GROUPS;
   using Tiles = Ring<BM, STRIPS, BN, STAGES>;
@@ -23,20 +21,9 @@ struct BulkGemm {
   static constexpr int STEP = Tiles::STEP;
   static constexpr int THREADS = 128 * (GROUPS + 1);
   static constexpr int SLOTS = STAGES * Tiles::STAGE, BARRIERS = SLOTS + 2 * Slot::BYTES;
-  static constexpr int SHARED = BARRIERS + 24 * STAGES + 32;
+  static constexpr int SHARED = BARRIERS + 16 * STAGES + 32;
   static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
   static_assert(registers_suffice(THREADS, PRODUCER_REGISTERS, GROUPS, CONSUMER_REGISTERS), "");
-
-  // Barriers end a phase when the first group has left a stage.
-  struct Order {
-    u32 barriers;
-    int group;
-    DEVICE bool follows() const { return AHEAD && group > 0; }
-    DEVICE void wait(int stage, int parity) const { barrier_wait(barriers + 8 * stage, parity); }
-    DEVICE void left(int stage) const {
-      if (AHEAD && group == 0) barrier_arrive(barriers + 8 * stage);
-    }
-  };
 
   Tiles ring;
   u32 slots, barriers;
@@ -58,12 +45,11 @@ struct BulkGemm {
     g.steps = (K_BYTES + STEP - 1) / STEP;
     const int thread = thread_index();
     if (thread == 0) {
-      g.ring.init(1, 4 * GROUPS);
+      g.ring.init(4 * GROUPS);
       for (int n = 0; n < 2; ++n) {
         barrier_init(g.brought(n), 96);
         barrier_init(g.used(n), 4 * GROUPS);
       }
-      for (int i = 0; i < STAGES; ++i) barrier_init(g.barriers + 32 + 8 * i, 4);
       barrier_init_fence();
     }
     sync_threads();
@@ -110,7 +96,7 @@ struct BulkGemm {
 #pragma unroll 1
     for (int n = 0, index = block_index(); index < tiles(); ++n, index += block_count()) {
       const Tile tile = tile_at(index, tiles_m, tiles_n);
-      ring.products(acc, at, steps, strips, lane, Order{barriers + 32, group});
+      ring.products(acc, at, steps, strips, lane);
       barrier_wait(brought(n), n / 2 % 2);
       // No address of the epilogue stays in a register beside the counts.
       finish_tile<BM, BN>(acc, p, slot(n), strips * 64 + warp * 16, tile.m * BM, tile.n * BN,

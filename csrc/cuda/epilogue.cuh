@@ -235,21 +235,21 @@ DEVICE void store_row(const Params& p, const Row& r, int first, const u32 (&v)[4
 }
 
 // MT fragments of 16 rows and NT of 8 columns; further columns of acc are left out. Row f of
-// fragment i is first_row + i * ROW_STEP + f; pa[i] are the window counts of this lane's two rows
+// fragment i is first_row + 16 i + f; pa[i] are the window counts of this lane's two rows
 // of it; corrections(border class, column) are those of a channel and the next. Consumes acc.
 //
 // Nothing branches around a shuffle, so all columns of the tile are gone through; those past the
 // last are computed from its values and not stored. Two rows at a time, and the channels' values
 // read again for each: to keep the addresses of all rows in registers beside the counts costs
 // spills.
-template <int NT, int ROW_STEP, int MT, int COLUMNS, class Corrections>
+template <int NT, int MT, int COLUMNS, class Corrections>
 DEVICE void epilogue(int (&acc)[MT][COLUMNS][4], const int (&pa)[MT][2], const Params& p,
                      const Corrections& corrections, int first_row, int first_column, int lane) {
   static_assert(NT % 4 == 0 && NT <= COLUMNS, "whole packed words");
   const int t = lane % 4;
 #pragma unroll
   for (int f = 0; f < MT; ++f) {
-    const int m = first_row + f * ROW_STEP + lane / 4;
+    const int m = first_row + 16 * f + lane / 4;
     const Row rows[2] = {Row::at(p, m, pa[f][0]), Row::at(p, m + 8, pa[f][1])};
 #pragma unroll
     for (int q = 0; q < NT / 4; ++q) {

@@ -7,18 +7,13 @@
 #include "layout.cuh"
 #include "ptx.cuh"
 
-// A tile of ROWS by BYTES of K, filled by THREADS threads, of which this is number `thread`.
-// WIDE chooses the swizzled layout of 128-byte rows, else rows of 64 bytes in order.
-template <int ROWS, bool WIDE, int THREADS, int SIZE>
+// A tile of ROWS by 64 bytes of K, filled by THREADS threads, of which this is number `thread`.
+template <int ROWS, int THREADS, int SIZE>
 struct Gather {
-  static constexpr int BYTES = WIDE ? 128 : 64;
+  static constexpr int BYTES = 64;
   static constexpr int ACROSS = BYTES / SIZE;    // chunks of a row
   static constexpr int STEP = THREADS / ACROSS;  // rows that are filled at once
   static_assert(ROWS % STEP == 0, "every thread fills the same number of chunks");
-
-  DEVICE static u32 offset(int row, int byte) {
-    return WIDE ? wide_offset(row, byte) : narrow_offset(row, byte);
-  }
 
   // `windows` are the tile's, in shared memory; `k` is the first byte of K.
   DEVICE static void activations(u32 tile, const Window* windows, const Params& p, int k,
@@ -31,7 +26,7 @@ struct Gather {
       const int row = thread / ACROSS + i * STEP;
       const Window window = windows[row];
       const bool real = reads(window, chunk);
-      copy_async<SIZE>(tile + offset(row, byte),
+      copy_async<SIZE>(tile + narrow_offset(row, byte),
                        real ? words + window.base + chunk.distance : words, real);
     }
   }
@@ -44,23 +39,23 @@ struct Gather {
       const int row = thread / ACROSS + i * STEP;
       const bool real = first + row < COUT && k + byte < K_BYTES;
       const i64 at = static_cast<i64>(first + row) * K_BYTES + k + byte;
-      copy_async<SIZE>(tile + offset(row, byte), real ? words + at : words, real);
+      copy_async<SIZE>(tile + narrow_offset(row, byte), real ? words + at : words, real);
     }
   }
 };
 
 // Both tiles of one step of K, in chunks of CHUNK bytes.
-template <int BM, int BN, bool WIDE, int THREADS>
+template <int BM, int BN, int THREADS>
 DEVICE void gather_step(u32 a, u32 b, const Window* windows, int first_filter, const Params& p,
                         int k, int thread) {
   if (CHUNK == 16) {
-    Gather<BM, WIDE, THREADS, 16>::activations(a, windows, p, k, thread);
-    Gather<BN, WIDE, THREADS, 16>::filters(b, first_filter, p, k, thread);
+    Gather<BM, THREADS, 16>::activations(a, windows, p, k, thread);
+    Gather<BN, THREADS, 16>::filters(b, first_filter, p, k, thread);
   } else if (CHUNK == 8) {
-    Gather<BM, WIDE, THREADS, 8>::activations(a, windows, p, k, thread);
-    Gather<BN, WIDE, THREADS, 8>::filters(b, first_filter, p, k, thread);
+    Gather<BM, THREADS, 8>::activations(a, windows, p, k, thread);
+    Gather<BN, THREADS, 8>::filters(b, first_filter, p, k, thread);
   } else {
-    Gather<BM, WIDE, THREADS, 4>::activations(a, windows, p, k, thread);
-    Gather<BN, WIDE, THREADS, 4>::filters(b, first_filter, p, k, thread);
+    Gather<BM, THREADS, 4>::activations(a, windows, p, k, thread);
+    Gather<BN, THREADS, 4>::filters(b, first_filter, p, k, thread);
   }
 }

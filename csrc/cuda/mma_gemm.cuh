@@ -42,7 +42,7 @@ struct MmaGemm {
     auto fetch = [&](int step) {
       const u32 a = ring + step % STAGES * STAGE;
       if (step < steps) {
-        gather_step<BM, BN, false, THREADS>(a, a + BM * STEP, windows, n0, p, step * STEP, thread);
+        gather_step<BM, BN, THREADS>(a, a + BM * STEP, windows, n0, p, step * STEP, thread);
       }
       copy_async_commit();
     };
@@ -112,7 +112,6 @@ struct MmaGemm {
         }
       }
     }
-    epilogue<NT, 16>(acc, pa, p, PreparedCorrections{p.corr}, m0 + warp_m * WM, n0 + warp_n * WN,
-                     lane);
+    epilogue<NT>(acc, pa, p, PreparedCorrections{p.corr}, m0 + warp_m * WM, n0 + warp_n * WN, lane);
   }
 };

@@ -70,17 +70,23 @@ DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
   }
 }
 
-// What a lane reads of the 16 windows of its warp.
+// What a lane reads of 16 windows of its warp.
 struct Reader {
   u32 at[2];  // of its windows: number lane % 16 in at[0], or lane / 4 and lane / 4 + 8
   int lane;
 
-  // `place` is where the window of number lane % 16 starts.
-  DEVICE static Reader of(u32 pixels, int place, int lane) {
-    if (unit() == 16) return {{pixels + place * 16, 0}, lane};
-    return {
-        {pixels + shuffle(place, lane / 4) * PIXEL, pixels + shuffle(place, lane / 4 + 8) * PIXEL},
-        lane};
+  // Of the warp's windows 16 `strip` and on; `place` is where the window of number
+  // lane % (16 STRIPS) starts.
+  template <int STRIPS>
+  DEVICE static Reader of(u32 pixels, int place, int strip, int lane) {
+    const int first = 16 * strip;
+    if (unit() == 16) {
+      const int start = STRIPS > 1 ? shuffle(place, first + lane % 16) : place;
+      return {{pixels + start * 16, 0}, lane};
+    }
+    return {{pixels + shuffle(place, first + lane / 4) * PIXEL,
+             pixels + shuffle(place, first + lane / 4 + 8) * PIXEL},
+            lane};
   }
 
   // The fragment of one product.

@@ -2,7 +2,7 @@
 //
 //   dot = corr[border class, n] - 2 pa[m] + 4 popcount(a and w)
 //   corr  sum over the taps inside the image of (channels - 2 popcount(w[tap, n]))
-//   pa    bits set in the window of pixel m
+//   pa    bits set in the window of pixel m, here a row of a matrix
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -42,19 +42,14 @@ DEVICE void prepare_filter(const Params& p, int n, int lane) {
   }
 }
 
-// One warp a window.
+// One warp a row of the matrix.
 template <int SIZE>
 DEVICE void prepare_window(const Params& p, int m, int lane) {
-  const Window window = window_of(m, p.rows);
+  const unsigned char* const row =
+      reinterpret_cast<const unsigned char*>(p.words) + static_cast<i64>(m) * K_BYTES;
   int count = 0;
 #pragma unroll 2
-  for (int at = SIZE * lane; at < K_BYTES; at += 32 * SIZE) {
-    const Chunk chunk = chunk_at(at);
-    if (reads(window, chunk)) {
-      const unsigned char* from = reinterpret_cast<const unsigned char*>(p.words) + window.base;
-      count += popcount_bytes<SIZE>(from + chunk.distance);
-    }
-  }
+  for (int at = SIZE * lane; at < K_BYTES; at += 32 * SIZE) count += popcount_bytes<SIZE>(row + at);
   for (int mask = 16; mask > 0; mask >>= 1) count += shuffle_xor(count, mask);
   if (lane == 0) store(p.pa + m, count);
 }

@@ -380,6 +380,14 @@ DEVICE void load2_if(bool real, u32 (&v)[2], const u32* p) {
       : "r"(static_cast<int>(real)), "l"(p));
 }
 
+// Loads where `real`; else v is anything.
+DEVICE void load4_if(bool real, u32 (&v)[4], const void* p) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %4, 0; @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%5]; }"
+      : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+      : "r"(static_cast<int>(real)), "l"(p));
+}
+
 // Of what a kernel before this one may have written while this one ran already.
 DEVICE int load_fresh(const int* p) {
   int value;

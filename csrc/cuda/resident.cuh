@@ -2,11 +2,12 @@
 // call, which overlaps with the end of the one before.
 //
 // Blocks are persistent, one a multiprocessor. A block copies BN filters into shared memory once,
-// and then its GROUPS warpgroups work alone, each on tiles of 64 output pixels of its own, so that
-// one multiplies while another writes. A warpgroup copies the lines that its windows touch while
-// it multiplies the tile before. The windows are never unfolded: each warp reads its fragments of
-// them from those lines and hands them to wgmma in registers. So a pixel comes from L2 once a tile,
-// not once a tap.
+// and then its GROUPS warpgroups work alone, each on tiles of its own, so that one multiplies while
+// another writes. A tile is STRIPS times 64 output pixels: what a tile costs, and what its epilogue
+// reads of a channel from shared memory, serves all of them. A warpgroup copies the lines that its
+// windows touch while it multiplies the tile before. The windows are never unfolded: each warp
+// reads its fragments of them from those lines and hands them to wgmma in registers. So a pixel
+// comes from L2 once a tile, not once a tap.
 //
 // Below the filters lie 8 rows of ones. Their products are the bits set in each window, which the
 // and-form needs, and come out in every lane's accumulators: N is BN + 16, an eighth more work for
@@ -15,12 +16,14 @@
 #include "outputs.cuh"
 #include "pixels.cuh"
 
-template <int GROUPS, int BN>
+template <int GROUPS, int BN, int STRIPS>
 struct Resident {
-  static constexpr int BM = 64;
+  static constexpr int BM = 64 * STRIPS;
   static constexpr int THREADS = 128 * GROUPS;
   static constexpr int N = BN + 16;
-  static constexpr int AHEAD = GROUPS == 4 ? 3 : 4;  // products whose fragments are read together
+  // Products whose fragments are read together, and how often that is for a strip.
+  static constexpr int AHEAD = GROUPS == 4 || STRIPS == 2 ? 3 : 4;
+  HOST_DEVICE static int turns() { return (products() + AHEAD - 1) / AHEAD; }
   using F = Filters<BN, THREADS>;
 
   // Of shared memory; IMAGE is what the lines of a tile take at most.
@@ -82,21 +85,23 @@ struct Resident {
     return line;
   }
 
-  // Queues the products of a tile; the fragments are theirs until they are waited for.
-  DEVICE static void multiply(int (&acc)[N / 8][4], u32 (&a)[2][AHEAD][4], const Reader& reader) {
+  // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
+  // until they are waited for.
+  DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], u32 (&a)[2][AHEAD][4],
+                              const Reader (&readers)[STRIPS]) {
 #pragma unroll
-    for (int first = 0; first < products(); first += AHEAD) {
-      const int now = first / AHEAD % 2;
-      if (first >= 2 * AHEAD) wgmma_wait<1>();  // those that these registers belong to
+    for (int turn = 0; turn < STRIPS * turns(); ++turn) {
+      const int s = turn / turns(), first = turn % turns() * AHEAD;
+      if (turn >= 2) wgmma_wait<1>();  // those that these registers belong to
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        if (first + i < products()) reader.read(a[now][i], first + i);
+        if (first + i < products()) readers[s].read(a[turn % 2][i], first + i);
       }
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (first + i >= products()) continue;
-        wgmma_and<N>(acc, a[now][i], filters().descriptor(first + i), first + i > 0);
+        wgmma_and<N>(acc[s], a[turn % 2][i], filters().descriptor(first + i), first + i > 0);
       }
       wgmma_commit();
     }
@@ -105,7 +110,7 @@ struct Resident {
   DEVICE static void work(const Params& p, int n0, int first, int stride, int line) {
     const int tiles = (p.rows + BM - 1) / BM;
     const F filters = Resident::filters();
-    Moments<BN> moments;
+    Moments<BN, STRIPS> moments;
     const bool both = only_signs() && THRESHOLD && filters.any_both();
     int buffer = 0, seen = 0;
     for (int tile = first; tile < tiles; tile += stride, buffer ^= 1) {
@@ -114,36 +119,52 @@ struct Resident {
       sync_some(1 + group(), 128);
       const int next_line = fetch(p, tile + stride, buffer ^ 1);
 
-      // Of the warp's 16 windows this lane finds one; those past the last are the last.
-      const int top = tile * BM + thread() / 32 * 16, window = top + lane() % 16;
+      // Of the warp's 16 windows a strip this lane finds one; those past the last are the last.
+      const int top = tile * BM + thread() / 32 * (BM / 4), window = top + lane() % (BM / 4);
       const Pixel pixel = pixel_of(window < p.rows ? window : p.rows - 1);
       const int place = (line_of(pixel) - line) * WP + pixel.ow * SW + LEAD - PL;
       const u32 label = border_classes() > 1 ? load_shared(labels() + 4 * pixel.oh) +
                                                    load_shared(labels() + 4 * (OH + pixel.ow))
                                              : 0;
       line = next_line;
-      TileRow rows[2];
-      for (int h = 0; h < 2; ++h) {
-        rows[h] = {top + lane() / 4 + 8 * h,
-                   border_classes() > 1 ? static_cast<int>(shuffle(label, lane() / 4 + 8 * h)) : 0};
+      TileRow rows[STRIPS][2];
+      Reader readers[STRIPS];
+      for (int s = 0; s < STRIPS; ++s) {
+        for (int h = 0; h < 2; ++h) {
+          const int row = 16 * s + lane() / 4 + 8 * h;
+          rows[s][h] = {top + row,
+                        border_classes() > 1 ? static_cast<int>(shuffle(label, row)) : 0};
+        }
+        readers[s] = Reader::of<STRIPS>(image(buffer), place, s, lane());
       }
       const int column = forget(n0);
-      int acc[N / 8][4];
+      int acc[STRIPS][N / 8][4];
       u32 a[2][AHEAD][4];
-      multiply(acc, a, Reader::of(image(buffer), place, lane()));
+      multiply(acc, a, readers);
       // What the epilogue reads comes while the products run.
-      Comparisons<BN> comparisons;
-      Residuals<BN> residuals;
-      if (only_signs()) comparisons.fetch(filters, 0, rows, lane() % 4);
+      Comparisons<BN> comparisons[STRIPS];
+      for (int s = 0; s < STRIPS; ++s) {
+        if (only_signs()) comparisons[s].fetch(filters, 0, rows[s], lane() % 4);
+      }
+      Residuals<BN, STRIPS> residuals;
       residuals.fetch(p, rows, column, lane() % 4);
-      wgmma_wait<0>();
-
       if (only_signs()) {
-        signs(acc, filters, comparisons, both, p, rows, column, lane());
+        if (STRIPS > 1) {  // while the products of the last strip run, in one turn or more
+          if (turns() == 1) {
+            wgmma_wait<1>();
+          } else {
+            wgmma_wait<2>();
+          }
+          signs(acc[0], filters, comparisons[0], both, p, rows[0], column, lane());
+        }
+        wgmma_wait<0>();
+        signs(acc[STRIPS - 1], filters, comparisons[STRIPS - 1], both, p, rows[STRIPS - 1], column,
+              lane());
       } else {
+        wgmma_wait<0>();
         outputs(acc, filters, p, rows, residuals, moments, column, lane());
       }
-      if (MOMENTS && ++seen == Moments<BN>::most_tiles()) {
+      if (MOMENTS && ++seen == Moments<BN, STRIPS>::most_tiles()) {
         moments.flush(warp_totals(), lane());
         seen = 0;
       }

@@ -19,15 +19,13 @@ DEVICE void store_signs(const u32 (&bits)[2], const Params& p, const TileRow (&r
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int at = n0 / 32 + t;
-      if (rows[h].m < p.rows && (COUT % BN == 0 || at < words)) {
-        store(p.packed + static_cast<i64>(rows[h].m) * words + at, bits[h]);
-      }
+      store_if(rows[h].m < p.rows && (COUT % BN == 0 || at < words),
+               p.packed + static_cast<i64>(rows[0].m) * words + at + 8 * h * words, bits[h]);
     }
   } else {
-    const int h = t / (BN / 32), at = n0 / 32 + t % (BN / 32), m = h ? rows[1].m : rows[0].m;
-    if (h < 2 && m < p.rows && (COUT % BN == 0 || at < words)) {
-      store(p.packed + static_cast<i64>(m) * words + at, bits[0]);
-    }
+    const int h = t / (BN / 32), at = n0 / 32 + t % (BN / 32), m = rows[0].m + 8 * h;
+    store_if(m < p.rows && (COUT % BN == 0 || at < words),
+             p.packed + static_cast<i64>(m) * words + at, bits[0]);
   }
 }
 

@@ -3,9 +3,8 @@
 // K comes in steps of 1024 bits: rows of 128 bytes in the 128-byte swizzle, ROWS of the windows and
 // below them BN of the filters. A warpgroup multiplies STRIPS times 64 of the rows by all filters.
 //
-// Every stage has two mbarriers. `full` ends a phase when the stage is filled: by the bytes of bulk
-// copies, or by an arrival of each producer thread, which comes after its copies have landed and
-// been made visible to wgmma. `empty` ends one when all warps that multiply it have left the stage.
+// Every stage has two mbarriers. `full` ends a phase when the bytes of bulk copies have filled the
+// stage. `empty` ends one when all warps that multiply it have left the stage.
 //
 // A consumer leaves a stage only when it has issued the next one's products, so that one stage's
 // products are always queued.
@@ -36,9 +35,9 @@ struct Ring {
   DEVICE u32 full(int i) const { return barriers + 8 * i; }
   DEVICE u32 empty(int i) const { return barriers + 8 * (STAGES + i); }
 
-  DEVICE void init(int fillers, int leavers) const {
+  DEVICE void init(int leavers) const {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(full(i), fillers);
+      barrier_init(full(i), 1);
       barrier_init(empty(i), leavers);
     }
   }
@@ -61,20 +60,14 @@ struct Ring {
     wgmma_commit();
   }
 
-  // The products of a tile, of all K, in step with other groups as `order` says.
-  template <class Order>
+  // The products of a tile, of all K.
   DEVICE void products(int (&acc)[STRIPS][BN / 8][4], Cursor<STAGES>& at, int steps, int strips,
-                       int lane, const Order& order) const {
+                       int lane) const {
     const auto leave = [&](int stage) {
-      if (lane == 0) barrier_arrive(empty(stage)), order.left(stage);
+      if (lane == 0) barrier_arrive(empty(stage));
     };
     int before = at.stage;
     for (int step = 0; step < steps; ++step, at.next()) {
-      if (order.follows()) {
-        // A stage that this group has left is filled while it waits.
-        if (step > 0) wgmma_wait<0>(), leave(before);
-        order.wait(at.stage, at.parity);
-      }
       barrier_wait(full(at.stage), at.parity);
       const u32 from = stage(at.stage);
       // The last step multiplies only as far as K reaches.
@@ -90,22 +83,13 @@ struct Ring {
       } else {
         multiply<4>(acc, from, strips, step > 0);
       }
-      if (!order.follows()) {
-        wgmma_wait<1>();
-        if (step > 0) leave(before);
-      }
+      wgmma_wait<1>();
+      if (step > 0) leave(before);
       before = at.stage;
     }
     wgmma_wait<0>();
     leave(before);
   }
-};
-
-// Of groups that do not wait for each other.
-struct Together {
-  DEVICE bool follows() const { return false; }
-  DEVICE void wait(int, int) const {}
-  DEVICE void left(int) const {}
 };
 
 // What producers give up must cover what the consumers take: a block owns as many registers as it

@@ -32,8 +32,8 @@ class Kernel:
     threads: int
     shared: int  # bytes of dynamic shared memory, of a resident kernel those of any shape
     blocks: int  # that must fit on a multiprocessor: the register budget
-    windows: bool = False  # whether it wants the windows counted by `prepare`
-    bulk: bool = False  # whether it takes tensor maps of both operands
+    # Whether it takes tensor maps of both operands, matrices, whose rows `prepare` counts too.
+    bulk: bool = False
     persistent: bool = False  # whether a block computes many tiles
     groups: int = 0  # of a resident kernel: warpgroups of a block, each with tiles of its own
 
@@ -71,6 +71,9 @@ class Kernel:
             return False
         if self.resident and (spec.kh * spec.kw > MOST_TAPS or 8 * spec.k_bytes >= MOST_PAIRED):
             return False
+        strips = self.bm // 64
+        if problem.op == MOMENTS and strips * (8 * spec.k_bytes) ** 2 >= MOST_PAIRED ** 2:
+            return False  # the squares of 16 rows a strip
         return self.shared_bytes(spec) <= MOST_SHARED
 
     @property
@@ -98,27 +101,19 @@ def _mma(bm: int, bn: int, wm: int, wn: int, stages: int, blocks: int) -> Kernel
                   bm, bn, 32 * (bm // wm) * warps_n, shared, blocks)
 
 
-def _wgmma(strips: int, bn: int, stages: int) -> Kernel:
-    bm = 2 * strips * 64
-    shared = stages * (bm + bn) * 128 + bm * WINDOW + 16 * stages
-    return Kernel(f"wgmma_{bm}x{bn}", "wgmma_gemm.cuh", f"WgmmaGemm<2, {strips}, {bn}, {stages}>",
-                  bm, bn, 384, shared, 1, windows=True, persistent=True)
-
-
-def _bulk(strips: int, bn: int, stages: int, ahead: bool = False) -> Kernel:
-    """ahead: the first group is kept a step ahead of the other."""
+def _bulk(strips: int, bn: int, stages: int) -> Kernel:
     bm = 2 * strips * 64
     slot = 4 * bm + 7 * 4 * bn + 4 * (4 * bn + 64) + 2 * bn // 8
-    shared = stages * (bm + bn) * 128 + 2 * slot + 24 * stages + 32
-    name = f"bulk_{bm}x{bn}" + "_ahead" * ahead
-    cpp = f"BulkGemm<2, {strips}, {bn}, {stages}, {str(ahead).lower()}>"
-    return Kernel(name, "bulk_gemm.cuh", cpp, bm, bn, 384, shared, 1, windows=True, bulk=True,
-                  persistent=True)
+    shared = stages * (bm + bn) * 128 + 2 * slot + 16 * stages + 32
+    return Kernel(f"bulk_{bm}x{bn}", "bulk_gemm.cuh", f"BulkGemm<2, {strips}, {bn}, {stages}>", bm,
+                  bn, 384, shared, 1, bulk=True, persistent=True)
 
 
-def _resident(bn: int, groups: int) -> Kernel:
-    name = f"resident_64x{bn}" if groups == 3 else f"resident{groups}_64x{bn}"
-    return Kernel(name, "resident.cuh", f"Resident<{groups}, {bn}>", 64, bn,
+def _resident(bn: int, groups: int, strips: int = 1) -> Kernel:
+    """strips: of 64 rows, that a warpgroup's tile has."""
+    bm = 64 * strips
+    name = ("resident" if groups == 3 else f"resident{groups}") + f"_{bm}x{bn}"
+    return Kernel(name, "resident.cuh", f"Resident<{groups}, {bn}, {strips}>", bm, bn,
                   128 * groups, 0, 1, persistent=True, groups=groups)
 
 
@@ -128,16 +123,15 @@ MMA = (
     _mma(64, 64, 32, 32, 4, 3),
     _mma(64, 32, 16, 32, 4, 4),
 )
-WGMMA = (_wgmma(1, 256, 4), _wgmma(2, 128, 4), _wgmma(1, 128, 4), _wgmma(1, 64, 6))
-BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6), _bulk(1, 256, 4, ahead=True))
-RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4))
+BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6))
+RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4), _resident(64, 3, strips=2))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)
-ALL = {kernel.name: kernel for kernel in (*RESIDENT, *BULK, *WGMMA, *MMA, PREPARE)}
+ALL = {kernel.name: kernel for kernel in (*RESIDENT, *BULK, *MMA, PREPARE)}
 
 FAMILIES = {"sm_80": ("mma",), "sm_86": ("mma",), "sm_87": ("mma",), "sm_89": ("mma",),
-            "sm_90a": ("resident", "bulk", "wgmma", "mma")}
+            "sm_90a": ("resident", "bulk", "mma")}
 
 
 def architecture(capability: tuple[int, int]) -> str | None:

@@ -295,15 +295,15 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
         # Both counts in one allocation, which lives until the launches below are enqueued.
         first = -(-spec.classes * spec.cout // 4) * 4
-        counts = words.new_empty(first + (rows if kernel.windows else 0))
+        counts = words.new_empty(first + (rows if kernel.bulk else 0))
         params.corr = counts.data_ptr()
-        params.pa = params.corr + 4 * first if kernel.windows else None
+        params.pa = params.corr + 4 * first if kernel.bulk else None
     stream = _stream(device)
     run = driver()
     run.bind(_index(device))
     if prepare is not None:
         filters_padded = -(-spec.cout // kernels.PREPARE.bm) * kernels.PREPARE.bm
-        warps = filters_padded + (rows if kernel.windows else 0)
+        warps = filters_padded + (rows if kernel.bulk else 0)
         run.launch(prepare, -(-warps // kernels.PREPARE.bm), kernels.PREPARE.threads, 0, stream,
                    params)
     columns = -(-spec.cout // kernel.bn)
@@ -354,7 +354,7 @@ def _specialized(kernel: kernels.Kernel, spec: Spec, out, nhwc: bool, packed: bo
         ("out_type", TYPES[out]), ("nhwc", int(nhwc)), ("packed", int(packed)),
         ("residual", TYPES[residual]), ("threshold", int(threshold)),
         ("clamp_min", int(clamp_min)), ("clamp_max", int(clamp_max)),
-        ("windows", int(kernel.windows)), *((name, 1) for name in vectors))
+        ("windows", int(kernel.bulk)), *((name, 1) for name in vectors))
     if kernel.resident:
         spec = spec.resident(kernel.bm, aligned)
     return spec, kernel.shared_bytes(spec)

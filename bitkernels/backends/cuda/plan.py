@@ -91,9 +91,7 @@ def nearest(arch: str, problem: Problem) -> Measured | None:
 # wgmma's 32768. Derived from how often a tile reads its operands from L2 and shared memory
 # (docs/notebook/performance.md). On an H200 (2026-11-26) most fell short: epilogues are the limit.
 RATES = {"resident_64x128": 8.9, "resident_64x64": 8, "resident4_64x64": 8,
-         "bulk_128x256": 10, "bulk_256x128": 9.5,
-         "bulk_128x128": 8, "bulk_128x256_ahead": 9.9,
-         "wgmma_128x256": 9, "wgmma_256x128": 8.5, "wgmma_128x128": 7, "wgmma_128x64": 5,
+         "resident_128x64": 8.5, "bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8,
          "mma_128x128": 5, "mma_128x64": 4, "mma_64x64": 3, "mma_64x32": 2}
 PREPARED = 4000  # clocks that a launch of `prepare` costs, about
 

@@ -219,14 +219,27 @@ def test_large_calls_get_large_tiles():
                          (1, 1), (1, 1, 1, 1), (1, 1), 16)
 
     assert first(8192, 8192).startswith("bulk_")
-    assert first(8192, 8192, aligned=False).startswith("wgmma_")
+    assert first(8192, 8192, aligned=False) == "mma_128x128"
     assert first(8192, 8192, families=("mma",)) == "mma_128x128"
     assert first(64 * 56 * 56, 64, families=("mma",)) == "mma_128x64"
     assert first(8, 32, families=("mma",)) == "mma_64x32"
-    assert first(256 * 56 * 56, 64, spec=conv(64, 56)) == "resident_64x64"
+    assert first(256 * 56 * 56, 64, spec=conv(64, 56)) == "resident_128x64"
+    assert first(56 * 56, 64, spec=conv(64, 56)).endswith("_64x64")
     assert first(256 * 28 * 28, 128, spec=conv(128, 28)) == "resident_64x128"
     assert first(256 * 14 * 14, 256, spec=conv(256, 14)) == "resident_64x128"
     assert first(256 * 7 * 7, 512, spec=conv(512, 7)).startswith("resident_")
+
+
+def test_squares_of_all_rows_of_a_tile_must_fit_into_32_bits():
+    """Of 32 rows up to 11585 products, of 16 up to 16383, which is the most anyway."""
+    names = [(name, problem_op) for name in ("resident_64x64", "resident_128x64")
+             for problem_op in ("packed_conv2d", "packed_conv2d_moments")]
+    for channels, refused in ((448, []), (480, [("resident_128x64", "packed_conv2d_moments")])):
+        spec = conv_spec((9, 64, 16, 4), (16, 4), (64, 5, 5, channels // 32), channels, (1, 1),
+                         (2, 2, 2, 2), (1, 1), 16)
+        assert kernels.ALL["resident_128x64"].shared_bytes(spec) < kernels.MOST_SHARED
+        assert refused == [(name, op) for name, op in names if not kernels.ALL[name].takes(
+            plan.Problem(op, spec, 9 * 64, True, False))]
 
 
 def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):

@@ -19,7 +19,7 @@ from bitkernels_tests.cases import CONV_CASES, ConvCase, dyadic, reals, words_of
 if not cuda_emulator.available():
     pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
-SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "wgmma_128x64", "resident_64x64"))
+SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "resident_64x64", "resident_128x64"))
 LARGE = [k for k in kernels.ALL.values() if k not in (*SMALL, kernels.PREPARE)]
 INT32 = dict(dtype=torch.int32)
 
@@ -230,7 +230,7 @@ def test_views_are_taken_as_they_lie():
 
 
 @pytest.mark.parametrize("channels", (31999, 32000, 32128))
-@pytest.mark.parametrize("kernel", kernels.BULK[:3], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
 def test_signs_of_the_largest_counts(kernel, channels, driver):
     """Two sums in a word up to K = 32000, one past it: rows of ones and of none, bounds at the ends
     and beside them."""
@@ -284,7 +284,7 @@ def test_selfcheck_covers_every_kernel(op, driver):
         assert selfcheck.failure(op, kernel, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("kernel", [kernels.WGMMA[3], *kernels.BULK], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", kernels.BULK, ids=lambda k: k.name)
 def test_selfcheck_turns_every_block_over(kernel, driver):
     (words, filters, _), _, _ = selfcheck.many_tiles(kernel, torch.device("cpu"))
     tiles = -(-len(words) // kernel.bm) * -(-len(filters) // kernel.bn)
@@ -292,150 +292,15 @@ def test_selfcheck_turns_every_block_over(kernel, driver):
     assert selfcheck.failure("packed_linear", kernel, torch.device("cpu")) is None
 
 
-# What is wrong; the file; the right text; the same with the mistake where MUTANT is its number.
-MUTATIONS = (
-    ("a copy that nothing waits for", "mma_gemm.cuh", "copy_async_wait<STAGES - 2>();",
-     "if (MUTANT == 1) copy_async_wait<STAGES - 1>(); else copy_async_wait<STAGES - 2>();"),
-    ("no barrier before a stage is filled again", "mma_gemm.cuh", "sync_threads();  // the step",
-     "if (MUTANT != 2) sync_threads();  // the step"),
-    ("no swizzle", "layout.cuh", "(byte >> 4) ^ row", "(byte >> 4) ^ (MUTANT == 3 ? 0 : row)"),
-    ("no fence before wgmma reads", "wgmma_gemm.cuh", "    fence_async();",
-     "    if (MUTANT != 4) fence_async();"),
-    ("a producer that lags too far", "wgmma_gemm.cuh", "behind < LAG",
-     "behind < LAG + (MUTANT == 5)"),
-    ("a stage left too early", "wgmma_ring.cuh", "wgmma_wait<1>();",
-     "if (MUTANT == 6) wgmma_wait<2>(); else wgmma_wait<1>();"),
-    ("the wrong parity", "wgmma_gemm.cuh", "at.parity ^ 1", "at.parity ^ (MUTANT != 7)"),
-    ("a stage that is never left", "wgmma_ring.cuh",
-     "    leave(before);\n  }", "    if (MUTANT != 8) leave(before);\n  }"),
-    ("the accumulators of the tile before", "wgmma_ring.cuh", "accumulate || k > 0",
-     "accumulate || k > 0 || MUTANT == 9"),
-    ("more registers taken than given", "wgmma_gemm.cuh", "give_registers<PRODUCER_REGISTERS>();",
-     "if (MUTANT == 10) give_registers<64>(); else give_registers<PRODUCER_REGISTERS>();"),
-    ("a fragment of other rows", "mma_gemm.cuh", "warp_m * WM + 16 * f + 8 * h + lane / 4;",
-     "warp_m * WM + 16 * f + 8 * (MUTANT == 11 ? 1 - h : h) + lane / 4;"),
-    ("pixels that are read before all are there", "resident.cuh", "sync_some(1 + group(), 128);",
-     "if (MUTANT != 12) sync_some(1 + group(), 128);"),
-    ("pixels that nothing waits for", "resident.cuh", "before.\n      copy_async_wait<0>();",
-     "before.\n      if (MUTANT != 13) copy_async_wait<0>();"),
-    ("fragments replaced while products still read them", "resident.cuh", "wgmma_wait<1>();",
-     "if (MUTANT == 14) wgmma_wait<2>(); else wgmma_wait<1>();"),
-    ("no fence after the filters are stored", "resident.cuh", "fence_async();",
-     "if (MUTANT != 15) fence_async();"),
-    ("filters multiplied before all are stored", "resident.cuh", "fence_async();\n    sync",
-     "fence_async();\n    if (MUTANT != 16) sync"),
-    ("words in the order of memory", "layout.cuh",
-     "unit() == 8 ? within / 2", "unit() == (MUTANT == 17 ? 7 : 8) ? within / 2"),
-    ("filters in the order of memory", "layout.cuh", "return row / 32 * 32 +",
-     "if (MUTANT == 18) return row;\n  return row / 32 * 32 +"),
-    ("halves of a word the other way round", "filters.cuh", "+ q % 2 * 2;",
-     "+ (MUTANT == 19 ? 1 - q % 2 : q % 2) * 2;"),
-    ("a table that nothing waits for", "resident.cuh", "lane());\n    sync_threads();",
-     "lane());\n    if (MUTANT != 20) sync_threads();"),
-    ("no zeros around the lines", "pixels.cuh", "after / right * WP + LEAD + W",
-     "after / right * WP + LEAD + (MUTANT == 21 ? W + 1 : W)"),
-    ("upper bounds that do not flip", "filters.cuh", "ballot(found.flip)",
-     "ballot(found.flip && MUTANT != 22)"),
-    ("both bounds taken for one", "filters.cuh", "ballot(found.between)",
-     "ballot(found.between && MUTANT != 23)"),
-    ("lines of the image before", "pixels.cuh", "begin + i + (HP - PT)",
-     "begin + i + (HP - PT) - (MUTANT == 24)"),
-    ("totals read before all are there", "resident.cuh", "n0) {\n    sync_threads();",
-     "n0) {\n    if (MUTANT != 25) sync_threads();"),
-    ("sums of rows past the last", "outputs.cuh", "if (MOMENTS && rows[h].m < p.rows)",
-     "if (MOMENTS && (MUTANT == 26 || rows[h].m < p.rows))"),
-    ("bounds rounded down", "epilogue.cuh", "2 * parity + 3)",
-     "2 * parity + 3 * (MUTANT != 27))"),
-    ("a table that knows no parity", "gemm_epilogue.cuh", "(pa & 1) * Slot::TABLE",
-     "(MUTANT == 28 ? 0 : pa & 1) * Slot::TABLE"),
-    ("values of other channels", "gemm_epilogue.cuh", "c % 8 / 2 * 4 + c % 16 / 8 * 2",
-     "(MUTANT == 29 ? c % 4 * 4 + c % 16 / 4 / 2 * 2 : c % 8 / 2 * 4 + c % 16 / 8 * 2)"),
-    ("bytes of other lanes", "epilogue.cuh", "t & 1 ? 0x3715 : 0x6240",
-     "(t & 1) != (MUTANT == 30) ? 0x3715 : 0x6240"),
-    ("fields of other channels", "gemm_epilogue.cuh", "0x0000F0F0", "(MUTANT == 31 ? 0 : 0xF0F0)"),
-    ("upper bounds that are not flipped", "gemm_epilogue.cuh", "words[g] ^= load",
-     "if (MUTANT != 32) words[g] ^= load"),
-    ("no second bound", "gemm_epilogue.cuh", "if (between) {", "if (between && MUTANT != 33) {"),
-    ("ones past the last channel", "epilogue.cuh", "if (!there || low",
-     "if (!there && MUTANT != 34 || low"),
-    ("bounds that overflow", "epilogue.cuh", "low > most || high < -most)",
-     "MUTANT != 35 && (low > most || high < -most))"),
-    ("corrections read before prepare has ended", "bulk_gemm.cuh", "    dependency_wait();",
-     "    if (MUTANT != 36) dependency_wait();"),
-    ("a slot filled while it is in use", "bulk_gemm.cuh", "      barrier_wait(used(n)",
-     "      if (MUTANT != 37) barrier_wait(used(n)"),
-    ("a slot read before it is filled", "bulk_gemm.cuh", "      barrier_wait(brought(n)",
-     "      if (MUTANT != 38) barrier_wait(brought(n)"),
-    ("window counts that nothing waits for", "gemm_epilogue.cuh", "    copy_async_wait<0>();",
-     "    if (MUTANT != 39) copy_async_wait<0>();"),
-    ("a head start that nobody gives", "bulk_gemm.cuh", "if (AHEAD && group == 0) barrier",
-     "if (AHEAD && group == 0 && MUTANT != 40) barrier"),
-    ("a stage left before it is multiplied", "wgmma_ring.cuh", "wgmma_wait<0>(), leave(before);",
-     "(MUTANT == 41 ? wgmma_wait<1>() : wgmma_wait<0>()), leave(before);"),
-    ("rows of another strip", "gemm_epilogue.cuh", "const int r = row + 64 * s + lane / 4 + 8 * h;",
-     "const int r = row + 64 * (MUTANT == 42 ? 0 : s) + lane / 4 + 8 * h;"),
-    ("inputs read before the kernel before has ended", "resident.cuh", "    dependency_wait();",
-     "    if (MUTANT != 43) dependency_wait();"),
-    ("a sum that borrows from its neighbour", "gemm_epilogue.cuh", "within + 0x8000",
-     "within + (MUTANT == 44 ? 0 : 0x8000)"),
-    ("halves of other quarters", "gemm_epilogue.cuh", "+ quarter % 2;",
-     "+ quarter % 2 * (MUTANT != 45);"),
-    ("entries that do not fit into a half", "gemm_epilogue.cuh", "entry > most ? most",
-     "entry > most && MUTANT != 46 ? most"),
-    ("signs of other channels", "signs.cuh", "0x01010101u << k",
-     "0x01010101u << (MUTANT == 47 ? 7 - k : k)"),
-)
-# Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
-SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
-         "bulk_128x128": (300, 130, 6144), "bulk_128x256_ahead": (300, 260, 3072),
-         "bulk_256x128": (600, 140, 3072), "resident_64x64": (700, 130, 2560)}
-
-
-def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
-    chosen = [kernels.ALL[name] for name in SIZES]
-    texts = dict(cuda_emulator.compiler.sources())
-    for _, file, right, wrong in MUTATIONS:
-        assert right in texts[file]
-        texts[file] = texts[file].replace(right, wrong)
-    library = cuda_emulator.build(texts, chosen)
-    calls = []
-    for kernel in chosen:
-        rows, columns, channels = SIZES[kernel.name]
-        args = words_of(rows, channels), words_of(columns, channels), channels
-        calls.append((kernel, "packed_linear", args, INT32))
-        if kernel.bulk:
-            kw = dict(threshold=bounds_of(columns, channels), real=False, packed=True)
-            calls.append((kernel, "packed_linear", args, kw))
-    case = ConvCase(channels=64, out_channels=70, size=(9, 7), batch=7)
-    args = *case.words(), 64, *case.args
-    threshold = bounds_of(198, 576)[:, 128:].contiguous()  # every kind, in one tile
-    threshold[1, ::5] = threshold[0, ::5] + 3
-    kw = dict(threshold=threshold, real=False, packed=True)
-    moments = dict(pad_value=0, out_channels=None, relu=True, dtype=torch.int16)
-    calls += [(kernels.ALL["resident_64x64"], "packed_conv2d", args, kw),
-              (kernels.ALL["resident_64x64"], "packed_conv2d_moments", args, moments)]
-    wanted = {id(call): getattr(reference, call[1])(*call[2], **call[3]) for call in calls}
-
-    def right(seed, call) -> bool:
-        kernel, op, args, kw = call
-        launch.clear()
-        monkeypatch.setattr(launch, "_driver", cuda_emulator.EmulatedDriver(seed, library))
-        try:
-            got = getattr(launch, op)(kernel, *args, **kw)
-        except RuntimeError:  # a deadlock, or what the emulator refuses
-            return False
-        return all(torch.equal(g, w) for g, w in zip(got, wanted[id(call)], strict=True)
-                   if w is not None)
-
-    survived = []
-    for number, (name, file, *_) in enumerate(MUTATIONS, 1):
-        library.set_mutant(number)
-        nearest = {"gemm_epilogue.cuh": "bulk_gemm.cuh", "pixels.cuh": "resident.cuh",
-                   "filters.cuh": "resident.cuh", "outputs.cuh": "resident.cuh",
-                   "signs.cuh": "resident.cuh"}.get(file, file)
-        calls.sort(key=lambda call, nearest=nearest: call[0].header != nearest)
-        if all(right(seed, call) for call in calls for seed in range(2)):
-            survived.append(name)
-    library.set_mutant(0)
-    assert not survived
-    assert all(right(0, call) for call in calls)
+@pytest.mark.parametrize("kernel", [k for k in kernels.ALL.values() if k.sums],
+                         ids=lambda k: k.name)
+def test_squares_of_the_longest_sums(kernel):
+    """Every product +1 or every one -1, more than registers hold of two tiles of 128 rows."""
+    case = ConvCase(channels=448, out_channels=64, size=(6, 6), kernel=(5, 5), padding=(2, 2),
+                    batch=30)
+    words, filters = (torch.zeros_like(t) for t in case.words())  # -1, as the padding is
+    filters[::2] = -1
+    args = words, filters, 448, *case.args
+    assert kernel in launch.taking(("resident",), "packed_conv2d_moments", args, {})
+    check("packed_conv2d_moments", kernel, args, dict(pad_value=-1, out_channels=None, relu=False,
+                                                      dtype=torch.int16))
