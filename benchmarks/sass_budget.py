@@ -219,7 +219,7 @@ def conv_case(kernel: kernels.Kernel, channels: int, size: int, output: str,
                      (1, 1), (1, 1, 1, 1), (1, 1), min(16, 4 * words))
     spec = replace(spec, windows=int(kernel.windows), **OUTPUTS[output])
     if kernel.resident:
-        spec = spec.resident(kernel.bm)
+        spec = kernel.placed(spec)
     return Case(kernel, f"{channels}@{size}", output, spec, BATCH * size * size, arch)
 
 

@@ -202,6 +202,7 @@ def problem(op: str, args, kw) -> Problem:
         spec, (n, _, oh, ow) = _conv(words, filters, channels, stride, padding, dilation,
                                      kw.get("pad_value", 0), kw.get("out_channels"), 4)
         rows = n * oh * ow
+        aligned = words.data_ptr() % 16 == 0 or not words.is_contiguous()
     return Problem(op, spec, max(1, rows), kw.get("real", True), aligned)
 
 
@@ -311,20 +312,25 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     grid = min(tiles, multiprocessors(device)) if kernel.persistent else tiles
     if kernel.resident:
         grid = max(grid, columns)
+    maps = kernel.maps(spec, rows) if kernel.bulk else None
     if watch.launches is not None:
-        single = kernel.resident and not kernel.bulk
-        watch.launches.append(_again(main, (grid, kernel.threads, shared), params, tensors, device)
-                              if single else None)
-    maps: tuple[TensorMap, ...] = ()
-    if kernel.bulk:
-        maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
-                run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
-    run.launch(main, grid, kernel.threads, shared, stream, params, *maps,
+        watch.launches.append(_again(main, (grid, kernel.threads, shared), params, tensors, device,
+                                     maps) if kernel.resident else None)
+    run.launch(main, grid, kernel.threads, shared, stream, params, *_encoded(run, params, maps),
                early=kernel.bulk or kernel.resident)
 
 
+def _encoded(run: Driver, params: Params, maps) -> tuple[TensorMap, ...]:
+    """What a kernel with bulk copies takes beside its parameters, where they say that words and
+    filters are; where it copies the filters itself, it looks at the first map alone."""
+    if maps is None:
+        return ()
+    words = run.tensor_map(params.words, maps[0])
+    return words, words if maps[1] is None else run.tensor_map(params.filters, maps[1])
+
+
 def _again(main: Loaded, sizes: tuple[int, int, int], params: Params,
-           tensors: dict[str, Tensor | None], device: torch.device):
+           tensors: dict[str, Tensor | None], device: torch.device, maps):
     """For `replay`: a resident kernel's launch, and its tensors."""
     kept, number = weakref.ref(main), _index(device)
     names = [name for name, t in tensors.items() if t is not None]
@@ -338,8 +344,8 @@ def _again(main: Loaded, sizes: tuple[int, int, int], params: Params,
         if not kernel.captured and capturing(device):
             kernel.keep()
         run.bind(number)
-        run.launch(kernel, *sizes, stream, Params(**dict(zip(names, values, strict=True)),
-                                                  **numbers), early=True)
+        new = Params(**dict(zip(names, values, strict=True)), **numbers)
+        run.launch(kernel, *sizes, stream, new, *_encoded(run, new, maps), early=True)
 
     return again, [t for t in tensors.values() if t is not None]
 
@@ -356,7 +362,7 @@ def _specialized(kernel: kernels.Kernel, spec: Spec, out, nhwc: bool, packed: bo
         ("clamp_min", int(clamp_min)), ("clamp_max", int(clamp_max)),
         ("windows", int(kernel.windows)), *((name, 1) for name in vectors))
     if kernel.resident:
-        spec = spec.resident(kernel.bm, aligned)
+        spec = kernel.placed(spec, aligned)
     return spec, kernel.shared_bytes(spec)
 
 

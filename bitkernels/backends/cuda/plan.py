@@ -35,7 +35,8 @@ class Problem:
     spec: Spec
     rows: int  # output pixels
     real: bool  # whether a real output is written
-    aligned: bool  # of matrices: rows are multiples of 16 bytes, as bulk tensor copies want them
+    # As bulk copies want them: words start at 16 bytes; of matrices both operands, and their rows.
+    aligned: bool
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -91,6 +92,7 @@ def nearest(arch: str, problem: Problem) -> Measured | None:
 # wgmma's 32768. Derived from how often a tile reads its operands from L2 and shared memory
 # (docs/notebook/performance.md). On an H200 (2026-11-26) most fell short: epilogues are the limit.
 RATES = {"resident_64x128": 8.9, "resident_64x64": 8, "resident4_64x64": 8,
+         "resident_64x128_bulk": 8.9, "resident_64x64_bulk": 8, "resident4_64x64_bulk": 8,
          "bulk_128x256": 10, "bulk_256x128": 9.5,
          "bulk_128x128": 8, "bulk_128x256_ahead": 9.9,
          "wgmma_128x256": 9, "wgmma_256x128": 8.5, "wgmma_128x128": 7, "wgmma_128x64": 5,

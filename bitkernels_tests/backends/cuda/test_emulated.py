@@ -15,12 +15,15 @@ from bitkernels import reference
 from bitkernels.backends.cuda import dispatch, kernels, launch, selfcheck
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.cases import CONV_CASES, ConvCase, dyadic, reals, words_of
+from bitkernels_tests.kernel_mutations import Run, survivors
 
 if not cuda_emulator.available():
     pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
 SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "wgmma_128x64", "resident_64x64"))
-LARGE = [k for k in kernels.ALL.values() if k not in (*SMALL, kernels.PREPARE)]
+# Resident kernels with bulk copies: test_resident_bulk.py.
+LARGE = [k for k in kernels.ALL.values()
+         if k not in (*SMALL, kernels.PREPARE) and not (k.resident and k.bulk)]
 INT32 = dict(dtype=torch.int32)
 
 
@@ -292,7 +295,7 @@ def test_selfcheck_turns_every_block_over(kernel, driver):
     assert selfcheck.failure("packed_linear", kernel, torch.device("cpu")) is None
 
 
-# What is wrong; the file; the right text; the same with the mistake where MUTANT is its number.
+# As a `Mutation` each.
 MUTATIONS = (
     ("a copy that nothing waits for", "mma_gemm.cuh", "copy_async_wait<STAGES - 2>();",
      "if (MUTANT == 1) copy_async_wait<STAGES - 1>(); else copy_async_wait<STAGES - 2>();"),
@@ -392,50 +395,20 @@ SIZES = {"mma_64x32": (300, 130, 6144), "wgmma_128x64": (300, 130, 6144),
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
-    chosen = [kernels.ALL[name] for name in SIZES]
-    texts = dict(cuda_emulator.compiler.sources())
-    for _, file, right, wrong in MUTATIONS:
-        assert right in texts[file]
-        texts[file] = texts[file].replace(right, wrong)
-    library = cuda_emulator.build(texts, chosen)
-    calls = []
-    for kernel in chosen:
+    runs = []
+    for kernel in (kernels.ALL[name] for name in SIZES):
         rows, columns, channels = SIZES[kernel.name]
         args = words_of(rows, channels), words_of(columns, channels), channels
-        calls.append((kernel, "packed_linear", args, INT32))
+        runs.append(Run(kernel, "packed_linear", args, INT32))
         if kernel.bulk:
             kw = dict(threshold=bounds_of(columns, channels), real=False, packed=True)
-            calls.append((kernel, "packed_linear", args, kw))
+            runs.append(Run(kernel, "packed_linear", args, kw))
     case = ConvCase(channels=64, out_channels=70, size=(9, 7), batch=7)
     args = *case.words(), 64, *case.args
     threshold = bounds_of(198, 576)[:, 128:].contiguous()  # every kind, in one tile
     threshold[1, ::5] = threshold[0, ::5] + 3
     kw = dict(threshold=threshold, real=False, packed=True)
     moments = dict(pad_value=0, out_channels=None, relu=True, dtype=torch.int16)
-    calls += [(kernels.ALL["resident_64x64"], "packed_conv2d", args, kw),
-              (kernels.ALL["resident_64x64"], "packed_conv2d_moments", args, moments)]
-    wanted = {id(call): getattr(reference, call[1])(*call[2], **call[3]) for call in calls}
-
-    def right(seed, call) -> bool:
-        kernel, op, args, kw = call
-        launch.clear()
-        monkeypatch.setattr(launch, "_driver", cuda_emulator.EmulatedDriver(seed, library))
-        try:
-            got = getattr(launch, op)(kernel, *args, **kw)
-        except RuntimeError:  # a deadlock, or what the emulator refuses
-            return False
-        return all(torch.equal(g, w) for g, w in zip(got, wanted[id(call)], strict=True)
-                   if w is not None)
-
-    survived = []
-    for number, (name, file, *_) in enumerate(MUTATIONS, 1):
-        library.set_mutant(number)
-        nearest = {"gemm_epilogue.cuh": "bulk_gemm.cuh", "pixels.cuh": "resident.cuh",
-                   "filters.cuh": "resident.cuh", "outputs.cuh": "resident.cuh",
-                   "signs.cuh": "resident.cuh"}.get(file, file)
-        calls.sort(key=lambda call, nearest=nearest: call[0].header != nearest)
-        if all(right(seed, call) for call in calls for seed in range(2)):
-            survived.append(name)
-    library.set_mutant(0)
-    assert not survived
-    assert all(right(0, call) for call in calls)
+    runs += [Run(kernels.ALL["resident_64x64"], "packed_conv2d", args, kw),
+             Run(kernels.ALL["resident_64x64"], "packed_conv2d_moments", args, moments)]
+    assert not survivors(MUTATIONS, runs, monkeypatch, seeds=3)
