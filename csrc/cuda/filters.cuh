@@ -31,6 +31,9 @@ enum Line {
   LINE_SECOND = LINE_HIGH
 };
 
+HOST_DEVICE int at_least(int x, int least) { return x < least ? least : x; }
+HOST_DEVICE int at_most(int x, int most) { return x > most ? most : x; }
+
 template <int BN, int THREADS>
 struct Filters {
   static constexpr int N = BN + 16;
@@ -50,8 +53,12 @@ struct Filters {
            wide_offset(row, slot.product % 4 * 32 + slot.word * 4);
   }
 
+  // The address of a product, in 16 bytes, is in the low half and never carries out of its 14 bits:
+  // an addition of a constant, one instruction a product.
   DEVICE u64 descriptor(int product) const {
-    return wide_descriptor(filters + product / 4 * TILE) + product % 4 * 2;  // in 16 bytes
+    const u64 first = wide_descriptor(filters);
+    const u32 low = static_cast<u32>(first) + product / 4 * (TILE / 16) + product % 4 * 2;
+    return first >> 32 << 32 | low;
   }
 
   DEVICE u32 line(int name, int channel) const { return lines + (name * BN + channel) * 4; }
@@ -66,6 +73,24 @@ struct Filters {
       const bool real = (COUT % BN == 0 || channel < COUT) && (K_BYTES % 32 == 0 || byte < K_BYTES);
       copy_async<SIZE>(address(row, byte / 4),
                        real ? from + static_cast<u64>(channel) * K_BYTES + byte : from, real);
+    }
+  }
+
+  // Of units of 8 bytes, whose words lie 16 bytes apart.
+  DEVICE void copy_units(const Params& p, int n0) const {
+    const u32 each = products() * 4;  // of a row, filled up with zeros
+    const unsigned char* const from = reinterpret_cast<const unsigned char*>(p.filters);
+#pragma unroll 2
+    for (u32 turn = 0; turn < (BN * each + THREADS - 1) / THREADS; ++turn) {
+      const u32 i = turn * THREADS + thread_index();
+      if (BN * each % THREADS && i >= BN * each) break;
+      const u32 row = i / each, unit = i - row * each, channel = n0 + channel_of(row);
+      const bool real = (COUT % BN == 0 || channel < COUT) && (K_BYTES % 32 == 0 || unit < units());
+      const unsigned char* const at =
+          from + (real ? channel * static_cast<u64>(K_BYTES) + unit * 8 : 0);
+      const u32 to = address(row, 2 * unit);
+      copy_async<4>(to, at, real);
+      copy_async<4>(to ^ 16, at + 4, real);
     }
   }
 
@@ -85,16 +110,23 @@ struct Filters {
 
   // The rows of ones, as far as K reaches, and zeros to the end of its last product.
   DEVICE void ones() const {
-#pragma unroll 1
-    for (u32 i = thread_index(); i < 8 * 2 * products(); i += THREADS) {
-      const u32 piece = i / 8;
+    constexpr int ROWS = 8;
+    const int pieces = ROWS * 2 * products();
+#pragma unroll
+    for (int turn = 0; turn < (pieces + THREADS - 1) / THREADS; ++turn) {
+      const u32 i = turn * THREADS + thread_index(), piece = i / ROWS;
+      if (i >= static_cast<u32>(pieces)) break;
       u32 v[4];
-      for (int m = 0; m < 4; ++m) {
-        const Slot slot = {static_cast<int>(piece / 2), static_cast<int>(piece % 2 * 4 + m)};
-        v[m] = 4 * word_at(slot) < K_BYTES ? ~0u : 0;
-      }
-      store_shared4(filters + piece / 8 * TILE + wide_offset(BN + i % 8, piece % 8 * 16), v);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) v[m] = inside_k(piece, m) ? ~0u : 0;
+      store_shared4(filters + piece / 8 * TILE + wide_offset(BN + i % ROWS, piece % 8 * 16), v);
     }
+  }
+
+  // Of word m of 16 bytes of an operand.
+  DEVICE static bool inside_k(int piece, int m) {
+    if (K_BYTES % 16 == 0 && unit() != 8) return 16 * piece < K_BYTES;
+    return 4 * word_at({piece / 2, piece % 2 * 4 + m}) < K_BYTES;
   }
 
   // Starts to copy what no map brings of the filters from n0 on and of their channels' values, and
@@ -111,6 +143,8 @@ struct Filters {
     if (!by_map()) {
       if (CHUNK == 16) {
         copy<16>(p, n0);
+      } else if (unit() == 8) {
+        copy_units(p, n0);
       } else {
         copy<4>(p, n0);
       }
@@ -118,22 +152,27 @@ struct Filters {
     copy_async_commit();
     if (!mine) return;
     if (only_signs()) {
-      bounds(Bounds::of(low, high, inside), thread_index());
+      bounds(low, high, inside, thread_index());
     } else if (THRESHOLD) {
       store_shared(line(LINE_LOW, thread_index()), low);
       store_shared(line(LINE_HIGH, thread_index()), high);
     }
   }
 
-  // As 2^15 - bound, with which the table's entries begin.
-  DEVICE void bounds(const Bounds& found, int i) const {
-    const int never = CHANNELS * KH * KW + 1;
-    store_shared(line(LINE_FIRST, i), (1 << 15) - (found.low < never ? found.low : never));
-    store_shared(line(LINE_SECOND, i), (1 << 15) - (found.end < never ? found.end : never));
-    const u32 flips = ballot(found.flip), both = ballot(found.between);
+  // As 2^15 - bound, with which the table's entries begin. Dot products from `low` to `high` give a
+  // 1; a channel that is not there has no ones. No dot product reaches NEVER.
+  DEVICE void bounds(int low, int high, bool there, int i) const {
+    const int least = -CHANNELS * KH * KW, never = 1 - least;
+    low = at_most(at_least(low, least), never);
+    const int end = at_most(at_least(high, least - 1), never - 1) + 1;
+    const bool some = there && low<end, below = low> least, above = end < never;
+    const bool flip = some && above && !below, both = some && above && below;
+    store_shared(line(LINE_FIRST, i), (1 << 15) - (!some ? never : flip ? end : low));
+    store_shared(line(LINE_SECOND, i), (1 << 15) - (both ? end : never));
+    const u32 flips = ballot(flip), boths = ballot(both);
     if (i % 32 == 0) {
       store_shared(line(LINE_FLIP, i / 32), flips);
-      store_shared(line(LINE_BOTH, i / 32), both);
+      store_shared(line(LINE_BOTH, i / 32), boths);
     }
   }
 
@@ -176,18 +215,37 @@ struct Filters {
 
   // Bits below `n`, which is at most 32.
   HOST_DEVICE static u32 bits_below(int n) { return n < 32 ? (1u << n) - 1 : ~0u; }
+  HOST_DEVICE static u32 bits_between(int first, int last) {
+    return bits_below(last) & ~bits_below(first);
+  }
 
-  // Which of the at most 32 taps lie inside the image, for windows of a border class: the rows of
-  // taps that do, a bit each at its first column, times the columns.
-  DEVICE static u32 taps_inside(int label) {
-    const int across = axis_classes(LEFT, RIGHT, BOTH_W);
-    const Cut h = axis_cut(label / across, TOP, BOTTOM, BOTH_H);
-    const Cut w = axis_cut(label % across, LEFT, RIGHT, BOTH_W);
-    u32 rows = 0;
+  // Of taps, a bit each, those in rows or columns that are not cut off.
+  HOST_DEVICE static u32 rows_inside(Cut h) {
+    return bits_between(h.before * KW, (KH - h.past) * KW);
+  }
+  HOST_DEVICE static u32 columns_inside(Cut w) {
+    u32 found = 0;
 #pragma unroll
-    for (int kh = 0; kh < KH; ++kh) rows |= 1u << kh * KW;
-    rows &= bits_below((KH - h.past) * KW) & ~bits_below(h.before * KW);
-    return rows * (bits_below(KW - w.past) & ~bits_below(w.before));
+    for (int kh = 0; kh < KH; ++kh) found |= bits_between(w.before, KW - w.past) << kh * KW;
+    return found;
+  }
+
+  // Which of the at most 32 taps lie inside the image, for windows of a border class. Few cuts of
+  // an axis are constants to choose from.
+  DEVICE static u32 taps_inside(int label) {
+    constexpr int FEW = 4;
+    const int across = axis_classes(LEFT, RIGHT, BOTH_W), down = border_classes() / across;
+    const int h = label / across, w = label - h * across;
+    u32 rows = rows_inside(axis_cut(down > FEW ? h : 0, TOP, BOTTOM, BOTH_H));
+    u32 columns = columns_inside(axis_cut(across > FEW ? w : 0, LEFT, RIGHT, BOTH_W));
+#pragma unroll
+    for (int i = 1; i < FEW; ++i) {
+      if (i < down && down <= FEW && h == i) rows = rows_inside(axis_cut(i, TOP, BOTTOM, BOTH_H));
+      if (i < across && across <= FEW && w == i) {
+        columns = columns_inside(axis_cut(i, LEFT, RIGHT, BOTH_W));
+      }
+    }
+    return rows & columns;
   }
 
   // The table's products take 64 bytes of a filter at once, 16 a lane. What the taps of a lane's
@@ -202,7 +260,8 @@ struct Filters {
   DEVICE static u32 tap_inside(u32 inside, int chunk, int t, int m) {
     const int late = PIXEL == 32 || PIXEL == 16 || PIXEL == 8 || PIXEL % 64 == 0 ? 0 : t;
     const int tap = word_at({2 * chunk + late / 2, late % 2 * 4 + m}) * 4 / PIXEL;
-    return tap < 32 && inside >> tap & 1 ? ~0u : 0;
+    if (tap >= KH * KW) return 0;
+    return static_cast<u32>(static_cast<int>(inside << (31 - tap)) >> 31);
   }
 
   // By BN / 16 warps, 16 classes at a time. A warp has 8 channels of both halves of the table's
@@ -220,9 +279,13 @@ struct Filters {
     const bool second = THRESHOLD && only_signs() && any_both();
     const int q = warp / 4 * 2, j = warp % 4;
     const u32 even = filters + (32 * q + 8 * j) * 128 + wide_offset(g, t * 16), odd = even ^ 64;
+    // Of at most 9 classes the rows from 8 on have the first one alone, whose taps are all of them.
+    const bool few = classes <= 9;
     for (int first = 0; first < classes; first += 16) {
-      const bool more = first + 8 < classes;  // than 8
-      u32 taps[2] = {taps_inside(first + g), more ? taps_inside(first + 8 + g) : 0}, shifted[2];
+      const int label[2] = {first + g + few, few ? 0 : first + 8 + g};
+      const u32 taps[2] = {taps_inside(label[0]),
+                           few ? bits_below(KH * KW) : taps_inside(label[1])};
+      u32 shifted[2];
       for (int h = 0; h < 2; ++h) shifted[h] = for_lane(taps[h], t);
       int acc[2][4] = {};
 #pragma unroll
@@ -230,7 +293,10 @@ struct Filters {
         u32 a[4][2];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-          for (int h = 0; h < 2; ++h) a[m][h] = tap_inside(shifted[h], chunk, t, m);
+          for (int h = 0; h < 2; ++h) {
+            const bool all = h && few && 64 * (chunk + 1) <= K_BYTES;
+            a[m][h] = all ? ~0u : tap_inside(shifted[h], chunk, t, m);
+          }
         }
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -242,14 +308,14 @@ struct Filters {
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int label = first + 8 * h + g, all = CHANNELS * popcount(taps[h]);
-        if (label >= classes) continue;
+        const int all = CHANNELS * popcount(taps[h]);
+        if (few && h ? g > 0 : label[h] >= classes) continue;
         if (only_signs()) {
-          put_pairs(second, label, q, t, j, all, acc[0][2 * h], acc[0][2 * h + 1], acc[1][2 * h],
+          put_pairs(second, label[h], q, t, j, all, acc[0][2 * h], acc[0][2 * h + 1], acc[1][2 * h],
                     acc[1][2 * h + 1]);
         } else {
           for (int s = 0; s < 2; ++s) {
-            store_shared2(table + (label * BN + 32 * (q + s) + 8 * t + 2 * j) * 4,
+            store_shared2(table + (label[h] * BN + 32 * (q + s) + 8 * t + 2 * j) * 4,
                           entry(all - 2 * acc[s][2 * h]), entry(all - 2 * acc[s][2 * h + 1]));
           }
         }

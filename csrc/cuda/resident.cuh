@@ -82,7 +82,7 @@ struct Resident {
       copy_async_wait<1>();
     }
     if (F::by_map()) barrier_wait(filled(), 0);
-    fence_async();
+    if (!F::by_map()) fence_async();
     sync_threads();
     filters().tables(thread_index() / 32, lane());
     sync_threads();
@@ -99,6 +99,7 @@ struct Resident {
       if (F::by_map()) prefetch_map(*map);
     }
     filters().ones();
+    if (F::by_map()) fence_async();
     for (int buffer = 0; buffer < 2; ++buffer) {
       if (BOXES) {
         clear_leads(image(buffer), thread());
@@ -107,10 +108,15 @@ struct Resident {
       }
     }
     if (border_classes() > 1) {  // rows by the first warps, columns by the last
-      for (int i = thread_index(); i < OH; i += THREADS)
-        store_shared(labels() + 4 * i, row_class(i));
-      for (int i = THREADS - 1 - thread_index(); i < OW; i += THREADS) {
-        store_shared(labels() + 4 * (OH + i), column_class(i));
+#pragma unroll 2
+      for (int turn = 0; turn < (OH + THREADS - 1) / THREADS; ++turn) {
+        const int i = turn * THREADS + thread_index();
+        if (i < OH) store_shared(labels() + 4 * i, row_class(i));
+      }
+#pragma unroll 2
+      for (int turn = 0; turn < (OW + THREADS - 1) / THREADS; ++turn) {
+        const int i = turn * THREADS + THREADS - 1 - thread_index();
+        if (i < OW) store_shared(labels() + 4 * (OH + i), column_class(i));
       }
     }
     for (int i = lane(); i < total_bytes() / (THREADS / 32) / 4; i += 32) {
@@ -163,7 +169,7 @@ struct Resident {
     int buffer = 0, parity = 0, seen = 0;
     for (int tile = first; tile < tiles; tile += stride, parity ^= buffer, buffer ^= 1) {
       // The tile's pixels are there, and nobody still reads those of the tile before.
-      copy_async_wait<0>();
+      if (!BOXES) copy_async_wait<0>();
       if (BOXES) barrier_wait(fetched(buffer), parity);
       sync_some(1 + group(), 128);
       const Origin next = fetch(p, words, tile + stride, buffer ^ 1);
@@ -202,7 +208,7 @@ struct Resident {
         seen = 0;
       }
     }
-    copy_async_wait<0>();
+    if (!BOXES) copy_async_wait<0>();
     if (MOMENTS) moments.flush(warp_totals(), lane());
   }
 

@@ -56,8 +56,8 @@ def filters(spec: Spec, bn: int) -> Geometry | None:
 
 @functools.lru_cache(maxsize=4096)
 def lines(spec: Spec, images: int) -> Geometry:
-    """Boxes of `spec.box_lines` lines of an image, `spec.wp` pixels each. Pixels of several times 16
-    bytes come as planes of 16 bytes, others as they lie in memory."""
+    """Boxes of `spec.box_lines` lines of an image, `spec.wp` pixels each. Pixels of several times
+    16 bytes come as planes of 16 bytes, others as they lie in memory."""
     line, image = spec.w * spec.pixel, spec.h * spec.w * spec.pixel
     if spec.pixel % 16 == 0 and spec.pixel > 16:
         planes = spec.pixel // 16

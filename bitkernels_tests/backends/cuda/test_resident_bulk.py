@@ -269,19 +269,26 @@ MUTATIONS = (
      "if (MUTANT != 15) fence_async();"),
     ("the second image's windows in the first", "layout.cuh", "images > 0 ? images * BOX_STEP",
      "images > 0 && MUTANT != 16 ? images * BOX_STEP"),
-    ("ones where no window is", "filters.cuh", "4 * word_at(slot) < K_BYTES ?",
-     "MUTANT == 17 || 4 * word_at(slot) < K_BYTES ?"),
+    ("ones where no window is", "filters.cuh", "return 16 * piece < K_BYTES;",
+     "return MUTANT == 17 || 16 * piece < K_BYTES;"),
     ("taps of other lanes", "filters.cuh", "inside >> t / 2",
      "inside >> (MUTANT == 18 ? 0 : t / 2)"),
     ("bits of the other half", "filters.cuh", "chunk % 2 ? odd : even",
      "chunk % 2 && MUTANT != 19 ? odd : even"),
+    ("a table that nothing waits for", "resident.cuh", "lane());\n    sync_threads();",
+     "lane());\n    if (MUTANT != 20) sync_threads();"),
+    ("a table before all filters are there", "resident.cuh", "    sync_threads();\n    filters().t",
+     "    if (MUTANT != 21) sync_threads();\n    filters().t"),
+    ("classes of other rows", "filters.cuh", "first + g + few",
+     "first + g + (few && MUTANT != 22)"),
 )
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
     runs = []
     for case in (ConvCase(channels=256, out_channels=160, size=(7, 6), batch=30),
-                 ConvCase(channels=128, out_channels=64, size=(16, 8), batch=9)):
+                 ConvCase(channels=128, out_channels=64, size=(16, 8), batch=9),
+                 ConvCase(channels=64, out_channels=70, size=(9, 8), batch=7)):
         args = *case.words(), case.channels, *case.args
         threshold = bounds_of(case.out_channels, 9 * case.channels)
         runs += [Run(KERNEL, "packed_conv2d", args, INT32),
