@@ -31,6 +31,12 @@ enum Line {
   LINE_SECOND = LINE_HIGH
 };
 
+// Dot products of a channel that give a 1; a channel that is not there has no ones.
+struct Limits {
+  int low, high;
+  bool there;
+};
+
 HOST_DEVICE int at_least(int x, int least) { return x < least ? least : x; }
 HOST_DEVICE int at_most(int x, int most) { return x > most ? most : x; }
 
@@ -129,15 +135,15 @@ struct Filters {
     return 4 * word_at({piece / 2, piece % 2 * 4 + m}) < K_BYTES;
   }
 
-  // Starts to copy what no map brings of the filters from n0 on and of their channels' values, and
-  // stores the bounds.
-  DEVICE void fill(const Params& p, int n0) const {
+  // Starts to copy what no map brings of the filters from n0 on and of their channels' values; the
+  // thresholds of this thread's channel.
+  DEVICE Limits fill(const Params& p, int n0) const {
     const int channel = n0 + thread_index();
-    const bool mine = thread_index() < BN, inside = mine && channel < COUT;
-    int low = 0, high = MOST;
-    if (THRESHOLD && inside) {  // first, for they take the longest
-      low = load_fresh(p.threshold + channel);
-      high = load_fresh(p.threshold + COUT + channel);
+    const bool mine = thread_index() < BN;
+    Limits limits = {0, MOST, mine && channel < COUT};
+    if (THRESHOLD && limits.there) {  // first, for they take the longest
+      limits.low = load_fresh(p.threshold + channel);
+      limits.high = load_fresh(p.threshold + COUT + channel);
     }
     if (!only_signs() && mine) values(p, n0, thread_index());
     if (!by_map()) {
@@ -150,22 +156,26 @@ struct Filters {
       }
     }
     copy_async_commit();
-    if (!mine) return;
+    return limits;
+  }
+
+  DEVICE void store_limits(const Limits& limits) const {
+    if (thread_index() >= BN) return;
     if (only_signs()) {
-      bounds(low, high, inside, thread_index());
+      bounds(limits, thread_index());
     } else if (THRESHOLD) {
-      store_shared(line(LINE_LOW, thread_index()), low);
-      store_shared(line(LINE_HIGH, thread_index()), high);
+      store_shared(line(LINE_LOW, thread_index()), limits.low);
+      store_shared(line(LINE_HIGH, thread_index()), limits.high);
     }
   }
 
-  // As 2^15 - bound, with which the table's entries begin. Dot products from `low` to `high` give a
-  // 1; a channel that is not there has no ones. No dot product reaches NEVER.
-  DEVICE void bounds(int low, int high, bool there, int i) const {
+  // As 2^15 - bound, with which the table's entries begin. No dot product reaches `never`.
+  DEVICE void bounds(const Limits& limits, int i) const {
     const int least = -CHANNELS * KH * KW, never = 1 - least;
-    low = at_most(at_least(low, least), never);
-    const int end = at_most(at_least(high, least - 1), never - 1) + 1;
-    const bool some = there && low<end, below = low> least, above = end < never;
+    const int low = at_most(at_least(limits.low, least), never);
+    const int end = at_most(at_least(limits.high, least - 1), never - 1) + 1;
+    const bool some = limits.there && low < end;
+    const bool below = low > least, above = end < never;
     const bool flip = some && above && !below, both = some && above && below;
     store_shared(line(LINE_FIRST, i), (1 << 15) - (!some ? never : flip ? end : low));
     store_shared(line(LINE_SECOND, i), (1 << 15) - (both ? end : never));

@@ -65,24 +65,27 @@ struct Resident {
     const int tiles_n = (COUT + BN - 1) / BN, n = block_index() % tiles_n;
     const int sharing = (block_count() - 1 - n) / tiles_n + 1;
     const int first = block_index() / tiles_n + group() * sharing;
-    prepare(words, map);
+    if (BOXES) barriers(words, map);
     dependency_wait();
     dependents_may_start();
+    // All that comes from far away is on its way before anything else is done.
     if (F::by_map() && thread_index() / 32 == THREADS / 32 - 1 && elected()) {
       filters().copy(*map, n * BN, filled());
     }
     Origin from = {};
     if (BOXES) from = fetch(p, words, first, 0);
-    filters().fill(p, n * BN);
+    const Limits limits = filters().fill(p, n * BN);
     if (!BOXES) from = fetch(p, words, first, 0);
+    prepare();
+    filters().store_limits(limits);
     // The filters and their channels' values.
     if (BOXES) {
       copy_async_wait<0>();
     } else {
       copy_async_wait<1>();
     }
+    fence_async();
     if (F::by_map()) barrier_wait(filled(), 0);
-    if (!F::by_map()) fence_async();
     sync_threads();
     filters().tables(thread_index() / 32, lane());
     sync_threads();
@@ -90,16 +93,20 @@ struct Resident {
     if (MOMENTS) finish(p, n * BN);
   }
 
-  // What depends on nothing that a launch before may write.
-  DEVICE static void prepare(const TensorMap* words, const TensorMap* map) {
-    if (BOXES && thread_index() == 0) {
-      for (int i = 0; i <= 2 * GROUPS; ++i) barrier_init(filled() + 8 * i, 1);
+  DEVICE static void barriers(const TensorMap* words, const TensorMap* map) {
+    const u32 first = filled();
+    if (thread_index() == 0) {
+      for (int i = 0; i <= 2 * GROUPS; ++i) barrier_init(first + 8 * i, 1);
       barrier_init_fence();
       prefetch_map(*words);
       if (F::by_map()) prefetch_map(*map);
     }
+    sync_threads();
+  }
+
+  // What no copy brings.
+  DEVICE static void prepare() {
     filters().ones();
-    if (F::by_map()) fence_async();
     for (int buffer = 0; buffer < 2; ++buffer) {
       if (BOXES) {
         clear_leads(image(buffer), thread());
@@ -122,7 +129,6 @@ struct Resident {
     for (int i = lane(); i < total_bytes() / (THREADS / 32) / 4; i += 32) {
       store_shared(warp_totals() + 4 * i, 0);
     }
-    if (BOXES) sync_threads();  // the barriers
   }
 
   // Starts to copy the lines of a tile, if there is one; where they begin.
