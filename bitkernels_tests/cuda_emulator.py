@@ -18,7 +18,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from bitkernels.backends.cuda import compiler, kernels
-from bitkernels.backends.cuda.driver import Loaded, TensorMap
+from bitkernels.backends.cuda.driver import MOST_MAPS, Driver, Loaded
+from bitkernels.backends.cuda.recent import Recent
 from bitkernels.backends.cuda.spec import Params, Spec
 
 FOLDER = Path(__file__).parent / "emulator"
@@ -84,16 +85,13 @@ class Range(ctypes.Structure):
                 ("late", ctypes.c_bool)]
 
 
-class EmulatedMap(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_uint64) for name in ("base", "width", "height", "stride")),
-                ("box_width", ctypes.c_uint32), ("box_height", ctypes.c_uint32)]
-
-
-class EmulatedDriver:
-    """Launches run at once; a launch that would fail, hang or leave its tensors raises."""
+class EmulatedDriver(Driver):
+    """Launches run at once; a launch that would fail, hang or leave its tensors raises. Tensor maps
+    are those of `Driver`, by a driver that checks what it is given."""
 
     def __init__(self, seed: int = 0, built: ctypes.CDLL | None = None):
-        self.library = built or library()
+        self.library = self.lib = built or library()
+        self._maps = Recent(MOST_MAPS)
         self.functions: list[tuple[kernels.Kernel, Spec]] = []
         self.launched: list[str] = []
         self.seed = seed
@@ -110,12 +108,6 @@ class EmulatedDriver:
 
     def unload(self, module: int, context: int) -> None:
         pass
-
-    def tensor_map(self, tensor, rows: int, width: int, box: int) -> TensorMap:
-        map = TensorMap()
-        ctypes.memmove(ctypes.addressof(map), bytes(EmulatedMap(
-            tensor.data_ptr(), width, rows, width, 128, box)), ctypes.sizeof(EmulatedMap))
-        return map
 
     def launch(self, loaded: Loaded, grid: int, block: int, shared: int, stream: int,
                params: Params, *maps: ctypes.Structure, early: bool = False) -> None:

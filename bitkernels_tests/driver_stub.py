@@ -62,7 +62,7 @@ class StubDriver(Driver):
 
     def __init__(self) -> None:
         super().__init__(str(build()))
-        for name in ("stub_seen", "stub_context", "stub_box"):
+        for name in ("stub_seen", "stub_context"):
             getattr(self.lib, name).restype = ctypes.c_uint64
         self.lib.stub_memory.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
         self.living = Living()

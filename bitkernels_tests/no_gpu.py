@@ -133,7 +133,7 @@ class NoDriver(Driver):
         NoDriver.launches += 1
         super().launch(*args, **kw)
 
-    def _encoded(self, address, rows, width, box):
+    def _encoded(self, address, geometry):
         return ctypes.c_uint64()
 
 

@@ -1,10 +1,15 @@
 // The functions of the CUDA driver that the launcher calls, with the prototypes of cuda.h. Each
 // checks what it is given and fails as a driver would: without a context that is current in the
 // calling thread, with a function of another context, or with memory that is not there.
-#include <stdint.h>
-#include <string.h>
+#include "tensor_map.h"
 
-enum { INVALID = 1, NO_CONTEXT = 201, INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, CAPTURING = 900 };
+enum {
+  INVALID = 1,
+  NO_CONTEXT = 201,
+  INVALID_HANDLE = 400,
+  ILLEGAL_ADDRESS = 700,
+  CAPTURING = 900
+};
 enum { DEVICES = 2, DEVICE = 5, FUNCTIONS = 1024, RANGES = 1024, POINTERS = 13, DEPTH = 8 };
 
 typedef int CUresult;
@@ -161,13 +166,8 @@ CUresult cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* addres
                                 const uint64_t* size, const uint64_t* stride, const uint32_t* box,
                                 const uint32_t* step, int interleave, int swizzle, int promotion,
                                 int fill) {
-  if ((uint64_t)map % 64 || type != 0 || rank != 2 || (uint64_t)address % 16) return INVALID;
-  if (stride[0] % 16 || box[0] != 128 || box[1] > 256 || step[0] != 1 || step[1] != 1)
-    return INVALID;
-  if (interleave || swizzle != 3 || promotion > 3 || fill) return INVALID;
-  const uint64_t encoded[] = {(uint64_t)address, size[0], size[1], stride[0], box[1]};
-  memcpy(map, encoded, sizeof(encoded));
-  return 0;
+  return encode_tiled(map, type, rank, address, size, stride, box, step, interleave, swizzle,
+                      promotion, fill);
 }
 
 static int is_live(uint64_t address) {
@@ -224,6 +224,3 @@ CUresult cuLaunchKernelEx(const struct config* c, void* function, void** params,
   seen[6] += status == 0;
   return status;
 }
-
-// The box height of a map, which the driver does not look at.
-uint64_t stub_box(const void* map) { return ((const uint64_t*)map)[4]; }

@@ -197,6 +197,7 @@ std::string Machine::run(int grid, int block_threads, int shared_size, int seed,
   random.seed(seed);
   order = seed % 3;
   lazy = seed % 2;
+  late = seed % 5 == 4;
   error.clear();
   for (block = 0; block < grid && error.empty(); ++block) {
     for (int i = 0; i < shared_size + GUARD; ++i) shared[i] = 0xA5 ^ (i >> 3);
@@ -221,7 +222,7 @@ std::string Machine::run(int grid, int block_threads, int shared_size, int seed,
     waited.assign(threads, {});
     int left = threads;
     while (left > 0 && error.empty()) {
-      if (!in_flight.empty() && (ready.empty() || chance(lazy ? 2 : 16))) {
+      if (!in_flight.empty() && (ready.empty() || !late && chance(lazy ? 2 : 16))) {
         const size_t i = random() % in_flight.size();
         const auto action = in_flight[i];
         in_flight.erase(in_flight.begin() + i);
@@ -246,6 +247,10 @@ std::string Machine::run(int grid, int block_threads, int shared_size, int seed,
     }
     for (const Warpgroup& group : warpgroups) {
       if (error.empty() && !group.products.empty()) error = "a wgmma that nothing waited for";
+    }
+    if (error.empty() && !in_flight.empty()) error = "a bulk copy that nothing waited for";
+    for (const auto& [at, barrier] : barriers) {
+      if (error.empty() && barrier.transactions) error = "an mbarrier that expects other bytes";
     }
     for (int i = shared_size; i < shared_size + GUARD && error.empty(); ++i) {
       if (shared[i] != static_cast<unsigned char>(0xA5 ^ (i >> 3))) error = "shared memory overrun";

@@ -77,6 +77,7 @@ struct Machine {
   int current;
   std::mt19937 random;
   bool lazy;  // products wait until they must happen, bulk copies do not wait
+  bool late;  // bulk copies wait until nobody can go on without them
   int order;  // 0: random, 1: the latest ready thread first, 2: the earliest
   std::deque<int> ready;
   std::vector<bool> finished;

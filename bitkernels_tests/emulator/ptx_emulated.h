@@ -19,7 +19,8 @@ enum Instruction {
   WGMMA_WAIT,
   VOTE,
   FRAGMENT,
-  SYNC_WARP
+  SYNC_WARP,
+  ELECT
 };
 
 inline unsigned char* shared_memory() { return machine.shared; }
@@ -334,66 +335,15 @@ void take_registers() {
   machine.pool -= more;
 }
 
-inline void barrier_init(u32 barrier, int count) {
-  machine.at(barrier, 8);
-  machine.barriers[barrier] = {count, count};
-}
-
-inline void barrier_init_fence() {}
-
-inline emulator::Barrier& barrier_at(u32 barrier) {
-  const auto found = machine.barriers.find(barrier);
-  if (found == machine.barriers.end()) machine.fail("an mbarrier that is not initialised");
-  return found->second;
-}
-
-inline void barrier_arrive(u32 barrier) {
-  --barrier_at(barrier).pending;
-  machine.complete(barrier_at(barrier));
-}
-
-inline void barrier_arrive_expect(u32 barrier, int bytes) {
-  barrier_at(barrier).transactions += bytes;
-  barrier_arrive(barrier);
-}
-
-inline void barrier_wait(u32 barrier, int parity) {
-  while (barrier_at(barrier).phase == parity) machine.wait(barrier_at(barrier).waiting);
-}
-
-// What the emulated driver puts into a TensorMap: rows of `width` bytes, zeros outside, boxes whose
-// 16-byte pieces are swizzled as the PTX manual shows for 128 bytes.
-struct EmulatedMap {
-  u64 base, width, height, stride;
-  u32 box_width, box_height;
-};
-
-inline void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
-  EmulatedMap m;
-  memcpy(&m, &map, sizeof(m));
-  if (m.base % 16 || m.stride % 16) machine.fail("a tensor map must be aligned to 16 bytes");
-  if (m.box_width != 128 || m.box_height > 256) machine.fail("a box of a size that is not allowed");
-  if (to % 1024) machine.fail("a swizzled box must start at a multiple of 1024");
-  machine.at(to, 16);
-  machine.in_flight.push_back([=] {
-    for (u32 row = 0; row < m.box_height; ++row) {
-      for (u32 piece = 0; piece < 8; ++piece) {
-        unsigned char* const at = machine.at(to + row * 128 + ((piece ^ row % 8) * 16), 16);
-        for (u32 i = 0; i < 16; ++i) {
-          const u64 column = x + piece * 16 + i;
-          const bool inside = column < m.width && y + row < m.height;
-          const auto* from = reinterpret_cast<const unsigned char*>(m.base + (y + row) * m.stride);
-          if (inside) machine.check(from + column, 1, false);
-          at[i] = inside ? from[column] : 0;
-        }
-      }
-    }
-    barrier_at(barrier).transactions -= m.box_width * m.box_height;
-    machine.complete(barrier_at(barrier));
-  });
-}
+#include "bulk_emulated.h"
 
 inline int uniform(int x) { return x; }
+inline bool elected() {
+  const int warp = machine.current / 32;
+  machine.meet(machine.warps[warp], 32, ELECT,
+               [warp] { machine.lane_out[warp].fill(machine.random() % 32); });
+  return machine.lane_out[warp][machine.current % 32] == machine.current % 32u;
+}
 inline void sync_warp() {
   machine.meet(machine.warps[machine.current / 32], 32, SYNC_WARP, [] {});
 }

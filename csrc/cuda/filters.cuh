@@ -31,6 +31,15 @@ enum Line {
   LINE_SECOND = LINE_HIGH
 };
 
+// Dot products of a channel that give a 1; a channel that is not there has no ones.
+struct Limits {
+  int low, high;
+  bool there;
+};
+
+HOST_DEVICE int at_least(int x, int least) { return x < least ? least : x; }
+HOST_DEVICE int at_most(int x, int most) { return x > most ? most : x; }
+
 template <int BN, int THREADS>
 struct Filters {
   static constexpr int N = BN + 16;
@@ -50,8 +59,12 @@ struct Filters {
            wide_offset(row, slot.product % 4 * 32 + slot.word * 4);
   }
 
+  // The address of a product, in 16 bytes, is in the low half and never carries out of its 14 bits:
+  // an addition of a constant, one instruction a product.
   DEVICE u64 descriptor(int product) const {
-    return wide_descriptor(filters + product / 4 * TILE) + product % 4 * 2;  // in 16 bytes
+    const u64 first = wide_descriptor(filters);
+    const u32 low = static_cast<u32>(first) + product / 4 * (TILE / 16) + product % 4 * 2;
+    return first >> 32 << 32 | low;
   }
 
   DEVICE u32 line(int name, int channel) const { return lines + (name * BN + channel) * 4; }
@@ -69,43 +82,107 @@ struct Filters {
     }
   }
 
-  // Starts to copy the filters from n0 on, and stores the rest but for the table.
-  DEVICE void fill(const Params& p, int n0) const {
-    const int channel = n0 + thread_index();
-    const bool mine = thread_index() < BN, inside = mine && channel < COUT;
-    int low = 0, high = MOST;
-    if (THRESHOLD && inside) {  // first, for they take the longest
-      low = load_fresh(p.threshold + channel);
-      high = load_fresh(p.threshold + COUT + channel);
-    }
-    if (!only_signs() && mine) values(p, n0, thread_index());
-    if (CHUNK == 16) {
-      copy<16>(p, n0);
-    } else {
-      copy<4>(p, n0);
-    }
-    copy_async_commit();
-#pragma unroll 1
-    for (int i = thread_index(); i < 8 * 8 * products(); i += THREADS) {
-      store_shared(address(BN + i % 8, i / 8), 4 * (i / 8) < K_BYTES ? ~0u : 0);
-    }
-    if (!mine) return;
-    if (only_signs()) {
-      bounds(Bounds::of(low, high, inside), thread_index());
-    } else if (THRESHOLD) {
-      store_shared(line(LINE_LOW, thread_index()), low);
-      store_shared(line(LINE_HIGH, thread_index()), high);
+  // Of units of 8 bytes, whose words lie 16 bytes apart.
+  DEVICE void copy_units(const Params& p, int n0) const {
+    const u32 each = products() * 4;  // of a row, filled up with zeros
+    const unsigned char* const from = reinterpret_cast<const unsigned char*>(p.filters);
+#pragma unroll 2
+    for (u32 turn = 0; turn < (BN * each + THREADS - 1) / THREADS; ++turn) {
+      const u32 i = turn * THREADS + thread_index();
+      if (BN * each % THREADS && i >= BN * each) break;
+      const u32 row = i / each, unit = i - row * each, channel = n0 + channel_of(row);
+      const bool real = (COUT % BN == 0 || channel < COUT) && (K_BYTES % 32 == 0 || unit < units());
+      const unsigned char* const at =
+          from + (real ? channel * static_cast<u64>(K_BYTES) + unit * 8 : 0);
+      const u32 to = address(row, 2 * unit);
+      copy_async<4>(to, at, real);
+      copy_async<4>(to ^ 16, at + 4, real);
     }
   }
 
-  DEVICE void bounds(const Bounds& found, int i) const {
-    const int never = CHANNELS * KH * KW + 1;
-    store_shared(line(LINE_FIRST, i), found.low < never ? found.low : never);
-    store_shared(line(LINE_SECOND, i), found.end < never ? found.end : never);
-    const u32 flips = ballot(found.flip), both = ballot(found.between);
+  // Whether bulk copies bring the filters: in the order of memory, of whole words of channels.
+  HOST_DEVICE static bool by_map() { return BOXES > 0 && CHUNK == 16 && COUT % 32 == 0; }
+
+  // Starts to copy the filters from n0 on, by one thread. The map has the order of `channel_of`,
+  // and zeros past the end of K and past the last channel.
+  DEVICE void copy(const TensorMap& map, int n0, u32 barrier) const {
+    const int tiles = filter_bytes() / TILE;
+    barrier_arrive_expect(barrier, tiles * BN * 128);
+#pragma unroll
+    for (int tile = 0; tile < tiles; ++tile) {
+      copy_bulk(filters + tile * TILE, map, tile * 128, 0, 0, 0, n0 / 32, barrier);
+    }
+  }
+
+  // The rows of ones, as far as K reaches, and zeros to the end of its last product.
+  DEVICE void ones() const {
+    constexpr int ROWS = 8;
+    const int pieces = ROWS * 2 * products();
+#pragma unroll
+    for (int turn = 0; turn < (pieces + THREADS - 1) / THREADS; ++turn) {
+      const u32 i = turn * THREADS + thread_index(), piece = i / ROWS;
+      if (i >= static_cast<u32>(pieces)) break;
+      u32 v[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) v[m] = inside_k(piece, m) ? ~0u : 0;
+      store_shared4(filters + piece / 8 * TILE + wide_offset(BN + i % ROWS, piece % 8 * 16), v);
+    }
+  }
+
+  // Of word m of 16 bytes of an operand.
+  DEVICE static bool inside_k(int piece, int m) {
+    if (K_BYTES % 16 == 0 && unit() != 8) return 16 * piece < K_BYTES;
+    return 4 * word_at({piece / 2, piece % 2 * 4 + m}) < K_BYTES;
+  }
+
+  // Starts to copy what no map brings of the filters from n0 on and of their channels' values; the
+  // thresholds of this thread's channel.
+  DEVICE Limits fill(const Params& p, int n0) const {
+    const int channel = n0 + thread_index();
+    const bool mine = thread_index() < BN;
+    Limits limits = {0, MOST, mine && channel < COUT};
+    if (THRESHOLD && limits.there) {  // first, for they take the longest
+      limits.low = load_fresh(p.threshold + channel);
+      limits.high = load_fresh(p.threshold + COUT + channel);
+    }
+    if (!only_signs() && mine) values(p, n0, thread_index());
+    if (!by_map()) {
+      if (CHUNK == 16) {
+        copy<16>(p, n0);
+      } else if (unit() == 8) {
+        copy_units(p, n0);
+      } else {
+        copy<4>(p, n0);
+      }
+    }
+    copy_async_commit();
+    return limits;
+  }
+
+  DEVICE void store_limits(const Limits& limits) const {
+    if (thread_index() >= BN) return;
+    if (only_signs()) {
+      bounds(limits, thread_index());
+    } else if (THRESHOLD) {
+      store_shared(line(LINE_LOW, thread_index()), limits.low);
+      store_shared(line(LINE_HIGH, thread_index()), limits.high);
+    }
+  }
+
+  // As 2^15 - bound, with which the table's entries begin. No dot product reaches `never`.
+  DEVICE void bounds(const Limits& limits, int i) const {
+    const int least = -CHANNELS * KH * KW, never = 1 - least;
+    const int low = at_most(at_least(limits.low, least), never);
+    const int end = at_most(at_least(limits.high, least - 1), never - 1) + 1;
+    const bool some = limits.there && low < end;
+    const bool below = low > least, above = end < never;
+    const bool flip = some && above && !below, both = some && above && below;
+    store_shared(line(LINE_FIRST, i), (1 << 15) - (!some ? never : flip ? end : low));
+    store_shared(line(LINE_SECOND, i), (1 << 15) - (both ? end : never));
+    const u32 flips = ballot(flip), boths = ballot(both);
     if (i % 32 == 0) {
       store_shared(line(LINE_FLIP, i / 32), flips);
-      store_shared(line(LINE_BOTH, i / 32), both);
+      store_shared(line(LINE_BOTH, i / 32), boths);
     }
   }
 
@@ -146,82 +223,134 @@ struct Filters {
     return any != 0;
   }
 
-  // Which of the at most 32 taps lie inside the image, for windows of a border class.
-  DEVICE static u32 taps_inside(int label) {
-    const int across = axis_classes(LEFT, RIGHT, BOTH_W);
-    const Cut h = axis_cut(label / across, TOP, BOTTOM, BOTH_H);
-    const Cut w = axis_cut(label % across, LEFT, RIGHT, BOTH_W);
-    u32 columns = 0, found = 0;
+  // Bits below `n`, which is at most 32.
+  HOST_DEVICE static u32 bits_below(int n) { return n < 32 ? (1u << n) - 1 : ~0u; }
+  HOST_DEVICE static u32 bits_between(int first, int last) {
+    return bits_below(last) & ~bits_below(first);
+  }
+
+  // Of taps, a bit each, those in rows or columns that are not cut off.
+  HOST_DEVICE static u32 rows_inside(Cut h) {
+    return bits_between(h.before * KW, (KH - h.past) * KW);
+  }
+  HOST_DEVICE static u32 columns_inside(Cut w) {
+    u32 found = 0;
 #pragma unroll
-    for (int kw = 0; kw < KW; ++kw) {
-      if (kw >= w.before && kw < KW - w.past) columns |= 1u << kw;
-    }
-#pragma unroll
-    for (int kh = 0; kh < KH; ++kh) {
-      if (kh >= h.before && kh < KH - h.past) found |= columns << kh * KW;
-    }
+    for (int kh = 0; kh < KH; ++kh) found |= bits_between(w.before, KW - w.past) << kh * KW;
     return found;
   }
 
-  // By 8 warps, each BN / 8 channels, 16 classes at a time.
+  // Which of the at most 32 taps lie inside the image, for windows of a border class. Few cuts of
+  // an axis are constants to choose from.
+  DEVICE static u32 taps_inside(int label) {
+    constexpr int FEW = 4;
+    const int across = axis_classes(LEFT, RIGHT, BOTH_W), down = border_classes() / across;
+    const int h = label / across, w = label - h * across;
+    u32 rows = rows_inside(axis_cut(down > FEW ? h : 0, TOP, BOTTOM, BOTH_H));
+    u32 columns = columns_inside(axis_cut(across > FEW ? w : 0, LEFT, RIGHT, BOTH_W));
+#pragma unroll
+    for (int i = 1; i < FEW; ++i) {
+      if (i < down && down <= FEW && h == i) rows = rows_inside(axis_cut(i, TOP, BOTTOM, BOTH_H));
+      if (i < across && across <= FEW && w == i) {
+        columns = columns_inside(axis_cut(i, LEFT, RIGHT, BOTH_W));
+      }
+    }
+    return rows & columns;
+  }
+
+  // The table's products take 64 bytes of a filter at once, 16 a lane. What the taps of a lane's
+  // words are late by, against lane 0, is shifted out first, where that is the same for all words;
+  // the rest is known to the compiler.
+  DEVICE static u32 for_lane(u32 inside, int t) {
+    return PIXEL == 32   ? inside >> t / 2
+           : PIXEL == 16 ? inside >> t
+           : PIXEL == 8  ? inside >> t / 2 * 4
+                         : inside;
+  }
+  DEVICE static u32 tap_inside(u32 inside, int chunk, int t, int m) {
+    const int late = PIXEL == 32 || PIXEL == 16 || PIXEL == 8 || PIXEL % 64 == 0 ? 0 : t;
+    const int tap = word_at({2 * chunk + late / 2, late % 2 * 4 + m}) * 4 / PIXEL;
+    if (tap >= KH * KW) return 0;
+    return static_cast<u32>(static_cast<int>(inside << (31 - tap)) >> 31);
+  }
+
+  // By BN / 16 warps, 16 classes at a time. A warp has 8 channels of both halves of the table's
+  // words, so operands 8 j on of the q-th and the next 32. Of a product both operands may have K in
+  // any order: a lane takes 16 bytes of a filter for two products.
   DEVICE void tables(int warp, int lane) const {
-    constexpr int STRIPS = BN / 64;
-    const int t = lane % 4, classes = border_classes();
+    const int t = lane % 4, g = lane / 4, classes = border_classes();
     if (SIGN_SHIFT && warp * 32 < BN) {
       // A sum is -0.0 only of two that are: with +0.0 for it, its sign bit says whether it is below
       // 0.
       const u32 at = line(LINE_SIGN_SHIFT, warp * 32 + lane);
       store_shared(at, float_bits(add(float_value(load_shared(at)), 0.0f)));
     }
-    if (warp >= 8) return;
-    const bool second = THRESHOLD && any_both();
+    if (warp >= BN / 16) return;
+    const bool second = THRESHOLD && only_signs() && any_both();
+    const int q = warp / 4 * 2, j = warp % 4;
+    const u32 even = filters + (32 * q + 8 * j) * 128 + wide_offset(g, t * 16), odd = even ^ 64;
+    // Of at most 9 classes the rows from 8 on have the first one alone, whose taps are all of them.
+    const bool few = classes <= 9;
     for (int first = 0; first < classes; first += 16) {
-      const int label[2] = {first + lane / 4, first + lane / 4 + 8};
-      u32 taps[2];
-      for (int h = 0; h < 2; ++h) taps[h] = label[h] < classes ? taps_inside(label[h]) : 0;
-      int acc[STRIPS][4] = {};
+      const int label[2] = {first + g + few, few ? 0 : first + 8 + g};
+      const u32 taps[2] = {taps_inside(label[0]),
+                           few ? bits_below(KH * KW) : taps_inside(label[1])};
+      u32 shifted[2];
+      for (int h = 0; h < 2; ++h) shifted[h] = for_lane(taps[h], t);
+      int acc[2][4] = {};
 #pragma unroll
-      for (int product = 0; product < products(); ++product) {
-        u32 a[2][2];
+      for (int chunk = 0; chunk < (products() + 1) / 2; ++chunk) {
+        u32 a[4][2];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int tap = word_at({product, t + 4 * k}) * 4 / PIXEL;
-          for (int h = 0; h < 2; ++h) a[k][h] = tap < 32 && taps[h] >> tap & 1 ? ~0u : 0;
+        for (int m = 0; m < 4; ++m) {
+          for (int h = 0; h < 2; ++h) {
+            const bool all = h && few && 64 * (chunk + 1) <= K_BYTES;
+            a[m][h] = all ? ~0u : tap_inside(shifted[h], chunk, t, m);
+          }
         }
 #pragma unroll
-        for (int s = 0; s < STRIPS; ++s) {
-          const u32 row = filters + product / 4 * TILE;
-          const int f = (warp * STRIPS + s) * 8 + lane / 4, at = product % 4 * 32 + t * 4;
-          mma_and(acc[s], a[0][0], a[0][1], a[1][0], a[1][1], load_shared(row + wide_offset(f, at)),
-                  load_shared(row + wide_offset(f, at + 16)));
+        for (int s = 0; s < 2; ++s) {
+          u32 b[4];
+          load_shared4(b, (chunk % 2 ? odd : even) + chunk / 2 * TILE + s * 4096);
+          mma_and(acc[s], a[0][0], a[0][1], a[1][0], a[1][1], b[0], b[1]);
+          mma_and(acc[s], a[2][0], a[2][1], a[3][0], a[3][1], b[2], b[3]);
         }
       }
 #pragma unroll
-      for (int s = 0; s < STRIPS; ++s) {
-        const int j = warp * STRIPS + s;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (label[i / 2] >= classes) continue;
-          put(second, label[i / 2], j / 4, t, j % 4 * 2 + i % 2,
-              CHANNELS * popcount(taps[i / 2]) - 2 * acc[s][i]);
+      for (int h = 0; h < 2; ++h) {
+        const int all = CHANNELS * popcount(taps[h]);
+        if (few && h ? g > 0 : label[h] >= classes) continue;
+        if (only_signs()) {
+          put_pairs(second, label[h], q, t, j, all, acc[0][2 * h], acc[0][2 * h + 1], acc[1][2 * h],
+                    acc[1][2 * h + 1]);
+        } else {
+          for (int s = 0; s < 2; ++s) {
+            store_shared2(table + (label[h] * BN + 32 * (q + s) + 8 * t + 2 * j) * 4,
+                          entry(all - 2 * acc[s][2 * h]), entry(all - 2 * acc[s][2 * h + 1]));
+          }
         }
       }
     }
   }
 
-  // Of channel 32 q + 8 t + k.
-  DEVICE void put(bool second, int label, int q, int t, int k, int corr) const {
-    const int channel = 32 * q + 8 * t + k;
-    if (!only_signs()) {
-      store_shared(table + (label * BN + channel) * 4,
-                   integers() ? static_cast<u32>(corr) : float_bits(static_cast<float>(corr)));
-      return;
-    }
+  DEVICE static u32 entry(int corr) {
+    return integers() ? static_cast<u32>(corr) : float_bits(static_cast<float>(corr));
+  }
+
+  // Of channels 32 q + 8 t + 2 j and the next, and of those 32 on, whose bits inside are a, b, c,
+  // d.
+  DEVICE void put_pairs(bool second, int label, int q, int t, int j, int all, int a, int b, int c,
+                        int d) const {
+    const u32 both = all * 0x10001u;
 #pragma unroll
     for (int which = 0; which < (THRESHOLD ? 2 : 1); ++which) {
       if (which && !second) return;
-      const int bound = load_shared(line(LINE_FIRST + which, channel));
-      store_shared_half(table + line_at(label, which) + half_at(q, t, k), corr - bound + (1 << 15));
+      u32 low[2], high[2];
+      load_shared2(low, line(LINE_FIRST + which, 32 * q + 8 * t + 2 * j));
+      load_shared2(high, line(LINE_FIRST + which, 32 * q + 8 * t + 2 * j + 32));
+      const u32 to = table + line_at(label, which) + half_at(q, t, 2 * j);
+      store_shared(to, low[0] + both - 2 * a + (high[0] - 2 * c) * 0x10000u);
+      store_shared(to + half_at(0, 0, 1), low[1] + both - 2 * b + (high[1] - 2 * d) * 0x10000u);
     }
   }
 };

@@ -111,11 +111,31 @@ HOST_DEVICE bool reads(const Window& window, const Chunk& chunk) {
 // furthest outside. So every tap of a window is at the same distance from its first, and none is
 // tested. The columns before a line are those past the line before it.
 //
-// The line, over all images and counted from PT lines before the first, where the windows of an
-// output pixel start.
-HOST_DEVICE int line_of(Pixel p) { return p.image * HP + p.oh * SH; }
+// Where bulk copies bring them (BOXES > 0), those of each image that a tile touches are a box of
+// BOX_LINES lines, BOX_STEP pixels after the one before: the first image's from the line where the
+// tile's first window starts, the others' from their first line, PT outside. Each follows LEAD
+// pixels of zeros.
+//
+// Where a tile's lines begin: the image, and the line in it, counted from PT before the first,
+// where the windows of the tile's first output pixel start.
+struct Origin {
+  int image, line;
+};
 
-// How many of them the windows of a tile read at most.
+HOST_DEVICE Origin origin_of(int row) {
+  const Pixel p = pixel_of(row);
+  return {p.image, p.oh * SH};
+}
+
+// The pixel in shared memory where an output pixel's window starts.
+HOST_DEVICE int place_of(Pixel p, Origin o) {
+  const int images = p.image - o.image, line = p.oh * SH, column = p.ow * SW + LEAD - PL;
+  if (BOXES == 0) return (images * HP + line - o.line) * WP + column;
+  if (BOXES == 1) return (line - o.line) * WP + column;
+  return line * WP + column + (images > 0 ? images * BOX_STEP : -o.line * WP);
+}
+
+// How many lines the windows of a tile read at most, where they are one after the other.
 HOST_DEVICE int lines() { return (IMAGE / PIXEL - LEAD) / WP; }
 
 // Bytes of K that a lane reads at once, and how many of them there are.
@@ -125,9 +145,12 @@ HOST_DEVICE int products() { return (K_BYTES + 31) / 32; }
 
 // Where a byte of a pixel lies in shared memory, `place` counting pixels: planes of 16 bytes, so
 // that the 16 bytes of 8 neighbouring pixels are in different banks; smaller pixels as they are.
+// The planes of a box follow each other, and LEAD pixels of zeros come before the first alone: the
+// columns before a plane are the last ones of the plane before.
 HOST_DEVICE int pixel_offset(int place, int byte) {
   if (unit() < 16) return place * PIXEL + byte;
-  return byte / 16 * (IMAGE / PIXEL * 16) + place * 16 + byte % 16;
+  const int plane = (BOXES ? BOX_LINES * WP : IMAGE / PIXEL) * 16;
+  return byte / 16 * plane + place * 16 + byte % 16;
 }
 
 // From a window's first pixel to unit `u` of it; past the end of K, where filters are 0, to unit 0.

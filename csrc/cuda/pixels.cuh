@@ -1,5 +1,5 @@
-// The windows of a resident kernel: pixels come to shared memory by cp.async, with zeros around the
-// images, and from there into the fragments of wgmma. Nothing is unfolded.
+// The windows of a resident kernel: pixels come to shared memory by bulk copies or by cp.async,
+// with zeros around the images, and from there into the fragments of wgmma. Nothing is unfolded.
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -67,6 +67,44 @@ DEVICE void copy_lines(u32 pixels, const Params& p, int begin, int thread) {
     copy_lines<8>(pixels, p, begin, thread);
   } else {
     copy_lines<4>(pixels, p, begin, thread);
+  }
+}
+
+// Bytes of a place in shared memory: of a pixel, or of its part of a plane.
+HOST_DEVICE int place_bytes() { return unit() == 16 ? 16 : PIXEL; }
+
+HOST_DEVICE int box_bytes() { return BOX_LINES * WP * PIXEL; }
+
+// The zeros before each box, which no copy writes. By the threads of a warpgroup.
+DEVICE void clear_leads(u32 pixels, int thread) {
+#pragma unroll
+  for (int box = 0; box < BOXES; ++box) {
+    if (thread < LEAD * place_bytes() / 16) {
+      store_shared4(pixels + box * BOX_STEP * place_bytes() + thread * 16, {0, 0, 0, 0});
+    }
+  }
+}
+
+// Starts to copy the boxes of a tile of ROWS output pixels, by one thread. What lies outside an
+// image, or past the last one, is written as zeros.
+template <int ROWS>
+DEVICE void copy_boxes(u32 pixels, const TensorMap& map, int first, Origin from, u32 barrier) {
+  // Output pixels from the start of the first image to the last of the tile.
+  const int last = first - from.image * (OH * OW) + ROWS - 1;
+  int boxes = 1;
+#pragma unroll
+  for (int box = 1; box < BOXES; ++box) boxes += last >= box * (OH * OW);
+  barrier_arrive_expect(barrier, boxes * box_bytes());
+#pragma unroll
+  for (int box = 0; box < BOXES; ++box) {
+    if (box >= boxes) break;
+    const u32 to = pixels + (box * BOX_STEP + LEAD) * place_bytes();
+    const int line = (box ? 0 : from.line) - PT, image = from.image + box;
+    if (PIXEL > 16 && unit() == 16) {
+      copy_bulk(to, map, 0, 0, line, 0, image, barrier);
+    } else {
+      copy_bulk(to, map, 0, line, image, barrier);
+    }
   }
 }
 

@@ -304,14 +304,44 @@ DEVICE void barrier_wait(u32 barrier, int parity) {
   }
 }
 
-// Copies the box at (x, y) of a two-dimensional tensor of bytes, in the layout that the map says,
-// with zeros for what lies outside; `barrier` counts the bytes.
+// Copies the box at (x, y, ...) of a tensor, in the layout that the map says, with zeros for what
+// lies outside; `barrier` counts the bytes of all of it.
 DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(&map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
+}
+
+DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, int z, int u, int v,
+                      u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "r"(barrier)
+      : "memory");
+}
+
+// Fetches a map ahead of its first copy. It is an argument of the launch, written by nobody.
+DEVICE void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Whether this is the one lane of a whole warp that acts for it.
+DEVICE bool elected() {
+  int chosen;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.b32 %0, 1, 0, p; }"
+               : "=r"(chosen)::"memory");
+  return chosen;
 }
 
 // x, the same in all lanes, and now known to be by the compiler: loops over it keep the warp whole.

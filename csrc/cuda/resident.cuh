@@ -30,7 +30,7 @@ struct Resident {
   HOST_DEVICE static int total_bytes() { return MOMENTS ? GROUPS * 4 * 2 * BN * 8 : 0; }
   HOST_DEVICE static int shared() {
     return F::filter_bytes() + F::line_bytes() + F::table_bytes() + total_bytes() + label_bytes() +
-           GROUPS * 2 * IMAGE;
+           GROUPS * 2 * IMAGE + barrier_bytes();
   }
 
   DEVICE static F filters() {
@@ -40,49 +40,113 @@ struct Resident {
   DEVICE static u32 totals() { return filters().table + F::table_bytes(); }
   DEVICE static u32 warp_totals() { return totals() + thread_index() / 32 * 2 * BN * 8; }
   // What each row and each column of the output adds to the border class.
-  HOST_DEVICE static int label_bytes() { return border_classes() > 1 ? (OH + OW + 3) / 4 * 16 : 0; }
+  HOST_DEVICE static int label_bytes() {
+    const int words = border_classes() > 1 ? OH + OW : 0;
+    return BOXES ? (words + 31) / 32 * 128 : (words + 3) / 4 * 16;  // boxes start at 128
+  }
   DEVICE static u32 labels() { return totals() + total_bytes(); }
   // Of this warpgroup, one of two.
   DEVICE static u32 image(int buffer) {
     return labels() + label_bytes() + (group() * 2 + buffer) * IMAGE;
   }
+  // Of bulk copies: of the filters, and of what this warpgroup's buffer waits for.
+  HOST_DEVICE static int barrier_bytes() { return BOXES ? 16 * (GROUPS + 1) : 0; }
+  DEVICE static u32 filled() { return labels() + label_bytes() + GROUPS * 2 * IMAGE; }
+  DEVICE static u32 fetched(int buffer) { return filled() + 8 + (group() * 2 + buffer) * 8; }
 
   DEVICE static int group() { return thread_index() / 128; }
   DEVICE static int thread() { return thread_index() % 128; }
   DEVICE static int lane() { return thread_index() % 32; }
 
+  DEVICE static void run(const Params& p) { start(p, nullptr, nullptr); }
+  DEVICE static void run(const Params& p, const TensorMap& words, const TensorMap& filters) {
+    start(p, &words, &filters);
+  }
+
   // There are at least as many blocks as tiles of filters; those of one tile share its rows.
-  DEVICE static void run(const Params& p) {
+  DEVICE static void start(const Params& p, const TensorMap* words, const TensorMap* map) {
     const int tiles_n = (COUT + BN - 1) / BN, n = block_index() % tiles_n;
     const int sharing = (block_count() - 1 - n) / tiles_n + 1;
     const int first = block_index() / tiles_n + group() * sharing;
+    if (BOXES) barriers(words, map);
     dependency_wait();
     dependents_may_start();
-    filters().fill(p, n * BN);
-    const int line = fetch(p, first, 0);
-    for (int buffer = 0; buffer < 2; ++buffer) clear_borders(image(buffer), thread());
-#pragma unroll 1
-    for (int i = thread_index(); i < (border_classes() > 1 ? OH + OW : 0); i += THREADS) {
-      store_shared(labels() + 4 * i, i < OH ? row_class(i) : column_class(i - OH));
+    // All that comes from far away is on its way before anything else is done.
+    if (F::by_map() && thread_index() / 32 == THREADS / 32 - 1 && elected()) {
+      filters().copy(*map, n * BN, filled());
+    }
+    Origin from = {};
+    if (BOXES) from = fetch(p, words, first, 0);
+    const Limits limits = filters().fill(p, n * BN);
+    if (!BOXES) from = fetch(p, words, first, 0);
+    prepare();
+    filters().store_limits(limits);
+    // The filters and their channels' values.
+    if (BOXES) {
+      copy_async_wait<0>();
+    } else {
+      copy_async_wait<1>();
+    }
+    fence_async();
+    if (F::by_map()) barrier_wait(filled(), 0);
+    sync_threads();
+    filters().tables(thread_index() / 32, lane());
+    sync_threads();
+    work(p, words, n * BN, first, GROUPS * sharing, from);
+    if (MOMENTS) finish(p, n * BN);
+  }
+
+  DEVICE static void barriers(const TensorMap* words, const TensorMap* map) {
+    const u32 first = filled();
+    if (thread_index() == 0) {
+      for (int i = 0; i <= 2 * GROUPS; ++i) barrier_init(first + 8 * i, 1);
+      barrier_init_fence();
+      prefetch_map(*words);
+      if (F::by_map()) prefetch_map(*map);
+    }
+    sync_threads();
+  }
+
+  // What no copy brings.
+  DEVICE static void prepare() {
+    filters().ones();
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      if (BOXES) {
+        clear_leads(image(buffer), thread());
+      } else {
+        clear_borders(image(buffer), thread());
+      }
+    }
+    if (border_classes() > 1) {  // rows by the first warps, columns by the last
+#pragma unroll 2
+      for (int turn = 0; turn < (OH + THREADS - 1) / THREADS; ++turn) {
+        const int i = turn * THREADS + thread_index();
+        if (i < OH) store_shared(labels() + 4 * i, row_class(i));
+      }
+#pragma unroll 2
+      for (int turn = 0; turn < (OW + THREADS - 1) / THREADS; ++turn) {
+        const int i = turn * THREADS + THREADS - 1 - thread_index();
+        if (i < OW) store_shared(labels() + 4 * (OH + i), column_class(i));
+      }
     }
     for (int i = lane(); i < total_bytes() / (THREADS / 32) / 4; i += 32) {
       store_shared(warp_totals() + 4 * i, 0);
     }
-    copy_async_wait<1>();  // the filters
-    fence_async();
-    sync_threads();
-    filters().tables(thread_index() / 32, lane());
-    sync_threads();
-    work(p, n * BN, first, GROUPS * sharing, line);
-    if (MOMENTS) finish(p, n * BN);
   }
 
-  // Starts to copy the lines of a tile, if there is one; the first of them.
-  DEVICE static int fetch(const Params& p, int tile, int buffer) {
-    const int first = tile * BM, line = line_of(pixel_of(first));
-    if (first < p.rows) copy_lines(image(buffer), p, line, thread());
+  // Starts to copy the lines of a tile, if there is one; where they begin.
+  DEVICE static Origin fetch(const Params& p, const TensorMap* words, int tile, int buffer) {
+    const int first = tile * BM;
+    const Origin from = origin_of(first);
+    if (BOXES) {
+      if (first < p.rows && thread() < 32 && elected()) {
+        copy_boxes<BM>(image(buffer), *words, first, from, fetched(buffer));
+      }
+      return from;
+    }
+    if (first < p.rows) copy_lines(image(buffer), p, from.image * HP + from.line, thread());
     copy_async_commit();
-    return line;
+    return from;
   }
 
   // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
@@ -107,26 +171,28 @@ struct Resident {
     }
   }
 
-  DEVICE static void work(const Params& p, int n0, int first, int stride, int line) {
+  DEVICE static void work(const Params& p, const TensorMap* words, int n0, int first, int stride,
+                          Origin from) {
     const int tiles = (p.rows + BM - 1) / BM;
     const F filters = Resident::filters();
     Moments<BN, STRIPS> moments;
     const bool both = only_signs() && THRESHOLD && filters.any_both();
-    int buffer = 0, seen = 0;
-    for (int tile = first; tile < tiles; tile += stride, buffer ^= 1) {
+    int buffer = 0, parity = 0, seen = 0;
+    for (int tile = first; tile < tiles; tile += stride, parity ^= buffer, buffer ^= 1) {
       // The tile's pixels are there, and nobody still reads those of the tile before.
-      copy_async_wait<0>();
+      if (!BOXES) copy_async_wait<0>();
+      if (BOXES) barrier_wait(fetched(buffer), parity);
       sync_some(1 + group(), 128);
-      const int next_line = fetch(p, tile + stride, buffer ^ 1);
+      const Origin next = fetch(p, words, tile + stride, buffer ^ 1);
 
       // Of the warp's 16 windows a strip this lane finds one; those past the last are the last.
       const int top = tile * BM + thread() / 32 * (BM / 4), window = top + lane() % (BM / 4);
       const Pixel pixel = pixel_of(window < p.rows ? window : p.rows - 1);
-      const int place = (line_of(pixel) - line) * WP + pixel.ow * SW + LEAD - PL;
+      const int place = place_of(pixel, from);
       const u32 label = border_classes() > 1 ? load_shared(labels() + 4 * pixel.oh) +
                                                    load_shared(labels() + 4 * (OH + pixel.ow))
                                              : 0;
-      line = next_line;
+      from = next;
       TileRow rows[STRIPS][2];
       Reader readers[STRIPS];
       for (int s = 0; s < STRIPS; ++s) {
@@ -169,7 +235,7 @@ struct Resident {
         seen = 0;
       }
     }
-    copy_async_wait<0>();
+    if (!BOXES) copy_async_wait<0>();
     if (MOMENTS) moments.flush(warp_totals(), lane());
   }
 

@@ -30,7 +30,7 @@ def samples(which: kernels.Kernel | str, device: torch.device
             ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """(what is checked, what is wrong with it) of the package's own cases."""
     if isinstance(which, kernels.Kernel):
-        for op in (("packed_linear",) if which.bulk else dispatch.OPS):
+        for op in (("packed_linear",) if which in kernels.BULK else dispatch.OPS):
             yield f"{SMALL} of {op}", lambda op=op: cuda_selfcheck.failure(op, which, device)
         return
     inners = [name for name in configs.INNER if name != "b1" or configs.has_b1(

@@ -14,12 +14,15 @@ from typing import ClassVar
 
 from bitkernels.backends.cuda import compiler
 from bitkernels.backends.cuda.kernels import Kernel
+from bitkernels.backends.cuda.maps import Geometry
 from bitkernels.backends.cuda.recent import Recent
 from bitkernels.backends.cuda.spec import Spec
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-# Values of the enumerations that cuTensorMapEncodeTiled takes: element type, swizzle, promotion.
-UINT8, SWIZZLE_128B, PROMOTE_256B = 0, 3, 3
+# Values of the enumerations that cuTensorMapEncodeTiled takes: UINT8, UINT32 and UINT64 by the
+# bytes of an element, swizzle, promotion.
+ELEMENTS = {1: 0, 4: 2, 8: 4}
+SWIZZLE_NONE, SWIZZLE_128B, PROMOTE_256B = 0, 3, 3
 ENTRY = b"bitkernels_kernel"
 MOST_MAPS = 4096
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -79,7 +82,7 @@ class Driver:
             ctypes.c_void_p]
         self.lib.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
         # A map holds an address and sizes, nothing of the memory there.
-        self._maps: Recent[tuple[int, int, int, int], TensorMap] = Recent(MOST_MAPS)
+        self._maps: Recent[tuple[int, Geometry], TensorMap] = Recent(MOST_MAPS)
 
     def _check(self, status: int, what: str) -> None:
         if status:
@@ -151,25 +154,25 @@ class Driver:
         finally:
             exchange(ctypes.byref(mode))
 
-    def tensor_map(self, tensor, rows: int, width: int, box: int) -> TensorMap:
-        """Boxes of `box` rows by 128 bytes of a (rows, width bytes) matrix, swizzled by 128 bytes
-        and filled up with zeros."""
-        key = tensor.data_ptr(), rows, width, box
+    def tensor_map(self, address: int, geometry: Geometry) -> TensorMap:
+        """Of a tensor at this address."""
+        key = address, geometry
         found = self._maps.get(key)
         if found is None:
-            found = self._encoded(*key)
+            found = self._encoded(address, geometry)
             self._maps.put(key, found)
         return found
 
-    def _encoded(self, address: int, rows: int, width: int, box: int) -> TensorMap:
+    def _encoded(self, address: int, geometry: Geometry) -> TensorMap:
         space = (ctypes.c_uint8 * 192)()
         start = -ctypes.addressof(space) % 64
-        u32, u64 = ctypes.c_uint32, ctypes.c_uint64
+        u32, u64, rank = ctypes.c_uint32, ctypes.c_uint64, len(geometry.sizes)
         self._check(self.lib.cuTensorMapEncodeTiled(
-            ctypes.c_void_p(ctypes.addressof(space) + start), UINT8, 2,
-            ctypes.c_void_p(address), (u64 * 2)(width, rows), (u64 * 1)(width),
-            (u32 * 2)(128, box), (u32 * 2)(1, 1), 0, SWIZZLE_128B, PROMOTE_256B, 0),
-            "cuTensorMapEncodeTiled")
+            ctypes.c_void_p(ctypes.addressof(space) + start), ELEMENTS[geometry.element], rank,
+            ctypes.c_void_p(address), (u64 * rank)(*geometry.sizes),
+            (u64 * 4)(*geometry.strides), (u32 * rank)(*geometry.box), (u32 * rank)(*[1] * rank),
+            0, SWIZZLE_128B if geometry.swizzled else SWIZZLE_NONE, PROMOTE_256B, 0),
+            f"cuTensorMapEncodeTiled of {geometry} at {address:#x}")
         map = TensorMap()
         ctypes.memmove(ctypes.addressof(map), ctypes.addressof(space) + start, 128)
         return map

@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bitkernels.backends.cuda import maps
 from bitkernels.backends.cuda.spec import Spec
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ MOMENTS = "packed_conv2d_moments"
 MOST_TAPS = 32  # that a resident kernel's border classes name, a bit each
 MOST_PAIRED = 1 << 14  # products: comparisons fit into 16 bits, 16 squares into 32
 MOST_SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 can have
+MOST_BOXES = 8  # images that a tile of a resident kernel touches, where bulk copies bring them
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class Kernel:
     threads: int
     shared: int  # bytes of dynamic shared memory, of a resident kernel those of any shape
     blocks: int  # that must fit on a multiprocessor: the register budget
-    # Whether it takes tensor maps of both operands, matrices, whose rows `prepare` counts too.
-    bulk: bool = False
+    bulk: bool = False  # whether it takes tensor maps of both operands, for bulk copies
     persistent: bool = False  # whether a block computes many tiles
     groups: int = 0  # of a resident kernel: warpgroups of a block, each with tiles of its own
 
@@ -49,6 +50,11 @@ class Kernel:
         """Whether filters stay in shared memory and everything is counted there: no `prepare`."""
         return self.groups > 0
 
+    @property
+    def windows(self) -> bool:
+        """Whether `prepare` counts the bits of the rows too, not only of the filters."""
+        return self.bulk and not self.resident
+
     def shared_bytes(self, spec: Spec) -> int:
         """Of dynamic shared memory for a call."""
         return self._resident_bytes(spec) if self.resident else self.shared
@@ -59,10 +65,23 @@ class Kernel:
         bare = not (spec.out_type or spec.packed)  # what the outputs are is not known yet
         each = 2 if spec.only_signs and not spec.threshold and not bare else 4
         lines = (spec.classes * each + 8 * 4) * self.bn
-        labels = -(-(spec.oh + spec.ow) // 4) * 16 if spec.classes > 1 else 0
+        together = 128 if self.bulk else 16  # bytes
+        labels = -(-4 * (spec.oh + spec.ow) // together) * together if spec.classes > 1 else 0
         totals = self.groups * 4 * 2 * self.bn * 8 if spec.moments else 0
-        image = spec.image or spec.resident(self.bm).image
-        return filters + lines + totals + labels + self.groups * 2 * image
+        image = spec.image or self.placed(spec).image
+        barriers = 16 * (self.groups + 1) if self.bulk else 0
+        return filters + lines + totals + labels + self.groups * 2 * image + barriers
+
+    def placed(self, spec: Spec, aligned: bool = True) -> Spec:
+        """With the places of a resident kernel's pixels; aligned: the words, to 16 bytes."""
+        return spec.boxed(self.bm) if self.bulk else spec.resident(self.bm, aligned)
+
+    def maps(self, spec: Spec, rows: int) -> tuple[maps.Geometry, maps.Geometry | None]:
+        """Of words and filters, where bulk copies bring them."""
+        if self.resident:
+            return maps.lines(spec, rows // (spec.oh * spec.ow)), maps.filters(spec, self.bn)
+        return (maps.matrix(rows, spec.k_bytes, self.bm),
+                maps.matrix(spec.cout, spec.k_bytes, self.bn))
 
     def takes(self, problem: Problem) -> bool:
         """Of what these kernels take at all."""
@@ -74,6 +93,11 @@ class Kernel:
         strips = self.bm // 64
         if problem.op == MOMENTS and strips * (8 * spec.k_bytes) ** 2 >= MOST_PAIRED ** 2:
             return False  # the squares of 16 rows a strip
+        if self.resident and self.bulk:
+            spec = self.placed(spec)
+            rows = max(problem.rows, spec.oh * spec.ow)
+            if spec.boxes > MOST_BOXES or not self.maps(spec, rows)[0].legal:
+                return False
         return self.shared_bytes(spec) <= MOST_SHARED
 
     @property
@@ -109,12 +133,13 @@ def _bulk(strips: int, bn: int, stages: int) -> Kernel:
                   bn, 384, shared, 1, bulk=True, persistent=True)
 
 
-def _resident(bn: int, groups: int, strips: int = 1) -> Kernel:
-    """strips: of 64 rows, that a warpgroup's tile has."""
+def _resident(bn: int, groups: int, strips: int, bulk: bool) -> Kernel:
+    """strips: of 64 rows, that a warpgroup's tile has. bulk: lines of pixels and filters come by
+    bulk copies."""
     bm = 64 * strips
-    name = ("resident" if groups == 3 else f"resident{groups}") + f"_{bm}x{bn}"
+    name = ("resident" if groups == 3 else f"resident{groups}") + f"_{bm}x{bn}" + "_bulk" * bulk
     return Kernel(name, "resident.cuh", f"Resident<{groups}, {bn}, {strips}>", bm, bn,
-                  128 * groups, 0, 1, persistent=True, groups=groups)
+                  128 * groups, 0, 1, bulk=bulk, persistent=True, groups=groups)
 
 
 MMA = (
@@ -124,7 +149,8 @@ MMA = (
     _mma(64, 32, 16, 32, 4, 4),
 )
 BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6))
-RESIDENT = (_resident(128, 3), _resident(64, 3), _resident(64, 4), _resident(64, 3, strips=2))
+RESIDENT = tuple(_resident(bn, groups, strips, bulk) for bulk in (False, True)
+                 for bn, groups, strips in ((128, 3, 1), (64, 3, 1), (64, 4, 1), (64, 3, 2)))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)

@@ -202,6 +202,7 @@ def problem(op: str, args, kw) -> Problem:
         spec, (n, _, oh, ow) = _conv(words, filters, channels, stride, padding, dilation,
                                      kw.get("pad_value", 0), kw.get("out_channels"), 4)
         rows = n * oh * ow
+        aligned = words.data_ptr() % 16 == 0 or not words.is_contiguous()
     return Problem(op, spec, max(1, rows), kw.get("real", True), aligned)
 
 
@@ -295,15 +296,15 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
         prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
         # Both counts in one allocation, which lives until the launches below are enqueued.
         first = -(-spec.classes * spec.cout // 4) * 4
-        counts = words.new_empty(first + (rows if kernel.bulk else 0))
+        counts = words.new_empty(first + (rows if kernel.windows else 0))
         params.corr = counts.data_ptr()
-        params.pa = params.corr + 4 * first if kernel.bulk else None
+        params.pa = params.corr + 4 * first if kernel.windows else None
     stream = _stream(device)
     run = driver()
     run.bind(_index(device))
     if prepare is not None:
         filters_padded = -(-spec.cout // kernels.PREPARE.bm) * kernels.PREPARE.bm
-        warps = filters_padded + (rows if kernel.bulk else 0)
+        warps = filters_padded + (rows if kernel.windows else 0)
         run.launch(prepare, -(-warps // kernels.PREPARE.bm), kernels.PREPARE.threads, 0, stream,
                    params)
     columns = -(-spec.cout // kernel.bn)
@@ -311,20 +312,25 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     grid = min(tiles, multiprocessors(device)) if kernel.persistent else tiles
     if kernel.resident:
         grid = max(grid, columns)
+    maps = kernel.maps(spec, rows) if kernel.bulk else None
     if watch.launches is not None:
-        single = kernel.resident and not kernel.bulk
-        watch.launches.append(_again(main, (grid, kernel.threads, shared), params, tensors, device)
-                              if single else None)
-    maps: tuple[TensorMap, ...] = ()
-    if kernel.bulk:
-        maps = (run.tensor_map(words, rows, spec.k_bytes, kernel.bm),
-                run.tensor_map(filters, spec.cout, spec.k_bytes, kernel.bn))
-    run.launch(main, grid, kernel.threads, shared, stream, params, *maps,
+        watch.launches.append(_again(main, (grid, kernel.threads, shared), params, tensors, device,
+                                     maps) if kernel.resident else None)
+    run.launch(main, grid, kernel.threads, shared, stream, params, *_encoded(run, params, maps),
                early=kernel.bulk or kernel.resident)
 
 
+def _encoded(run: Driver, params: Params, maps) -> tuple[TensorMap, ...]:
+    """What a kernel with bulk copies takes beside its parameters, where they say that words and
+    filters are; where it copies the filters itself, it looks at the first map alone."""
+    if maps is None:
+        return ()
+    words = run.tensor_map(params.words, maps[0])
+    return words, words if maps[1] is None else run.tensor_map(params.filters, maps[1])
+
+
 def _again(main: Loaded, sizes: tuple[int, int, int], params: Params,
-           tensors: dict[str, Tensor | None], device: torch.device):
+           tensors: dict[str, Tensor | None], device: torch.device, maps):
     """For `replay`: a resident kernel's launch, and its tensors."""
     kept, number = weakref.ref(main), _index(device)
     names = [name for name, t in tensors.items() if t is not None]
@@ -338,8 +344,8 @@ def _again(main: Loaded, sizes: tuple[int, int, int], params: Params,
         if not kernel.captured and capturing(device):
             kernel.keep()
         run.bind(number)
-        run.launch(kernel, *sizes, stream, Params(**dict(zip(names, values, strict=True)),
-                                                  **numbers), early=True)
+        new = Params(**dict(zip(names, values, strict=True)), **numbers)
+        run.launch(kernel, *sizes, stream, new, *_encoded(run, new, maps), early=True)
 
     return again, [t for t in tensors.values() if t is not None]
 
@@ -354,9 +360,9 @@ def _specialized(kernel: kernels.Kernel, spec: Spec, out, nhwc: bool, packed: bo
         ("out_type", TYPES[out]), ("nhwc", int(nhwc)), ("packed", int(packed)),
         ("residual", TYPES[residual]), ("threshold", int(threshold)),
         ("clamp_min", int(clamp_min)), ("clamp_max", int(clamp_max)),
-        ("windows", int(kernel.bulk)), *((name, 1) for name in vectors))
+        ("windows", int(kernel.windows)), *((name, 1) for name in vectors))
     if kernel.resident:
-        spec = spec.resident(kernel.bm, aligned)
+        spec = kernel.placed(spec, aligned)
     return spec, kernel.shared_bytes(spec)
 
 

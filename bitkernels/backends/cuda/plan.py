@@ -35,7 +35,8 @@ class Problem:
     spec: Spec
     rows: int  # output pixels
     real: bool  # whether a real output is written
-    aligned: bool  # of matrices: rows are multiples of 16 bytes, as bulk tensor copies want them
+    # As bulk copies want them: words start at 16 bytes; of matrices both operands, and their rows.
+    aligned: bool
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -91,7 +92,9 @@ def nearest(arch: str, problem: Problem) -> Measured | None:
 # wgmma's 32768. Derived from how often a tile reads its operands from L2 and shared memory
 # (docs/notebook/performance.md). On an H200 (2026-11-26) most fell short: epilogues are the limit.
 RATES = {"resident_64x128": 8.9, "resident_64x64": 8, "resident4_64x64": 8,
-         "resident_128x64": 8.5, "bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8,
+         "resident_128x64": 8.5, "resident_64x128_bulk": 8.9, "resident_64x64_bulk": 8,
+         "resident4_64x64_bulk": 8, "resident_128x64_bulk": 8.5,
+         "bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8,
          "mma_128x128": 5, "mma_128x64": 4, "mma_64x64": 3, "mma_64x32": 2}
 PREPARED = 4000  # clocks that a launch of `prepare` costs, about
 

@@ -21,6 +21,10 @@ def cases(op: str) -> list[tuple[tuple, dict]]:
             kw = dict(kw, pad_value=0)
         found.append((args, kw))
     v = selfcheck.Values()
+    if op.startswith("packed_conv2d"):
+        # Tiles that touch several images, more filters than a block has, whole words of both.
+        args = v.words(5, 7, 6, 256), v.words(160, 3, 3, 256), 256, (1, 1), (1, 1), (1, 1), 1
+        found.append((args, dict(found[-1][1])))
     if op == "packed_linear":
         # Several tiles, turns of the ring and words; rows of 16 bytes.
         found.append(((v.words(300, 5120), v.words(200, 5120), 5120),

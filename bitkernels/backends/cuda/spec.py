@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -68,6 +69,11 @@ class Spec:
     hp: int = 1
     line_chunk: int = 4
     moments: int = 0
+    # Where bulk copies bring the lines: how many images a tile touches at most, each a box of so
+    # many lines; pixels from one box to the next.
+    boxes: int = 0
+    box_lines: int = 0
+    box_step: int = 0
 
     def __hash__(self) -> int:
         return self._hash
@@ -120,6 +126,31 @@ class Spec:
         size = (lines * wp + lead) * self.pixel
         return replace(self, image=-(-size // 16) * 16, wp=wp, lead=lead, hp=hp, line_chunk=chunk)
 
+    @property
+    def place(self) -> int:
+        """Bytes of a pixel, or of its part of a plane, where a resident kernel puts it."""
+        return 16 if self.pixel % 16 == 0 else self.pixel
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def boxed(self, rows: int) -> Spec:
+        """For a resident kernel with tiles of so many output pixels, whose lines bulk copies bring.
+
+        A tile starts at a multiple of the greatest common divisor of its size and of an image's,
+        and in a row at one of that of its size and of a row's. Boxes start at multiples of 128
+        bytes, and so does what lies before each, zeros for the windows that begin outside.
+        """
+        _, right = self.reach
+        image, least = self.oh * self.ow, 16 // math.gcd(16, self.pixel)
+        wp = -(-(self.w + max(right, self.pl)) // least) * least
+        spanned = (self.ow - math.gcd(rows, self.ow) + rows - 1) // self.ow
+        lines = min(spanned, self.oh - 1) * self.sh + (self.kh - 1) * self.dh + 1
+        boxes = (image - math.gcd(rows, image) + rows - 1) // image + 1
+        together = math.lcm(128, self.place) // self.place
+        lead = -(-self.pl // together) * together
+        step = -(-(lead + lines * wp * self.pixel // self.place) // together) * together
+        return replace(self, image=boxes * step * self.place, wp=wp, lead=lead, boxes=boxes,
+                       box_lines=lines, box_step=step)
+
     def header(self) -> str:
         """spec.cuh."""
         lines = (f"constexpr int {f.name.upper()} = {getattr(self, f.name)};" for f in fields(self))
@@ -135,7 +166,7 @@ class Spec:
         plain = dict.fromkeys((*VECTORS, "out_type", "packed", "residual", "threshold", "clamp_min",
                                "clamp_max"), 0)
         return replace(self, chunk=16 if self.chunk == 16 else 4, nhwc=1, image=0, wp=1, lead=0,
-                       hp=1, line_chunk=4, **plain)
+                       hp=1, line_chunk=4, boxes=0, box_lines=0, box_step=0, **plain)
 
 
 class Params(ctypes.Structure):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import pytest
 import torch
 
-from bitkernels.backends.cuda import compiler, kernels
+from bitkernels.backends.cuda import compiler, kernels, maps
 from bitkernels.backends.cuda.driver import Driver, DriverError
 from bitkernels.backends.cuda.spec import Params, linear_spec
 from bitkernels_tests import cuda_emulator
@@ -54,17 +55,64 @@ def test_a_launch_arrives_as_it_was_meant(driver):
     driver.bind(0)
     function = driver.build(KERNEL, SPEC, "sm_90a")
     words = torch.zeros(300, 4, dtype=torch.int32)
-    map = driver.tensor_map(words, 300, 16, 128)
-    assert list(map.opaque[:5]) == [words.data_ptr(), 16, 300, 16, 128]
-    assert driver.tensor_map(words, 300, 16, 128) is map
-    for other in ((words[1:], 300, 16, 128), (words, 299, 16, 128), (words, 300, 16, 64)):
-        tensor, rows, width, box = other
-        assert list(driver.tensor_map(*other).opaque[:5]) == [tensor.data_ptr(), width, rows, width,
-                                                              box]
     with driver.watching(words):
         launch(driver, function, words)
     assert driver.seen() == [KERNEL.shared, 77, KERNEL.threads, KERNEL.shared, 0x7FFF12345678,
                              words.data_ptr()]
+
+
+class Encoded(ctypes.Structure):
+    """What the stub puts into a map (emulator/tensor_map.h)."""
+
+    _fields_ = [("base", ctypes.c_uint64), ("size", ctypes.c_uint64 * 5),
+                ("stride", ctypes.c_uint64 * 4), ("box", ctypes.c_uint16 * 5),
+                ("element", ctypes.c_uint8), ("rank", ctypes.c_uint8),
+                ("swizzled", ctypes.c_uint8)]
+
+
+def encoded(driver, address: int, geometry: maps.Geometry) -> tuple:
+    found = Encoded.from_buffer_copy(driver.tensor_map(address, geometry))
+    rank = found.rank
+    return found.base, maps.Geometry(
+        found.element, tuple(found.size[:rank]), tuple(found.stride[:rank - 1]),
+        tuple(found.box[:rank]), bool(found.swizzled))
+
+
+BATCHED = maps.Geometry(8, (28, 14, 3), (224, 3136), (30, 4, 1))
+FIVE = maps.Geometry(1, (16, 14, 14, 2, 3), (32, 448, 16, 6272), (16, 15, 8, 2, 1))
+
+
+@pytest.mark.parametrize("geometry", (
+    maps.matrix(300, 16, 128), BATCHED, FIVE, maps.Geometry(4, (36, 2), (144,), (4, 2)),
+    maps.Geometry(1, (288, 2, 4, 4, 5), (288, 2304, 576, 9216), (128, 2, 4, 4, 4), True)), ids=str)
+def test_maps_arrive_as_they_were_meant(driver, geometry):
+    """And are kept by address and geometry."""
+    words = torch.zeros(5000, dtype=torch.int32)
+    assert geometry.legal and encoded(driver, words.data_ptr(), geometry) == (
+        words.data_ptr(), geometry)
+    first = driver.tensor_map(words.data_ptr(), geometry)
+    assert driver.tensor_map(words.data_ptr(), geometry) is first
+    for other in (words.data_ptr() + 16, geometry), (words.data_ptr(), geometry._replace(
+            sizes=(*geometry.sizes[:-1], geometry.sizes[-1] + 1))):
+        assert encoded(driver, *other) == other and driver.tensor_map(*other) is not first
+
+
+@pytest.mark.parametrize("geometry", (
+    BATCHED._replace(strides=(224, 3144)), BATCHED._replace(strides=(224, 2**40)),
+    BATCHED._replace(box=(258, 4, 1)), BATCHED._replace(box=(29, 4, 1)),
+    BATCHED._replace(box=(30, 0, 1)), BATCHED._replace(sizes=(28, 0, 3)),
+    BATCHED._replace(sizes=(28, 14, 2**32 + 1))), ids=str)
+def test_maps_that_are_not_legal_are_refused(driver, geometry):
+    assert not geometry.legal
+    with pytest.raises(DriverError, match="cuTensorMapEncodeTiled of .*: invalid argument"):
+        driver.tensor_map(4096, geometry)
+
+
+def test_maps_at_addresses_that_are_not_aligned_are_refused(driver):
+    with pytest.raises(DriverError, match="at 0x1008: invalid argument"):
+        driver.tensor_map(4096 + 8, BATCHED)
+    with pytest.raises(DriverError, match="invalid argument"):  # a swizzle is of 128 bytes
+        driver.tensor_map(4096, BATCHED._replace(swizzled=True))
 
 
 def test_an_early_launch_is_the_same_launch(driver):
@@ -143,8 +191,9 @@ def test_code_that_does_not_load_is_compiled_once_more(driver, monkeypatch):
 def test_an_error_says_which_call_and_why(driver):
     with pytest.raises(DriverError, match=r"cuDeviceGet: invalid argument \(1\)"):
         driver.bind(3)
-    with pytest.raises(DriverError, match="cuTensorMapEncodeTiled: invalid argument"):
-        driver.tensor_map(torch.zeros(300, 3, dtype=torch.int32), 300, 12, 128)
+    with pytest.raises(DriverError, match="cuTensorMapEncodeTiled of .*12.*: invalid argument"):
+        driver.tensor_map(torch.zeros(300, 3, dtype=torch.int32).data_ptr(),
+                          maps.matrix(300, 12, 128))
 
 
 def test_a_machine_without_the_driver():

@@ -20,7 +20,9 @@ if not cuda_emulator.available():
     pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
 SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "resident_64x64", "resident_128x64"))
-LARGE = [k for k in kernels.ALL.values() if k not in (*SMALL, kernels.PREPARE)]
+# Resident kernels with bulk copies: test_resident_bulk.py.
+LARGE = [k for k in kernels.ALL.values()
+         if k not in (*SMALL, kernels.PREPARE) and not (k.resident and k.bulk)]
 INT32 = dict(dtype=torch.int32)
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitkernels import reference
-from bitkernels.backends.cuda import kernels, launch
+from bitkernels.backends.cuda import kernels
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.backends.cuda.test_emulated import INT32, bounds_of
 from bitkernels_tests.cases import ConvCase, dyadic, words_of
+from bitkernels_tests.kernel_mutations import Run, survivors
 
 if not cuda_emulator.available():
     pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
-# What is wrong; the file; the right text; the same with the mistake where MUTANT is its number.
+# As a `Mutation` each.
 MUTATIONS = (
     ("a copy that nothing waits for", "mma_gemm.cuh", "copy_async_wait<STAGES - 2>();",
      "if (MUTANT == 1) copy_async_wait<STAGES - 1>(); else copy_async_wait<STAGES - 2>();"),
@@ -38,14 +38,14 @@ MUTATIONS = (
      "warp_m * WM + 16 * f + 8 * (MUTANT == 9 ? 1 - h : h) + lane / 4;"),
     ("pixels that are read before all are there", "resident.cuh", "sync_some(1 + group(), 128);",
      "if (MUTANT != 10) sync_some(1 + group(), 128);"),
-    ("pixels that nothing waits for", "resident.cuh", "before.\n      copy_async_wait<0>();",
-     "before.\n      if (MUTANT != 11) copy_async_wait<0>();"),
+    ("pixels that nothing waits for", "resident.cuh", "if (!BOXES) copy_async_wait<0>();\n      if",
+     "if (!BOXES && MUTANT != 11) copy_async_wait<0>();\n      if"),
     ("fragments replaced while products still read them", "resident.cuh", "wgmma_wait<1>();",
      "if (MUTANT == 12) wgmma_wait<2>(); else wgmma_wait<1>();"),
     ("no fence after the filters are stored", "resident.cuh", "fence_async();",
      "if (MUTANT != 13) fence_async();"),
-    ("filters multiplied before all are stored", "resident.cuh", "fence_async();\n    sync",
-     "fence_async();\n    if (MUTANT != 14) sync"),
+    ("filters multiplied before all are stored", "resident.cuh", "(filled(), 0);\n    sync",
+     "(filled(), 0);\n    if (MUTANT != 14) sync"),
     ("words in the order of memory", "layout.cuh",
      "unit() == 8 ? within / 2", "unit() == (MUTANT == 15 ? 7 : 8) ? within / 2"),
     ("filters in the order of memory", "layout.cuh", "return row / 32 * 32 +",
@@ -56,10 +56,10 @@ MUTATIONS = (
      "lane());\n    if (MUTANT != 18) sync_threads();"),
     ("no zeros around the lines", "pixels.cuh", "after / right * WP + LEAD + W",
      "after / right * WP + LEAD + (MUTANT == 19 ? W + 1 : W)"),
-    ("upper bounds that do not flip", "filters.cuh", "ballot(found.flip)",
-     "ballot(found.flip && MUTANT != 20)"),
-    ("both bounds taken for one", "filters.cuh", "ballot(found.between)",
-     "ballot(found.between && MUTANT != 21)"),
+    ("upper bounds that do not flip", "filters.cuh", "ballot(flip)",
+     "ballot(flip && MUTANT != 20)"),
+    ("both bounds taken for one", "filters.cuh", "ballot(both)",
+     "ballot(both && MUTANT != 21)"),
     ("lines of the image before", "pixels.cuh", "begin + i + (HP - PT)",
      "begin + i + (HP - PT) - (MUTANT == 22)"),
     ("totals read before all are there", "resident.cuh", "n0) {\n    sync_threads();",
@@ -125,21 +125,14 @@ SIZES = {"mma_64x32": (300, 130, 6144),
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
-    chosen = [kernels.ALL[name] for name in SIZES]
-    texts = dict(cuda_emulator.compiler.sources())
-    for _, file, right, wrong in MUTATIONS:
-        assert right in texts[file]
-        texts[file] = texts[file].replace(right, wrong)
-    library = cuda_emulator.build(texts, chosen)
-    calls = []
-    for kernel in chosen:
+    runs = []
+    for kernel in (kernels.ALL[name] for name in SIZES):
         rows, columns, channels = SIZES[kernel.name]
         args = words_of(rows, channels), words_of(columns, channels), channels
-        calls.append((kernel, "packed_linear", args, INT32))
+        runs.append(Run(kernel, "packed_linear", args, INT32))
         if kernel.bulk:
             kw = dict(threshold=bounds_of(columns, channels), real=False, packed=True)
-            calls.append((kernel, "packed_linear", args, kw))
+            runs.append(Run(kernel, "packed_linear", args, kw))
     case = ConvCase(channels=64, out_channels=70, size=(9, 7), batch=7)
     args = *case.words(), 64, *case.args
     threshold = bounds_of(198, 576)[:, 128:].contiguous()  # every kind, in one tile
@@ -147,36 +140,11 @@ def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
     kw = dict(threshold=threshold, real=False, packed=True)
     moments = dict(pad_value=0, out_channels=None, relu=True, dtype=torch.int16)
     for name in ("resident_64x64", "resident_128x64"):
-        calls += [(kernels.ALL[name], "packed_conv2d", args, kw),
-                  (kernels.ALL[name], "packed_conv2d_moments", args, moments)]
+        runs += [Run(kernels.ALL[name], "packed_conv2d", args, kw),
+                 Run(kernels.ALL[name], "packed_conv2d_moments", args, moments)]
     case = ConvCase(channels=64, out_channels=72, size=(9, 7), batch=7)  # 8 channels at once
     kw = dict(dtype=torch.float16, packed=True, scale=dyadic(72), slope=dyadic(72),
               residual=dyadic(*case.output_shape, dtype=torch.float16))
-    calls.append((kernels.ALL["resident_128x64"], "packed_conv2d",
-                  (*case.words(), 64, *case.args), kw))
-    wanted = {id(call): getattr(reference, call[1])(*call[2], **call[3]) for call in calls}
-
-    def right(seed, call) -> bool:
-        kernel, op, args, kw = call
-        launch.clear()
-        monkeypatch.setattr(launch, "_driver", cuda_emulator.EmulatedDriver(seed, library))
-        try:
-            got = getattr(launch, op)(kernel, *args, **kw)
-        except RuntimeError:  # a deadlock, or what the emulator refuses
-            return False
-        return all(torch.equal(g, w) for g, w in zip(got, wanted[id(call)], strict=True)
-                   if w is not None)
-
-    survived = []
-    for number, (name, file, *_) in enumerate(MUTATIONS, 1):
-        library.set_mutant(number)
-        nearest = {"gemm_epilogue.cuh": "bulk_gemm.cuh", "pixels.cuh": "resident.cuh",
-                   "filters.cuh": "resident.cuh", "outputs.cuh": "resident.cuh",
-                   "signs.cuh": "resident.cuh"}.get(file, file)
-        calls.sort(key=lambda call, nearest=nearest: call[0].header != nearest)
-        if all(right(seed, call) for call in calls for seed in range(2)):
-            survived.append(name)
-    library.set_mutant(0)
-    assert not survived
-    assert all(right(0, call) for call in calls)
-    launch.clear()
+    runs.append(Run(kernels.ALL["resident_128x64"], "packed_conv2d",
+                    (*case.words(), 64, *case.args), kw))
+    assert not survivors(MUTATIONS, runs, monkeypatch)

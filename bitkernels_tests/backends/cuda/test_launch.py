@@ -18,7 +18,8 @@ if not cuda_emulator.available():
     pytest.skip(f"no C compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
 CPU = torch.device("cpu")
-KERNELS = [kernels.ALL[name] for name in ("mma_64x32", "resident_64x64", "bulk_128x128")]
+KERNELS = [kernels.ALL[name] for name in ("mma_64x32", "resident_64x64", "bulk_128x128",
+                                           "resident_64x64_bulk")]
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def launches(kernel) -> int:
 
 
 CALLS = [(op, kernel) for op, kernel in itertools.product((linear, conv), KERNELS)
-         if not (op is conv and kernel.bulk)]
+         if not kernel.bulk or kernel.resident == (op is conv)]
 
 
 @pytest.mark.parametrize("op,kernel", CALLS, ids=lambda x: getattr(x, "__name__", None) or x.name)
@@ -87,7 +88,7 @@ def test_a_kernel_is_loaded_once_for_each_device(driver, monkeypatch):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 def test_only_kernels_that_wait_for_prepare_start_early(kernel, driver):
-    linear(driver, kernel)
+    (conv if kernel.resident else linear)(driver, kernel)
     assert driver.early == (kernel.bulk or kernel.resident)
 
 
