@@ -26,6 +26,7 @@ OFFSETS = ("backends/triton/test_interpret_offsets.py::test_offsets_beyond_32_bi
 ELEMENTWISE = ("backends/triton/test_elementwise.py",)
 LAUNCH = ("backends/cuda/test_launch.py",)
 EMULATED = "backends/cuda/test_emulated.py"
+BULK = "backends/cuda/test_resident_bulk.py"
 BLOCK = "nn/test_residual_block.py"
 
 MUTANTS = (
@@ -127,6 +128,15 @@ MUTANTS = (
     Mutant("unaligned-vectors", f"{CUDA}/launch.py",
            "return t if t.data_ptr() % 8 == 0 else t.clone()", "return t",
            (f"{EMULATED}::test_views_are_taken_as_they_lie",)),
+    Mutant("one-map-for-all-addresses", f"{CUDA}/driver.py", "key = address, geometry",
+           "key = 0, geometry", ("backends/cuda/test_driver.py",)),
+    Mutant("maps-of-the-recorded-call", f"{CUDA}/launch.py", "*_encoded(run, new, maps)",
+           "*_encoded(run, params, maps)", (BULK,)),
+    Mutant("bulk-copies-of-unaligned-words", f"{CUDA}/launch.py",
+           "aligned = words.data_ptr() % 16 == 0 or not words.is_contiguous()", "aligned = True",
+           (f"{BULK}::test_what_is_not_taken",)),
+    Mutant("a-box-of-a-line-too-few", f"{CUDA}/spec.py", "(self.ow - math.gcd(rows, self.ow) + rows",
+           "(rows", (f"{BULK}::test_boxes_are_no_larger_than_needed",)),
     Mutant("compiled-while-captured", f"{CUDA}/launch.py", "if capturing(device):", "if False:",
            ("backends/cuda/test_dispatch.py::test_a_shape_that_is_new_inside_a_capture_is_an_error",)),
     Mutant("captured-and-unloaded", f"{CUDA}/launch.py", "lambda k: k.captured", "lambda k: False",
