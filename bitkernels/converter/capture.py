@@ -59,7 +59,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     try:
         model = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:
-        raise ValueError(f"convert: {name} cannot be copied (copy.deepcopy: {error})") from error
+        raise ValueError(
+            f"convert: {name} cannot be copied (copy.deepcopy: {error}); where a weight is made of "
+            "others, as in pruning, call the model once under torch.no_grad() before") from error
     if dynamic_shapes is None:
         example_inputs, dynamic_shapes = _batches(example_inputs)
     with neutral():
@@ -68,9 +70,13 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = " ".join(lines[:2]) or "no reason"
-            hint = ("; where the first size of an input is always the same, say so by "
-                    "dynamic_shapes, as of torch.export" if varies and "specialized" in reason
-                    else "")
+            hint = ""
+            if varies and "specialized" in reason:
+                hint = ("; where the first size of an input is always the same, say so by "
+                        "dynamic_shapes, as of torch.export")
+            elif "fake tensor" in reason:
+                hint = ("; the model may keep what it computes in its attributes or write to .data "
+                        "of its weights or input")
             raise ValueError(f"convert: {name} cannot be exported for these example_inputs "
                              f"(torch.export: {type(error).__name__}: {reason}){hint}") from error
         if any(_writes(node) for node in program.graph.nodes):

@@ -36,11 +36,13 @@ _MADE_OF_NOTHING = ("aten.arange", "aten.empty", "aten.eye", "aten.full", "aten.
 _TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 
-def metadata_of(network: Converted) -> dict[str, str]:
+def metadata_of(network: Converted, trees: bool = True) -> dict[str, str]:
     """The strings of a file of `save_converted` that say what to compute. ValueError for calls
-    that a file cannot hold."""
-    return {"format": FORMAT, "format_version": str(VERSION),
-            "graph": json.dumps(describe(network))}
+    that a file cannot hold. Without `trees` for the engine, which takes and gives lists."""
+    described = describe(network)
+    if trees:
+        described |= {"in_spec": _dumped(network.in_spec), "out_spec": _dumped(network.out_spec)}
+    return {"format": FORMAT, "format_version": str(VERSION), "graph": json.dumps(described)}
 
 
 def describe(network: Converted) -> dict[str, Any]:
@@ -59,8 +61,7 @@ def describe(network: Converted) -> dict[str, Any]:
                 key: _plain(value) for key, value in node.kwargs.items()}])
         else:
             output = _plain(node.args[0])
-    return {"inputs": inputs, "nodes": nodes, "output": output,
-            "in_spec": _dumped(network.in_spec), "out_spec": _dumped(network.out_spec)}
+    return {"inputs": inputs, "nodes": nodes, "output": output}
 
 
 def _target_name(node: fx.Node) -> str:
@@ -173,9 +174,13 @@ def tree_of(text: str) -> TreeSpec:
 
 
 def _dumped(spec: TreeSpec) -> str:
-    text = treespec_dumps(spec)
     try:
+        text = treespec_dumps(spec)
         tree_of(text)
+    except NotImplementedError:  # torch knows no name for a type
+        raise ValueError("save_converted: a file cannot hold named tuples or other types, as the "
+                         "model takes or gives them; tuples, lists and dictionaries it can"
+                         ) from None
     except ValueError as error:
         raise ValueError(f"save_converted: a file cannot hold {error}, as the model takes or gives "
                          "it; tuples, lists and dictionaries it can") from None

@@ -236,7 +236,7 @@ class Engines:
             if type(tensor) not in _PLAIN or tensor.is_inference() or tensor.is_shared():
                 return f"{name} may be written to unseen"
         try:
-            return Engine(metadata_of(network), tensors)
+            return Engine(metadata_of(network, trees=False), tensors)
         except (Refused, ValueError) as error:
             return str(error).removeprefix("save_converted: ")
 

@@ -37,10 +37,11 @@ def in_int8(net: Net, inputs: Sequence[Any], reasons: dict[fx.Node, str]) -> Non
         else:
             kind = str(node.meta["val"].dtype).removeprefix("torch.")
             reasons[node] = f"{reasons.get(node, 'a real layer')}, in {kind}: {why}"
-    largest = _Calibration(net, layers).run_on(inputs)
-    for node in layers:
+    reads = [(node, arguments(node)["input"]) for node in layers]  # layers that are replaced below
+    largest = _Calibration(net, {source for _, source in reads}).run_on(inputs)
+    for node, source in reads:
         given = arguments(node)
-        name, most = net.origin(given["weight"]), largest[given["input"]]
+        name, most = net.origin(given["weight"]), largest[source]
         if not _LEAST <= most < math.inf:
             raise ValueError(
                 f'convert: real="int8" takes its steps from example_inputs, in which the input of '
@@ -96,10 +97,10 @@ def _replace(net: Net, node: fx.Node, given: dict[str, Any], name: str, most: fl
 class _Calibration(fx.Interpreter):
     """The largest magnitude of what each layer reads."""
 
-    def __init__(self, net: Net, layers: Sequence[fx.Node]) -> None:
+    def __init__(self, net: Net, inputs: set[fx.Node]) -> None:
         super().__init__(net.module)
         self.largest: dict[fx.Node, float] = {}
-        self.inputs = {arguments(node)["input"] for node in layers}
+        self.inputs = inputs
 
     def run_on(self, inputs: Sequence[Any]) -> dict[fx.Node, float]:
         with torch.no_grad():

@@ -188,6 +188,14 @@ def test_the_file_that_was_there(network, file):
     assert pipe.is_fifo() and len(list(file.parent.iterdir())) == 2
 
 
+Pair = collections.namedtuple("Pair", "a b")
+
+
+class Paired(nn.Module):
+    def forward(self, x):
+        return Pair(x + 1, x + 2)
+
+
 def test_bad_input(network, tmp_path):
     class Counted(nn.Module):
         def forward(self, x):
@@ -195,6 +203,12 @@ def test_bad_input(network, tmp_path):
 
     with pytest.raises(ValueError, match="cannot hold a tree of collections.defaultdict"):
         save_converted(convert(Counted(), torch.randn(2, 3)), tmp_path / "n")
+    network_of_pairs = convert(Paired(), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="cannot hold named tuples or other types"):
+        save_converted(network_of_pairs, tmp_path / "n")
+    pair = network_of_pairs(torch.zeros(3, 3))
+    assert isinstance(pair, Pair) and torch.equal(pair.b, torch.full((3, 3), 2.0))
+    assert "tuple" not in str(network_of_pairs.engine(torch.zeros(3, 3)))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="must be what bitkernels.convert"):
         save_converted(nn.Linear(2, 2), tmp_path / "n")

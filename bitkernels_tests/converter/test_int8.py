@@ -86,6 +86,18 @@ def test_quicknet_says_what_became_of_each_layer():
     assert real and all(c.macs for c in real)
 
 
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(32, 32), lambda: nn.Conv2d(32, 32, 1)])
+def test_layers_that_read_each_other(layer):
+    """As a projection and the next expansion of MobileNetV2."""
+    x = torch.randn(16, 32, *[4, 4][:layer().weight.dim() - 2])
+    model = nn.Sequential(layer(), layer(), layer()).eval()
+    network = convert(model, x, real="int8")
+    assert all("in int8" in why for _, why in network.report.real)
+    with torch.no_grad():
+        expected, got = model(x), network(x)
+    assert (got - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 def test_others_stay():
     class Attention(nn.Module):
         def __init__(self):

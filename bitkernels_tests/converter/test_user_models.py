@@ -180,16 +180,22 @@ def _normed():
     return model
 
 
+def _data(model, x):
+    model.w.weight.data = model.w.weight.data.sign()
+    return model.w(x)
+
+
 REFUSED = {
     "a buffer that changes": (lambda: image(_count, k=nn.Buffer(torch.zeros(()))),
                               "must not change its buffers in evaluation, changes k"),
     "an input that changes": (lambda: Written(lambda s, x: x.add_(1)),
                               "must not change its inputs in evaluation, changes x"),
     "strides": (lambda: image(lambda s, x: x.as_strided((4, 2), (1, 2))), "calls as_strided"),
-    "no copy": (_normed, "cannot be copied"),
+    "no copy": (_normed, r"cannot be copied .* call the model once under torch.no_grad\(\)"),
     "a script": (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), "must be the torch.nn.Module that"),
     "a fixed batch": (lambda: Written(lambda s, x: x.reshape(4, -1) * x.new_ones(4, 1)),
                       "where the first size of an input is always the same, say so by dynamic_sh"),
+    "weights that are written": (lambda: Written(_data, w=nn.Linear(8, 3)), "write to .data of"),
     "a part that is converted": (
         lambda: nn.Sequential(convert(conv(3, 3), X), nn.ReLU()), "convert: 0 is converted alread"),
 }
