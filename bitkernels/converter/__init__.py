@@ -4,6 +4,7 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
 2011.09398): between binary layers nothing is real that need not be. One pass a file:
 
   capture   the model as a graph of operators, by torch.export
+  spellings other spellings of one computation become one
   recognise products of signs in code that computes on real numbers
   lower     binary operators to products of packed bits; weights to words
   epilogue  batch norm, clamp, residual, activation into the product before them

@@ -11,22 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bitkernels.converter.net import (
-    Net,
-    arguments,
-    aten,
-    dtype,
-    fold_constants,
-    is_call,
-    shape,
-)
-from bitkernels.ops.geometry import same_padding
+from bitkernels.converter.net import Net, aten, fold_constants, shape
+from bitkernels.converter.spellings import respell
 
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
              aten.feature_alpha_dropout.default)
-
-_BROADCAST = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
 @contextlib.contextmanager
@@ -106,8 +96,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
             net.replace(node, node.args[0])  # type: ignore[arg-type]
     for node in net.calls(aten._assert_tensor_metadata.default, aten._assert_scalar.default):
         net.graph.erase_node(node)
-    _drop_expansions(net)
-    _number_paddings(net)
+    respell(net)
     net.graph.eliminate_dead_code()
     for name, _ in (*net.module.named_parameters(), *net.module.named_buffers()):
         net.names[name] = name
@@ -125,33 +114,6 @@ def _check_writes(name: str, signature: Any) -> None:
         if changed:
             raise ValueError(f"convert: {name} must not change its {what}s in evaluation, changes "
                              + ", ".join(changed.values()))
-
-
-def _drop_expansions(net: Net) -> None:
-    """x + bias.expand_as(x) is x + bias, also in other arithmetic that broadcasts."""
-    for node in net.calls(aten.expand.default, aten.expand_as.default):
-        source: Any = node.args[0]
-        for user in list(node.users):
-            if not is_call(user, *_BROADCAST):
-                continue
-            first, second = user.args[:2]
-            other = second if first is node else first
-            if (isinstance(other, fx.Node) and other is not node
-                    and isinstance(other.meta.get("val"), Tensor) and shape(other) == shape(node)
-                    and dtype(other) == dtype(node)):
-                user.replace_input_with(node, source)
-
-
-def _number_paddings(net: Net) -> None:
-    """Padding by name becomes one in numbers, where it is the same on both sides."""
-    for node in net.calls(aten.conv2d.padding):
-        given = arguments(node)
-        top, bottom, left, right = same_padding(
-            "convert", given["padding"], given["weight"].meta["val"].shape[2:], given["stride"],
-            given["dilation"])
-        if top == bottom and left == right:
-            given["padding"] = [top, left]
-            node.target, node.args, node.kwargs = aten.conv2d.default, tuple(given.values()), {}
 
 
 def _batches(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:

@@ -123,6 +123,10 @@ def _mul(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
     return user if factor is not None and _affine(net, product, factor, None) else None
 
 
+def _neg(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
+    return user if _affine(net, product, _all(product, -1.0), None) else None
+
+
 def _div(net: Net, product: fx.Node, user: fx.Node) -> fx.Node | None:
     if user.args[0] is not product:
         return None
@@ -233,6 +237,7 @@ def _other(user: fx.Node, product: fx.Node) -> Any:
 _RULES: dict[Any, Any] = {
     aten.batch_norm.default: _batch_norm,
     aten.mul.Tensor: _mul, aten.mul.Scalar: _mul,
+    aten.neg.default: _neg,
     aten.div.Tensor: _div, aten.div.Scalar: _div,
     aten.add.Tensor: _add, aten.sub.Tensor: _add, aten.add.Scalar: _add, aten.sub.Scalar: _add,
     aten.relu.default: _relu, aten.relu6.default: _relu6,

@@ -99,7 +99,7 @@ ADDED = {
     "in front": (lambda x, v: v.view(-1, 1, 1) + x, True),
     "a factor": (lambda x, v: torch.add(x, v.view(-1, 1, 1), alpha=2), False),
     "of the columns": (lambda x, v: x + v[:6], False),
-    "from a number": (lambda x, v: 0.25 - x, False),
+    "from a number": (lambda x, v: 0.25 - x, True),
     "of another type": (lambda x, v: x + v.double().view(-1, 1, 1), False)}
 
 
