@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bitkernels.nn as bnn
-from bitkernels import models
+from bitkernels import PackedTensor, models
 from bitkernels.converter import compare, convert
 from bitkernels.models.registry import entry, takes_image_size
 from bitkernels_tests.converter.networks import conv, norm, shuffled
@@ -105,6 +105,21 @@ def test_one_weight_in_several_products_and_transposed_ones():
     name = next(n for n in converted.graph_module.state_dict() if "threshold" in n)
     converted.graph_module.get_buffer(name).add_(9)
     assert compare(model, converted, x).far
+
+
+def test_words_that_the_model_makes_are_not_compared():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = bnn.pack(conv(32, 8))
+
+        def forward(self, x):
+            return self.conv(PackedTensor.from_real(x).max_pool2d(2))
+
+    model, x = Pooled().eval(), torch.randn(2, 32, 8, 8)
+    found = compare(model, convert(model, x), x)
+    assert found.uncompared == ("conv.weight_words",) and not found.products
+    assert found.largest == found.given_signs == 0
 
 
 def test_a_model_in_training_is_compared_in_evaluation(pair):
