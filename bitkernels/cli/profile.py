@@ -51,6 +51,8 @@ def main(options: argparse.Namespace) -> int:
                 raise ValueError("--size is for published networks; a file has its own")
             network = load_converted(options.model, device)
             inputs = [_example(known, options.batch, device) for known in network.inputs]
+        elif os.path.splitext(options.model)[1] or os.path.dirname(options.model):
+            raise ValueError(f"there is no file {options.model}")
         else:
             published = entry(options.model)
             side = options.size or published.image_size

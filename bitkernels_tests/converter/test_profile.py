@@ -73,6 +73,7 @@ def test_the_chart(network, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (["nothing"], "no model is called 'nothing'"), (["quicknet", "--batch", "0"], "--batch"),
+    (["no.safetensors"], "there is no file no.safetensors"),
     (["FILE", "--size", "32"], "a file has its own"),
     (["FILE", "--device", "none"], "--device none: "),
     (["quicknet", "--device", "none"], "--device none: ")])
