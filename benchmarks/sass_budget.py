@@ -79,6 +79,7 @@ BUDGETS: tuple[tuple[str, Budget], ...] = tuple(
                                     ("256@14", 195, 430), ("512@7", 265, 500))
     for output, an_output in (("block", 19), ("fp16", 7), ("moments", 8.5))
 ) + (
+    ("resident_128x64_bulk", Budget(0)),
     ("bulk_128x128 .* packed", Budget(4.4)), ("bulk_128x128 .* fp16", Budget(7.5)),
     ("bulk.* packed", Budget(4)), ("bulk.* fp16", Budget(6.8)),
     ("mma.* signs", Budget(22)), ("mma.* block", Budget(38)), ("mma.* packed", Budget(11)),

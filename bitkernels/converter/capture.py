@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,16 +18,18 @@ from bitkernels.converter.spellings import respell
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
              aten.feature_alpha_dropout.default)
+_one_at_a_time = threading.RLock()  # torch.export and its tensors share state of the process
 
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """No gradients, no autocast and no inference mode, whatever the caller is in.
+    """No gradients, no autocast and no inference mode, whatever the caller is in; one thread.
 
     A graph has the types of the model, not those of an autocast around the call, and tensors of
     inference mode have no version by which the engine sees that they were written to.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for device in ("cpu", "cuda"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
 import pytest
@@ -250,6 +251,14 @@ def test_a_network_does_not_depend_on_where_convert_is_called(how, real):
         converted = convert(model, x, real=real)
     assert torch.equal(converted(x), wanted(x)) and products(converted) == products(wanted)
     assert not any(t.is_inference() for t in converted.buffers())
+
+
+def test_threads_may_convert_at_once():
+    model, x = shuffled(nn.Sequential(*stem(), conv(32, 8))), torch.randn(2, 3, 8, 8)
+    wanted = convert(model, x)(x)
+    with ThreadPoolExecutor(3) as pool:
+        for made in pool.map(lambda _: convert(model, x), range(3)):
+            assert torch.equal(made(x), wanted)
 
 
 def test_the_model_is_not_changed():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitkernels.backends.cuda import kernels
+from bitkernels.backends.cuda import kernels, launch
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.backends.cuda.test_emulated import INT32, bounds_of
 from bitkernels_tests.cases import ConvCase, dyadic, words_of
@@ -125,6 +125,7 @@ SIZES = {"mma_64x32": (300, 130, 6144),
 
 
 def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
     runs = []
     for kernel in (kernels.ALL[name] for name in SIZES):
         rows, columns, channels = SIZES[kernel.name]
