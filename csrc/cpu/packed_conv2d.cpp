@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
 constexpr int64_t kFewPixels = 8;      // that do not repay arranging filters
 constexpr int64_t kSums = 4096;        // between products and epilogue, 16 KiB
-constexpr int64_t kFetched = 1 << 14;  // words of filters, at most, that are fetched ahead
 constexpr double kMinProducts = 1e7;   // per task, 4 us of one core with AVX-512
 constexpr int64_t kOutput = 200;       // products that cost as much as an output's epilogue
 
@@ -49,9 +48,28 @@ struct Channels {
   const uint32_t* filters;
 };
 
+// Filters of the channels after these, asked for while these are computed, a few lines a register
+// tile, since more would wait for each other: in a network constants come from beyond the
+// second-level cache.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  int64_t each = 0;  // bytes a tile
+
+  void filters(const uint32_t* from, int64_t words, int64_t tiles) {
+    at = reinterpret_cast<const char*>(from);
+    end = at + 4 * words;
+    each = ceil_div(4 * words, tiles);
+  }
+  void a_few() {
+    for (const char* stop = std::min(end, at + each); at < stop; at += 64)
+      __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx).
 void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys, const Segment& xs,
-               int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t count, int64_t* moments) {
+               int64_t y, int64_t x, int64_t dy, int64_t dx, int64_t count, int64_t* moments,
+               Ahead& ahead) {
   const Conv& conv = plan.conv;
   const View& in = plan.in;
   const int64_t ky = ys.tap_end - ys.tap_begin, kx = xs.tap_end - xs.tap_begin;
@@ -105,6 +123,7 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
     for (; parts > 0 && (pass + kMaxPixels) * tile.acc_pixel <= kSums; --parts) {
       const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
       dot.acc = acc + pass * tile.acc_pixel;
+      ahead.a_few();
       dots[pixels - 1](dot);
       dot.a += pixels * dot.a_pixel;
       pass += pixels;
@@ -137,17 +156,6 @@ struct ArrangedFilters {
   std::vector<uint32_t>& lanes;     // of the thread, so that later calls allocate nothing
 };
 
-// Asks for the filters of the part after this one while this one's many pixels are computed: in a
-// network they come from beyond the second-level cache, and each tile of them is met but once.
-void fetch_next(const Plan& plan, const uint32_t* filters, int64_t first, const Box& box) {
-  const int64_t left = plan.conv.out_channels - first - plan.width;
-  if (left <= 0 || plan.depthwise || (box.y1 - box.y0) * (box.x1 - box.x0) <= kFewPixels) return;
-  const int64_t tiles = ceil_div(std::min(left, plan.width), kTile);
-  const uint32_t* next = filters + plan.width / kTile * plan.tile_size;
-  const int64_t words = std::min(tiles * plan.tile_size, kFetched);
-  for (int64_t i = 0; i < words; i += 16) __builtin_prefetch(next + i, 0, 2);
-}
-
 void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& box,
              ArrangedFilters& arranged) {
   const int64_t first = part * plan.width;
@@ -155,7 +163,18 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& bo
   const uint32_t* filters =
       plan.conv.tiles + (g * plan.tiles_per_group + first / kTile) * plan.tile_size;
   if (plan.depthwise) filters = plan.conv.tiles + first / kChunk * plan.tile_size;
-  fetch_next(plan, filters, first, box);
+  const int64_t pixels = (box.y1 - box.y0) * (box.x1 - box.x0);
+  const int64_t next = std::min(plan.conv.out_channels - first - channels, plan.width);
+  Ahead ahead;
+  if (next > 0 && pixels > kFewPixels && !plan.depthwise) {
+    ahead.filters(filters + plan.width / kTile * plan.tile_size,
+                  ceil_div(next, kTile) * plan.tile_size, pixels / kMaxPixels);
+    // Here and in no function of its own, of which GCC would think that it does nothing.
+    const Epilogue& e = plan.epilogue;
+    const int64_t channel = g * plan.conv.out_channels + first + channels;
+    for (const float* v : {e.scale, e.bias, e.shift_in, e.slope, e.shift_out, e.sign_shift})
+      for (int64_t i = 0; v && i < next; i += 16) __builtin_prefetch(v + channel + i, 0, 2);
+  }
   if (plan.arranged) {
     const int64_t words = plan.tile_size / kTile;
     const auto size = static_cast<size_t>(plan.width / kChunk * words * kArrangedLanes);
@@ -168,9 +187,10 @@ void run_box(const Plan& plan, int64_t n, int64_t g, int64_t part, const Box& bo
   }
   const Channels c = {g, first, static_cast<int>(channels), filters};
   int64_t moments[4 * kChunk] = {};
-  for_runs(plan.rows, plan.columns, box,
-           [&](const Segment& ys, const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx,
-               int64_t count) { run_tiles(plan, n, c, ys, xs, y, x, dy, dx, count, moments); });
+  for_runs(
+      plan.rows, plan.columns, box,
+      [&](const Segment& ys, const Segment& xs, int64_t y, int64_t x, int64_t dy, int64_t dx,
+          int64_t count) { run_tiles(plan, n, c, ys, xs, y, x, dy, dx, count, moments, ahead); });
   if (!plan.epilogue.moments) return;
   const int64_t all = plan.conv.groups * plan.conv.out_channels;
   int64_t* total = plan.epilogue.moments + g * plan.conv.out_channels + first;
