@@ -92,7 +92,7 @@ def predict(m: Measured, rows: int) -> tuple[float, str]:
     tiles = -(-rows // kernel.bm) * -(-case.spec.cout // kernel.bn)
     rounds, rest = divmod(tiles, MULTIPROCESSORS * groups)
     clocks = m.prologue.total * latency(kernel.threads // 128)
-    # The table is made while the first products run.
+    # Older kernels make the table in the first tile, while its products run.
     first = min(groups, -(-tiles // MULTIPROCESSORS)) * tensor(case)
     clocks += max(0.0, m.table.total * latency(kernel.threads // 128) - first)
     full = round_parts(m, groups)

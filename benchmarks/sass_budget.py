@@ -78,8 +78,14 @@ BUDGETS: tuple[tuple[str, Budget], ...] = tuple(
     for layer, before, prologue in (("64@56", 185, 400), ("128@28", 185, 380),
                                     ("256@14", 195, 430), ("512@7", 265, 500))
     for output, an_output in (("block", 19), ("fp16", 7), ("moments", 8.5))
+) + tuple(
+    (f"resident_128x64_bulk {layer} {output}", Budget(an_output, before, waves + more, prologue))
+    for layer, before, waves, prologue in (
+        ("64@56", 205, 408, 370), ("128@28", 205, 544, 315), ("256@14", 275, 832, 350),
+        ("512@7", 375, 1480, 425))
+    for output, an_output, more in (("signs", 3.1, 0), ("fp16", 5.6, 168), ("block", 16.2, 504),
+                                    ("moments", 6.6, 104))
 ) + (
-    ("resident_128x64_bulk", Budget(0)),
     ("bulk_128x128 .* packed", Budget(4.4)), ("bulk_128x128 .* fp16", Budget(7.5)),
     ("bulk.* packed", Budget(4)), ("bulk.* fp16", Budget(6.8)),
     ("mma.* signs", Budget(22)), ("mma.* block", Budget(38)), ("mma.* packed", Budget(11)),

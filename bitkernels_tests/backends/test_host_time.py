@@ -103,3 +103,20 @@ def test_a_call_enters_few_functions(routed):
     for _ in range(4):
         call()
     assert no_gpu.count_calls(call) < 200
+
+
+def test_tensor_maps_add_few_functions(monkeypatch):
+    """184 instead of 174 on 2026-11-27: both maps are found by address and geometry."""
+    words, filters = torch.zeros(1, 8, 8, 4).int(), torch.zeros(64, 3, 3, 4).int()
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    found = []
+    for kernel in ("resident_64x64", "resident_64x64_bulk"):
+        monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", kernel)
+        with no_gpu.routed(True):
+            def call():
+                return torch.ops.bitkernels.packed_conv2d(words, filters, 128, 1, 1)
+
+            for _ in range(4):
+                call()
+            found.append(no_gpu.count_calls(call))
+    assert found[0] < found[1] < found[0] + 20 and found[1] < 200
