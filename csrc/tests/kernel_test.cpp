@@ -140,7 +140,7 @@ Strides strides_of(int64_t layout, int64_t channels, int64_t h, int64_t w) {
 
 // So many rows that a task adds up several steps of them.
 void test_sums_of_many_rows(const Kernel& k) {
-  const int64_t rows = 4113, channels = 1024, n = rows * channels;
+  const int64_t rows = 16500, channels = 256, n = rows * channels;
   parameters = text(k.name, rows, channels);
   Real ones(DType::kF32, n), vector(DType::kF32, channels + 16), out(DType::kF32, n);
   std::fill_n(ones.as<float>(), n, 1.0f);
