@@ -73,11 +73,13 @@ def test_no_way_is_an_error():
         flow.way(flow.loops[0].head, (0,), range(len(flow.blocks)), lambda loop, cost: 1.0)
 
 
-R64, R128 = kernels.ALL["resident_64x64"], kernels.ALL["resident_64x128"]
+R64, R128, TALL = (kernels.ALL[name] for name in (
+    "resident_64x64", "resident_64x128", "resident_128x64"))
 
 
 @pytest.mark.parametrize("kernel,channels,size,output,before,an_output", (
-    (R128, 256, 14, "signs", 235, 4), (R64, 64, 56, "block", 195, 19)))
+    (R128, 256, 14, "signs", 235, 2.8), (R64, 64, 56, "block", 180, 16.5),
+    (TALL, 64, 56, "block", 210, 15.6)))
 def test_convolutions_keep_their_budgets(kernel, channels, size, output, before, an_output):
     case = sass_budget.conv_case(kernel, channels, size, output)
     found = sass_budget.measure(case)
@@ -95,10 +97,21 @@ def test_convolutions_keep_their_budgets(kernel, channels, size, output, before,
     rows = case.rows
     time, half = (kernel_model.predict(found, n)[0] for n in (rows, rows // 2))
     assert time > half > 0
-    tiles = -(-rows // 64) * channels // kernel.bn
+    tiles = -(-rows // kernel.bm) * channels // kernel.bn
     assert time >= kernel_model.moved(case, rows) / kernel_model.COPY
     assert time >= (tiles // kernel_model.MULTIPROCESSORS * kernel_model.tensor(case)
                     / kernel_model.CLOCK)
+
+
+def test_twice_the_rows_read_a_channel_once():
+    """What a block's epilogue takes of shared memory for 64 rows."""
+    short, tall = (sass_budget.measure(sass_budget.conv_case(k, 64, 56, "block"))
+                   for k in (R64, TALL))
+    assert tall.case.outputs == 2 * short.case.outputs
+    assert tall.case.products == 2 * short.case.products
+    assert tall.wavefronts <= 1.4 * short.wavefronts
+    twice = replace(tall, epilogue=tall.epilogue.times(2))
+    assert tall.over == [] and twice.over == ["output", "waves"]
 
 
 def test_every_case_has_a_name_and_a_budget():
