@@ -9,6 +9,10 @@
 // reads its fragments of them from those lines and hands them to wgmma in registers. So a pixel
 // comes from L2 once a tile, not once a tap.
 //
+// With tensor maps (BOXES > 0) filters and lines come by bulk copies, which one lane starts:
+// filters in the layout of wgmma, lines with the zeros around them. A buffer of lines has an
+// mbarrier, whose phase ends when they are there.
+//
 // Below the filters lie 8 rows of ones. Their products are the bits set in each window, which the
 // and-form needs, and come out in every lane's accumulators: N is BN + 16, an eighth more work for
 // BN = 128, instead of counting in the 16 lanes a clock that popcounts have.
