@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bitkernels.converter import Converted
 from bitkernels.counting.layers import WHOLE, Weights, bits_of, layer_bits
 from bitkernels.counting.operators import macs, multiplies_perhaps, of_signs
 from bitkernels.counting.result import Layer, Summary
@@ -59,9 +60,9 @@ def summary(model: nn.Module, input_size: Size, *, depth: int | None = None) -> 
     its weights and at each call with its products. An operator that may multiply weights and is not
     known makes its layer's products None, shown as "?", and is named in `uncounted`.
 
-    Raises TypeError for what is no module or a scripted one, ValueError for a size or a depth that
-    is none and for lazy layers without shapes, RuntimeError where the model does not take such an
-    input or looks at values.
+    Raises TypeError for what is no module, a scripted or a converted one, ValueError for a size or
+    a depth that is none and for lazy layers without shapes, RuntimeError where the model does not
+    take such an input or looks at values.
     """
     check_model("summary", model)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -72,6 +73,11 @@ def summary(model: nn.Module, input_size: Size, *, depth: int | None = None) -> 
     if scripted is not None:
         raise TypeError(f"summary: {scripted or 'the model'} is a ScriptModule, which shows no "
                         "layers; give the module that it was made of")
+    converted = next((n for n, m in model.named_modules() if isinstance(m, Converted)), None)
+    if converted is not None:
+        raise TypeError(f"summary: {converted or 'the model'} is a converted network, a graph "
+                        "without layers; its report says what it is made of, or give the model "
+                        "that was converted")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"summary: {name} has no shape yet; run the lazy model once first")

@@ -37,6 +37,9 @@ _packed_linear = torch.ops.bitkernels.packed_linear.default
 _unpack = torch.ops.bitkernels.unpack.default
 
 _OWN = ("weight_words", "scale", "bias")
+# Sizes and geometry, from which the words and what is derived from them were made.
+_FIXED = frozenset(("in_channels", "out_channels", "in_features", "out_features", "kernel_size",
+                    "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"))
 
 
 def _tiles(words: Tensor, groups: int) -> Tensor | None:
@@ -68,6 +71,12 @@ class _Packed(FxLeaf):
         self.register_buffer("bias", vector(bias, 0.0))
         self.input_quantizer = input_quantizer
         self._image = WeightImage(self._image_of)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and "weight_words" in self.__dict__.get("_buffers", ()):
+            raise AttributeError(f"{type(self).__name__}: {name} is that of the layer that was "
+                                 "packed; change it there and pack again")
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -36,7 +36,7 @@ class PackedSameConv2d(PackedConv2d):
                  padding_mode: str = "zeros", device=None, **options: Any) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias,
                          padding_mode, device, **options)
-        self.padding = padding
+        self.__dict__["padding"] = padding
 
     def pads_of(self, size: Sequence[int]) -> tuple[int, int, int, int]:
         return same_pads(size, self.kernel_size, self.stride, self.dilation)

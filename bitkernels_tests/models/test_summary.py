@@ -352,3 +352,10 @@ def test_a_depth_that_is_none(depth):
 def test_a_scripted_module_is_refused():
     with pytest.raises(TypeError, match="ScriptModule"):
         bitkernels.summary(torch.jit.script(nn.Linear(3, 3)), (3,))
+
+
+def test_a_converted_network_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), bnn.BinaryConv2d(32, 8, 3), nn.Flatten()).eval()
+    converted = bitkernels.convert(model, torch.randn(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="summary: 0 is a converted network, .* its report"):
+        bitkernels.summary(nn.Sequential(converted), (3, 8, 8))

@@ -21,6 +21,7 @@ from bitkernels.nn import (
     PackedConv1d,
     PackedConv2d,
     PackedLinear,
+    SameConv2d,
 )
 from bitkernels_tests import module_cases, oracles
 from bitkernels_tests.cases import reals
@@ -215,3 +216,22 @@ def test_autocast_is_that_of_a_transposed_layer():
             real, packed = layer(x), layer.pack()(x)
         assert packed.dtype == real.dtype == (
             torch.float64 if dtype == torch.float64 else torch.bfloat16)
+
+
+@pytest.mark.parametrize("layer, names", [
+    (BinaryConv2d(33, 8, 3), ("stride", "padding", "dilation", "kernel_size", "groups",
+                              "padding_mode", "in_channels", "out_channels")),
+    (BinaryConv1d(33, 8, 3), ("padding",)),
+    (SameConv2d(33, 8, 3, stride=2), ("padding", "stride")),
+    (BinaryConvTranspose2d(33, 8, 3), ("stride", "output_padding", "groups")),
+    (BinaryLinear(33, 8), ("in_features", "out_features"))])
+def test_what_the_words_were_made_for_stays(layer, names):
+    """It would be shown, and not used."""
+    packed = layer.pack()
+    for name in names:
+        before = getattr(packed, name)
+        with pytest.raises(AttributeError, match=f"{name} is that of the layer that was packed"):
+            setattr(packed, name, 2)
+        assert getattr(packed, name) == before
+    packed.note = 2
+    assert copy.deepcopy(packed).note == 2
