@@ -34,7 +34,7 @@ OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter d
   test_packed_tensor.py test_quantizers.py test_thresholds.py test_traces.py)
 
 # $(call kernel_test,compiler,flags,folder,runner,kernels,what of networks): the tests of csrc/cpu, of all
-# kernels where none is named, and of csrc/network; files compiled side by side.
+# kernels where none is named, and of csrc/network; files compiled, and both run, side by side.
 objects = $(patsubst %.cpp,build/$(1)/%.o,$(notdir $(2)))
 define kernel_test
 	mkdir -p build/$(3)
@@ -42,8 +42,7 @@ define kernel_test
 	  '$(1) $(2) $(KERNEL_FLAGS) -c {} -o build/$(3)/$$(basename {} .cpp).o'
 	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(KERNEL_TEST)) -o build/$(3)/kernel_test
 	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(NETWORK_TEST)) -o build/$(3)/network_test
-	$(4) build/$(3)/kernel_test $(5)
-	$(4) build/$(3)/network_test $(6)
+	printf '%s\n' 'kernel_test $(5)' 'network_test $(6)' | xargs -P $(JOBS) -I{} sh -c '$(4) build/$(3)/{}'
 endef
 
 # $(call engine,compiler,C compiler,flags,folder,archiver): the library for whole networks without
