@@ -42,7 +42,7 @@ define kernel_test
 	  '$(1) $(2) $(KERNEL_FLAGS) -c {} -o build/$(3)/$$(basename {} .cpp).o'
 	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(KERNEL_TEST)) -o build/$(3)/kernel_test
 	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(NETWORK_TEST)) -o build/$(3)/network_test
-	printf '%s\n' 'kernel_test $(5)' 'network_test $(6)' | xargs -P $(JOBS) -I{} sh -c '$(4) build/$(3)/{}'
+	printf '%s\n' $(addprefix 'kernel_test ,$(addsuffix ',$(or $(5),scalar others))) 'network_test $(6)' | xargs -P $(JOBS) -I{} sh -c '$(4) build/$(3)/{}'
 endef
 
 # $(call engine,compiler,C compiler,flags,folder,archiver): the library for whole networks without
