@@ -39,7 +39,7 @@ def neutral() -> Iterator[None]:
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None) -> Net:
-    """The graph of the model in evaluation and without gradients, functional; see `Net`.
+    """The graph of the model in evaluation, functional; see `Net`. Called inside `neutral`.
 
     dynamic_shapes: as of torch.export.export; None: the first size of every tensor may vary, but
       for tensors of first size 1 beside others.
@@ -57,25 +57,24 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
             "others, as in pruning, call the model once under torch.no_grad() before") from error
     if dynamic_shapes is None:
         example_inputs, dynamic_shapes = _batches(example_inputs)
-    with neutral():
-        try:
-            program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = " ".join(lines[:2]) or "no reason"
-            hint = ""
-            if varies and "specialized" in reason:
-                hint = ("; where the first size of an input is always the same, say so by "
-                        "dynamic_shapes, as of torch.export")
-            elif "fake tensor" in reason:
-                hint = ("; the model may keep what it computes in its attributes or write to .data "
-                        "of its weights or input")
-            raise ValueError(f"convert: {name} cannot be exported for these example_inputs "
-                             f"(torch.export: {type(error).__name__}: {reason}){hint}") from error
-        if any(_writes(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})  # the same operators, none in place
-        _check_writes(name, program.graph_signature)
-        net = Net(program.module(check_guards=False))
+    try:
+        program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or "no reason"
+        hint = ""
+        if varies and "specialized" in reason:
+            hint = ("; where the first size of an input is always the same, say so by "
+                    "dynamic_shapes, as of torch.export")
+        elif "fake tensor" in reason:
+            hint = ("; the model may keep what it computes in its attributes or write to .data "
+                    "of its weights or input")
+        raise ValueError(f"convert: {name} cannot be exported for these example_inputs "
+                         f"(torch.export: {type(error).__name__}: {reason}){hint}") from error
+    if any(_writes(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # the same operators, none in place
+    _check_writes(name, program.graph_signature)
+    net = Net(program.module(check_guards=False))
     for node in net.calls(aten._native_batch_norm_legit_no_training.default):
         x, weight, bias, mean, var, momentum, eps = node.args
         for user in list(node.users):

@@ -70,8 +70,7 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
 
     The whole graph is tried without values first, so a file that is broken, of a later format or
     not of `save_converted` is refused here: ValueError, as is what torch takes for no device.
-    FileNotFoundError; ImportError without the
-    package safetensors.
+    FileNotFoundError; ImportError without the package safetensors.
     """
     _safetensors()
     try:

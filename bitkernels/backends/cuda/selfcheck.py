@@ -69,7 +69,7 @@ def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None
             if want is not None and not torch.equal(want, have.cpu()):
                 return (f"differs from the reference in case {number}, output {i}: "
                         f"{selfcheck.difference(want, have.cpu())}")
-    if op == "packed_linear" and kernel.bulk:
+    if op == "packed_linear" and kernel.windows:
         args, kw, want = many_tiles(kernel, device)
         _, have = launch.packed_linear(kernel, *map(move, args),
                                        **{k: move(v) for k, v in kw.items()})

@@ -27,15 +27,8 @@ INT32 = dict(dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
-def driver(monkeypatch):
-    launch.clear()
-    dispatch.clear()
-    emulated = cuda_emulator.EmulatedDriver(seed=torch.randint(1000, ()).item())
-    monkeypatch.setattr(launch, "_driver", emulated)
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
-    yield emulated
-    launch.clear()
-    dispatch.clear()
+def driver(emulated):
+    return emulated
 
 
 def check(op: str, kernel, args, kw) -> None:

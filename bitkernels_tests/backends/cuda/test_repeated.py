@@ -7,7 +7,7 @@ import torch
 
 from bitkernels import reference
 from bitkernels.backends import replay
-from bitkernels.backends.cuda import dispatch, kernels, launch
+from bitkernels.backends.cuda import kernels, launch
 from bitkernels.ops._record import OPERATORS
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.cases import reals, words_of
@@ -20,13 +20,8 @@ GEOMETRY = (1, 1), (1, 1), (1, 1), 1
 
 
 @pytest.fixture(autouse=True)
-def driver(monkeypatch):
-    dispatch.clear()
-    emulated = cuda_emulator.EmulatedDriver(seed=torch.randint(1000, ()).item())
-    monkeypatch.setattr(launch, "_driver", emulated)
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
-    yield emulated
-    dispatch.clear()
+def driver(emulated):
+    return emulated
 
 
 def block(run, words, filters, residual, scale, bias, slope):

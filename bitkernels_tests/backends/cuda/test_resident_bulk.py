@@ -10,7 +10,7 @@ import torch
 
 from bitkernels import reference
 from bitkernels.backends import replay
-from bitkernels.backends.cuda import dispatch, kernels, launch, maps, selfcheck
+from bitkernels.backends.cuda import kernels, launch, maps, selfcheck
 from bitkernels.backends.cuda.spec import Spec
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.backends.cuda.test_emulated import (
@@ -31,15 +31,8 @@ KERNEL = kernels.ALL["resident_64x64_bulk"]
 
 
 @pytest.fixture(autouse=True)
-def driver(monkeypatch):
-    launch.clear()
-    dispatch.clear()
-    emulated = cuda_emulator.EmulatedDriver(seed=torch.randint(1000, ()).item())
-    monkeypatch.setattr(launch, "_driver", emulated)
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
-    yield emulated
-    launch.clear()
-    dispatch.clear()
+def driver(emulated):
+    return emulated
 
 
 def taken(args, kw, kernel=KERNEL, op="packed_conv2d") -> bool:
