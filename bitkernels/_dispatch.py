@@ -22,6 +22,9 @@ from torch.compiler import is_compiling
 below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# What a call has on plain CPU tensors, outside of modes, transforms and autocast.
+_PLAIN = (_CPU | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)).raw_repr()
 functorch_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -256,26 +259,41 @@ def _refuse_onnx(operator: str) -> NoReturn:
 
 
 def refuse_grad(op: torch._ops.OpOverload, straight: Callable[..., Any]):
-    """A kernel of the Autograd key for an operator that would detach: it refuses instead.
+    """A kernel of the Autograd key, with keyset, for an operator that would detach: it refuses.
 
     straight: of a tensor, what runs calls on its device past the dispatcher, or None.
     """
     packet = op._schema.name.removeprefix("bitkernels::")
     names = [a.name for a in op._schema.arguments]
+    redispatch, is_grad_enabled = op._handle.redispatch_boxed, torch.is_grad_enabled
+    has_engine = None
 
-    def forward(*args, **kw):
+    def refuse(value, args, kw):
+        arg = next(name for name, v in (*zip(names, args, strict=False), *kw.items()) if v is value)
+        raise RuntimeError(
+            f"bitkernels::{packet}: {arg} must not require grad, this operator has no "
+            "gradient; use binary_conv2d or binary_linear to train, or .detach()")
+
+    def forward(keyset, *args, **kw):
+        nonlocal has_engine
+        if is_grad_enabled():
+            for value in args:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    refuse(value, args, kw)
+            for value in kw.values():
+                if isinstance(value, Tensor) and value.requires_grad:
+                    refuse(value, args, kw)
+        if forward_ad._current_level >= 0:
+            for value in (*args, *kw.values()):
+                if _has_tangent(value):
+                    refuse(value, args, kw)
+        if keyset.raw_repr() == _PLAIN:
+            if has_engine is None:  # kernels are registered after operators
+                has_engine = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
+            if has_engine:  # C++, which calls nothing that autograd would record
+                return redispatch(_CPU, *args, **kw)
         if is_traced() and torch.onnx.is_in_onnx_export():
             _refuse_onnx(packet)
-        recorded, tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
-        if recorded or tangents:
-            for value in (*args, *kw.values()):
-                if isinstance(value, Tensor) and (recorded and value.requires_grad
-                                                  or tangents and _has_tangent(value)):
-                    arg = next(name for name, v in (*zip(names, args, strict=False), *kw.items())
-                               if v is value)
-                    raise RuntimeError(
-                        f"bitkernels::{packet}: {arg} must not require grad, this operator has no "
-                        "gradient; use binary_conv2d or binary_linear to train, or .detach()")
         launch = straight(args[0])
         if launch is not None:
             return launch(*args, **kw)

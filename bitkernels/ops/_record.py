@@ -196,8 +196,11 @@ def define(operator: Operator) -> None:
         _SIGNATURES[operator.name, overload] = op, len(op._schema.arguments) - len(named), named
         torch.library.register_fake(f"bitkernels::{name}", _fake(operator, overload), lib=LIB)
         LIB.impl(name, batched(op, operator.batched), "FuncTorchBatched")
-        LIB.impl(name, operator.autograd or refuse_grad(op, _straight(operator, overload)),
-                 "Autograd")
+        if operator.autograd is not None:
+            LIB.impl(name, operator.autograd, "Autograd")
+        else:
+            LIB.impl(name, refuse_grad(op, _straight(operator, overload)), "Autograd",
+                     with_keyset=True)
         if operator.composed is not None:
             LIB.impl(name, _composed(operator), KEY)
         elif not operator.launched:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from bitkernels import _onnx
@@ -39,17 +41,35 @@ def check_conv(op, input, weight, bias, scale, stride, padding, dilation, groups
                estimators):
     """Checked (`ConvSpec`, `Estimators`)."""
     train = training.check(op, input, weight, bias, scale, 4, estimators)
-    if input.dim() not in (3, 4):
-        fail(op, "input", "(N, C, H, W) or (C, H, W)", describe(input))
-    channels, (cout, per_group, *kernel) = input.shape[-3], weight.shape
+    geometry = (tuple(stride), padding if isinstance(padding, str) else tuple(padding),
+                tuple(dilation), groups, pad_value)
+    symbolic = input._has_symbolic_sizes_strides or weight._has_symbolic_sizes_strides
+    spec = _spec if symbolic else _remembered_spec  # symbols have no hash
+    try:
+        return spec(op, input.shape, weight.shape, *geometry), train
+    except _Unfit as error:
+        fail(op, "input", error.takes, error.got + describe(input))
+
+
+class _Unfit(Exception):
+    """Of an input, whose description goes beyond what is remembered."""
+
+    def __init__(self, takes: str, got: str = "") -> None:
+        self.takes, self.got = takes, got
+
+
+def _spec(op, shape, weight_shape, stride, padding, dilation, groups, pad_value) -> ConvSpec:
+    if len(shape) not in (3, 4):
+        raise _Unfit("(N, C, H, W) or (C, H, W)")
+    channels, (cout, per_group, *kernel) = shape[-3], weight_shape
     if groups < 1 or cout % groups:
         fail(op, "groups", f"a divisor of {cout} output channels", groups)
     if per_group * groups != channels:
-        fail(op, "input", f"{per_group * groups} channels wide for a weight of shape "
-             f"{tuple(weight.shape)}" + (f" in {groups} groups" if groups > 1 else ""),
-             f"{channels} channels in {describe(input)}")
+        raise _Unfit(f"{per_group * groups} channels wide for a weight of shape "
+                     f"{tuple(weight_shape)}" + (f" in {groups} groups" if groups > 1 else ""),
+                     f"{channels} channels in ")
     if channels < 1:
-        fail(op, "input", "at least 1 channel wide", describe(input))
+        raise _Unfit("at least 1 channel wide")
     if pad_value not in (-1, 0, 1):
         fail(op, "pad_value", "-1, 0 or 1", pad_value)
     stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
@@ -57,9 +77,13 @@ def check_conv(op, input, weight, bias, scale, stride, padding, dilation, groups
         pad = same_padding(op, padding, kernel, stride, dilation)
     else:
         pad = padding4(op, padding)
-    oh, ow = conv_output_size(op, input.shape[-2:], kernel, stride, pad, dilation)
+    oh, ow = conv_output_size(op, shape[-2:], kernel, stride, pad, dilation)
     check_padded(op, pad, oh, ow)
-    return ConvSpec(stride, pad, dilation, groups, pad_value), train
+    return ConvSpec(stride, pad, dilation, groups, pad_value)
+
+
+# Every call of a layer on images of one size gives the same.
+_remembered_spec = functools.lru_cache(1024)(_spec)
 
 
 def _checked(input, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1, *,
