@@ -26,7 +26,6 @@ from bitkernels import backends
 from bitkernels._dispatch import below_autograd
 from bitkernels.backends import gpus
 from bitkernels.backends.answer import registered
-from bitkernels.converter import Converted
 from bitkernels.nn import BinaryResidualBlock
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.ops._record import OPERATORS
@@ -283,6 +282,8 @@ class _Seen:
 
 def _of_model(model: nn.Module, inputs: tuple, kw: dict[str, Any], device: str
               ) -> tuple[Layer, ...]:
+    from bitkernels.converter import Converted
+
     try:
         model = copy.deepcopy(model)
     except Exception as error:  # whatever the model's own parts raise

@@ -89,6 +89,12 @@ KERNELS = (
            "value, dtype=torch.float64, device=device(product))", "value, dtype=torch.float64)",
            ("converter/test_convert.py::"
             "test_a_network_does_not_depend_on_where_convert_is_called",)),
+    Mutant("engine-of-a-tensor-that-is-gone", "bitkernels/converter/engine.py",
+           "held = [(t, t.untyped_storage()) for t in tensors]", "held = ()",
+           ("converter/test_engine.py",)),
+    Mutant("engine-of-another-type", "bitkernels/converter/engine.py",
+           "(t.dtype, t.shape, t.stride())", "(t.shape, t.stride())",
+           ("converter/test_engine.py",)),
     Mutant("compare-by-place", "bitkernels/converter/compare.py",
            "key=lambda f: f[0].different", "key=lambda f: 0",
            ("converter/test_compare.py::"
@@ -169,6 +175,10 @@ KERNELS = (
     Mutant("no-device-guard", "bitkernels/backends/trust.py",
            'return device.type != "cuda" or device.index == torch.cuda.current_device()',
            "return True",
+           ("backends/test_trust.py",)),
+    Mutant("trusted-while-it-is-checked", "bitkernels/backends/trust.py",
+           "self._checking.add(place)\n",
+           "self._checking.add(place)\n        self._verdicts[place] = None\n",
            ("backends/test_trust.py",)),
     Mutant("one-error-ends-it", "bitkernels/backends/trust.py", "if attempt == 2:", "if True:",
            ("backends/test_trust.py",)),

@@ -74,15 +74,12 @@ class Trust:
         self._warning = warning
         self._lock = threading.RLock()
         self._verdicts: dict[tuple[Hashable, int], str | None] = {}
+        self._checking: set[tuple[Hashable, int]] = set()  # read by the thread with the lock
 
     def clear(self) -> None:
         """Forgets what has been checked; the next calls check again."""
         with self._lock:
             self._verdicts.clear()
-
-    def verdict(self, key: Hashable, device: torch.device) -> str | None:
-        """What is wrong with a kernel that has been checked, or None."""
-        return self._verdicts[key, index(device)]
 
     def state(self, key: Hashable, device: torch.device) -> tuple[bool, str]:
         """Whether the next call would try the kernel, and what is known; asks nothing of it."""
@@ -97,30 +94,36 @@ class Trust:
         return self._verdicts.get((key, index(device)), "") is None
 
     def has(self, key: Any, device: torch.device, failure: Callable[[], str | None]) -> bool:
-        """Whether the kernel may run. The first question asks `failure`, on the device.
+        """Whether the kernel may run. The first question asks `failure`, on the device; other
+        threads wait for the answer.
 
         Raises RuntimeError for a first call in a capture, and what is not the kernel's fault.
         """
         place = key, index(device)
-        if place not in self._verdicts:
-            with self._lock:
-                if place not in self._verdicts:
-                    refuse_capture(key[0], device)
-                    self._check(key, device, failure)
-        return self._verdicts[place] is None
+        with self._lock:
+            if place not in self._verdicts:
+                if place in self._checking:  # by this thread: the check itself runs the kernel
+                    return True
+                refuse_capture(key[0], device)
+                self._check(key, device, failure)
+            return self._verdicts[place] is None
 
     def _check(self, key, device, failure) -> None:
-        self._verdicts[key, index(device)] = None  # the check itself runs the kernel
+        place = key, index(device)
+        self._checking.add(place)
         try:
             with on(device):
                 found = failure()
         except Exception as error:
             instead = not_the_kernels(error, device)
             if instead is not None:
-                del self._verdicts[key, index(device)]
                 raise instead from error
             found = f"failed: {type(error).__name__}: {error}"
-        if found is not None:
+        finally:
+            self._checking.remove(place)
+        if found is None:
+            self._verdicts.setdefault(place, None)  # it may have been withdrawn by a launch
+        else:
             self.withdraw(key, device, found)
 
     def withdraw(self, key: Hashable, device: torch.device, what: str) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import bitkernels
 from bitkernels.backends import cpu
+from bitkernels.backends.answer import registered
 from bitkernels.backends.cuda import dispatch as cuda
 from bitkernels.backends.cuda import plan
 
@@ -31,7 +32,6 @@ What is installed here, which kernels would run and why, and what would help.
 
 Please put the output into bug reports.
 """
-
 
 
 def installed_version(names: tuple[str, ...]) -> str:
@@ -97,7 +97,7 @@ def gpu_rows() -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         rows.append((f"gpu {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, "
                                      f"{gpu.total_memory / 2**30:.0f} GiB"))
-    fast = torch._C._dispatch_has_kernel_for_dispatch_key("bitkernels::packed_conv2d", "CUDA")
+    fast = registered("packed_conv2d", "CUDA")
     return [*rows, ("runs on gpu", "csrc/cuda where it has a kernel for the call, else "
                     "bitkernels.backends.triton" if fast
                     else "reference (slow, plain PyTorch): no GPU backend is loaded")]

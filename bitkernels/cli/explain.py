@@ -14,6 +14,7 @@ from torch import Tensor
 import bitkernels
 from bitkernels import models
 from bitkernels.backends import gpus
+from bitkernels.cli import zoo
 from bitkernels.explain import Explanation
 from bitkernels.models.registry import entry
 
@@ -90,7 +91,7 @@ def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
         model = models.create_model(name, num_classes=classes, in_channels=options.in_channels)
     model.train(options.train)
     if options.packed:
-        model = bitkernels.nn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None)
+        model = zoo.packed(model)
     device = "cuda" if target is None and torch.cuda.is_available() else "cpu"
     images = torch.randn(options.batch, options.in_channels, size, size, device=device)
     with nullcontext() if options.train else torch.no_grad():

@@ -9,7 +9,6 @@ from fnmatch import fnmatch
 import torch
 
 from bitkernels import models
-from bitkernels import nn as bnn
 from bitkernels.cli import zoo
 from bitkernels.cli.summary import build
 from bitkernels.counting.result import aligned
@@ -45,7 +44,7 @@ def weigh(model: torch.nn.Module) -> list[str]:
     binary = sum(weight.numel() for weight in binary_weights(model).values())
     real = sum(p.numel() for p in model.parameters()) - binary
     before = _bytes(model)
-    packed = _bytes(bnn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None))
+    packed = _bytes(zoo.packed(model))
     return [f"{binary:,}", f"{real:,}", f"{before / 1e6:.2f}", f"{packed / 1e6:.2f}",
             f"{before / packed:.1f}x"]
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from bitkernels.converter import convert, load_converted
 from bitkernels.converter.inputs import Input
 from bitkernels.converter.profile import profile
 from bitkernels.models import create_model
-from bitkernels.models.registry import entry, takes_image_size
+from bitkernels.models.registry import entry
 from bitkernels.train.errors import first_line
 
 DESCRIPTION = """\
@@ -54,12 +53,9 @@ def main(options: argparse.Namespace) -> int:
         elif os.path.splitext(options.model)[1] or os.path.dirname(options.model):
             raise ValueError(f"there is no file {options.model}")
         else:
-            published = entry(options.model)
-            side = options.size or published.image_size
-            sized: dict[str, Any] = (
-                {"image_size": side} if takes_image_size(published.build) else {})
+            side = options.size or entry(options.model).image_size
             inputs = [torch.randn(options.batch, 3, side, side, device=device)]
-            model = create_model(options.model, **sized).to(device)
+            model = create_model(options.model, **zoo.sized(options.model, side)).to(device)
             network = convert(model, inputs[0])
         found = profile(network, *inputs, repeats=options.repeats)
         if options.chart:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 import torch
 
 from bitkernels import models
-from bitkernels import nn as bnn
 from bitkernels.cli import zoo
 from bitkernels.counting import summary
-from bitkernels.models.registry import entry, takes_image_size
+from bitkernels.models.registry import entry
 from bitkernels.train.errors import first_line
 
 DESCRIPTION = """\
@@ -43,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
         zoo.check(options, "in_channels", "depth")
         model, size = build(options.model, options.num_classes, options.in_channels, options.size)
         if options.packed:
-            model = bnn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None)
+            model = zoo.packed(model)
         found = summary(model, (1, options.in_channels, size, size), depth=options.depth)
     except zoo.MENDABLE as error:
         print(f"bitkernels summary: {first_line(error)}", file=sys.stderr)
@@ -68,8 +66,6 @@ def build(name: str, num_classes: int | None, in_channels: int, size: int | None
         if not published:
             return models.create(name, num_classes=num_classes or 10, in_channels=in_channels,
                                  image_size=size or 32), size or 32
-        known = entry(name)
-        side = size or known.image_size
-        sized: dict[str, Any] = {"image_size": side} if takes_image_size(known.build) else {}
+        side = size or entry(name).image_size
         return models.create_model(name, num_classes=num_classes, in_channels=in_channels,
-                                   **sized), side
+                                   **zoo.sized(name, side)), side

@@ -56,14 +56,21 @@ def rule(options: argparse.Namespace) -> preprocessing.Preprocessing:
     return preprocessing.get(published.preprocessing).at(options.size or published.image_size)
 
 
+def sized(name: str, side: int | None) -> dict[str, Any]:
+    """What `create_model` is told of an image's side; None: as published."""
+    takes = side is not None and takes_image_size(entry(name).build)
+    return {"image_size": side} if takes else {}
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """A copy of which every layer is packed that can be."""
+    return bnn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None)
+
+
 def network(options: argparse.Namespace) -> nn.Module:
     """The network that was asked for, with its weights, in evaluation on its device."""
     device = prepared(options)
-    sized: dict[str, Any] = {}
-    if options.size is not None and takes_image_size(entry(options.model).build):
-        sized["image_size"] = options.size
     model = models.create_model(options.model, num_classes=options.num_classes,
-                                weights=options.weights, **sized).eval()
-    if options.packed:
-        model = bnn.pack(model, filter=lambda _, layer: layer.pack_obstacle() is None)
-    return model.to(device)
+                                weights=options.weights,
+                                **sized(options.model, options.size)).eval()
+    return (packed(model) if options.packed else model).to(device)

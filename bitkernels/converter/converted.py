@@ -88,6 +88,7 @@ class Converted(nn.Module):
         if fn(torch.zeros(1, dtype=torch.float32, device="cpu")).dtype is not torch.float32:
             raise RuntimeError("Converted: a converted network keeps its types; convert the model "
                                "of another type")
+        self.engines = Engines()  # which holds the buffers
         for name in self._read:  # made again, whatever their layout; channels-last takes 4 sizes
             self.graph_module.register_buffer(name, None, persistent=False)
         try:

@@ -87,7 +87,7 @@ class Step:
 
 @dataclass(frozen=True)
 class _Form:
-    """Inputs of certain sizes and strides, and the outputs of a run with them."""
+    """Inputs of certain types, sizes and strides, and the outputs of a run with them."""
 
     inputs: bytes
     outputs: bytes
@@ -148,7 +148,7 @@ class Engine:
         """(inputs and outputs for C, the outputs, the inputs that they point into)."""
         # Strides that are all 0, of one number expanded, would mean a dense tensor.
         inputs = [t if any(t.stride()) else t.contiguous() for t in inputs]
-        key = tuple((t.shape, t.stride()) for t in inputs)
+        key = tuple((t.dtype, t.shape, t.stride()) for t in inputs)
         form = self._forms.get(key)
         if form is None:
             form = self._form(inputs)
@@ -199,7 +199,7 @@ class Engines:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, Engine | str] | None = None
+        self._kept: tuple[Any, Engine | str, Any] | None = None
 
     def of(self, network: Converted, inputs: Sequence[Any]) -> Engine | str:
         """The engine for a run with these inputs, or why it cannot be one of the engine's."""
@@ -221,12 +221,15 @@ class Engines:
     def current(self, network: Converted) -> Engine | str:
         """The engine for the buffers as they are, or why there is none."""
         buffers = network.graph_module._buffers
-        state = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
-                 for name in network.state_names if (t := buffers[name]) is not None]
-        if self._kept is None or self._kept[0] != state:
+        tensors = [t for name in network.state_names if (t := buffers[name]) is not None]
+        state = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        kept = self._kept
+        if kept is None or kept[0] != state:
+            # Held, so that no id and no address of theirs can be another tensor's next time.
+            held = [(t, t.untyped_storage()) for t in tensors]
             network.arrange()
-            self._kept = state, self._made(network)
-        return self._kept[1]
+            self._kept = kept = state, self._made(network), held
+        return kept[1]
 
     def _made(self, network: Converted) -> Engine | str:
         tensors = network.graph_module.state_dict()

@@ -1,11 +1,8 @@
 """A converted network in one file: safetensors, with the graph as JSON in its metadata.
 
-Metadata, all strings; readers ignore keys that they do not know:
-  format          "bitkernels.converted"
-  format_version  "1"; a reader refuses a larger one
-  bitkernels      the version that wrote the file
-  graph           JSON, see described.py
-  report          JSON: the fields of ConvertReport
+Metadata beside that of `_tensor_file.py`, with the format "bitkernels.converted":
+  graph   JSON, see described.py
+  report  JSON: the fields of ConvertReport
 The tensors are the constants, under the names that the graph's nodes read. No code is in the file.
 """
 
@@ -14,14 +11,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitkernels._files import replace_file
-from bitkernels._packages import needs
+from bitkernels._tensor_file import Kind
 from bitkernels.converter.capture import neutral
 from bitkernels.converter.converted import Converted
 from bitkernels.converter.described import (
@@ -36,7 +31,7 @@ from bitkernels.converter.engine import Engine
 from bitkernels.converter.inputs import Input
 from bitkernels.converter.report import ConvertReport, Product
 
-_VERSIONS = tuple(map(str, range(1, VERSION + 1)))  # that this reader knows
+_KIND = Kind("converted networks", "save_converted", "load_converted", FORMAT, VERSION)
 
 
 def save_converted(network: Converted, path: str | os.PathLike) -> None:
@@ -51,18 +46,8 @@ def save_converted(network: Converted, path: str | os.PathLike) -> None:
     if not isinstance(network, Converted):
         raise ValueError("save_converted: network must be what bitkernels.convert(model) returns, "
                          f"got {type(network).__name__}")
-    safetensors = _safetensors()
-    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, t in network.graph_module.state_dict().items()}
-    from bitkernels import __version__
-
-    metadata = {**metadata_of(network), "bitkernels": __version__,
-                "report": json.dumps(asdict(network.report))}
-    try:
-        replace_file(Path(path), safetensors.save(tensors, metadata=metadata))
-    except OSError as error:
-        raise type(error)(error.errno, f"save_converted cannot write: {error.strerror}",
-                          os.fspath(path)) from None
+    _KIND.write(path, network.graph_module.state_dict(), {
+        **metadata_of(network), "report": json.dumps(asdict(network.report))})
 
 
 def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") -> Converted:
@@ -72,7 +57,7 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
     not of `save_converted` is refused here: ValueError, as is what torch takes for no device.
     FileNotFoundError; ImportError without the package safetensors.
     """
-    _safetensors()
+    _KIND.package()
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -84,22 +69,7 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
 
 
 def _loaded(path: str | os.PathLike, device: torch.device) -> Converted:
-    from safetensors import SafetensorError, safe_open
-
-    if os.path.isdir(path):
-        raise ValueError(f"load_converted: {path} is a folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"load_converted: {path} is not a safetensors file that can be read, or "
-                         f"not a whole one: {error}") from None
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # an empty file cannot be mapped
-        raise ValueError(f"load_converted: {path} cannot be read: {error}") from None
+    metadata, tensors = _KIND.read(path)
     try:
         described = json.loads(metadata["graph"])
         inputs = inputs_of_file(described)
@@ -113,18 +83,6 @@ def _loaded(path: str | os.PathLike, device: torch.device) -> Converted:
         raise ValueError(f"load_converted: {path} is broken: {type(error).__name__}: {reason}"
                          ) from None
     return network
-
-
-def _check_format(path: str | os.PathLike, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"load_converted: {path} is a safetensors file, but not one of "
-                         f"save_converted: its format is {metadata.get('format')!r}, not "
-                         f"{FORMAT!r}")
-    version = metadata.get("format_version", "")
-    if version not in _VERSIONS:
-        raise ValueError(f"load_converted: {path} has format version {version!r}, written by "
-                         f"bitkernels {metadata.get('bitkernels')}; this one reads up to {VERSION}"
-                         ": update it")
 
 
 def _planned(network: Converted) -> bool:
@@ -155,12 +113,3 @@ def _report(fields: dict[str, Any]) -> ConvertReport:
                      for p in fields.pop("products"))
     pairs: dict[str, Any] = {key: tuple(map(tuple, fields.pop(key))) for key in ("real", "others")}
     return ConvertReport(products, **pairs, **fields)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(needs("files of converted networks", "safetensors")) from None
-    return safetensors.torch
-

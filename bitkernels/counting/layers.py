@@ -37,12 +37,6 @@ def layer_bits(layer: nn.Module) -> tuple[int, int]:
     return quantizer_bits(layer.input_quantizer), quantizer_bits(layer.weight_quantizer)
 
 
-def own_tensors(module: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a module without its parts; with them for those of `WHOLE`."""
-    recurse = isinstance(module, WHOLE)
-    return [*module.parameters(recurse), *module.buffers(recurse)]
-
-
 class Weights:
     """What each module has, every tensor once, at the first module that has it."""
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import flop_registry
+
+from bitkernels.ops.geometry import weight_shape
 
 _aten = torch.ops.aten
 _ours = torch.ops.bitkernels
@@ -36,23 +37,17 @@ def _latent_conv(func: Any, arguments: dict[str, Any], out: Any) -> int:
 
 
 def _packed_conv(func: Any, arguments: dict[str, Any], out: Any) -> int:
-    words = arguments["weight_words"]  # (Cout, kh, kw, words), or tiles (..., kh, kw, words, 16)
     first = out[0] if isinstance(out, (tuple, list)) else out
     pixels = (math.prod(first.shape[:-1]) if func._overloadname == "packed"  # (N, H, W, words)
               else _pixels(first))
-    return (_outputs(arguments, words) * words.shape[1] * words.shape[2] * pixels
-            * (arguments["channels"] // arguments["groups"]))
+    cout, kh, kw, _ = weight_shape("packed_conv2d", arguments["weight_words"],
+                                   arguments["out_channels"], arguments["groups"])
+    return cout * kh * kw * pixels * (arguments["channels"] // arguments["groups"])
 
 
 def _packed_linear(func: Any, arguments: dict[str, Any], out: Any) -> int:
-    words = arguments["weight_words"]
-    rows = math.prod(arguments["words"].shape[:-1])
-    return rows * _outputs(arguments, words) * arguments["channels"]
-
-
-def _outputs(arguments: dict[str, Any], words: Tensor) -> int:
-    given = arguments.get("out_channels")
-    return words.shape[0] if given is None else given
+    cout, _ = weight_shape("packed_linear", arguments["weight_words"], arguments["out_channels"], 1)
+    return math.prod(arguments["words"].shape[:-1]) * cout * arguments["channels"]
 
 
 def _transposed(func: Any, arguments: dict[str, Any], out: Any) -> int:
@@ -87,9 +82,8 @@ _VECTORS: dict[Any, int] = {_aten.mv: 0, _aten.addmv: 1, _aten.dot: 0, _aten.vdo
 def macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
     """Multiply-adds of a call of an operator; None for one that is not known to multiply."""
     packet = func.overloadpacket
-    for ours in (_OURS, _INT8):
-        if packet in ours:
-            return ours[packet](func, _named(func, args, kwargs), out)
+    if product := _OURS.get(packet) or _INT8.get(packet):
+        return product(func, _named(func, args, kwargs), out)
     if packet in _VECTORS:
         return args[_VECTORS[packet]].numel()
     if packet is _aten.mkldnn_rnn_layer:  # (T, N, ...) by the weights of input and of state

@@ -86,7 +86,6 @@ class ReActNet18(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return self.classifier(self.pool(self.blocks(self.stem(input))).flatten(1))
 
-
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of the published code with the names and shapes of this class.
 

@@ -94,6 +94,11 @@ def check_groups(op: str, channels: int, out_channels: int, groups: int) -> None
              groups)
 
 
+def check_products(op: str, weight_words: Tensor, products: int) -> None:
+    if products > INT_MAX:
+        fail(op, "weight_words", "of less than 2^31 products in a sum", describe(weight_words))
+
+
 def weight_shape(op: str, weight_words: Tensor, out_channels: int | None, groups: int) -> list[int]:
     """(Cout, *rest) of canonical or tiled filter words; tiled ones have one more dimension."""
     canonical = 4 if op == "packed_conv2d" else 2
@@ -131,6 +136,7 @@ def conv_geometry(op: str, words, weight_words, channels, stride, padding, dilat
     pad = padding4(op, padding)
     if shape[1] < 1 or shape[2] < 1:
         fail(op, "weight_words", "a filter of at least 1x1", describe(weight_words))
+    check_products(op, weight_words, shape[1] * shape[2] * (channels // groups))
     oh, ow = conv_output_size(op, words.shape[1:3], shape[1:3], stride, pad, dilation)
     check_padded(op, pad, oh, ow)
     return (words.shape[0], shape[0], oh, ow), stride, pad, dilation
@@ -143,6 +149,7 @@ def linear_geometry(op: str, words, weight_words, channels, out_channels):
     if shape[1] != word_count(channels):
         fail(op, "weight_words", f"{word_count(channels)} words wide for {channels} channels",
              describe(weight_words))
+    check_products(op, weight_words, channels)
     return (*words.shape[:-1], shape[0])
 
 

@@ -104,8 +104,8 @@ Arguments:
   real (N, Cout, OH, OW); .packed: int32 (N, OH, OW, ceil(Cout / 32)); .both: the two.
 Errors:
   a RuntimeError that names the argument for words of the wrong type, rank or width, filters, sizes
-  and vectors that do not fit, a threshold with other parts of the epilogue, an argument that
-  requires a gradient: there is none, binary_conv2d trains.
+  and vectors that do not fit, sums of 2^31 products and more, a threshold with other parts of the
+  epilogue, an argument that requires a gradient: there is none, binary_conv2d trains.
 Example:
   >>> x, weight = torch.randn(1, 64, 8, 8), torch.randn(40, 64, 3, 3)
   >>> words, filters = ops.sign_pack(x, dim=1), ops.sign_pack(weight, dim=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event
 
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_one_passing_error_is_forgiven(device, ledger):
 def test_two_errors_in_a_row_end_it_with_one_warning(ledger):
     with pytest.warns(UserWarning, match="a kernel on cuda:0 failed: ValueError: twice; another"):
         assert ledger.run(KEY, GPU, failing(ValueError("once"), ValueError("twice"))) is None
-    assert not trusted(ledger) and "twice" in ledger.verdict(KEY, GPU)
+    assert not trusted(ledger) and "twice" in ledger.state(KEY, GPU)[1]
     ledger.clear()
     assert ledger.has(KEY, GPU, lambda: None)
 
@@ -113,6 +115,38 @@ def test_a_check_that_fails_is_final(failure, said, gpu):
 def test_a_kernel_may_run_inside_its_own_check(gpu):
     made = Trust(lambda *a: "")
     assert made.has(KEY, GPU, lambda: None if made.has(KEY, GPU, lambda: "again") else "locked out")
+
+
+def test_no_other_thread_runs_a_kernel_while_it_is_checked(gpu):
+    made, begun, end = Trust(lambda key, device, what: what), Event(), Event()
+
+    def failure():
+        begun.set()
+        end.wait(5)
+        return "differs"
+
+    with ThreadPoolExecutor(2) as pool, pytest.warns(UserWarning, match="differs"):
+        first = pool.submit(made.has, KEY, GPU, failure)
+        begun.wait()
+        assert not made.passed(KEY, GPU)
+        second = pool.submit(made.has, KEY, GPU, lambda: pytest.fail("checked again"))
+        done, _ = wait([second], timeout=0.2)
+        end.set()
+        assert not done and not first.result() and not second.result()
+
+
+def test_an_interrupted_check_is_none(gpu):
+    made = Trust(lambda *a: "")
+    with pytest.raises(KeyboardInterrupt):
+        made.has(KEY, GPU, failing(KeyboardInterrupt()))
+    assert made.state(KEY, GPU) == (True, "not checked yet")
+
+
+def test_a_launch_that_fails_in_a_check_is_not_forgiven_by_it(gpu):
+    made = Trust(lambda key, device, what: what)
+    call = failing(ValueError("once"), ValueError("twice"))
+    with pytest.warns(UserWarning, match="twice"):  # and another kernel gives the right values
+        assert not made.has(KEY, GPU, lambda: made.run(KEY, GPU, call))
 
 
 def test_calls_are_made_on_the_tensors_device(monkeypatch):

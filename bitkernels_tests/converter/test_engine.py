@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -108,6 +110,39 @@ def test_it_follows_its_buffers(network, how):
     assert isinstance(network.engine(x), Engine)
     torch.testing.assert_close(got, in_torch(network, x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("how", ["other tensor", "other memory"])
+def test_a_buffer_may_change_more_than_once_between_two_runs(how):
+    """The last of them must not pass for the first, whose id and address it may have got."""
+    x = torch.ones(1, 16)
+    network = convert(nn.Linear(16, 64), x)
+    buffers = network.graph_module._buffers
+    name = next(n for n in network.state_names if buffers[n].dim() == 2)
+    for step in range(20):
+        before = network(x)
+        for value in (step + 1.25, step + 1.5):
+            if how == "other tensor":
+                buffers[name] = torch.full((64, 16), value)
+            else:
+                buffers[name].data = torch.full((64, 16), value)
+        assert not torch.equal(network(x), before)
+
+
+def test_a_network_elsewhere_holds_no_buffers_here(network):
+    network(torch.randn(2, *IMAGE))
+    buffer = weakref.ref(next(iter(network.graph_module._buffers.values())))
+    network.to("meta")
+    gc.collect()
+    assert buffer() is None
+
+
+def test_an_input_of_another_type_is_no_input_seen_before(network):
+    x = torch.randn(2, *IMAGE)
+    engine = network.engine(x)
+    engine([x])
+    with pytest.raises(RuntimeError, match="int32"):
+        engine([x.to(torch.int32)])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])

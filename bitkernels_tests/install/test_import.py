@@ -102,7 +102,7 @@ def test_no_numpy_is_no_warning():
 def test_lazy_modules_are_loaded_when_they_are_used():
     result = run("""
 import sys, bitkernels
-lazy = ("train", "interop", "autograd", "models", "cli")
+lazy = ("train", "interop", "autograd", "models", "cli", "converter", "counting")
 assert not [name for name in lazy if f"bitkernels.{name}" in sys.modules]
 assert set(lazy[:4]) <= set(dir(bitkernels)) and set(bitkernels.__all__) <= set(dir(bitkernels))
 assert bitkernels.ops.sign_pack is not None and bitkernels.interop.pack is not None

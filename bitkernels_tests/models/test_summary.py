@@ -302,6 +302,33 @@ def test_operators_of_the_package_outside_of_layers():
     assert found.macs == {1: products} == {1: found.reactnet.bops} and not found.fixed_macs
 
 
+class Calls(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.mark.parametrize("out_channels", [16, 40])
+def test_tiled_filters_and_images_without_a_batch(out_channels):
+    weight, size = torch.randn(out_channels, 64, 3, 3), (1, 64, 5, 6)
+    words, ops = bitkernels.ops.sign_pack(weight, None, 1), bitkernels.ops
+    tiles, rows = ops.tile_weight(words), ops.tile_weight(words[:, 0, 0])
+    for call, macs in (
+            (lambda x: ops.packed_conv2d(ops.sign_pack(x, None, 1), tiles, 64,
+                                         out_channels=out_channels), 12 * 9),
+            (lambda x: ops.packed_linear(ops.sign_pack(x, None, 1), rows, 64,
+                                         out_channels=out_channels), 30),
+            (lambda x: ops.binary_conv2d(x[0], weight), 12 * 9),
+            (lambda x: ops.binary_conv_transpose2d(x[0], weight.transpose(0, 1)), 30 * 9)):
+        assert bitkernels.summary(Calls(call), size).macs == {1: macs * 64 * out_channels}
+    if out_channels == 16:
+        call = Calls(lambda x: ops.packed_conv2d(ops.sign_pack(x, None, 1), tiles, 64))
+        assert bitkernels.summary(call, size).macs == {1: 12 * 9 * 64 * 16}
+
+
 def test_depth_joins():
     model = models.create("quicknet", filters=(32, 32), blocks=(1, 1), image_size=8)
     whole = bitkernels.summary(model, (3, 8, 8))

@@ -103,6 +103,9 @@ conv("weight_words must be 1 words wide for 20 channels per group, got int32 of 
      "(8, 3, 3, 2)", (1,), (0,), (1,), 2)
 conv("weight_words must be a filter of at least 1x1, got int32 of shape (8, 0, 3, 2)",
      w=words(8, 0, 3, 2))
+conv("weight_words must be of less than 2^31 products in a sum, got int32 of shape "
+     "(1, 32768, 65536, 1)", (1,), (32768,), channels=1, x=words(1, 1, 1, 1),
+     w=words(1, 1, 1, 1).expand(1, 2**15, 2**16, 1))
 conv("weight_words must be on cpu as the first argument, got meta",
      w=words(8, 3, 3, 2, device="meta"))
 conv("groups must be a divisor of 40 input and 8 output channels, got 3", (1,), (0,), (1,), 3)
@@ -158,6 +161,8 @@ linear("weight_words must be 2 words wide for 40 channels, got int32 of shape (8
        w=words(8, 3))
 linear("weight_words must be 2-dimensional, or tiled by tile_weight, got int32 of shape (2,)",
        w=words(2))
+linear("weight_words must be of less than 2^31 products in a sum, got int32 of shape (1, 67108864)",
+       channels=2**31, x=words(1, 1).expand(1, 2**26), w=words(1, 1).expand(1, 2**26))
 linear("weight_words must be on cpu as the first argument, got meta", w=words(8, 2, device="meta"))
 linear("out_channels must be what 1 tiles of 16 hold, got 0", w=words(1, 2, 16), out_channels=0)
 linear("residual must be of shape (3, 8), got float32 of shape (8,)", residual=real(8))

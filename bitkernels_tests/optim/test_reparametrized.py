@@ -95,7 +95,7 @@ def test_clipping_and_metrics_see_it(network):
         before = model[0].binary_weight()
         steps(model, optimizer, 1)  # without a change
         assert watcher.scalars()["flip_ratio/0"] == 0
-        assert watcher.scalars()["dead_weights/0"] == watcher.scalars()["dead_weights/0"]
+        assert 0 <= watcher.scalars()["dead_weights/0"] <= 1
         with torch.no_grad():
             latent.copy_(torch.randn_like(latent))
         optimizer.step()  # no forward has recomputed the attribute yet

@@ -141,9 +141,13 @@ void emit_sign_pack(Lowering& low, const Call& call, int node) {
   std::vector<View> reads = {order};
   int64_t samples = 1;
   if (call.given("shift")) {
-    const View s = low.rows(low.resolved(call, "shift"));
+    const Ref ref = low.resolved(call, "shift");
+    View s = low.dense(ref);
     if (s.sizes.rank > 1) samples = std::max<int64_t>(t.sizes[0], 1);
-    reads.push_back(samples > 1 && !is_dense(s) ? low.dense(low.resolved(call, "shift")) : s);
+    // It is read past its end, where an input or output of the caller may end.
+    if (!low.graph.nodes[static_cast<size_t>(ref.node)].tensor)
+      s = low.copied(s, low.fresh(s, dense_strides(s)), node);
+    reads.push_back(s);
   }
   const View out = low.out(node);
   const Where in = order.where, to = out.where,

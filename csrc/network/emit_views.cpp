@@ -1,4 +1,5 @@
 // Views cost nothing where strides can say them; else a copy. Padding and concatenation.
+#include <algorithm>
 #include <cstring>
 
 #include "emit.h"
@@ -57,7 +58,8 @@ void emit_view(Lowering& low, const Call& call, int node) {
   if (op == "aten.slice.Tensor") {
     const int dim = call.dim("dim", x.sizes.rank);
     v.where.offset += slice_of(call, x).first * x.strides[dim] * bytes_of(x.element);
-    v.strides[dim] = x.strides[dim] * call.integer("step");
+    // A step past the end leaves one element, whatever its stride.
+    v.strides[dim] = x.strides[dim] * std::min(call.integer("step"), x.sizes[dim]);
   } else if (op == "aten.permute.default") {
     const std::vector<int64_t> dims = call.integers("dims");
     for (size_t i = 0; i < dims.size() && x.sizes.rank > 0; ++i)

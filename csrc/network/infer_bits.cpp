@@ -63,7 +63,7 @@ const Type& filters_of(const Call& call, int64_t channels, int rank) {
   int64_t products = channels;
   for (int i = 1; i + 1 < rank; ++i) products = times(products, t.sizes[i]);
   if (products >= int64_t{1} << 31)
-    call.wrong("weight_words", "less than 2^31 products in a sum", text(products));
+    call.wrong("weight_words", "of less than 2^31 products in a sum", text(products));
   return t;
 }
 

@@ -30,13 +30,6 @@ int64_t check_layer(const Call& call, int rank) {
   return weight.sizes[0];
 }
 
-Value of(const Sizes& sizes) {
-  Value v;
-  v.type = {Element::kFloat32, sizes};
-  v.type.bytes();  // fits
-  return v;
-}
-
 }  // namespace
 
 Window int8_window(const Call& call, const Pads& pads) {
@@ -55,7 +48,7 @@ Value infer_int8_conv(const Call& call) {
   if (cout % groups || times(weight.sizes[1], groups) != x[1])
     call.wrong("weight", text("of ", groups, " groups for ", x[1], " channels"), text_of(weight));
   const Window w = int8_window(call);
-  return of({x[0], cout, w.out_h, w.out_w});
+  return of({Element::kFloat32, {x[0], cout, w.out_h, w.out_w}});
 }
 
 Value infer_int8_linear(const Call& call) {
@@ -65,7 +58,7 @@ Value infer_int8_linear(const Call& call) {
   if (out.rank < 1 || out.rank > 3 || out.back() != in)
     call.wrong("input", text("of 1 to 3 dimensions, ", in, " wide"), text_of(out));
   out[out.rank - 1] = cout;
-  return of(out);
+  return of({Element::kFloat32, out});
 }
 
 }  // namespace bitkernels::network

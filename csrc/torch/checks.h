@@ -194,6 +194,12 @@ inline void check_padded(const char* op, const Padding& pad, int64_t oh, int64_t
     fail(op, "padding", "such that the output has at most 2^40 pixels", text(oh, " x ", ow));
 }
 
+// Sums are int32.
+inline void check_products(const char* op, const Tensor& weight_words, double products) {
+  if (products > kIntMax)
+    fail(op, "weight_words", "of less than 2^31 products in a sum", describe(weight_words));
+}
+
 // Output channels and rank of canonical or tiled filter words.
 struct Filter {
   bool tiled;

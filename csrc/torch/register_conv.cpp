@@ -164,6 +164,7 @@ CheckedConv checked_conv(const Tensor& words, const Tensor& weight_words, int64_
   const int64_t kh = f.taps[0], kw = f.taps[1];
   if (kh < 1 || kw < 1)
     fail(op, "weight_words", "a filter of at least 1x1", describe(weight_words));
+  check_products(op, weight_words, static_cast<double>(kh) * kw * per_group);
   const int64_t n = words.size(0), h = words.size(1), w = words.size(2);
   const int64_t oh = conv_output_size(op, h, pad.top, pad.bottom, kh, sh, dh);
   const int64_t ow = conv_output_size(op, w, pad.left, pad.right, kw, sw, dw);
@@ -212,6 +213,7 @@ Outputs linear(const Tensor& words, const Tensor& weight_words, int64_t channels
   if (f.taps[0] != word_count(channels))
     fail(op, "weight_words", text(word_count(channels), " words wide for ", channels, " channels"),
          describe(weight_words));
+  check_products(op, weight_words, static_cast<double>(channels));
   Sizes shape(words.sizes().begin(), words.sizes().end());
   shape.back() = f.out_channels;
   const int64_t rows = words.numel() / word_count(channels);

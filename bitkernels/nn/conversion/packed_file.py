@@ -1,12 +1,9 @@
 """A packed model in one file: safetensors, with what the layers are in its metadata.
 
-Metadata, all strings; readers ignore keys that they do not know:
-  format          "bitkernels.packed"
-  format_version  "1"; a reader refuses a larger one
-  bitkernels      the version that wrote the file
-  layers          JSON: {name: {"class": "PackedConv2d", argument: value, ...}} of packed layers and
-                  residual blocks
-  aliases         JSON: {key: key}, entries of the state_dict that are the same tensor as another
+Metadata beside that of `_tensor_file.py`, with the format "bitkernels.packed":
+  layers   JSON: {name: {"class": "PackedConv2d", argument: value, ...}} of packed layers and
+           residual blocks
+  aliases  JSON: {key: key}, entries of the state_dict that are the same tensor as another
 The tensors are those of the model's state_dict, under its keys.
 """
 
@@ -15,14 +12,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitkernels._files import replace_file
-from bitkernels._packages import needs
+from bitkernels._tensor_file import Kind
 from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.conversion.pack import pack
 from bitkernels.nn.latent import is_sharded
@@ -31,7 +26,7 @@ from bitkernels.nn.packed import _Packed
 from bitkernels.nn.residual_block import BinaryResidualBlock
 
 FORMAT = "bitkernels.packed"
-VERSION = 1
+_KIND = Kind("packed models", "save_packed", "load_packed", FORMAT, 1)
 LISTED = 12  # differences in a message
 _WRITTEN = (_Packed, BinaryResidualBlock)  # what says more than its state
 
@@ -48,7 +43,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
     the package safetensors.
     """
     check_model("save_packed", model)
-    safetensors = _safetensors()
+    _KIND.package()
     model = _uncompiled(model)
     layers = {name: m.arguments() for name, m in model.named_modules() if isinstance(m, _WRITTEN)}
     if not any(isinstance(m, _Packed) for m in model.modules()):
@@ -69,21 +64,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
             aliases[key] = places[place]
         else:
             places[place] = key
-            # A copy: safetensors refuses tensors that share memory, as views of one another do.
-            tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    from bitkernels import __version__
-
-    metadata = {"format": FORMAT, "format_version": str(VERSION), "bitkernels": __version__,
-                "layers": json.dumps(layers), "aliases": json.dumps(aliases)}
-    try:
-        data = safetensors.save(tensors, metadata=metadata)
-    except Exception as error:  # a dtype that the format does not have
-        raise ValueError(f"save_packed: safetensors cannot write this model: {error}") from None
-    try:
-        replace_file(Path(path), data)
-    except OSError as error:
-        raise type(error)(error.errno, f"save_packed cannot write: {error.strerror}",
-                          os.fspath(path)) from None
+            tensors[key] = value
+    _KIND.write(path, tensors, {"layers": json.dumps(layers), "aliases": json.dumps(aliases)})
 
 
 def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
@@ -157,31 +139,7 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """Layers and tensors, aliases resolved."""
-    _safetensors()
-    from safetensors import SafetensorError, safe_open
-
-    if os.path.isdir(path):
-        raise ValueError(f"load_packed: {path} is a folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"load_packed: {path} is a safetensors file, but not one of "
-                                 f"save_packed: its format is {metadata.get('format')!r}, not "
-                                 f"{FORMAT!r}")
-            version = metadata.get("format_version", "")
-            if not version.isdigit() or int(version) > VERSION:
-                raise ValueError(
-                    f"load_packed: {path} has format version {version!r}, written by bitkernels "
-                    f"{metadata.get('bitkernels')}; this one reads up to {VERSION}: update it")
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"load_packed: {path} is not a safetensors file that can be read, or not "
-                         f"a whole one: {error}") from None
-    except (FileNotFoundError, ValueError):
-        raise
-    except OSError as error:  # an empty file cannot be mapped
-        raise ValueError(f"load_packed: {path} cannot be read: {error}") from None
+    metadata, state = _KIND.read(path)
     try:
         layers, aliases = (dict(json.loads(metadata[key])) for key in ("layers", "aliases"))
         state |= {key: state[kept] for key, kept in aliases.items()}
@@ -227,11 +185,3 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
 def _uncompiled(model: nn.Module) -> nn.Module:
     """The model inside what torch.compile(model) returned."""
     return model._modules.get("_orig_mod") or model
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(needs("files of packed models", "safetensors")) from None
-    return safetensors.torch

@@ -167,6 +167,53 @@ int64_t try_file(const std::string& file) {
   return 1;
 }
 
+void test_steps_past_the_end() {
+  sample::File f;
+  const std::string far = ", 1, null, null, 1099511627776";
+  f.node("one", "aten.slice.Tensor", sample::at("x") + far);
+  f.node("same", "aten.slice.Tensor", sample::at("one") + far);
+  f.node("scaled", "aten.mul.Tensor", sample::at("same") + ", " + f.real("factor", {1}));
+  const std::string header =
+      f.header("['x', {'dtype': 'float32'}, [2, 3], [2, 3]]", "[" + sample::at("scaled") + "]");
+  bk_network* network = load(sample::whole(header, f.tensors));
+  check(network != nullptr, "slices load");
+  if (!network) return;
+  float x[] = {1, -2, 3, 4, 5, 6}, y[] = {0, 0};
+  bk_tensor input = {x, BK_FLOAT32, 2, {2, 3}, {}}, output = {};
+  check(!bk_output(network, 0, &input, &output), "bk_output");
+  output.data = y;
+  check(!bk_run(network, &input, &output) && y[0] != 0 && y[1] == 4 * y[0], "the first of rows");
+  bk_free(network);
+}
+
+// Kernels read vectors; of the caller's memory no more than is given.
+void test_inputs_of_exact_size() {
+  for (const char* shift : {"[20]", "[2, 20, 1, 1]"}) {
+    sample::File f;
+    f.node("signs", "bitkernels.sign_pack.default",
+           sample::at("x") + ", " + sample::at("shift") + ", 1");
+    const auto conv = [&](const char* name, const char* words) {
+      f.node(name, "bitkernels.packed_conv2d.default",
+             sample::at(words) + ", " + f.words(std::string(name) + "_words", {33, 3, 3, 1}) +
+                 ", 20, [1, 1], [1, 1, 1, 1], [1, 1], 1",
+             "'residual': " + sample::at("residual"));
+    };
+    conv("one", "signs");
+    conv("two", "words");
+    const auto input = [](const char* name, const char* type, const std::string& sizes) {
+      return std::string("['") + name + "', {'dtype': '" + type + "'}, " + sizes + ", " + sizes +
+             "]";
+    };
+    const std::string inputs = input("x", "float32", "[2, 20, 3, 3]") + ", " +
+                               input("shift", "float32", shift) + ", " +
+                               input("words", "int32", "[2, 3, 3, 1]") + ", " +
+                               input("residual", "float32", "[2, 33, 3, 3]");
+    const std::string header =
+        f.header(inputs, "[" + sample::at("one") + ", " + sample::at("two") + "]");
+    check(try_file(sample::whole(header, f.tensors)) == 1, "inputs of exact size");
+  }
+}
+
 void test_broken_files() {
   const sample::File f = sample::network(1);
   const std::string header = sample::header_of(f), file = sample::whole(header, f.tensors);
@@ -230,6 +277,8 @@ int main(int argc, char** argv) {
   test_threads();
   if (argc < 2 || std::string(argv[1]) != "threads") {
     test_allocations();
+    test_steps_past_the_end();
+    test_inputs_of_exact_size();
     test_broken_files();
   }
   std::printf("%s\n", failures ? "failed" : "passed");
