@@ -46,6 +46,8 @@ MUTANTS = (
          "return around[0] if around and"),
         ("repeated-though-wrong", "recording if equal else _NEVER", "recording"),
         ("zeroed-once", "            if zeroed:\n", "            if False:\n"))),
+    Mutant("computed-again-in-the-forward", "bitkernels/ops/binary_residual_block.py",
+           "if traced(run):", "if False:", ("toolchains/test_compiled_memory.py",)),
     Mutant("fused-eval-without-scale", "bitkernels/nn/residual_block.py",
            "scale=factor if scale is None else factor * scale, bias=bias",
            "scale=factor, bias=bias", (f"{BLOCK}::test_evaluation_equals_the_layers",)),
