@@ -176,6 +176,7 @@ def decide(op: str, args, kw, device) -> Plan:
     problem = launch.problem(op, args, kw)
     measured = plan.nearest(arch, problem)
     found = plan.modelled(kernels.FAMILIES[arch], problem, launch.multiprocessors(device))
+    lost = "" if measured is None else measured.lost(found, problem)
     unasked = None
     if mode() != "1":
         if measured is None:
@@ -183,7 +184,7 @@ def decide(op: str, args, kw, device) -> Plan:
                             f"{arch} yet; BITKERNELS_CUDA=1 opts in")
         found = measured.faster(found)
         if not found:
-            return Plan((), f"{plan.NEXT} was measured to be faster near this shape")
+            return Plan((), lost or f"{plan.NEXT} was measured to be faster near this shape")
         unasked = problem.spec
         if unasked not in _unasked and len(_unasked) >= MOST_UNASKED and not gpus.planned():
             return Plan((), f"kernels for {MOST_UNASKED} shapes have been compiled in this process"
@@ -196,12 +197,26 @@ def decide(op: str, args, kw, device) -> Plan:
             raise RuntimeError(f"BITKERNELS_CUDA_KERNEL must be one of {names}, got {forced!r}")
         found = tuple(k for k in found if k.name == forced)
         said = ("BITKERNELS_CUDA_KERNEL names it" if found else
-                f"{forced}, which BITKERNELS_CUDA_KERNEL names, does not take this call")
+                f"{forced}, which BITKERNELS_CUDA_KERNEL names, "
+                + _why_not(kernels.ALL[forced], problem, arch))
         return Plan(found, said, unasked)
+    if not found:
+        refused: dict[str, list[str]] = {}
+        for kernel in kernels.ALL.values():
+            if kernel.family in kernels.FAMILIES[arch]:
+                refused.setdefault(_why_not(kernel, problem, arch), []).append(kernel.name)
+        return Plan((), "; ".join(f"{', '.join(names)}: {why}" for why, names in refused.items()))
     if measured is None:
         return Plan(found, "unproven, by BITKERNELS_CUDA=1")
     found = measured.order(found)
-    return Plan(found, measured.said(found[0]), unasked)
+    return Plan(found, "; ".join(filter(None, (measured.said(found[0]), lost))), unasked)
+
+
+def _why_not(kernel: kernels.Kernel, problem: plan.Problem, arch: str) -> str:
+    if kernel.family not in kernels.FAMILIES[arch]:
+        return f"is no kernel of {arch}"
+    return (kernel.refusal(problem)
+            or f"was not measured to be faster than {plan.NEXT} near this shape")
 
 
 def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:

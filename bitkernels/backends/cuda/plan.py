@@ -61,6 +61,14 @@ class Measured:
         limit = self.us.get(NEXT, 0.0)
         return tuple(k for k in self.order(found) if self.us.get(k.name, math.inf) < limit)
 
+    def lost(self, found: tuple[Kernel, ...], problem: Problem) -> str:
+        """Of the fastest measured kernel, where it is none of these: that, and why."""
+        best = next(iter(self.faster(tuple(kernels.ALL[name] for name in self.us
+                                           if name in kernels.ALL))), None)
+        if best is None or best in found:
+            return ""
+        return f"{best.name}, the fastest measured near this shape, {best.refusal(problem)}"
+
     def said(self, kernel: Kernel) -> str:
         time, rival = self.us.get(kernel.name), self.us.get(NEXT)
         if time is None or rival is None:
