@@ -61,6 +61,18 @@ def mode() -> str:
     return os.environ.get("BITKERNELS_CUDA", "")
 
 
+def install() -> str:
+    """The command for CuPy and an NVRTC that this machine's driver knows, of CUDA 12 or 13."""
+    from bitkernels.backends.cuda import launch
+
+    try:
+        major = launch.driver().version()[0]
+    except Exception:  # without a driver nothing depends on it
+        major = 13
+    return ("pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12" if major == 12 else
+            "pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14'")
+
+
 def why_unusable(device: torch.device) -> str | None:
     """Why no kernel of csrc/cuda runs on this device, or None."""
     from bitkernels.backends.cuda import compiler, launch
@@ -76,12 +88,12 @@ def why_unusable(device: torch.device) -> str | None:
     if gpus.planned():
         return None
     if importlib.util.find_spec("cupy_backends") is None:
-        return "CuPy is not installed (pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14')"
+        return f"CuPy is not installed ({install()})"
     try:
         newest = compiler.version()
         known = compiler.architectures()
     except Exception as error:  # a missing or broken library
-        return f"NVRTC does not load: {type(error).__name__}: {error}"
+        return f"NVRTC does not load: {type(error).__name__}: {error} ({install()})"
     if int(arch[3:5]) not in known:
         return f"NVRTC {newest[0]}.{newest[1]} does not compile for {arch}"
     try:
@@ -89,8 +101,9 @@ def why_unusable(device: torch.device) -> str | None:
     except Exception as error:
         return f"the CUDA driver does not load: {type(error).__name__}: {error}"
     if driver[0] < newest[0]:
+        remedy = install() if driver[0] > 11 else "they need a driver of CUDA 12 or later"
         return (f"the driver knows CUDA {driver[0]}.{driver[1]} and NVRTC is {newest[0]}."
-                f"{newest[1]}")
+                f"{newest[1]} ({remedy})")
     return None
 
 

@@ -109,7 +109,7 @@ class Kernel:
             if spec.boxes > MOST_BOXES:
                 return f"takes tiles of at most {MOST_BOXES} images"
             if not self.maps(spec, rows)[0].legal:
-                return "copies only lines of a multiple of 16 bytes, in boxes of at most 256 elements"
+                return "copies only lines of a multiple of 16 bytes, in boxes 256 elements wide"
         if self.shared_bytes(spec) > MOST_SHARED:
             return f"keeps filters and lines in {MOST_SHARED // 1024} KiB of shared memory"
         return None

@@ -82,6 +82,15 @@ def table() -> dict[str, dict]:
     return json.loads(MEASURED.read_text())
 
 
+def gains(arch: str) -> list[float]:
+    """How many times as fast as the next backend these kernels were, where they were faster."""
+    found = []
+    for call in table().get(arch, {"calls": ()})["calls"]:
+        own = min((t for name, t in call["us"].items() if name != NEXT), default=math.inf)
+        found.append(call["us"].get(NEXT, 0.0) / own)
+    return [gain for gain in found if gain > 1]
+
+
 def nearest(arch: str, problem: Problem) -> Measured | None:
     """The measured call most like this one, or None if none is near."""
     entry = table().get(arch, {"calls": ()})

@@ -203,7 +203,21 @@ def test_reasons_of_the_machine(monkeypatch):
     assert "CuPy is not installed" in dispatch.why_unusable(CPU)
 
 
-@pytest.mark.parametrize("driver,said", (((12, 8), "the driver knows CUDA 12.8"), (None, None)))
+@pytest.mark.parametrize("major,said", ((12, "cupy-cuda12x nvidia-cuda-nvrtc-cu12"),
+                                        (13, "cupy-cuda13x"), (None, "cupy-cuda13x")))
+def test_what_to_install_fits_the_driver(monkeypatch, major, said):
+    def driver():
+        if major is None:
+            raise OSError("libcuda.so.1: no such file")
+        return type("Found", (), {"version": lambda self: (major, 4)})()
+
+    monkeypatch.setattr(launch, "driver", driver)
+    assert said in dispatch.install()
+
+
+@pytest.mark.parametrize("driver,said", (
+    ((12, 8), "the driver knows CUDA 12.8 and NVRTC is 13.0 (pip install cupy-cuda12x"),
+    ((11, 8), "NVRTC is 13.0 (they need a driver of CUDA 12"), (None, None)))
 def test_reasons_of_the_driver(driver, said, monkeypatch):
     compiler = pytest.importorskip("bitkernels.backends.cuda.compiler")
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: True)
