@@ -75,7 +75,7 @@ def test_b1_writes_wide_integers(dtype, columns):
 
 
 def test_choice_of_tile(monkeypatch):
-    """What was measured: on sm_90 the smallest, or a call's own. Else the largest that fills a GPU."""
+    """What was measured: on sm_90 the smallest, or a call's own. Else the largest that fills it."""
     layer = configs.Size(256 * 14 * 14, 256, 9, 8)
     flat = configs.Size(8192, 8192, 1, 256, flat=True)
     assert configs.fixed_tile("b1", "sm80", layer) == configs.B1[0]
