@@ -281,9 +281,9 @@ def test_variables_are_part_of_the_reason(monkeypatch):
     assert found().kernel == "b1" and "BITKERNELS_CUDA is 0" in found().reason
     assert "the fastest of 3 tiles" in found().reason
     monkeypatch.delenv("BITKERNELS_TRITON_AUTOTUNE")
-    assert found().kernel == "b1 128x64", "not large"
+    assert found().kernel == "b1 32x64", "not large"
     monkeypatch.setenv("BITKERNELS_TRITON_AUTOTUNE", "0")
-    assert found().kernel == "b1 128x64"
+    assert found().kernel == "b1 32x64"
     monkeypatch.setenv("BITKERNELS_TRITON_INNER", "popc")
     assert found().kernel == "popc 32x32" and "INNER names it" in found().reason
     monkeypatch.setenv("BITKERNELS_TRITON", "0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import goals
 from record import by_kernel, hung, rows
 
 WRONG = "WRONG"
-COLUMNS = {"packed": "packed", "fp16": "fp16 out", "fp16 from fp16": "fp16 in, out",
-           "block": "block", "moments int16": "moments"}
-WIDTH = 118
+# Of an output: its name here, and room for its cells.
+COLUMNS = {"packed": ("packed", 25), "fp16": ("fp16 out", 20),
+           "fp16 from fp16": ("fp16 in, out", 25), "block": ("block", 20),
+           "moments int16": ("moments", 20)}
+WIDTH, MOST_FAILED = 138, 6
 
 
 def write_state(raw: Path, state: Sequence[Mapping]) -> None:
@@ -28,9 +31,12 @@ def status(part: Mapping) -> str:
         return f"{part['part']:10} not run: what it needs is not installed here"
     said = f"{part['part']:10} {part['seconds']:5.1f} s"
     if part["failed"]:
+        each = [f"{job} ({why})" if job != part["part"] else why
+                for job, why in part["failed"].items()]
+        more = len(each) - MOST_FAILED
         said += "  FAILED " + ", ".join(
-            f"{job} ({why})" if job != part["part"] else why for job, why in part["failed"].items())
-    return said[:WIDTH]
+            each[:MOST_FAILED] + [f"and {more} more"] * (more > 0))
+    return said
 
 
 def last_words(raw: Path, part: Mapping) -> list[str]:
@@ -54,7 +60,14 @@ def text(raw: Path, state: Sequence[Mapping], gpu: str, seconds: float) -> str:
             lines += section(raw)
         except Exception as error:  # a result of a form that is not foreseen hides no other
             lines.append(f"{section.__name__}: {type(error).__name__}: {error}")
-    return "\n".join(line.rstrip()[:WIDTH + 20] for line in lines) + "\n"
+    return "\n".join(part for line in lines for part in wrapped(line)) + "\n"
+
+
+def wrapped(line: str) -> list[str]:
+    """Nothing is cut off: what does not fit goes on below."""
+    line = line.rstrip()
+    return [line] if len(line) <= WIDTH else textwrap.wrap(
+        line, WIDTH, subsequent_indent="      ", break_on_hyphens=False)
 
 
 def asked(raw: Path) -> Iterator[str]:
@@ -73,9 +86,7 @@ def correctness(raw: Path) -> Iterator[str]:
         return
     exact = {name: sum("wrong" in row and row["wrong"] is None for row in of)
              for name, of in found.items()}
-    counts = [f"{name} {count}" for name, count in exact.items()]
-    for at in range(0, len(counts), 6):
-        yield f"{'' if at else 'exact checks:':14}" + ", ".join(counts[at:at + 6])
+    yield "exact checks: " + ", ".join(f"{name} {count}" for name, count in exact.items())
     for name, of in found.items():
         for row in [row for row in of if row.get("wrong")][:3]:
             yield f"  {WRONG} {name}: {row['key']}: {row['wrong']}"
@@ -128,7 +139,9 @@ def cell(row: Mapping) -> str:
 
 
 def short(kernel: str) -> str:
-    return re.sub(r"^([a-z])[a-z]*_", r"\1_", kernel)
+    """resident4_64x64_bulk as r4_64x64+."""
+    return re.sub(r"^([a-z])[a-z]*(\d*)_(.*?)(_bulk)?$", lambda found: "".join((
+        found[1], found[2], "_", found[3], "+" if found[4] else "")), kernel)
 
 
 def convolutions(raw: Path) -> Iterator[str]:
@@ -138,18 +151,19 @@ def convolutions(raw: Path) -> Iterator[str]:
     copy = next((row["copy"] for row in found if "copy" in row), None)
     yield ("3x3 convolutions, us of the fastest kernel, of its floor; packed and fp16 times cuDNN "
            f"bf16{f'; copy {copy / 1e12:.2f} TB/s' if copy else ''}")
-    yield f"{'':14}{'cudnn':>6}  " + "".join(f"{name:23}" for name in COLUMNS.values())
+    yield (f"{'':14}{'cudnn':>6}  "
+           + "".join(f"{name:{width}}" for name, width in COLUMNS.values()))
     for layer, batch in dict.fromkeys((row["layer"], row["batch"]) for row in found
                                       if "layer" in row):
         of = {output: goals.row(found, layer=layer, batch=batch, output=output)
               for output in COLUMNS}
         library = of["packed"].get("us", {}).get("cudnn bf16")
-        cells = []
-        for row in of.values():
+        line = f"{layer:8}b{batch:<5}{library or 0:6.1f}  "
+        for output, row in of.items():
             rate = goals.over(row, "cudnn bf16")
-            cells.append(cell(row) + (f" {rate:.1f}x" if rate else ""))
-        yield (f"{layer:8}b{batch:<5}{library or 0:6.1f}  "
-               + "".join(f"{one:23}" for one in cells))
+            said = cell(row) + (f" {rate:.1f}x" if rate else "")
+            line += f"{said:{COLUMNS[output][1] - 1}} "
+        yield line
     yield from failures(found)
 
 
@@ -168,7 +182,6 @@ def failures(found: Sequence[Mapping]) -> Iterator[str]:
 def products(raw: Path) -> Iterator[str]:
     found = rows(raw, "gemm")
     for size in dict.fromkeys(row["size"] for row in found if "size" in row):
-        cells = []
         for output in ("packed", "fp16"):
             row = goals.row(found, size=size, output=output)
             rates = sorted(((2 * size**3 / t / 1e9, name) for name, t in row.get("us", {}).items()),
@@ -176,8 +189,8 @@ def products(raw: Path) -> Iterator[str]:
             own = [f"{short(name)} {rate:.2f}" for rate, name in rates
                    if name not in goals.LIBRARY][:4]
             library = [f"{name} {rate:.2f}" for rate, name in rates if name in goals.LIBRARY]
-            cells.append(f"{output}: " + ", ".join(own + library))
-        yield f"product {size}^3, POPS  " + " | ".join(cells)
+            if own or library:
+                yield f"product {size}^3, POPS  {output}: " + ", ".join(own + library)
     yield from failures(found)
 
 

@@ -16,7 +16,7 @@ import bitkernels
 from bitkernels.backends import cpu
 from bitkernels.backends.answer import registered
 from bitkernels.backends.cuda import dispatch as cuda
-from bitkernels.backends.cuda import plan
+from bitkernels.backends.cuda import launch, plan
 
 FEATURES = ("popcnt", "avx2", "avx512_bw", "avx512_vl", "avx512_vpopcntdq", "avx512_bitalg",
             "avx512_vnni", "avx_vnni", "neon", "sve")
@@ -122,14 +122,26 @@ def remedies() -> list[str]:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         found.append("there is a GPU, but no Triton, without which the slow reference runs on it: "
                      "pip install triton")
-    if torch.cuda.is_available() and importlib.util.find_spec("cupy_backends") is None:
-        found.append("csrc/cuda (BITKERNELS_CUDA=1) needs CuPy and NVRTC: "
-                     "pip install cupy-cuda13x nvidia-cuda-nvrtc")
+    if torch.cuda.is_available() and (said := cuda_remedy()):
+        found.append(said)
     missing = [name for module, name in TRAINING if importlib.util.find_spec(module) is None]
     if missing:
         found.append(f"only to train by recipes, and for its data and plots: pip install "
                      f"{' '.join(missing)}")
     return found
+
+
+def cuda_remedy() -> str | None:
+    """Of a GPU that csrc/cuda has kernels for and does not run on: what that costs, and why."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch, reason = launch.architecture(device), cuda.why_unusable(device)
+    if arch is None or reason is None:
+        return None
+    gains = plan.gains(arch)
+    if not gains:
+        return f"csrc/cuda (on {arch} by BITKERNELS_CUDA=1 alone) does not run here: {reason}"
+    return (f"csrc/cuda, on {arch} {min(gains):.1f} to {max(gains):.1f} times as fast as Triton in "
+            f"{len(gains)} measured calls and those near them, does not run here: {reason}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

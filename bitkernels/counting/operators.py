@@ -69,7 +69,8 @@ def _linear(func: Any, arguments: dict[str, Any], out: Any) -> int:
 _OURS: dict[Any, Callable[[Any, dict[str, Any], Any], int]] = {
     _ours.binary_conv2d: _latent_conv, _ours.binary_conv2d_forward: _latent_conv,
     _ours.binary_residual_block: _latent_conv, _ours.packed_conv2d: _packed_conv,
-    _ours.packed_conv2d_moments: _packed_conv, _ours.binary_linear: _linear,
+    _ours.packed_conv2d_moments: _packed_conv, _ours.packed_conv2d_recompute: _packed_conv,
+    _ours.binary_linear: _linear,
     _ours.packed_linear: _packed_linear, _ours.binary_conv_transpose2d: _transposed,
     _ours.packed_conv_transpose2d: _packed_transposed,
 }

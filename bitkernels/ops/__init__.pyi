@@ -20,6 +20,7 @@ mask_grad: Any
 packed_conv2d: Any
 packed_conv2d_input_grad: Any
 packed_conv2d_moments: Any
+packed_conv2d_recompute: Any
 packed_conv2d_weight_grad: Any
 packed_conv_transpose2d: Any
 packed_linear: Any
@@ -51,6 +52,7 @@ __all__ = [
     "packed_conv2d",
     "packed_conv2d_input_grad",
     "packed_conv2d_moments",
+    "packed_conv2d_recompute",
     "packed_conv2d_weight_grad",
     "packed_conv_transpose2d",
     "packed_linear",

@@ -169,6 +169,12 @@ def inside(like: torch.Tensor) -> Callable[..., Any]:
     return straight
 
 
+def traced(run: Callable[..., Any]) -> bool:
+    """Whether a mode sees what `run`, of `inside`, calls: that of a compiler, which moves calls
+    between forward and backward, for one."""
+    return run is dispatched and torch._C._len_torch_dispatch_stack() > 0
+
+
 def dispatched(name: str, *args: Any, **kw: Any) -> Any:
     """A call, whose values are in the schema's order, by PyTorch's dispatcher; what the schema does
     not have, as which outputs are wanted, is left out."""

@@ -23,7 +23,7 @@ from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_m
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
 from bitkernels.ops._conv2d_backward import conv2d_backward
-from bitkernels.ops._record import Call, Operator, Sample, define, each, inside, remembered
+from bitkernels.ops._record import Call, Operator, Sample, define, each, inside, remembered, traced
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
 from bitkernels.ops.packed_conv2d_moments import dot_dtype
@@ -114,6 +114,15 @@ def _moments(run: Any, words: Tensor, weight_words: Tensor, channels: int, conv:
         "packed_conv2d_moments", words, weight_words, channels, conv.stride, conv.pad,
         conv.dilation, conv.groups, pad_value=conv.pad_value, out_channels=None, relu=relu,
         dtype=dot_dtype(weight_words, channels, conv.groups), sums=sums)
+
+
+def _dots_again(run: Any, grad: Tensor, words: Tensor, weight_words: Tensor, channels: int,
+                conv: ConvSpec, relu: bool) -> Tensor:
+    if traced(run):
+        return ops.packed_conv2d_recompute.default(
+            grad, words, weight_words, channels, conv.stride, conv.pad, conv.dilation, conv.groups,
+            pad_value=conv.pad_value)
+    return _moments(run, words, weight_words, channels, conv, relu, False)[0]
 
 
 def _forward(t: PerTensor, conv: ConvSpec, spec: BlockSpec, clip: float | None):
@@ -240,7 +249,7 @@ def _passes_backward(run, grad, words, weight_words, dot, stream, shift_in, slop
     """(the value's gradient, that of the dot products or None, those of the vectors)."""
     norm = Statistics(*vectors.unbind(0))
     if dot is None:
-        dot, _ = _moments(run, words, weight_words, channels, conv, spec.relu, False)
+        dot = _dots_again(run, grad, words, weight_words, channels, conv, spec.relu)
     grad_value, sums = run("residual_block_backward", grad, dot, stream, norm.slope, norm.offset,
                            shift_in, slope, norm.center, spec.relu)
     if slope is None:

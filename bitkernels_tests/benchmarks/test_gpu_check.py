@@ -378,6 +378,26 @@ def test_the_screen_shows_every_part(tmp_path):
     assert len(said.splitlines()) < 60 and summary.text(tmp_path / "none", [], "g", 0) == "g, 0 s\n"
 
 
+def test_the_screen_cuts_nothing_off(tmp_path):
+    """Of the H200's results, with kernels of longer names and more to say than it had."""
+    found = ROOT / "benchmarks" / "results" / "nvidia-h200"
+    if not found.exists():
+        pytest.skip("installed without results")
+    text = (found / "conv.jsonl").read_text()
+    (tmp_path / "conv.jsonl").write_text(text.replace("_64x64", "_64x64_bulk"))
+    (tmp_path / "gemm.jsonl").write_text((found / "gemm.jsonl").read_text())
+    for number in range(30):
+        record.Record(tmp_path, "correct").add(kernel=f"a_kernel_{number}", key="x", wrong=None)
+        record.Record(tmp_path, "train").add(key=f"captured form {number}", yes=number < 29)
+    state = [{"part": "compile", "seconds": 9.0, "jobs": 30,
+              "failed": {f"job {number}": "killed after 80 s" for number in range(30)}}]
+    said = summary.text(tmp_path, state, "a GPU", 1.0)
+    assert max(map(len, said.splitlines())) <= summary.WIDTH
+    for each in ("a_kernel_29 1", "captured form 29: NO", "and 24 more", "25.9 r4_64x64+ 15% 5.1x ",
+                 "POPS  fp16: b_128x256_ahead 9.81", "41.5 r4_64x64+ 63%"):
+        assert each in said, each
+
+
 def test_a_result_of_another_form_hides_no_other(tmp_path):
     results(tmp_path)
     record.Record(tmp_path, "gemm").add(key="odd", size=8192, output="packed", us={"bulk": None})

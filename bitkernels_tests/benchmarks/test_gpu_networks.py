@@ -113,6 +113,16 @@ def test_training_rows_come_form_by_form(no_gpu_needed, tmp_path, monkeypatch):
     assert "out of time" in lines(tmp_path, "train")[-1]["stopped"] and len(done) == 1
 
 
+@pytest.mark.parametrize("form", ("bitkernels", "layers"))
+def test_steps_with_pytorchs_tools(monkeypatch, form):
+    for name, value in (("DEVICE", "cpu"), ("IMAGES", 4), ("SIDE", 32)):
+        monkeypatch.setattr(train, name, value)
+    found = train.scaled(form)
+    assert found["yes"] and found["steps"] > 2 and found["scale"] < 2.0**22
+    assert train.parallel(form) == {"yes": True, "distance": 0.0}
+    assert not torch.distributed.is_initialized()
+
+
 def test_digits_are_learned(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(digits, "STARTS", (0.0, 1e-6))

@@ -128,10 +128,25 @@ def test_doctor_says_what_helps(capsys, monkeypatch):
     assert "the CPU engine is missing" in doctor.remedies()[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "cuda_remedy", lambda: "no CuPy")
     said = " ".join(doctor.remedies())
-    assert "pip install triton" in said and "pip install cupy-cuda13x" in said
+    assert "pip install triton" in said and "no CuPy" in said
     monkeypatch.setenv("BITKERNELS_CPU", "reference")
     assert "unset it" in doctor.remedies()[0]
+
+
+@pytest.mark.parametrize("arch,reason,expected", (
+    ("sm_90a", "CuPy is not installed (pip install x)",
+     r"csrc/cuda, on sm_90a \d\.\d to \d\.\d times as fast as Triton in \d+ measured calls .*: "
+     r"CuPy is not installed \(pip install x\)"),
+    ("sm_80", "no NVRTC", r"csrc/cuda \(on sm_80 by BITKERNELS_CUDA=1 alone\) .*: no NVRTC"),
+    ("sm_90a", None, None), (None, "sm_100 has no 1-bit tensor core", None)))
+def test_doctor_says_what_the_cuda_kernels_would_bring(monkeypatch, arch, reason, expected):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(doctor.launch, "architecture", lambda device: arch)
+    monkeypatch.setattr(doctor.cuda, "why_unusable", lambda device: reason)
+    said = doctor.cuda_remedy()
+    assert said is None if expected is None else re.fullmatch(expected, said)
 
 
 def test_doctor_knows_a_torch_without_cuda_beside_a_driver(monkeypatch):

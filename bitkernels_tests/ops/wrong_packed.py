@@ -220,3 +220,7 @@ moments("stride must be at least 1, got [0, 1]", (0, 1))
 moments("kernel must be at most the padded input size 5, got a reach of 7", (1,), (0,), (3,))
 moments("pad_value must be -1, 0 or 1, got 2", pad_value=2)
 moments("out_channels must be 8, the first size of weight_words, got 9", out_channels=9)
+
+row(ops.packed_conv2d_recompute.default,
+    "grad must be of shape (2, 8, 3, 4), got float32 of shape (2, 8, 4, 3)", real(2, 8, 4, 3),
+    *CONV, 40)

@@ -1,5 +1,6 @@
 """Part train: training steps of whole networks in every form of bench_train.py, eager and compiled;
-some also as a CUDA graph, which Python only replays; whether a step trains as one.
+some also as a CUDA graph, which Python only replays; whether a step trains as one, under
+reduce-overhead, in float16 with GradScaler and under DistributedDataParallel with nccl.
 
 A row for every network and form as soon as it is measured: seconds of a step, steps one behind the
 other, images a second, the most memory allocated. train.csv, train.json and train.png are of all
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +21,7 @@ import bench_train
 import common
 import gpu_time
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from record import Record, message
 from schedule import end_of_job
@@ -34,6 +37,8 @@ COMPILED = tuple(f"{form} compiled" for form in ("published", "bitkernels", "lay
 GRAPHS = ("bitkernels", "layers", "published compiled")
 SECONDS = 1.0  # timed, of each form
 FIRST, REST = ("reactnet18",), ("quicknet", "reactnet_a")
+# Of the steps that are no measurements: device, images, their size.
+DEVICE, IMAGES, SIDE = "cuda", 16, 64
 
 
 def make_case(network: str, batch: int = BATCH, size: int = SIZE) -> bench_train.Case:
@@ -118,20 +123,24 @@ def save(folder: Path, done: list[bench_train.Row], device: common.Device) -> No
 class Step:
     """Forward, loss, backward and update of a small network, for captures."""
 
-    def __init__(self, form: str, compiled: Callable[[nn.Module], Callable] = lambda m: m) -> None:
+    def __init__(self, form: str, compiled: Callable[[nn.Module], Callable] = lambda m: m,
+                 dtype: torch.dtype = torch.bfloat16) -> None:
         torch.manual_seed(0)
-        network = NETWORKS["reactnet18"](1).to("cuda", memory_format=torch.channels_last)
-        self.model = in_form(network, form)
+        network = NETWORKS["reactnet18"](1).to(DEVICE, memory_format=torch.channels_last)
+        self.model, self.dtype = in_form(network, form), dtype
         self.call = compiled(self.model)
-        x = torch.randn(16, 3, 64, 64, device="cuda")
+        x = torch.randn(IMAGES, 3, SIDE, SIDE, device=DEVICE)
         self.x = x.to(memory_format=torch.channels_last)
-        self.labels = torch.arange(16, device="cuda")
+        self.labels = torch.arange(IMAGES, device=DEVICE)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            loss = F.cross_entropy(self.call(self.x).float(), self.labels)
+        with torch.autocast(DEVICE, self.dtype, cache_enabled=False):
+            return F.cross_entropy(self.call(self.x).float(), self.labels)
+
+    def __call__(self) -> Tensor:
+        loss = self.loss()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -178,6 +187,42 @@ def reduced(form: str) -> dict:
             "graphs skipped": skips}
 
 
+def scaled(form: str) -> dict:
+    """Whether GradScaler sees an overflow of float16, skips those steps and trains on."""
+    step, scales = Step(form, dtype=torch.float16), []
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**24)
+    before = copy.deepcopy(step.model.state_dict())
+    skipped = moved = False
+    for _ in range(40):
+        scaler.scale(step.loss()).backward()
+        scaler.step(step.optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        moved = not all(torch.equal(before[name], p) for name, p in step.model.named_parameters())
+        skipped |= not moved
+        if moved:
+            break
+    finite = all(p.isfinite().all() for p in step.model.parameters())
+    return {"yes": bool(skipped and moved and finite), "scale": scales[-1], "steps": len(scales)}
+
+
+def parallel(form: str) -> dict:
+    """Whether DistributedDataParallel, of one process, gives the gradients of the model itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", rank=0, world_size=1,
+                                init_method=f"file://{folder}/store")
+        try:
+            found = []
+            for wrap in (lambda model: model, nn.parallel.DistributedDataParallel):
+                step = Step(form, wrap)
+                step.loss().backward()
+                found.append(torch.cat([p.grad.flatten() for p in step.model.parameters()]))
+        finally:
+            dist.destroy_process_group()
+    distance = float((found[0] - found[1]).norm() / found[0].norm())
+    return {"yes": distance < 1e-2, "distance": distance}
+
+
 def run(folder: Path) -> None:
     record = Record(folder, "train")
     torch.backends.cudnn.benchmark = True
@@ -186,7 +231,9 @@ def run(folder: Path) -> None:
     networks(record, FIRST, folder, done)
     run_tasks(record, [
         *((f"captured {form}", partial(captured, form)) for form in ("bitkernels", "layers")),
-        ("reduce-overhead bitkernels", partial(reduced, "bitkernels"))])
+        *((f"{name} bitkernels", partial(call, "bitkernels")) for name, call in (
+            ("reduce-overhead", reduced), ("float16 with GradScaler", scaled),
+            ("DistributedDataParallel", parallel)))])
     networks(record, REST, folder, done)
 
 

@@ -61,6 +61,18 @@ def mode() -> str:
     return os.environ.get("BITKERNELS_CUDA", "")
 
 
+def install() -> str:
+    """The command for CuPy and an NVRTC that this machine's driver knows, of CUDA 12 or 13."""
+    from bitkernels.backends.cuda import launch
+
+    try:
+        major = launch.driver().version()[0]
+    except Exception:  # without a driver nothing depends on it
+        major = 13
+    return ("pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12" if major == 12 else
+            "pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14'")
+
+
 def why_unusable(device: torch.device) -> str | None:
     """Why no kernel of csrc/cuda runs on this device, or None."""
     from bitkernels.backends.cuda import compiler, launch
@@ -76,12 +88,12 @@ def why_unusable(device: torch.device) -> str | None:
     if gpus.planned():
         return None
     if importlib.util.find_spec("cupy_backends") is None:
-        return "CuPy is not installed (pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14')"
+        return f"CuPy is not installed ({install()})"
     try:
         newest = compiler.version()
         known = compiler.architectures()
     except Exception as error:  # a missing or broken library
-        return f"NVRTC does not load: {type(error).__name__}: {error}"
+        return f"NVRTC does not load: {type(error).__name__}: {error} ({install()})"
     if int(arch[3:5]) not in known:
         return f"NVRTC {newest[0]}.{newest[1]} does not compile for {arch}"
     try:
@@ -89,8 +101,9 @@ def why_unusable(device: torch.device) -> str | None:
     except Exception as error:
         return f"the CUDA driver does not load: {type(error).__name__}: {error}"
     if driver[0] < newest[0]:
+        remedy = install() if driver[0] > 11 else "they need a driver of CUDA 12 or later"
         return (f"the driver knows CUDA {driver[0]}.{driver[1]} and NVRTC is {newest[0]}."
-                f"{newest[1]}")
+                f"{newest[1]} ({remedy})")
     return None
 
 
@@ -176,6 +189,7 @@ def decide(op: str, args, kw, device) -> Plan:
     problem = launch.problem(op, args, kw)
     measured = plan.nearest(arch, problem)
     found = plan.modelled(kernels.FAMILIES[arch], problem, launch.multiprocessors(device))
+    lost = "" if measured is None else measured.lost(found, problem)
     unasked = None
     if mode() != "1":
         if measured is None:
@@ -183,7 +197,7 @@ def decide(op: str, args, kw, device) -> Plan:
                             f"{arch} yet; BITKERNELS_CUDA=1 opts in")
         found = measured.faster(found)
         if not found:
-            return Plan((), f"{plan.NEXT} was measured to be faster near this shape")
+            return Plan((), lost or f"{plan.NEXT} was measured to be faster near this shape")
         unasked = problem.spec
         if unasked not in _unasked and len(_unasked) >= MOST_UNASKED and not gpus.planned():
             return Plan((), f"kernels for {MOST_UNASKED} shapes have been compiled in this process"
@@ -196,12 +210,26 @@ def decide(op: str, args, kw, device) -> Plan:
             raise RuntimeError(f"BITKERNELS_CUDA_KERNEL must be one of {names}, got {forced!r}")
         found = tuple(k for k in found if k.name == forced)
         said = ("BITKERNELS_CUDA_KERNEL names it" if found else
-                f"{forced}, which BITKERNELS_CUDA_KERNEL names, does not take this call")
+                f"{forced}, which BITKERNELS_CUDA_KERNEL names, "
+                + _why_not(kernels.ALL[forced], problem, arch))
         return Plan(found, said, unasked)
+    if not found:
+        refused: dict[str, list[str]] = {}
+        for kernel in kernels.ALL.values():
+            if kernel.family in kernels.FAMILIES[arch]:
+                refused.setdefault(_why_not(kernel, problem, arch), []).append(kernel.name)
+        return Plan((), "; ".join(f"{', '.join(names)}: {why}" for why, names in refused.items()))
     if measured is None:
         return Plan(found, "unproven, by BITKERNELS_CUDA=1")
     found = measured.order(found)
-    return Plan(found, measured.said(found[0]), unasked)
+    return Plan(found, "; ".join(filter(None, (measured.said(found[0]), lost))), unasked)
+
+
+def _why_not(kernel: kernels.Kernel, problem: plan.Problem, arch: str) -> str:
+    if kernel.family not in kernels.FAMILIES[arch]:
+        return f"is no kernel of {arch}"
+    return (kernel.refusal(problem)
+            or f"was not measured to be faster than {plan.NEXT} near this shape")
 
 
 def _trusted(op: str, kernel: kernels.Kernel, device: torch.device) -> bool:

@@ -7,6 +7,7 @@ A kernel is a class template of csrc/cuda with its tile; everything else about a
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,21 +85,34 @@ class Kernel:
                 maps.matrix(spec.cout, spec.k_bytes, self.bn))
 
     def takes(self, problem: Problem) -> bool:
-        """Of what these kernels take at all."""
+        return self.refusal(problem) is None
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Of what these kernels take at all: why this one does not, as what it does, or None."""
         spec = problem.spec
-        if self.bulk and not problem.aligned or problem.op == MOMENTS and not self.sums:
-            return False
-        if self.resident and (spec.kh * spec.kw > MOST_TAPS or 8 * spec.k_bytes >= MOST_PAIRED):
-            return False
+        if problem.op == MOMENTS and not self.sums:
+            return "takes no sums of its outputs"
+        if self.bulk and not problem.aligned:
+            return ("copies only words that start at 16 bytes" if self.resident else
+                    "copies only rows that start at 16 bytes and are a multiple of 16 bytes")
+        if self.resident and spec.kh * spec.kw > MOST_TAPS:
+            return f"takes at most {MOST_TAPS} taps"
+        if self.resident and 8 * spec.k_bytes >= MOST_PAIRED:
+            return f"takes fewer than {MOST_PAIRED} products an output"
         strips = self.bm // 64
         if problem.op == MOMENTS and strips * (8 * spec.k_bytes) ** 2 >= MOST_PAIRED ** 2:
-            return False  # the squares of 16 rows a strip
+            # The squares of 16 rows a strip.
+            return f"takes sums of fewer than {math.isqrt(MOST_PAIRED ** 2 // strips)} products"
         if self.resident and self.bulk:
             spec = self.placed(spec)
             rows = max(problem.rows, spec.oh * spec.ow)
-            if spec.boxes > MOST_BOXES or not self.maps(spec, rows)[0].legal:
-                return False
-        return self.shared_bytes(spec) <= MOST_SHARED
+            if spec.boxes > MOST_BOXES:
+                return f"takes tiles of at most {MOST_BOXES} images"
+            if not self.maps(spec, rows)[0].legal:
+                return "copies only lines of a multiple of 16 bytes, in boxes 256 elements wide"
+        if self.shared_bytes(spec) > MOST_SHARED:
+            return f"keeps filters and lines in {MOST_SHARED // 1024} KiB of shared memory"
+        return None
 
     @property
     def sums(self) -> bool:

@@ -61,6 +61,14 @@ class Measured:
         limit = self.us.get(NEXT, 0.0)
         return tuple(k for k in self.order(found) if self.us.get(k.name, math.inf) < limit)
 
+    def lost(self, found: tuple[Kernel, ...], problem: Problem) -> str:
+        """Of the fastest measured kernel, where it is none of these: that, and why."""
+        best = next(iter(self.faster(tuple(kernels.ALL[name] for name in self.us
+                                           if name in kernels.ALL))), None)
+        if best is None or best in found:
+            return ""
+        return f"{best.name}, the fastest measured near this shape, {best.refusal(problem)}"
+
     def said(self, kernel: Kernel) -> str:
         time, rival = self.us.get(kernel.name), self.us.get(NEXT)
         if time is None or rival is None:
@@ -72,6 +80,15 @@ class Measured:
 @functools.cache
 def table() -> dict[str, dict]:
     return json.loads(MEASURED.read_text())
+
+
+def gains(arch: str) -> list[float]:
+    """How many times as fast as the next backend these kernels were, where they were faster."""
+    found = []
+    for call in table().get(arch, {"calls": ()})["calls"]:
+        own = min((t for name, t in call["us"].items() if name != NEXT), default=math.inf)
+        found.append(call["us"].get(NEXT, 0.0) / own)
+    return [gain for gain in found if gain > 1]
 
 
 def nearest(arch: str, problem: Problem) -> Measured | None:

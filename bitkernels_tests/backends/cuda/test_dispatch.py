@@ -79,6 +79,47 @@ def test_the_next_backend_runs_where_it_was_faster(usable, monkeypatch):
     assert found[0].name == "mma_64x64" and len(found) > 5 and "at 10 us" in why
 
 
+def matrices(words: int, first: int = 0):
+    """Of packed_linear; its words begin at so many."""
+    rows = torch.empty(4096 * words + first, dtype=torch.int32)[first:].view(4096, words)
+    return rows, torch.empty(4096, words, dtype=torch.int32), 32 * words
+
+
+@pytest.mark.parametrize("args", (matrices(128, 1), matrices(127)), ids=("a view", "narrow rows"))
+def test_the_fastest_kernel_that_does_not_take_a_call_says_why(usable, args):
+    why = "bulk_128x256, the fastest measured near this shape, copies only rows that start at 16"
+    kw = dict(real=False, packed=True)
+    found = dispatch.explain("packed_linear", *matrices(128), **kw)
+    assert found.kernel == "bulk_128x256" and "copies only" not in found.reason
+    found = dispatch.explain("packed_linear", *args, **kw)
+    assert found.kernel is None and found.reason.startswith(why)
+
+
+@pytest.mark.parametrize("asked", (None, "1"))
+def test_a_call_that_no_kernel_takes_near_a_measured_one(usable, monkeypatch, asked):
+    """A step of training at 512@7 with four times the channels that were measured."""
+    if asked:
+        monkeypatch.setenv("BITKERNELS_CUDA", asked)
+    args = (torch.empty(256, 7, 7, 64, dtype=torch.int32),
+            torch.empty(512, 3, 3, 64, dtype=torch.int32), 2048, (1, 1), (1, 1), (1, 1), 1)
+    kw = dict(pad_value=0, out_channels=None, relu=False, dtype=torch.int16)
+    assert dispatch.attempt("packed_conv2d_moments", args, kw) is None
+    why = dispatch.explain("packed_conv2d_moments", *args, **kw).reason
+    assert "takes fewer than 16384 products an output" in why
+    assert ("mma_64x32: takes no sums of its outputs" in why) == bool(asked)
+
+
+@pytest.mark.parametrize("name,why", (
+    ("bulk_128x256", "copies only rows"), ("mma_64x64", "was not measured to be faster")))
+def test_a_named_kernel_that_does_not_run_says_why(usable, monkeypatch, name, why):
+    monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", name)
+    measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x32": 7}, **LINEAR)
+    args = linear() if name != "bulk_128x256" else linear(channels=224)
+    found = dispatch.explain("packed_linear", *args)
+    assert found.kernel is None and found.reason.startswith(f"{name}, which BITKERNELS_CUDA_KERNEL")
+    assert why in found.reason
+
+
 @pytest.mark.parametrize("far", (dict(rows=1024), dict(cout=512), dict(products=8192)), ids=str)
 def test_nothing_runs_unasked_far_from_what_was_measured(far, usable, monkeypatch):
     measured(monkeypatch, "packed_linear", {"triton": 9, "mma_64x64": 7}, **{**LINEAR, **far})
@@ -162,7 +203,21 @@ def test_reasons_of_the_machine(monkeypatch):
     assert "CuPy is not installed" in dispatch.why_unusable(CPU)
 
 
-@pytest.mark.parametrize("driver,said", (((12, 8), "the driver knows CUDA 12.8"), (None, None)))
+@pytest.mark.parametrize("major,said", ((12, "cupy-cuda12x nvidia-cuda-nvrtc-cu12"),
+                                        (13, "cupy-cuda13x"), (None, "cupy-cuda13x")))
+def test_what_to_install_fits_the_driver(monkeypatch, major, said):
+    def driver():
+        if major is None:
+            raise OSError("libcuda.so.1: no such file")
+        return type("Found", (), {"version": lambda self: (major, 4)})()
+
+    monkeypatch.setattr(launch, "driver", driver)
+    assert said in dispatch.install()
+
+
+@pytest.mark.parametrize("driver,said", (
+    ((12, 8), "the driver knows CUDA 12.8 and NVRTC is 13.0 (pip install cupy-cuda12x"),
+    ((11, 8), "NVRTC is 13.0 (they need a driver of CUDA 12"), (None, None)))
 def test_reasons_of_the_driver(driver, said, monkeypatch):
     compiler = pytest.importorskip("bitkernels.backends.cuda.compiler")
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: True)

@@ -75,12 +75,14 @@ def test_b1_writes_wide_integers(dtype, columns):
 
 
 def test_choice_of_tile(monkeypatch):
-    """The largest that fills a GPU, or what was measured."""
+    """What was measured: on sm_90 the smallest, or a call's own. Else the largest that fills it."""
     layer = configs.Size(256 * 14 * 14, 256, 9, 8)
-    assert configs.fixed_tile("b1", "sm90", layer) == configs.B1[0]
-    assert configs.fixed_tile("b1", "sm90", layer._replace(rows=8 * 14 * 14)) == configs.B1[2]
     flat = configs.Size(8192, 8192, 1, 256, flat=True)
-    assert configs.fixed_tile("b1", "sm90", flat) == configs.B1_FLAT[0]
+    assert configs.fixed_tile("b1", "sm80", layer) == configs.B1[0]
+    assert configs.fixed_tile("b1", "sm80", layer._replace(rows=8 * 14 * 14)) == configs.B1[2]
+    assert configs.fixed_tile("b1", "sm80", flat) == configs.B1_FLAT[0]
+    assert configs.fixed_tile("b1", "sm90", layer) == configs.B1[2]
+    assert configs.fixed_tile("b1", "sm90", flat) == configs.B1_FLAT[2]
     monkeypatch.setitem(configs.MEASURED, ("sm90", 256, 9, 8, "real"), configs.b1(4, 2))
     assert configs.fixed_tile("b1", "sm90", layer) == configs.B1[1]
     assert configs.fixed_tile("b1", "sm80", layer) == configs.B1[0]

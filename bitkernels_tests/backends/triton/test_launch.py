@@ -19,6 +19,7 @@ import triton
 from triton.runtime import driver
 
 from bitkernels.backends.triton import configs, dispatch, selfcheck, tuning
+from bitkernels.ops._record import OPERATORS
 from bitkernels_tests import no_gpu
 from bitkernels_tests.backends import test_training_launches
 
@@ -97,3 +98,28 @@ def test_image_sizes_are_arguments(launched, monkeypatch):
 def test_launches_of_a_training_step_are_those_that_are_counted(launched, op):
     first_case(op)
     assert len(launched) == test_training_launches.OURS.get(op, 1)
+
+
+@pytest.mark.parametrize("family,inner,usual", (
+    ("sm90", "b1", 2), ("sm80", "b1", 0), ("sm90", "int8", 0), ("sm90", "popc", 0)))
+def test_the_check_runs_all_cases_in_the_usual_tile(launched, monkeypatch, family, inner, usual):
+    """Which a launch without tuning has, and the last case in every other."""
+    ran = []
+
+    def kernel(op):
+        def run(*args, inner, **kw):
+            ran.append(tuning._fixed.get())
+            return OPERATORS[op].reference(*args, **kw)
+
+        return run
+
+    monkeypatch.delenv("BITKERNELS_TRITON_AUTOTUNE", raising=False)
+    monkeypatch.setattr(configs, "family", lambda device: family)
+    monkeypatch.setattr(dispatch, "kernel", kernel)
+    device = torch.device("cpu")
+    assert selfcheck.failure("packed_conv2d", inner, device) is None
+    cases, tiles = len(selfcheck.cases("packed_conv2d")), len(configs.table(inner, family))
+    assert {tile: ran.count(tile) for tile in range(tiles)} == {
+        tile: 2 * (cases if tile == usual else 1) for tile in range(tiles)}
+    size = configs.Size(256 * 14 * 14, 256, 9, 8)
+    assert configs.fixed_tile(inner, family, size) == configs.table(inner, family)[usual]
