@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitkernels._files import replace_file
+from bitkernels._files import replace_file, safetensors_bytes
 from bitkernels._packages import needs
 from bitkernels.converter.capture import neutral
 from bitkernels.converter.converted import Converted
@@ -43,7 +43,7 @@ def save_converted(network: Converted, path: str | os.PathLike) -> None:
     """Write a network that `convert` returned: 1 bit a binary weight, and the graph, no pickle.
 
     `load_converted` gives it back without the model's code. The file is the old one or the new
-    one, also after a crash.
+    one, also after a crash; the same network gives the same bytes.
 
     Raises ValueError for another module and for a graph with calls that a file cannot hold;
     OSError where the file cannot be written; ImportError without the package safetensors.
@@ -51,7 +51,7 @@ def save_converted(network: Converted, path: str | os.PathLike) -> None:
     if not isinstance(network, Converted):
         raise ValueError("save_converted: network must be what bitkernels.convert(model) returns, "
                          f"got {type(network).__name__}")
-    safetensors = _safetensors()
+    _safetensors()
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, t in network.graph_module.state_dict().items()}
     from bitkernels import __version__
@@ -59,7 +59,7 @@ def save_converted(network: Converted, path: str | os.PathLike) -> None:
     metadata = {**metadata_of(network), "bitkernels": __version__,
                 "report": json.dumps(asdict(network.report))}
     try:
-        replace_file(Path(path), safetensors.save(tensors, metadata=metadata))
+        replace_file(Path(path), safetensors_bytes(tensors, metadata))
     except OSError as error:
         raise type(error)(error.errno, f"save_converted cannot write: {error.strerror}",
                           os.fspath(path)) from None
@@ -157,10 +157,9 @@ def _report(fields: dict[str, Any]) -> ConvertReport:
     return ConvertReport(products, **pairs, **fields)
 
 
-def _safetensors() -> Any:
+def _safetensors() -> None:
     try:
-        import safetensors.torch
+        import safetensors.torch  # noqa: F401
     except ImportError:
         raise ImportError(needs("files of converted networks", "safetensors")) from None
-    return safetensors.torch
 

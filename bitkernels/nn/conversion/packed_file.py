@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitkernels._files import replace_file
+from bitkernels._files import replace_file, safetensors_bytes
 from bitkernels._packages import needs
 from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.conversion.pack import pack
@@ -41,14 +41,15 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
 
     What is saved is its state_dict, on any device and of any dtype, and what each packed layer is,
     so that `load_packed` can refuse another model. Buffers that are not persistent are not saved,
-    as in any state_dict. The file is the old one or the new one, also after a crash.
+    as in any state_dict. The file is the old one or the new one, also after a crash; the same model
+    gives the same bytes.
 
     Raises ValueError for a model without packed layers and for entries of the state_dict that are
     not plain tensors with values; OSError where the file cannot be written; ImportError without
     the package safetensors.
     """
     check_model("save_packed", model)
-    safetensors = _safetensors()
+    _safetensors()
     model = _uncompiled(model)
     layers = {name: m.arguments() for name, m in model.named_modules() if isinstance(m, _WRITTEN)}
     if not any(isinstance(m, _Packed) for m in model.modules()):
@@ -76,7 +77,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
     metadata = {"format": FORMAT, "format_version": str(VERSION), "bitkernels": __version__,
                 "layers": json.dumps(layers), "aliases": json.dumps(aliases)}
     try:
-        data = safetensors.save(tensors, metadata=metadata)
+        data = safetensors_bytes(tensors, metadata)
     except Exception as error:  # a dtype that the format does not have
         raise ValueError(f"save_packed: safetensors cannot write this model: {error}") from None
     try:
@@ -229,9 +230,8 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return model._modules.get("_orig_mod") or model
 
 
-def _safetensors() -> Any:
+def _safetensors() -> None:
     try:
-        import safetensors.torch
+        import safetensors.torch  # noqa: F401
     except ImportError:
         raise ImportError(needs("files of packed models", "safetensors")) from None
-    return safetensors.torch
