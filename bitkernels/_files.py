@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one.
+"""Files that are either the old one or the new one, and depend on nothing but what is in them.
 
 A file is written beside its place under another name, flushed to the disk and then renamed over the
 old one: a crash at any moment, or a full disk, leaves the old file as it was.
@@ -8,10 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+
+def safetensors_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of CPU tensors, the same bytes for the same values and metadata.
+
+    The library writes metadata in the order of a hash table, another one in each call. Raises
+    ImportError without safetensors, and its errors for tensors that the format does not have.
+    """
+    import safetensors.torch
+
+    data = safetensors.torch.save(dict(tensors), metadata=dict(metadata))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + length:]
 
 
 def replace_file(path: Path, data: bytes, mark: str = "") -> None:

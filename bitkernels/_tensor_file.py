@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitkernels._files import replace_file
+from bitkernels._files import replace_file, safetensors_bytes
 from bitkernels._packages import needs
 
 
@@ -50,12 +50,12 @@ class Kind:
         """
         from bitkernels import __version__
 
-        package = self.package()
+        self.package()
         # Copies: safetensors refuses tensors that share memory, as views of one another do.
         copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format)
                   for key, t in tensors.items()}
         try:
-            data = package.save(copies, metadata={
+            data = safetensors_bytes(copies, {
                 "format": self.format, "format_version": str(self.version),
                 "bitkernels": __version__, **metadata})
         except Exception as error:  # it has several of its own

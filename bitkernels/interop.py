@@ -2,7 +2,8 @@
 
 Nothing is copied on the way in or out: the arrays are seen by PyTorch where they lie, and results
 are handed to the library that the first argument came from. On a GPU both sides' streams are
-ordered as DLPack prescribes. There are no gradients.
+ordered as DLPack prescribes. There are no gradients. An array that runs backwards, as NumPy's
+x[::-1], is a ValueError: tensors have no such strides.
 
     words = interop.pack(cupy_activations)            # (..., C) real -> (..., ceil(C / 32)) int32
     weight = interop.pack(cupy_weight)
@@ -59,6 +60,11 @@ def _tensor(name: str, array: Any) -> Tensor:
     if not hasattr(array, "__dlpack__"):
         raise TypeError(f"bitkernels.interop: {name} must have __dlpack__, as arrays of NumPy, "
                         f"CuPy and JAX have, got {type(array).__name__}")
+    # torch 2.13 ends the process at strides below 0, by an exception that nothing can catch.
+    shape, strides = getattr(array, "shape", ()), getattr(array, "strides", None) or ()
+    if any(n > 1 and stride < 0 for n, stride in zip(shape, strides, strict=False)):
+        raise ValueError(f"bitkernels.interop: {name} must have strides of at least 0, which a "
+                         f"copy has, got strides {tuple(strides)}")
     return torch.from_dlpack(array)
 
 

@@ -29,8 +29,8 @@ def fold_threshold(products: int, *, clamp_min: float | None = None, clamp_max: 
     where all three are None. Raises RuntimeError for wrong shapes or dtypes.
     """
     op = "fold_threshold"
-    if products < 1 or products > INT_MAX:
-        fail(op, "products", "at least 1 and below 2^31", products)
+    if type(products) is not int or not 1 <= products <= INT_MAX:
+        fail(op, "products", f"an integer from 1 to {INT_MAX}", products)
     vectors = {"scale": scale, "bias": bias, "sign_shift": sign_shift}
     given = [t for t in vectors.values() if t is not None]
     if out_channels is None:

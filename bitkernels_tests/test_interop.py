@@ -89,6 +89,19 @@ def test_what_has_no_dlpack_is_refused():
         interop.pack([1.0, -1.0])
 
 
+def test_arrays_that_run_backwards_are_refused():
+    """torch.from_dlpack ends the process at these."""
+    x, words = reals(3, 70).numpy(), words_of(3, 70).numpy()
+    for call in (lambda: interop.pack(x[::-1]), lambda: interop.pack(x[:, ::-1]),
+                 lambda: interop.pack(x, x[0, ::-1]), lambda: interop.unpack(words[::-1], 70),
+                 lambda: interop.multiply(words, words[::-1], 70)):
+        with pytest.raises(ValueError, match="must have strides of at least 0.*got strides"):
+            call()
+    for turned in (x[:1][::-1], x[::2], x.T):  # a single row has no direction
+        want = reference.sign_pack(torch.from_numpy(turned.copy()))
+        assert torch.equal(torch.from_numpy(interop.pack(turned)), want)
+
+
 @pytest.mark.cuda
 def test_cupy():
     cupy = pytest.importorskip("cupy")

@@ -19,6 +19,8 @@ from bitkernels.backends.answer import Answer, registered
 from bitkernels.ops._record import OPERATORS as RECORDS
 
 REFERENCE = "reference"
+# That the commands set, as bk_set_threads; OpenMP ends the process where the system has too few.
+MOST_THREADS = 1024
 # setup.py builds no engine there.
 NO_ENGINE = os.name == "nt" or bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 OPERATORS = tuple(name for name, operator in RECORDS.items() if operator.engine)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from typing import Any, NoReturn
@@ -60,6 +61,29 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its status: 0, or 1 or 2 for what the user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if sys.stdout is None:  # closed by the caller, as by >&-
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):  # a name may have what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough, as head does
+        _let_go()
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:  # not the output, which has no name
+            raise
+        _let_go()
+        sys.exit(f"{PROGRAM}: cannot write the output: {error.strerror}")
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    """The status of the command."""
     # The options before a command take no values, so this is its name.
     chosen = next((word for word in arguments if not word.startswith("-")), "doctor")
     parser = Parser(prog=PROGRAM, description=DESCRIPTION)
@@ -83,12 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         print("\n".join(name for name, supported in cpu.kernels() if supported))
     else:
-        try:
-            status = module.main(options)
-            sys.stdout.flush()
-            sys.exit(status)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except BrokenPipeError:  # the reader has seen enough, as head does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+        return module.main(options)
+    return 0
+
+
+def _let_go() -> None:
+    """Of stdout: what is left in it would be written once more at the end, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

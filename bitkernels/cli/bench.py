@@ -103,6 +103,8 @@ def main(options: argparse.Namespace) -> int:
         for name, value in (("batch", options.batch), ("threads", threads)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        if threads > cpu.MOST_THREADS:
+            raise ValueError(f"--threads must be at most {cpu.MOST_THREADS}, got {threads}")
         if not 0 < options.seconds < 60:
             raise ValueError(f"--seconds must be above 0 and below 60, got {options.seconds}")
         for layer in options.layers:

@@ -85,7 +85,8 @@ def evaluate(model: torch.nn.Module, pictures: Pictures, batch_size: int, *,
     """({1: right at first, 5: right among the first five}, images).
 
     model: (N, 3, H, W) to (N, classes), in evaluation on `device`. limit: so many images, evenly
-    spread. Raises DataError for a picture that cannot be read.
+    spread. Raises DataError for a picture that cannot be read, ValueError for a model that gives
+    NaN, which has no order.
     """
     count = len(pictures) if limit is None else min(limit, len(pictures))
     keys = [(0, i * len(pictures) // count) for i in range(count)]
@@ -97,7 +98,7 @@ def evaluate(model: torch.nn.Module, pictures: Pictures, batch_size: int, *,
 
         images = tqdm(images, total=len(batches), unit="batch", leave=False)
     for batch, labels in images:
-        logits = model(batch.to(device)).float().cpu()
+        logits = zoo.ordered(model(batch.to(device)).float().cpu())
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)
         for k in right:
             right[k] += int(best[:, :k].any(1).sum())

@@ -68,11 +68,12 @@ def predict(model: torch.nn.Module, images: torch.Tensor,
             top: int) -> list[list[tuple[int, float]]]:
     """For each image (N, 3, H, W) the `top` classes with their softmax, the most probable first.
 
-    One image after the other, so that many of them take no more memory than one.
+    One image after the other, so that many of them take no more memory than one. Raises ValueError
+    for a model that gives NaN or infinity, of which there is no softmax.
     """
     found = []
     for image in images:
-        shares = model(image[None])[0].float().softmax(0)
+        shares = zoo.ordered(model(image[None])[0].float().softmax(0))
         best = shares.topk(top)
         found.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
     return found
@@ -95,10 +96,13 @@ def read(path: str, rule: Preprocessing) -> torch.Tensor:
 def labels(path: str | None, classes: int) -> Sequence[str]:
     """The names of the classes: of a file, ImageNet's for 1,000, else their numbers.
 
-    Raises ValueError where the file does not have one for each class.
+    Raises ValueError where the file cannot be read or does not have one for each class.
     """
     if path is not None:
-        names = Path(path).read_text().splitlines()
+        try:  # utf-8-sig drops the mark that some editors put first
+            names = Path(path).read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--labels: cannot read {path}: {first_line(error)}") from None
         while names and not names[-1].strip():
             names.pop()
         if len(names) != classes:

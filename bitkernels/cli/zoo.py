@@ -10,6 +10,7 @@ from torch import nn
 
 from bitkernels import models
 from bitkernels import nn as bnn
+from bitkernels.backends import cpu
 from bitkernels.models import preprocessing
 from bitkernels.models.registry import entry, takes_image_size
 from bitkernels.train.errors import TrainError, first_line
@@ -33,11 +34,13 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for numbers below 1."""
+    """Raises ValueError for numbers below 1, and for more threads than there may be."""
     for name in ("num_classes", "size", "threads", *names):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if name == "threads" and value is not None and value > cpu.MOST_THREADS:
+            raise ValueError(f"--threads must be at most {cpu.MOST_THREADS}, got {value}")
 
 
 def prepared(options: argparse.Namespace) -> torch.device:
@@ -45,9 +48,20 @@ def prepared(options: argparse.Namespace) -> torch.device:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        return torch.empty(0, device=options.device).device
+        device = torch.empty(0, device=options.device).device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise ValueError(f"--device {options.device}: {first_line(error)}") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: tensors have no values there")
+    return device
+
+
+def ordered(values: torch.Tensor) -> torch.Tensor:
+    """The values. Raises ValueError for NaN among them: none of them is then the largest."""
+    if values.isnan().any():
+        raise ValueError("the network gives NaN or infinity for a picture: its weights (--weights) "
+                         "are not usable")
+    return values
 
 
 def rule(options: argparse.Namespace) -> preprocessing.Preprocessing:

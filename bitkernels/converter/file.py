@@ -38,7 +38,7 @@ def save_converted(network: Converted, path: str | os.PathLike) -> None:
     """Write a network that `convert` returned: 1 bit a binary weight, and the graph, no pickle.
 
     `load_converted` gives it back without the model's code. The file is the old one or the new
-    one, also after a crash.
+    one, also after a crash; the same network gives the same bytes.
 
     Raises ValueError for another module and for a graph with calls that a file cannot hold;
     OSError where the file cannot be written; ImportError without the package safetensors.

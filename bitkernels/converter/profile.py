@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from bitkernels._files import replace_file
 from bitkernels._packages import needs
 from bitkernels.converter.converted import Converted
 from bitkernels.converter.engine import Engine
@@ -91,7 +94,8 @@ class Profile:
         """Draw multiply-adds against milliseconds of each product and real layer, as Larq Compute
         Engine's paper does of networks (arXiv 2011.09398), and the parts' shares.
 
-        Raises ImportError without the package matplotlib.
+        Raises ImportError without the package matplotlib, ValueError for a suffix that it does not
+        draw, OSError where the file cannot be written, which is then as it was.
         """
         try:
             from matplotlib.figure import Figure
@@ -107,7 +111,9 @@ class Profile:
         shares = self.parts()
         right.bar(list(shares), list(shares.values()))
         right.set(ylabel="ms", title=f"{self.ms:.2f} ms on {self.device}")
-        figure.savefig(path)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=Path(path).suffix.removeprefix(".") or "png")
+        replace_file(Path(path), drawn.getvalue())
 
 
 def profile(network: Converted, *inputs: Any, repeats: int = 20) -> Profile:

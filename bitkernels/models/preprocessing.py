@@ -62,12 +62,12 @@ class Preprocessing:
         return replace(self, size=size)
 
     def transform(self, train: bool = False) -> Any:
-        """A torchvision transform from a PIL image of any mode to the input.
+        """A torchvision transform from a PIL image, of any mode that `rgb` takes, to the input.
 
         Raises ImportError that names the package where torchvision is missing.
         """
         t = _transforms()
-        steps = [_rgb, *(self._augmented(t) if train else self._evaluated(t))]
+        steps = [rgb, *(self._augmented(t) if train else self._evaluated(t))]
         if self.interpolation != "tensorflow":
             steps.append(t.ToTensor())
         return t.Compose([*steps, t.Normalize(self.mean, self.std)])
@@ -132,7 +132,18 @@ class Preprocessing:
         return t.InterpolationMode(self.interpolation)
 
 
-def _rgb(picture: Any) -> Any:
+def rgb(picture: Any) -> Any:
+    """A PIL image as one of 8 bits a colour. Of 16 bits of grey the upper 8 are kept, as PIL, and
+    TensorFlow too, read 16 bits of colour; PIL's own conversion makes white of all above 255.
+
+    Raises ValueError for grey of 32 bits and for real numbers, of which nothing says what is white.
+    """
+    # Earlier versions of PIL open a PNG of 16 bits as one of 32.
+    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format == "PNG":
+        picture = picture.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
+    elif picture.mode in ("I", "F"):
+        raise ValueError(f"pictures of mode {picture.mode!r} have no range: save it with 8 or 16 "
+                         "bits a colour")
     return picture.convert("RGB")
 
 

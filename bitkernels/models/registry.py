@@ -78,7 +78,7 @@ def create_model(name: str, *, num_classes: int | None = None, in_channels: int 
     Its attribute `pretrained_config` is a dict of what made it, for `save_pretrained`.
 
     Raises ValueError for a name or an option that there is not, naming those that there are, and
-    what `load_weights` raises.
+    for sizes that are no integers of at least 1; what `load_weights` raises.
     """
     found = entry(name)
     given = _accepted(name, found.build, {**found.options, **options})
@@ -109,7 +109,8 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
 
     Its attribute `pretrained_config` is a dict of what made it, for `save_pretrained`.
 
-    Raises ValueError for a name or an option that there is not, naming those that there are.
+    Raises ValueError for a name or an option that there is not, naming those that there are, and
+    for sizes that are no integers of at least 1.
     """
     if name not in _CLASSES and name in _ENTRIES:
         if takes_image_size(_ENTRIES[name].build):
@@ -127,7 +128,12 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
 
 def _made(maker: str, name: str, build: Callable[..., nn.Module], num_classes: int,
           in_channels: int, options: dict[str, Any]) -> nn.Module:
-    """The model, which remembers how it was made."""
+    """The model, which remembers how it was made. Raises ValueError for sizes below 1."""
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    for what, size in {**sizes, "image_size": options.get("image_size", 1)}.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{maker}: {what} of {name} must be an integer of at least 1, got "
+                             f"{size!r}")
     model = build(num_classes, in_channels, **options)
     vars(model)["pretrained_config"] = dict(
         maker=maker, model=name, num_classes=num_classes, in_channels=in_channels,

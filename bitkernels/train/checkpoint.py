@@ -122,9 +122,9 @@ def export(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> Non
 
     Raises CheckpointError as `replace_file` does, TrainError without safetensors.
     """
-    library = safetensors()
+    safetensors()
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    replace_file(path, library.save(tensors, metadata=about))
+    replace_file(path, _files.safetensors_bytes(tensors, about))
 
 
 def import_weights(path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bitkernels import models
+from bitkernels.backends import cpu
 from bitkernels.train import checkpoint, datasets, recipes
 from bitkernels.train.data import Batches, Data
 from bitkernels.train.distributed import Group
@@ -153,6 +154,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.threads is not None and args.threads > cpu.MOST_THREADS:
+        raise ValueError(f"--threads must be at most {cpu.MOST_THREADS}, got {args.threads}")
     for name in ("lr", "gamma"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

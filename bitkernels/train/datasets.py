@@ -203,4 +203,12 @@ def _image_folder(vision: Any, path: Path) -> Any:
     for name in classes:
         if not any(file.suffix.lower() in extensions for file in (path / name).rglob("*")):
             raise DataError(f"{path / name} has no picture; taken are {', '.join(extensions)}")
-    return vision.datasets.ImageFolder(path)
+    return vision.datasets.ImageFolder(path, loader=_picture)
+
+
+def _picture(path: str) -> Any:
+    """As torchvision's loader, but for grey of 16 bits, of which that makes white."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return preprocessing.rgb(picture)

@@ -201,6 +201,32 @@ def test_a_reader_that_stops_early_is_no_error():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("command", ["--version", "models quicknet", "summary quicknet --json"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(command, unbuffered):
+    for where, status in (("> /dev/full", 1), (">&-", 0)):
+        done = subprocess.run(
+            f"{sys.executable} -m bitkernels {command} {where}", shell=True, text=True, cwd=ROOT,
+            executable="/bin/bash", capture_output=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+        assert done.returncode == status, done.stderr
+        assert not status or done.stderr == (
+            "python -m bitkernels: cannot write the output: No space left on device\n")
+
+
+def test_names_that_the_terminal_cannot_show():
+    done = subprocess.run(
+        [sys.executable, "-m", "bitkernels", "summary", "caf\u00e9"], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1 and "no model is called 'caf\\xe9'" in done.stderr
+    printed = subprocess.run(
+        [sys.executable, "-c", "from bitkernels.cli import COMMANDS, main\n"
+         "import bitkernels.cli.doctor as d\n"
+         "d.report = lambda: [('caf\u00e9', '')]\nmain(['doctor'])"], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert printed.returncode == 0 and printed.stdout.startswith("caf\\xe9"), printed.stderr
+
+
 def test_explain_of_every_operator(capsys):
     from bitkernels.cli.explain import ARGUMENTS
 
@@ -229,6 +255,9 @@ def test_explain_of_every_operator(capsys):
     (["explain", "quicknet", "--packed", "--train"], "give one of --packed and --train"),
     (["bench", "--device", "banana"], "--device must be cpu"),
     (["bench", "--threads", "0"], "--threads must be at least 1, got 0"),
+    (["bench", "--threads", "1025"], "--threads must be at most 1024, got 1025"),
+    (["profile", "quicknet", "--threads", "5000"], "--threads must be at most 1024, got 5000"),
+    (["profile", "quicknet", "--device", "meta"], "--device meta: tensors have no values"),
     (["bench", "--batch", "-1"], "--batch must be at least 1, got -1"),
     (["bench", "--seconds", "0"], "--seconds must be above 0"),
     (["bench", "--layers", "3x5:8@8"], "--layers takes KxK:CHANNELS@SIZE"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bitkernels.cli.evaluate import evaluate
+from bitkernels.cli.predict import labels, predict
 
 
 class Numbered(torch.utils.data.Dataset):
@@ -37,3 +38,27 @@ def test_a_limit_is_spread_over_the_classes(limit, taken):
     right, count = evaluate(FirstClasses(), pictures, 5, limit=limit)
     assert pictures.taken == taken and count == len(taken)
     assert right == {1: sum(i < 3 for i in taken), 5: sum(i < 15 for i in taken)}
+
+
+@pytest.mark.parametrize("share", (0, 5))
+def test_nan_is_no_answer(share):
+    """topk and softmax have one of NaN too."""
+    class Broken(nn.Module):
+        def forward(self, images):
+            out = torch.zeros(len(images), 6)
+            out[:, share] = float("nan")
+            return out
+
+    with pytest.raises(ValueError, match="the network gives NaN"):
+        evaluate(Broken(), Numbered(3), 2)
+    with pytest.raises(ValueError, match="the network gives NaN"):
+        predict(Broken(), torch.zeros(2, 3, 4, 4), 5)
+
+
+def test_labels_are_utf_8_with_a_mark_or_not(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_bytes("caf\u00e9\r\ntea\r\n\r\n".encode("utf-8-sig"))
+    assert labels(str(path), 2) == ["caf\u00e9", "tea"]
+    path.write_bytes(b"caf\xe9\ntea\n")
+    with pytest.raises(ValueError, match="--labels: cannot read .*labels.txt: 'utf-8' codec"):
+        labels(str(path), 2)

@@ -14,6 +14,7 @@ from torch import nn
 
 from bitkernels import models
 from bitkernels.converter import convert, load_converted, save_converted
+from bitkernels.nn import BinaryConv2d
 from bitkernels_tests.converter.networks import conv, norm, shuffled
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -29,6 +30,19 @@ def network():
 def file(network, tmp_path):
     save_converted(network, tmp_path / "network")
     return tmp_path / "network"
+
+
+def test_the_same_network_is_the_same_bytes(tmp_path):
+    """safetensors itself orders metadata anew in each call."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), BinaryConv2d(32, 8, 3)).eval()
+    files = []
+    for i in range(6):
+        save_converted(convert(model, torch.ones(2, 3, 8, 8)), tmp_path / str(i))
+        files.append((tmp_path / str(i)).read_bytes())
+    assert len(set(files)) == 1
+    length = int.from_bytes(files[0][:8], "little")
+    names = list(json.loads(files[0][8:8 + length])["__metadata__"])
+    assert names == sorted(names) and not length % 8
 
 
 def test_there_and_back(network, file):

@@ -69,6 +69,11 @@ def test_the_chart(network, tmp_path):
     pytest.importorskip("matplotlib")
     profile(network, torch.randn(1, 3, 8, 8), repeats=1).chart(tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="'banana' is not supported"):
+        profile(network, torch.randn(1, 3, 8, 8), repeats=1).chart(tmp_path / "chart.banana")
+    with pytest.raises(OSError, match="it is a device"):  # as one that is full
+        profile(network, torch.randn(1, 3, 8, 8), repeats=1).chart("/dev/full")
+    assert [file.name for file in tmp_path.iterdir()] == ["chart.png"]
 
 
 @pytest.mark.parametrize("arguments, says", [

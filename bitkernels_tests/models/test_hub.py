@@ -100,6 +100,7 @@ def test_models_that_cannot_be_made_again_are_refused(tmp_path):
                          (Odd(2, 2), "an option of odd cannot be written to config.json"),
                          (changed, "quicknet is not as create made it: 1 missing: classifier.bias; "
                           r"1 of another shape: classifier.weight \(9, 64\), not \(4, 64\)"),
+                         (packed(changed), "quicknet is not as create made it: 1 missing: class"),
                          (mixed, "several dtypes: torch.float16, torch.float32")):
         with pytest.raises(ValueError, match=match):
             models.save_pretrained(model, tmp_path / "folder")
@@ -135,7 +136,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fails):
     (lambda c: c["options"].update(depth=4), "quicknet has no option depth"),
     (lambda c: c["options"].update(filters=[1]), "each section has a number of blocks"),
     (lambda c: c["options"].update(filters="ab"), "config.json: "),
-    (lambda c: c.update(num_classes=-9), "config.json: .*negative"),
+    (lambda c: c.update(num_classes=-9), "config.json: .*at least 1, got -9"),
     (lambda c: c.update(num_classes=9), r"classifier\.weight \(4, 64\), not \(9, 64\)"),
     (lambda c: c.update(packed=True), "not one of save_packed"),
 ])

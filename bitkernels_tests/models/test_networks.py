@@ -260,6 +260,10 @@ def test_channels_last_and_bfloat16_autocast_run():
 @pytest.mark.parametrize("make, message", [
     (lambda: models.create("resnet"), "there are binarynet, quicknet, reactnet"),
     (lambda: models.create("reactnet", width=4), "reactnet has no option width; it has binary_we"),
+    (lambda: models.create("reactnet", num_classes=0), "num_classes of reactnet must be"),
+    (lambda: models.create("quicknet", in_channels=0), "in_channels of quicknet must be"),
+    (lambda: models.create_model("quicknet", num_classes=2.5), "at least 1, got 2.5"),
+    (lambda: models.create_model("binary_alexnet", image_size=0), "image_size of binary_a"),
     (lambda: models.BinaryNet(image_size=8, stages=3), "3 stages do not fit images of 8"),
     (lambda: models.BinaryNet(image_size=2), "0 stages do not fit images of 2"),
     (lambda: models.BinaryNet(width=0), "at least 1"),

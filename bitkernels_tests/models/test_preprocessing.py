@@ -48,6 +48,27 @@ def test_tensorflow_bicubic_is_the_identity_at_its_own_size():
     assert constant.shape == (1, 16, 16) and torch.allclose(constant, torch.tensor(3.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I of a PNG"])
+def test_grey_of_16_bits_keeps_its_upper_8(mode):
+    """PIL's convert("RGB") makes white of all above 255."""
+    image = pytest.importorskip("PIL.Image")
+    grey = np.arange(65536).reshape(256, 256)
+    raw = "I;16B" if mode == "I;16B" else "I;16"
+    found = image.frombytes(raw, (256, 256), grey.astype(">u2" if raw[-1] == "B" else "<u2"))
+    if mode == "I of a PNG":
+        found = found.convert("I")
+        found.format = "PNG"
+    pixels = np.asarray(preprocessing.rgb(found))
+    assert pixels.dtype == np.uint8 and np.array_equal(pixels, np.stack([grey >> 8] * 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pictures_without_a_range_are_refused(mode):
+    image = pytest.importorskip("PIL.Image")
+    with pytest.raises(ValueError, match=f"mode '{mode}' have no range: save it with 8 or 16 bits"):
+        preprocessing.rgb(image.new(mode, (2, 2)))
+
+
 def test_larq_transform_equals_its_array(torchvision):
     from PIL import Image
 

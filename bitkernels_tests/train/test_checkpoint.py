@@ -114,6 +114,15 @@ def test_weights_say_what_they_are(uninterrupted):
                                    "data": "digits"}
 
 
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    about = {"model": "quicknet", "recipe": "r", "data": "caf\u00e9", "stage": "s"}
+    for i in range(6):
+        files.export(tmp_path / str(i), {"b": torch.ones(3), "a": torch.zeros(2, 5)}, about)
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata() == about and torch.equal(file.get_tensor("a"), torch.zeros(2, 5))
+
+
 @pytest.mark.parametrize("call, code", [("fsync", errno.ENOSPC), ("replace", errno.EIO)])
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call, code):
     path = tmp_path / "checkpoint.pt"

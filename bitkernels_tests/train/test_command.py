@@ -174,6 +174,7 @@ def test_published_networks_by_their_names():
     ([*BASE, "--batch-size", "0", "--out", "OUT"], "--batch-size must be at least 1, got 0"),
     ([*BASE, "--threads", "0", "--out", "OUT"], "--threads must be at least 1, got 0"),
     ([*BASE, "--threads", "-1", "--out", "OUT"], "--threads must be at least 1, got -1"),
+    ([*BASE, "--threads", "1025", "--out", "OUT"], "--threads must be at most 1024, got 1025"),
     ([*BASE, "--workers", "-1", "--out", "OUT"], "--workers must be at least 0, got -1"),
     ([*BASE, "--size", "0", "--out", "OUT"], "--size must be at least 1, got 0"),
     ([*BASE, "--lr", "0", "--out", "OUT"], "--lr must be above 0 and finite, got 0.0"),

@@ -40,6 +40,18 @@ def test_folder(pictures, augmentation):
     assert torch.allclose(middle, torch.tensor([[0.0, 0, 1], [1, 0, 0]]), atol=1e-5)
 
 
+def test_grey_of_16_bits_is_not_white(pictures):
+    Image.fromarray(np.full((40, 50), 0x40FF, np.uint16)).save(pictures / "val" / "red" / "0.png")
+    Image.fromarray(np.ones((40, 50), np.float32)).save(pictures / "val" / "blue" / "1.tiff")
+    held_out = Pictures(*(getattr(datasets.folder(pictures, size=32), what)
+                          for what in ("held_out", "plain")))
+    grey = held_out[0, 2][0][:, 16, 16] * torch.tensor(datasets.IMAGENET_STD)
+    grey += torch.tensor(datasets.IMAGENET_MEAN)
+    assert torch.allclose(grey, torch.tensor(64 / 255), atol=1e-6)
+    with pytest.raises(DataError, match="cannot read .*blue/1.tiff: pictures of mode 'F' have no"):
+        next(loader(held_out, [[(0, 1)]], 0, False))
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(DataError, match=f"there is no folder {tmp_path}/train"):
         datasets.folder(tmp_path)

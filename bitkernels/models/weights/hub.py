@@ -17,7 +17,7 @@ from bitkernels._files import replace_file
 from bitkernels._packages import needs
 from bitkernels.models.registry import create, create_model, entry
 from bitkernels.models.weights.checkpoint import differences, listed, load, read, unwrapped
-from bitkernels.nn import load_packed, save_packed
+from bitkernels.nn import load_packed, pack, save_packed
 from bitkernels.nn.packed import _Packed
 
 HUB = "hf-hub:"
@@ -45,7 +45,11 @@ def _save(model: nn.Module, folder: Path, repository: str) -> None:
     config = _config(model)
     with torch.device("meta"):
         fresh = _made(config)
-    if not config["packed"] and (changed := differences(fresh, model.state_dict(), True)):
+    twin = fresh
+    if config["packed"]:
+        packed = {name for name, m in model.named_modules() if isinstance(m, _Packed)}
+        twin = pack(fresh, filter=lambda name, _: name in packed)
+    if changed := differences(twin, model.state_dict(), True):
         raise ValueError(f"save_pretrained: {config['model']} is not as {config['maker']} made it: "
                          + listed(changed))
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
 
     What is saved is its state_dict, on any device and of any dtype, and what each packed layer is,
     so that `load_packed` can refuse another model. Buffers that are not persistent are not saved,
-    as in any state_dict. The file is the old one or the new one, also after a crash.
+    as in any state_dict. The file is the old one or the new one, also after a crash; the same model
+    gives the same bytes.
 
     Raises ValueError for a model without packed layers and for entries of the state_dict that are
     not plain tensors with values; OSError where the file cannot be written; ImportError without

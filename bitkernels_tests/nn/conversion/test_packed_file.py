@@ -98,6 +98,13 @@ def same(a, b):
     assert not any(isinstance(m, BinaryLayer) for m in b.modules())
 
 
+def test_the_same_model_is_the_same_bytes(tmp_path):
+    packed = pack(Net().eval())
+    for i in range(6):
+        save_packed(packed, tmp_path / str(i))
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
 def test_the_model_comes_back(saved):
     model, path = saved
     torch.manual_seed(5)
