@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from bitkernels.backends import cpu
 from bitkernels.ops._record import OPERATORS
 from bitkernels.ops._samples import Values
+from bitkernels_tests import forked
 from bitkernels_tests.cases import dyadic, reals, words_of
 
 ops = torch.ops.bitkernels
@@ -196,8 +195,8 @@ def test_sizes_of_0_are_computed_or_refused_and_end_no_process():
     """Every size of every operator: the kernel in use and the reference say the same."""
     said = []
     for kernel in {cpu.REFERENCE, cpu.active() or cpu.REFERENCE}:
-        done = subprocess.run([sys.executable, "-m", "bitkernels_tests.zero_sizes"], text=True,
-                              capture_output=True, env={**os.environ, "BITKERNELS_CPU": kernel})
+        done = forked.run("-m", "bitkernels_tests.zero_sizes",
+                          env={**os.environ, "BITKERNELS_CPU": kernel})
         lines = done.stdout.splitlines()
         assert done.returncode == 0, f"{kernel}: {lines[-1]} {done.returncode} {done.stderr}"
         assert not [line for line in lines if "failed" in line]
