@@ -88,7 +88,7 @@ def check(command, folder: Path) -> None:
 @pytest.mark.long
 def test_classify(folder):
     program = quickly_built()
-    assert program.stat().st_size < 2_000_000
+    assert program.stat().st_size < 1_870_000  # with -O3 7 % more
     check([program], folder)
     for arguments, message in (((folder / "missing", folder / "image.ppm"), "cannot be read"),
                                ((folder / "network.safetensors", __file__), "no binary PPM"),
