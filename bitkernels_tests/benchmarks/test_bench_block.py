@@ -3,15 +3,13 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import bitkernels
 from bitkernels.backends.cuda import launch
-from bitkernels_tests import pretended_gpu
+from bitkernels_tests import forked, pretended_gpu
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -21,10 +19,9 @@ BENCH = pretended_gpu.BENCHMARKS / "bench_block.py"
 
 
 def bench(*options):
-    command = [sys.executable, str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu",
-               *options]
     env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return forked.run(str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu", *options,
+                      env=env)
 
 
 @pytest.fixture(scope="module")

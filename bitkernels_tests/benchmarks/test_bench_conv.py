@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import torch
 
 import bitkernels
 from bitkernels.backends.cuda import launch
-from bitkernels_tests import pretended_gpu
+from bitkernels_tests import forked, pretended_gpu
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -26,10 +24,10 @@ LAYERS = ("3x3/2:40@9",)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench_conv")
-    command = [sys.executable, str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu",
-               "--layers", *LAYERS, "--batch", "1", "2", "--threads", "1", "--output", str(output)]
     env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    run = forked.run(str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu",
+                     "--layers", *LAYERS, "--batch", "1", "2", "--threads", "1",
+                     "--output", str(output), env=env)
     assert run.returncode == 0, run.stderr
     return output, run.stdout
 

@@ -3,14 +3,12 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import bitkernels
-from bitkernels_tests import ROOT
+from bitkernels_tests import ROOT, forked
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -23,8 +21,7 @@ BENCH = ROOT / "benchmarks" / "bench_grad.py"
 
 def bench(*options):
     env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    return subprocess.run([sys.executable, str(BENCH), "--min-run-time", "0.01", *options], env=env,
-                          capture_output=True, text=True, check=False)
+    return forked.run(str(BENCH), "--min-run-time", "0.01", *options, env=env)
 
 
 def test_table_csv_and_json(tmp_path):

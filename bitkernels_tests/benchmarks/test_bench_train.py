@@ -3,14 +3,13 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import bitkernels
-from bitkernels_tests import ROOT
+from bitkernels_tests import ROOT, forked
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -22,10 +21,9 @@ PROVIDERS = ("published", "lean", "layers", "bitkernels")
 
 
 def bench(*options):
-    command = [sys.executable, str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu",
-               *options]
     env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return forked.run(str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu", *options,
+                      env=env)
 
 
 @pytest.fixture(scope="module")

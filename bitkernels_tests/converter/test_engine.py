@@ -6,8 +6,6 @@ import copy
 import gc
 import os
 import pickle
-import subprocess
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +17,7 @@ import bitkernels.nn as bnn
 from bitkernels.backends import cpu
 from bitkernels.converter import convert
 from bitkernels.converter.engine import Engine
+from bitkernels_tests import forked
 from bitkernels_tests.converter.networks import conv, norm, shuffled
 
 pytestmark = pytest.mark.skipif(cpu.why_not is not None, reason="there is no engine")
@@ -176,8 +175,8 @@ def test_the_reference_may_be_asked_for():
     code = ("import torch, bitkernels; from bitkernels_tests.converter.test_engine import model; "
             "x = torch.randn(2, 3, 8, 8); n = bitkernels.convert(model(), x); n(x); "
             "print(n.engine(x))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          env={**os.environ, "BITKERNELS_CPU": "reference"})
+    done = forked.run("-c", code, env={**os.environ, "BITKERNELS_CPU": "reference"})
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "BITKERNELS_CPU=reference"
 
 

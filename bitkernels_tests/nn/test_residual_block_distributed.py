@@ -9,6 +9,7 @@ import torch
 from torch import distributed, nn
 
 from bitkernels import nn as bnn
+from bitkernels_tests import forked
 from bitkernels_tests.cases import reals
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -69,7 +70,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_processes_are_one_batch(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    forked.spawn(work, (str(tmp_path),))
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name, t in states[0].items():
         assert torch.equal(t, states[1][name]), name

@@ -21,6 +21,7 @@ from bitkernels.optim import (
     is_binary_weight,
 )
 from bitkernels.quantizers import MagnitudeAwareSign, NoOp, SteSign
+from bitkernels_tests import forked
 
 # Tensors too small for threads, which would cost more than all the rest.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,7 +205,7 @@ def train_linear(model, optimizer, part):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(_worker, (tmp_path / "store", tmp_path / "weights"), nprocs=2)
+    forked.spawn(_worker, (tmp_path / "store", tmp_path / "weights"))
     torch.manual_seed(0)
     model = distributed_network()
     train_linear(model, cases(model), slice(0, 8))

@@ -18,6 +18,7 @@ from bitkernels.optim import (
     clip_latent_weights,
     is_binary_weight,
 )
+from bitkernels_tests import forked
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -114,4 +115,4 @@ def test_one_process(tmp_path, keeps_threads):
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(check, args=(2, tmp_path / "store"), nprocs=2)
+    forked.spawn(check, (2, tmp_path / "store"))

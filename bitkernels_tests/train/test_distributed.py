@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 from bitkernels import models
 from bitkernels.train import CheckpointError, checkpoint, datasets, fit, recipes
 from bitkernels.train.distributed import Group, synchronised
-from bitkernels_tests import ROOT
+from bitkernels_tests import ROOT, forked
 from bitkernels_tests.train_models import double_reactnet
 
 pytest.importorskip("sklearn")
@@ -32,11 +30,11 @@ def torchrun(out, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [subprocess.Popen(
-        [sys.executable, "-m", "bitkernels", "train", *arguments, "--out", str(out)], cwd=ROOT,
+    processes = [forked.Program(
+        "-m", "bitkernels", "train", *arguments, "--out", out, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for rank in range(2)]
     return [(*process.communicate(), process.returncode) for process in processes]
 
 

@@ -6,6 +6,7 @@ registers within the budget that the kernel's threads leave.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ SPECS = {"conv": replace(CONV, **FULL), "linear": replace(LINEAR, packed=1),
          "nchw": replace(NARROW, chunk=4, nhwc=0, **FULL)}
 
 
+@functools.lru_cache(maxsize=16)  # what follows each other here asks for the same
 def build(kernel: kernels.Kernel, spec, arch: str) -> tuple[list[str], int, int]:
     """(instructions, registers, spilled bytes)."""
     built = sass.build(kernel, spec, arch)
@@ -119,8 +121,10 @@ RESIDENT = {"linear": replace(linear_spec(64, 200, 2048, 16), packed=1),
             "512": layer(512, 7)}
 
 
-@pytest.mark.parametrize("what", RESIDENT)
-@pytest.mark.parametrize("kernel", kernels.RESIDENT, ids=name_of)
+@pytest.mark.parametrize("kernel,what", [
+    # Every second shape of a kernel, every second kernel of a shape; the others in .ci/run.
+    pytest.param(kernel, what, marks=[pytest.mark.every] if (i + j) % 2 else [])
+    for i, kernel in enumerate(kernels.RESIDENT) for j, what in enumerate(RESIDENT)], ids=name_of)
 def test_resident(kernel, what):
     spec = RESIDENT[what]
     if kernel.bulk and what == "linear":

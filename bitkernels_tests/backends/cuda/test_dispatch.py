@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from bitkernels.backends import gpu, gpus
 from bitkernels.backends.cuda import dispatch, kernels, launch, plan, selfcheck
 from bitkernels.backends.cuda.spec import conv_spec, linear_spec
 from bitkernels.cli import doctor
+from bitkernels_tests import forked
 from bitkernels_tests.cases import ConvCase, words_of
 
 CPU = torch.device("cpu")
@@ -360,4 +358,5 @@ def test_the_report_says_why(monkeypatch):
 def test_importing_loads_no_cuda():
     code = ("import sys, bitkernels; assert not any(m.startswith(('cupy', 'triton')) "
             "for m in sys.modules), 'loaded'")
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+    done = forked.run("-c", code)
+    assert done.returncode == 0, done.stderr

@@ -125,25 +125,25 @@ else:
             assert have.dtype == want.dtype and have.shape == want.shape
             assert torch.equal(have, want)
 
-    @pytest.mark.parametrize("layout,channels", LAYOUTS_AND_CHANNELS)
-    def test_elementwise(layout, channels):
-        for dtype in FLOATS:
-            x = LAYOUTS[layout](reals(2, channels, 3, 5, dtype=dtype))
-            shift, slope, last = (reals(channels), reals(channels), reals(channels, dtype=dtype))
-            shifts = reals(2, channels, 1, 1)
-            for given in (None, shift, shifts):
-                same(as_promised("sign_pack", x, given, 1), reference.sign_pack(x, given, 1))
-                same(as_promised("sign_pack_mask", x, 0.7, given, 1),
-                     reference.sign_pack_mask(x, 0.7, given, 1))
-            same(as_promised("sign_pack", x, None, 3), reference.sign_pack(x, None, 3))
-            words = words_of(2, 3, 5, channels)
-            same(as_promised("unpack", words, channels, dtype, 1),
-                 reference.unpack(words, channels, dtype, 1))
-            same(as_promised("mask_grad", x, words, 1), reference.mask_grad(x, words, 1))
-            for given in (shift, shifts):
-                same(as_promised("rsign", x, given), reference.rsign(x, given))
-            expected = as_interpreted(reference.rprelu(x.float(), shift, slope, last), dtype)
-            same(as_promised("rprelu", x, shift, slope, last), expected)
+    @pytest.mark.parametrize("turn,which", [*enumerate(LAYOUTS_AND_CHANNELS)], ids=str)
+    def test_elementwise(turn, which):
+        layout, channels, dtype = *which, FLOATS[(turn + turn // 3) % 3]
+        x = LAYOUTS[layout](reals(2, channels, 3, 5, dtype=dtype))
+        shift, slope, last = (reals(channels), reals(channels), reals(channels, dtype=dtype))
+        shifts = reals(2, channels, 1, 1)
+        for given in (None, shift, shifts):
+            same(as_promised("sign_pack", x, given, 1), reference.sign_pack(x, given, 1))
+            same(as_promised("sign_pack_mask", x, 0.7, given, 1),
+                 reference.sign_pack_mask(x, 0.7, given, 1))
+        same(as_promised("sign_pack", x, None, 3), reference.sign_pack(x, None, 3))
+        words = words_of(2, 3, 5, channels)
+        same(as_promised("unpack", words, channels, dtype, 1),
+             reference.unpack(words, channels, dtype, 1))
+        same(as_promised("mask_grad", x, words, 1), reference.mask_grad(x, words, 1))
+        for given in (shift, shifts):
+            same(as_promised("rsign", x, given), reference.rsign(x, given))
+        expected = as_interpreted(reference.rprelu(x.float(), shift, slope, last), dtype)
+        same(as_promised("rprelu", x, shift, slope, last), expected)
 
     def test_nan_is_plus_one():
         x = torch.tensor([float("nan"), -0.0, -1.0, float("-inf"), float("inf")])
@@ -171,9 +171,6 @@ else:
         same(kernel("rprelu_backward")(grad, x, *vectors),
              reference.rprelu_backward(grad, x, *vectors))
 
-    def integers(shape, dtype):
-        return torch.randint(-2**8, 2**8, shape).to(dtype)
-
     def near(got, expected):
         """Sums of values that are equal, in another order."""
         torch.testing.assert_close(got, expected, rtol=1e-6,
@@ -188,8 +185,8 @@ else:
                 (torch.float16, torch.int32, True, (None, slope, None)),
                 (torch.bfloat16, torch.int16, True, (inside.float(), slope.half(), None)),
                 (torch.float16, torch.int16, False, (None, None, None))):
-            dot, stream, grad = (of(t) for t in (integers(shape, kind), reals(*shape, dtype=dtype),
-                                                 reals(*shape, dtype=dtype)))
+            dot = of(torch.randint(-2**8, 2**8, shape).to(kind))
+            stream, grad = (of(reals(*shape, dtype=dtype)) for _ in range(2))
             args = scale / 200, bias, *parts
             got = as_promised("residual_block_forward", dot, stream, *args, relu)
             same(got, as_interpreted(
@@ -200,35 +197,36 @@ else:
                 grad.float(), dot, stream.float(), *args[2:])
             same(got, as_interpreted(expected, dtype))
             near(sums, want)
-            for out in FLOATS:
-                args = dot, scale, bias / 100, center, last, relu
-                got = as_promised("residual_block_norm_backward", grad, *args, out)
-                same(got, as_interpreted(
-                    reference.residual_block_norm_backward(grad, *args, torch.float32), out))
+            out = FLOATS[(FLOATS.index(dtype) + relu) % 3]  # all three, of other types too
+            args = dot, scale, bias / 100, center, last, relu
+            got = as_promised("residual_block_norm_backward", grad, *args, out)
+            same(got, as_interpreted(
+                reference.residual_block_norm_backward(grad, *args, torch.float32), out))
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("estimator", ("ste_sign", "approx_sign", "swish_sign", "identity"))
-    def test_sign_backward(estimator, layout):
+    @pytest.mark.parametrize("estimator,layout,turn", [
+        (estimator, layout, (i + j) % 3) for i, layout in enumerate(LAYOUTS)
+        for j, estimator in enumerate(("ste_sign", "approx_sign", "swish_sign", "identity"))])
+    def test_sign_backward(estimator, layout, turn):
         shape, shift = (3, 37, 5, 6), reals(37)
-        for dtype, wide, given, added, clip in (
-                (torch.float32, torch.bfloat16, shift, True, 0.7),
-                (torch.float16, torch.float32, None, False, 0.7),
-                (torch.bfloat16, torch.bfloat16, shift.double(), True, None)):
-            x, grad = LAYOUTS[layout](reals(*shape, dtype=dtype)), reals(*shape, dtype=wide)
-            x[0, 0, 0, :1] = float("nan")
-            add = reals(*shape, dtype=dtype) if added else None
-            kw = dict(estimator=estimator, clip=clip, beta=3.0)
-            got, total = as_promised("sign_backward", grad, x, given, add, **kw)
-            expected, want = reference.sign_backward(
-                grad, x.float(), given, None if add is None else add.float(), **kw)
-            expected = as_interpreted(expected, dtype)
-            if estimator == "swish_sign":
-                loose = dict(rtol=2e-2, atol=1e-3) if dtype != torch.float32 else {}
-                torch.testing.assert_close(got, expected, **loose)
-                torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
-            else:
-                same(got, expected)
-                near(total, want)
+        dtype, wide, given, added, clip = (
+            (torch.float32, torch.bfloat16, shift, True, 0.7),
+            (torch.float16, torch.float32, None, False, 0.7),
+            (torch.bfloat16, torch.bfloat16, shift.double(), True, None))[turn]
+        x, grad = LAYOUTS[layout](reals(*shape, dtype=dtype)), reals(*shape, dtype=wide)
+        x[0, 0, 0, :1] = float("nan")
+        add = reals(*shape, dtype=dtype) if added else None
+        kw = dict(estimator=estimator, clip=clip, beta=3.0)
+        got, total = as_promised("sign_backward", grad, x, given, add, **kw)
+        expected, want = reference.sign_backward(
+            grad, x.float(), given, None if add is None else add.float(), **kw)
+        expected = as_interpreted(expected, dtype)
+        if estimator == "swish_sign":
+            loose = dict(rtol=2e-2, atol=1e-3) if dtype != torch.float32 else {}
+            torch.testing.assert_close(got, expected, **loose)
+            torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
+        else:
+            same(got, expected)
+            near(total, want)
 
     @pytest.mark.parametrize("op", ("residual_block_forward", "residual_block_backward",
                                     "residual_block_norm_backward", "sign_backward"))
@@ -310,18 +308,18 @@ else:
             got = plan.decide("packed_conv2d", call, dict(pad_value=case.pad_value), CPU).inners
             assert got == ((forced,) if forced in may else may), case
 
-    @pytest.mark.parametrize("name", EPILOGUES)
-    @pytest.mark.parametrize("inner", ("popc", "b1"))
-    def test_epilogue(inner, name):
+    @pytest.mark.parametrize("inner,name,dtype", [
+        (inner, name, FLOATS[(i + j) % 2]) for i, name in enumerate(EPILOGUES)
+        for j, inner in enumerate(("popc", "b1"))])
+    def test_epilogue(inner, name, dtype):
         case = FEW_CONV_CASES[0]
         words, weight_words = case.words()
         parts = epilogue_parts(EPILOGUES[name], case.output_shape, 1, dtype=torch.float16)
         args = words, weight_words, case.channels, *case.args
-        for dtype in FLOATS[:2]:
-            kw = dict(parts, dtype=dtype, channels_last=dtype == torch.float16, real=True,
-                      packed=True, sign_shift=reals(case.out_channels))
-            same(kernel("packed_conv2d")(*args, **kw, inner=inner),
-                 reference.packed_conv2d(*args, **kw))
+        kw = dict(parts, dtype=dtype, channels_last=dtype == torch.float16, real=True,
+                  packed=True, sign_shift=reals(case.out_channels))
+        same(kernel("packed_conv2d")(*args, **kw, inner=inner),
+             reference.packed_conv2d(*args, **kw))
 
     @pytest.mark.parametrize("inner", configs.INNER)
     def test_threshold_and_tiled_weight(inner):

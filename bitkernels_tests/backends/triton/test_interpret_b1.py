@@ -23,8 +23,10 @@ from bitkernels_tests.backends.triton.test_interpret import (  # noqa: F401
 from bitkernels_tests.cases import LAYOUTS, ConvCase, reals
 
 
-@pytest.mark.parametrize("columns", (64, 72))
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype,columns", [
+    *zip(FLOATS, (72, 72, 64), strict=True),
+    *(pytest.param(*case, marks=pytest.mark.every)
+      for case in zip(FLOATS, (64, 64, 72), strict=True))])
 def test_b1_reads_and_writes_wide(dtype, columns, monkeypatch):
     """Channels-last tensors of whole eighths of channels; also those that must not be read so:
     views at odd addresses, planes, a zero that is expanded."""
