@@ -91,6 +91,10 @@ struct Tile {
   int64_t* moments;                                  // 2 x 32 sums of this chunk of channels
 };
 
+// Products and epilogue in one pass, whose sums never leave the registers: Dot::acc and Tile::acc
+// are not used.
+using FusedFn = void (*)(const Dot&, const Epilogue&, const Tile&);
+
 // Rows of `channels` elements of a residual block, see reference.residual_block_forward and its
 // backward. Vectors are float, or double where type is kF64, per channel, readable 32 past the end;
 // null where absent.
@@ -207,6 +211,8 @@ struct Kernel {
   // [pixel][32].
   DotFn depthwise[kMaxPixels];  // [pixels - 1]
   void (*epilogue)(const Epilogue&, const Tile&);
+  // What takes such tiles, of this many pixels and more, in one pass; null where nothing does.
+  FusedFn (*fused_rows)(const Dot&, const Epilogue&, const Tile&);
   // Signs of x + shift and, where mask is not null, |x + shift| <= clip. `shift` is float, or
   // double for kF64; may be null. Rows of `channels` innermost elements:
   void (*pack_rows)(const void* x, DType, int64_t rows, int64_t channels, const void* shift,
@@ -264,10 +270,10 @@ struct Kernel {
       DO(block_backward), DO(norm_backward), DO(subset_offsets), DO(table_sums),             \
       DO(transpose_bits), DO(plane_sums), DO(rows_to_planes), DO(planes_to_rows),            \
       DO(popcount_loop)
-#define BK_INFERENCE_FUNCTIONS(DO)                                                            \
-  DO(supported), DO(epilogue), DO(pack_rows), DO(pack_planes), DO(unpack_rows), DO(rsign),    \
-      DO(rprelu), DO(conv_run), DO(depthwise_run), DO(max_run), DO(mean_run), DO(affine_run), \
-      DO(multiply_run), DO(sigmoid_run)
+#define BK_INFERENCE_FUNCTIONS(DO)                                                              \
+  DO(supported), DO(epilogue), DO(fused_rows), DO(pack_rows), DO(pack_planes), DO(unpack_rows), \
+      DO(rsign), DO(rprelu), DO(conv_run), DO(depthwise_run), DO(max_run), DO(mean_run),        \
+      DO(affine_run), DO(multiply_run), DO(sigmoid_run)
 #define BK_SIZE(FUNCTION) sizeof(Kernel::FUNCTION)
 constexpr std::size_t kFunctionSizes[] = {BK_TRAINING_FUNCTIONS(BK_SIZE),
                                           BK_INFERENCE_FUNCTIONS(BK_SIZE)};

@@ -113,6 +113,8 @@ BK_TARGET inline __m512 broadcast(float x) { return _mm512_set1_ps(x); }
 BK_TARGET inline __m512 fused(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
 constexpr int kConvPixels = 14, kNarrowPixels = 28, kFewPixels = 3, kConvTiles = 2, kFewTiles = 8;
 
+#define BK_OVERLAPPED_ROWS "isa_rows_avx512.inc"
+
 #include "isa_common.inc"
 
 // Bytes by VNNI, of which the activations' are unsigned.

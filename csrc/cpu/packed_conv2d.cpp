@@ -15,11 +15,12 @@
 namespace bitkernels {
 namespace {
 
-constexpr int64_t kChunk = 2 * kTile;  // output channels of a register tile
-constexpr int64_t kFewPixels = 8;      // that do not repay arranging filters
-constexpr int64_t kSums = 4096;        // between products and epilogue, 16 KiB
-constexpr double kMinProducts = 1e7;   // per task, 4 us of one core with AVX-512
-constexpr int64_t kOutput = 200;       // products that cost as much as an output's epilogue
+constexpr int64_t kChunk = 2 * kTile;   // output channels of a register tile
+constexpr int64_t kFewPixels = 8;       // that do not repay arranging filters
+constexpr int64_t kSums = 4096;         // between products and epilogue, 16 KiB
+constexpr int64_t kFusedPixels = 4096;  // of a call that keeps its sums
+constexpr double kMinProducts = 1e7;    // per task, 4 us of one core with AVX-512
+constexpr int64_t kOutput = 200;        // products that cost as much as an output's epilogue
 
 // The input as the register tiles read it: one group's words of a pixel are `words` long.
 struct View {
@@ -60,10 +61,10 @@ struct Ahead {
     end = at + 4 * words;
     each = ceil_div(4 * words, tiles);
   }
-  void a_few() {
-    for (const char* stop = std::min(end, at + each); at < stop; at += 64)
-      __builtin_prefetch(at, 0, 2);
+  void until(const char* stop) {
+    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
   }
+  void a_few() { until(std::min(end, at + each)); }
 };
 
 // One run of output pixels, `count` of them from (y, x) on in steps of (dy, dx).
@@ -112,15 +113,30 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
   tile.residual_pixel = dy * plan.residual.h + dx * plan.residual.w;
   tile.word_pixel = (dy * conv.out_w + dx) * plan.out_words;
 
-  // Equal shares of at most kMaxPixels, but for the kernel's wish, so that no thin tile is left
-  // over.
-  for (int64_t left = count, parts = ceil_div(count, kMaxPixels); parts > 0;) {
+  FusedFn fused = nullptr;
+  int64_t parts = ceil_div(count, kFusedPixels);
+  if (!plan.depthwise && !plan.arranged) {
+    tile.pixels = static_cast<int>(count / parts);
+    tile.channels = c.channels;
+    tile.tiles = tiles;
+    tile.channel = c.group * conv.out_channels + c.first;
+    fused = plan.kernel.fused_rows(dot, e, tile);
+  }
+  if (!fused) parts = ceil_div(count, kMaxPixels);
+  // Equal shares, of at most kMaxPixels in a tile but for the kernel's wish, so that no thin tile
+  // is left over.
+  for (int64_t left = count; parts > 0;) {
     const int64_t in_y = y * conv.stride_h - conv.top + ys.tap_begin * conv.dilation_h;
     const int64_t in_x = x * conv.stride_w - conv.left + xs.tap_begin * conv.dilation_w;
     dot.a = in.data + n * in.image + c.group * in.group + in_y * in.row + in_x * in.pixel +
             (plan.depthwise ? c.first / kChunk : 0);
     int64_t pass = 0;  // pixels
-    for (; parts > 0 && (pass + kMaxPixels) * tile.acc_pixel <= kSums; --parts) {
+    if (fused) {
+      pass = ceil_div(left, parts--);
+      left -= pass;
+      ahead.until(ahead.end);
+    }
+    for (; !fused && parts > 0 && (pass + kMaxPixels) * tile.acc_pixel <= kSums; --parts) {
       const int64_t pixels = std::min(left, ceil_div(ceil_div(left, parts), multiple) * multiple);
       dot.acc = acc + pass * tile.acc_pixel;
       ahead.a_few();
@@ -143,7 +159,10 @@ void run_tiles(const Plan& plan, int64_t n, const Channels& c, const Segment& ys
                       (repeats ? tile.channel % repeats : tile.channel) * plan.residual.c +
                       y * plan.residual.h + x * plan.residual.w;
       tile.word = ((n * conv.out_h + y) * conv.out_w + x) * plan.out_words + tile.channel / 32;
-      plan.kernel.epilogue(plan.epilogue, tile);
+      if (fused)
+        fused(dot, e, tile);
+      else
+        plan.kernel.epilogue(e, tile);
     }
     y += dy * pass;
     x += dx * pass;

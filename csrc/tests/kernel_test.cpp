@@ -164,15 +164,18 @@ void test_sums_of_many_rows(const Kernel& k) {
         [&](int64_t c) { return std::pair(total[c], static_cast<double>(rows)); });
 }
 
-void test_conv(const Kernel& k, Conv c) {
+// rows: of float32, channels next to each other, as networks have them.
+void test_conv(const Kernel& k, Conv c, bool rows = false) {
   const int64_t cout = c.groups * c.out_channels, pixels = c.batch * c.out_h * c.out_w;
-  const bool alike = range(0, 9) == 0;             // every product -1: the largest popcounts
-  const int kind = static_cast<int>(range(0, 5));  // thresholds, int, or a type of kTypes
-  const DType type = kind < 2 ? DType::kF32 : kTypes[kind - 2], residual_type = kTypes[range(0, 3)];
+  const bool alike = range(0, 9) == 0;  // every product -1: the largest popcounts
+  const int kind = rows ? 2 : static_cast<int>(range(0, 5));  // thresholds, int, type of kTypes
+  const DType type = kind < 2 ? DType::kF32 : kTypes[kind - 2];
+  const DType residual_type = rows ? DType::kF32 : kTypes[range(0, 3)];
   int parts = kind < 2 ? 0 : pick({0, 1 << range(0, 7), 255, static_cast<int>(rng() & 255)});
   if (parts & 3) parts |= 4;                            // no shift_in, shift_out without slope
   const int64_t outputs = kind == 0 ? 2 : range(1, 3);  // real 1, words 2
-  const int64_t layout = range(0, 2), residual_layout = range(0, 3);
+  const int64_t layout = rows ? pick<int64_t>({0, 2}) : range(0, 2);
+  const int64_t residual_layout = rows ? pick<int64_t>({0, 2, 3}) : range(0, 3);
   threads = pick({1, 3});
   parameters = text(k.name, "image", c.batch, c.height, c.width, "groups", c.groups, "channels",
                     c.channels, c.out_channels, "filter", c.kh, c.kw, "stride", c.stride_h,
@@ -351,7 +354,10 @@ void test_kernel(const Kernel& k) {
   test_sums_of_many_rows(k);
   for (int i = 0; i < 1500; ++i) test_conv(k, random_conv());
   for (int i = 0; i < 400; ++i) test_conv(k, depthwise_conv());
+  for (int i = 0; i < 300; ++i) test_conv(k, pointwise_conv(), true);
   for (int i = 0; i < 32; ++i) test_conv(k, kLarge[i % 4]);  // the others have one task
+  for (int i = 0; i < 8; ++i)                                // pixels of more than one pass
+    test_conv(k, {1, 60, 70, 1, 32, 32, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 60, 70, 0, {}, {}}, true);
   for (const int64_t channels : {32, 224, 256, 65504, 65536}) test_longest(k, channels);
   for (const int64_t more : {-32, -1, 0, 2, 32}) test_longest_float(k, kMostFloatSums + more);
   for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));

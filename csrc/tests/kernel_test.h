@@ -198,6 +198,19 @@ inline Conv random_conv() {
   return fits ? c : random_conv();
 }
 
+// One tap and an even number of products, in words that kernels may keep in registers, and in more.
+inline Conv pointwise_conv() {
+  Conv c = {
+      range(1, 2), range(1, 5), range(1, 20), range(1, 2), 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0,
+      0,           0,           {},           {}};
+  c.channels = pick<int64_t>({2, 32, 62, 64, 96, 128, 200, 256, 288});
+  c.out_channels = pick<int64_t>({32, 33, 64, 70});
+  c.stride_h = c.stride_w = range(1, 2);
+  c.out_h = out_size(c.height, 0, 1, c.stride_h, 1);
+  c.out_w = out_size(c.width, 0, 1, c.stride_w, 1);
+  return c;
+}
+
 // A window for each channel, of as many taps as bit planes count and more.
 inline Conv depthwise_conv() {
   Conv c = random_conv();
