@@ -138,3 +138,29 @@ def test_the_largest_batch_within_a_limit(limit, expected):
         return batch if batch < 2000 else None
 
     assert train.bench_train.largest_batch(peak, limit) == expected
+
+
+def test_the_largest_batches_of_every_form(no_gpu_needed, monkeypatch):
+    """A step that has no room, or a network that has none, is a batch that is too large."""
+    made = []
+
+    class Case:
+        def __init__(self, name, precision, batch, *rest):
+            made.append(batch)
+            if batch > 100:
+                raise torch.OutOfMemoryError("no room for the network")
+            self.models, self.batch = dict(zip(forms, forms, strict=True)), batch
+
+        def step(self, form):
+            if form == "published" and self.batch > 20:
+                raise torch.OutOfMemoryError("no room for the step")
+
+    class Device(train.common.CpuDevice):
+        def peak_memory(self, call):
+            call()
+            return 10 * made[-1]
+
+    forms = tuple(train.bench_train.FORMS)
+    monkeypatch.setattr(train.bench_train, "Case", Case)
+    found = train.bench_train.batches_within("reactnet18", "bf16", 224, 4, Device(), 10_000)
+    assert found == {form: 16 if form == "published" else 96 for form in forms}
