@@ -24,6 +24,12 @@ DISTRIBUTIONS = {"triton": ("triton", "pytorch-triton-rocm", "triton-windows"),
                  "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
 TRAINING = (("safetensors", "safetensors"), ("tqdm", "tqdm"), ("sklearn", "scikit-learn"),
             ("tensorboard", "tensorboard"))
+# Those of docs/environment.md, and the values of the switches, which take any other without a word.
+VARIABLES: dict[str, tuple[str, ...]] = {
+    "BITKERNELS_CPU": (), "BITKERNELS_TRITON": ("0", "1"), "BITKERNELS_TRITON_INNER": (),
+    "BITKERNELS_TRITON_AUTOTUNE": ("0", "1"), "BITKERNELS_CUDA": ("0", "1"),
+    "BITKERNELS_CUDA_KERNEL": (), "BITKERNELS_CACHE_DIR": (), "BITKERNELS_WEIGHTS_DIR": (),
+    "BITKERNELS_NO_EXT": ("0", "1"), "BITKERNELS_TEST_DEVICE": (), "BITKERNELS_TEST_SHARD": ()}
 DESCRIPTION = """\
 What is installed here, which kernels would run and why, and what would help.
 
@@ -115,6 +121,12 @@ def remedies() -> list[str]:
         cpu.summary()
     except RuntimeError as error:
         found.append(str(error).splitlines()[0])
+    for name, value in sorted(os.environ.items()):
+        values = VARIABLES.get(name)
+        if name.startswith("BITKERNELS_") and values is None:
+            found.append(f"{name} is not read; there are {', '.join(VARIABLES)}")
+        elif value and values and value not in values:
+            found.append(f"{name} must be {' or '.join(values)}, got {value!r}")
     if not torch.cuda.is_available() and torch.version.cuda is None and torch.version.hip is None \
             and shutil.which("nvidia-smi"):
         found.append("there is an NVIDIA driver, but this torch is built for CPUs: install the "

@@ -54,13 +54,14 @@ def load_converted(path: str | os.PathLike, device: str | torch.device = "cpu") 
     """The network of a file that `save_converted` wrote, on a device.
 
     The whole graph is tried without values first, so a file that is broken, of a later format or
-    not of `save_converted` is refused here: ValueError, as is what torch takes for no device.
+    not of `save_converted` is refused here: ValueError, as is a device that is none or not here.
     FileNotFoundError; ImportError without the package safetensors.
     """
     _KIND.package()
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:  # a torch without CUDA asserts
         raise ValueError(f"load_converted: device must be one of torch, got {device!r}: "
                          f"{(str(error).splitlines() or [''])[0]}") from None
     with neutral(), torch.device("cpu"):  # whatever the caller's default is

@@ -86,7 +86,13 @@ def summary(model: nn.Module, input_size: Size, *, depth: int | None = None) -> 
     with _plainly(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         twin = _copy(model, mode)
         counter = _Counter(twin)
-        counter.run(twin, inputs)
+        try:
+            counter.run(twin, inputs)
+        except RuntimeError as error:
+            if len(inputs) == 1 and not isinstance(input_size, Tensor) and len(input_size) == 3:
+                raise RuntimeError(f"{error}; three numbers are one image, with 1 before them: "
+                                   "give an input of three dimensions as a tensor") from error
+            raise
     originals = dict(model.named_modules())
     order = [name for name in counter.called if name in originals]
     order += [name for name in counter.names.values() if name not in counter.called]
@@ -109,8 +115,10 @@ def _inputs(model: nn.Module, given: Size) -> tuple[_Input, ...]:
     if len(tensors) == len(given):
         return tuple(_Input(tuple(x.shape), x.dtype, x.device) for x in tensors)
     if not all(type(n) is int and n >= 1 for n in given):
-        raise ValueError("summary: input_size must be a shape of integers of at least 1, got "
-                         f"{tuple(given)!r}")
+        shown = ", ".join(repr(n) if isinstance(n, (int, float, str)) else type(n).__name__
+                          for n in given)
+        raise ValueError("summary: input_size must be a shape of integers of at least 1, or "
+                         f"tensors alone, got ({shown})")
     shape: Any = (1, *given) if len(given) == 3 else tuple(given)
     state = [*model.parameters(), *model.buffers()]
     dtype = next((t.dtype for t in state if t.is_floating_point()), torch.float32)

@@ -133,9 +133,9 @@ class DeadWeights(_SignMetric):
     _state = ("size", "_reference", "_still", "_updates", "_dead")
 
     def __init__(self, window: int = 100, tolerance: float = 1e-2) -> None:
-        if window < 1 or not tolerance >= 0:
-            raise ValueError("DeadWeights: window must be at least 1 and tolerance at least 0, got "
-                             f"{window!r} and {tolerance!r}")
+        if type(window) is not int or window < 1 or not tolerance >= 0:
+            raise ValueError("DeadWeights: window must be an integer of at least 1 and tolerance "
+                             f"at least 0, got {window!r} and {tolerance!r}")
         self.window, self.tolerance = window, tolerance
         self._still: Tensor | None = None  # packed: not changed and not pushed in this window
         self._updates = 0

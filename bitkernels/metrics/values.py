@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,8 +59,8 @@ class Histogram(Metric):
     _CHUNK = 1 << 24  # histc counts in float32, which is exact to this many
 
     def __init__(self, bins: int = 64, low: float = -2.0, high: float = 2.0) -> None:
-        if bins < 1 or not low < high:
-            raise ValueError("Histogram: needs at least one bin and low < high, got "
+        if type(bins) is not int or bins < 1 or not -math.inf < low < high < math.inf:
+            raise ValueError("Histogram: needs at least one bin and finite low < high, got "
                              f"bins={bins!r}, low={low!r}, high={high!r}")
         self.bins, self.low, self.high = bins, float(low), float(high)
         self.reset()

@@ -168,6 +168,18 @@ def test_models_counts(capsys):
     assert all(name in listed for name in models.names())
 
 
+def test_doctor_tells_variables_that_do_nothing(monkeypatch):
+    said = doctor.remedies()
+    monkeypatch.setenv("BITKERNELS_CACHE", "/tmp")
+    monkeypatch.setenv("BITKERNELS_TRITON", "off")
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    new = [line for line in doctor.remedies() if line not in said]
+    assert new[0].startswith("BITKERNELS_CACHE is not read; there are BITKERNELS_CPU, ")
+    assert new[1:] == ["BITKERNELS_TRITON must be 0 or 1, got 'off'"]
+    page = Path(ROOT, "docs", "environment.md").read_text()
+    assert list(doctor.VARIABLES) == re.findall(r"^\| `(BITKERNELS_\w+)`", page, re.M)
+
+
 def test_bench_is_exact_and_says_where(capsys, keeps_threads):
     status, out, err = call(capsys, "bench", "--seconds", 0.002, "--device", "cpu", "--layers",
                             "3x3:33@7", "1x1:64@5", "5x5:8@9", "--batch", 2)
@@ -201,8 +213,8 @@ def test_a_reader_that_stops_early_is_no_error():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["--version", "models quicknet", "summary quicknet --json"])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command, unbuffered", [
+    ("--version", ""), ("summary quicknet_small --json", ""), ("summary quicknet_small", "1")])
 def test_output_that_cannot_be_written_is_one_line(command, unbuffered):
     for where, status in (("> /dev/full", 1), (">&-", 0)):
         done = subprocess.run(

@@ -228,6 +228,6 @@ def test_bad_input(network, tmp_path):
         save_converted(nn.Linear(2, 2), tmp_path / "n")
     with pytest.raises(OSError, match="cannot write"):
         save_converted(network, tmp_path / "no" / "folder")
-    for device in ("none", None):
+    for device in ("none", None, "cuda:99"):
         with pytest.raises(ValueError, match="load_converted: device must be one of torch, got"):
             load_converted(tmp_path / "n", device)

@@ -162,6 +162,9 @@ def test_state_dict_continues(make, values, tmp_path):
 
 @pytest.mark.parametrize("call, match", [
     (lambda: [f.update(torch.ones(n)) for f in [FlipRatio()] for n in (3, 4)], "had 3 elements"),
+    (lambda: DeadWeights(2.5), "window must be an integer"),
+    (lambda: Histogram(2.5), "got bins=2.5"),
+    (lambda: Histogram(4, -torch.inf), "finite low < high"),
     (lambda: DeadWeights(0), "window must be"), (lambda: DeadWeights(5, -1.0), "tolerance"),
     (lambda: DeadWeights().update(torch.ones(3), torch.ones(1)), r"gradient of shape \(1,\)"),
     (lambda: Saturation(-1.0), "clip"), (lambda: Histogram(0), "one bin"),

@@ -357,7 +357,11 @@ class Looks(nn.Module):
 
 @pytest.mark.parametrize("model, size, error, message", [
     (nn.Linear, (3,), TypeError, "model must be an nn.Module, got the class Linear"),
-    (nn.Linear(3, 3), (0, 3), ValueError, r"integers of at least 1, got \(0, 3\)"),
+    (nn.Linear(3, 3), (0, 3), ValueError, r"at least 1, or tensors alone, got \(0, 3\)"),
+    (nn.Linear(3, 3), ({"x": torch.ones(2, 3)}, torch.ones(9), 2), ValueError,
+     r"got \(dict, Tensor, 2\)"),
+    (nn.Conv1d(6, 4, 3), (2, 6, 9), RuntimeError,
+     r"shape \(1, 2, 6, 9\): .*; three numbers are one image, with 1 before them: give an input"),
     (nn.Linear(3, 3), (), ValueError, "must be a shape or tensors"),
     (nn.Linear(3, 3), 3, ValueError, "must be a shape or tensors, got 3"),
     (nn.LazyLinear(3), (3,), ValueError, "weight has no shape yet"),

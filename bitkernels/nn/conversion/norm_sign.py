@@ -22,7 +22,7 @@ class NormSign(nn.Module):
     `BinaryLinear`. Output -1 and +1, of the same shape and dtype.
 
     quantizer: the sign and its gradient, one that is binary. state_dict: norm.weight, norm.bias and
-    the running statistics. Raises ValueError for another quantizer.
+    the running statistics. Raises ValueError for another quantizer, and for dims beyond 3.
     """
 
     precision = 1
@@ -31,6 +31,8 @@ class NormSign(nn.Module):
     def __init__(self, num_features: int, dims: int, quantizer: QuantizerLike = "ste_sign",
                  device=None, dtype=None) -> None:
         super().__init__()
+        if type(dims) is not int or not 0 <= dims < len(_NORMS):
+            raise ValueError(f"NormSign: dims must be 0, 1, 2 or 3, got {dims!r}")
         self.dims = dims
         self.norm = _NORMS[dims](num_features, device=device, dtype=dtype)
         if self.norm.running_mean is not None and self.norm.running_var is not None:
