@@ -340,7 +340,7 @@ HEAD = (f"{'kernel, call, output':46}{'regs':>5}{'spill':>6}{'prol':>6}{'mean':>
         f"{'before':>7}{'epil':>6}{'/out':>6}{'budget':>7}{'waves':>7}")
 
 
-def line(m: Measured, pipes: bool, roles: bool) -> str:
+def line(m: Measured, pipes: bool = False, roles: bool = False) -> str:
     def mark(name: str) -> str:
         return "!" if name in m.over else " "
 
