@@ -33,8 +33,8 @@ class Run(NamedTuple):
 
 # Headers that a kernel's own includes, which its calls are the first to try.
 NEAREST = {"gemm_epilogue.cuh": "bulk_gemm.cuh", "pixels.cuh": "resident.cuh",
-           "filters.cuh": "resident.cuh", "outputs.cuh": "resident.cuh",
-           "signs.cuh": "resident.cuh"}
+           "filters.cuh": "resident.cuh", "masks.cuh": "resident.cuh",
+           "outputs.cuh": "resident.cuh", "signs.cuh": "resident.cuh"}
 
 
 def survivors(mutations: Sequence[tuple[str, str, str, str]], runs: Sequence[Run], monkeypatch,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bitkernels.backends.cuda import compiler, kernels
 
-BRANCH = re.compile(r"^(BRA|BRX|JMP|CALL|EXIT|RET|KILL)\b")
+BRANCH = re.compile(r"^(BRA|BRX|JMP|CALL|EXIT|RET|KILL|BPT)\b")
 PRODUCTS = ("BGMMA", "BMMA")
 # What every way that counts does as often as any: copies and outputs, and products.
 WORK = ("BGMMA", "STG", "LDG", "LDGSTS", "UTMALDG", "RED", "ATOMG")
@@ -96,7 +96,8 @@ def touched_in_flight(code: list[str]) -> list[str]:
                 flight, groups = flight[done:], [n - done for n in groups]
         elif flight:
             registers = [int(r) for r in re.findall(r"\bR(\d+)\b", text)]
-            width = 4 if ".128" in text or "LDSM" in text else 2 if "64" in text else 1
+            op = text.split(" ")[0]
+            width = 4 if ".128" in op or "LDSM" in op else 2 if "64" in op or "WIDE" in op else 1
             writes = not text.startswith(("ST", "RED", "BAR", "LDGSTS", "ISETP"))
             written = set(range(registers[0], registers[0] + width)) if registers and writes else ()
             busy, read = (set().union(*each) for each in zip(*flight, strict=True))

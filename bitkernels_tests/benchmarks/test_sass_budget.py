@@ -79,12 +79,12 @@ R64, R128, TALL = (kernels.ALL[name] for name in (
 
 @pytest.mark.parametrize("kernel,channels,size,output,before,an_output", (
     (R128, 256, 14, "signs", 235, 2.8), (R64, 64, 56, "block", 180, 16.5),
-    (TALL, 64, 56, "block", 210, 15.6)))
+    (TALL, 64, 56, "block", 225, 15.6)))
 def test_convolutions_keep_their_budgets(kernel, channels, size, output, before, an_output):
     case = sass_budget.conv_case(kernel, channels, size, output)
     found = sass_budget.measure(case)
     assert found.spilled == 0 and not found.over
-    # The design asks for 160 before the epilogue of 256@14; the machine code has 228.
+    # The design asks for 160 before the epilogue of 256@14; the machine code has 212.
     assert case.products / 2 < found.before.total <= before
     assert 2 < found.an_output <= an_output
     assert found.before.count("BGMMA") == case.products
@@ -101,6 +101,33 @@ def test_convolutions_keep_their_budgets(kernel, channels, size, output, before,
     assert time >= kernel_model.moved(case, rows) / kernel_model.COPY
     assert time >= (tiles // kernel_model.MULTIPROCESSORS * kernel_model.tensor(case)
                     / kernel_model.CLOCK)
+
+
+@pytest.mark.parametrize("kernel,channels,size,mean", (
+    ("resident_64x64_bulk", 64, 56, 150), ("resident_64x128_bulk", 128, 28, 133),
+    ("resident_64x128_bulk", 256, 14, 140), ("resident4_64x64_bulk", 512, 7, 140)))
+def test_warps_divide_the_prologue(kernel, channels, size, mean):
+    case = sass_budget.conv_case(kernels.ALL[kernel], channels, size, "signs")
+    found = sass_budget.measure(case)
+    assert not found.over and found.mean_prologue <= mean
+    assert sum(n for n, _ in found.roles.values()) == case.kernel.threads // 32
+    costs = {name: cost for name, (_, cost) in found.roles.items()}
+    # Only those that make the table multiply, and they bring nothing.
+    assert costs["table"].count("BGMMA") == case.products
+    assert costs["table"].count("UTMALDG", "UBLKCP") == 0
+    assert all(cost.count("BGMMA") == 0 for name, cost in costs.items() if name != "table")
+    tiles = -(-case.spec.k_bytes // 128)
+    assert costs["filters"].count("UBLKCP") == tiles
+    assert costs["lines"].count("UTMALDG") == case.spec.boxes
+    assert costs["lines, barriers"].total > costs["lines"].total
+    text = sass_budget.line(found, roles=True)
+    assert all(name in text for name in costs)
+
+
+def test_a_trap_ends_a_block():
+    flow = sass.Flow(lines("@P0 BRA `(.L_x_2)\nEXIT\n.L_x_2:\nBPT.TRAP 0x1\nIADD3 R1, R2, R3, RZ"))
+    trap = next(b for b in flow.blocks if b.ops == ["BPT.TRAP"])
+    assert trap.next == []
 
 
 def test_twice_the_rows_read_a_channel_once():

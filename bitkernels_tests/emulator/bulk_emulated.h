@@ -102,3 +102,19 @@ inline void copy_bulk(u32 to, const TensorMap& map, int x, int y, int z, int u, 
                       u32 barrier) {
   copy_box(to, map, {x, y, z, u, v}, 5, barrier);
 }
+
+// From a constant of the module, which no tensor holds and which stays as it is.
+inline void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
+  if (to % 16 || reinterpret_cast<uint64_t>(from) % 16 || bytes % 16 || bytes <= 0) {
+    machine.fail("a bulk copy of what is not whole pieces of 16 bytes");
+  }
+  if (barrier % 8) machine.fail("a misaligned mbarrier");
+  const auto* data = static_cast<const unsigned char*>(from);
+  const std::vector<unsigned char> held(data, data + bytes);
+  for (int i = 0; i < bytes; i += 16) machine.at(to + i, 16);
+  machine.in_flight.push_back([=] {
+    memcpy(machine.at(to, 16), held.data(), bytes);
+    barrier_at(barrier).transactions -= bytes;
+    machine.complete(barrier_at(barrier));
+  });
+}

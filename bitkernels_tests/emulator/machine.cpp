@@ -212,6 +212,7 @@ std::string Machine::run(int grid, int block_threads, int shared_size, int seed,
     barriers.clear();
     warps.assign(threads / 32, {});
     named.assign(16, {});
+    any = false;
     warpgroups.assign((threads + 127) / 128, {});
     lane_in.assign(threads / 32, {});
     lane_out.assign(threads / 32, {});

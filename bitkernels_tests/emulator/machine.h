@@ -85,6 +85,7 @@ struct Machine {
   std::vector<std::function<void()>> in_flight;  // bulk copies
   std::map<uint32_t, Barrier> barriers;
   std::vector<Meeting> warps, named;
+  bool any, found_any;  // what threads said at a barrier, so far and at the last one
   std::vector<Warpgroup> warpgroups;
   std::vector<std::array<uint32_t, 32>> lane_in, lane_out;
   std::vector<std::array<std::array<uint32_t, 6>, 32>> fragments;

@@ -13,6 +13,7 @@ enum Instruction {
   SHUFFLE = 1,
   MMA,
   BAR,
+  BAR_ANY,
   WGMMA,
   WGMMA_FENCE,
   WGMMA_COMMIT,
@@ -39,6 +40,12 @@ inline void sync_some(int id, int count) {
   machine.meet(machine.named[id], count, BAR, [] {});
 }
 inline void sync_threads() { sync_some(0, machine.threads); }
+inline bool sync_threads_any(bool x) {
+  machine.any |= x;
+  machine.meet(machine.named[0], machine.threads, BAR_ANY,
+               [] { machine.found_any = machine.any, machine.any = false; });
+  return machine.found_any;
+}
 
 inline u32 shuffle_xor(u32 value, int mask) {
   const int lane = machine.current % 32, warp = machine.current / 32;
@@ -184,6 +191,12 @@ inline void store_shared_half(u32 address, u32 value) {
   memcpy(machine.at(address, 2), &half, 2);
   machine.own(address, 2);
   machine.waited[machine.current].emplace_back(address, 2);
+}
+
+inline u32 load_shared_half(u32 address) {
+  u16 value;
+  memcpy(&value, machine.at(address, 2), 2);
+  return value;
 }
 
 inline void load_fragment(u32 (&v)[4], u32 address) {

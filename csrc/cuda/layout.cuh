@@ -17,16 +17,23 @@ HOST_DEVICE Pixel pixel_of(int row) {
           static_cast<int>(row - line * OW)};
 }
 
-// Taps of `kernel` at first, first + step, ... that fall before the image.
-HOST_DEVICE int taps_before(int first, int step, int kernel) {
+HOST_DEVICE int at_least(int x, int least) { return x < least ? least : x; }
+HOST_DEVICE int at_most(int x, int most) { return x > most ? most : x; }
+
+// Taps of `kernel` at first, first + step, ... that fall before the image; `most` do.
+HOST_DEVICE int taps_before(int first, int step, int kernel, int most) {
+  if (most == 0) return 0;
+  if (step == 1 && most < kernel) return at_least(-first, 0);
   if (first >= 0) return 0;
   const int taps = (-first + step - 1) / step;
   return taps < kernel ? taps : kernel;
 }
 
 // ... and past the image of `size` pixels.
-HOST_DEVICE int taps_past(int first, int step, int kernel, int size) {
+HOST_DEVICE int taps_past(int first, int step, int kernel, int size, int most) {
+  if (most == 0) return 0;
   const int room = size - first;
+  if (step == 1 && most < kernel) return at_least(kernel - room, 0);
   if (room <= 0) return kernel;
   const int taps = (room + step - 1) / step;
   return taps < kernel ? kernel - taps : 0;
@@ -39,34 +46,35 @@ struct Cut {
   int before, past;
 };
 
-HOST_DEVICE int axis_classes(int before, int past, int both) {
+CONSTEXPR int axis_classes(int before, int past, int both) {
   return both ? (before + 1) * (past + 1) : before + past + 1;
 }
 
 HOST_DEVICE int axis_class(Cut cut, int before, int past, int both) {
   if (both) return cut.before * (past + 1) + cut.past;
+  if (past <= 1) return cut.before + cut.past * (before + 1);
   return cut.past ? before + cut.past : cut.before;
 }
 
-HOST_DEVICE Cut axis_cut(int label, int before, int past, int both) {
+CONSTEXPR Cut axis_cut(int label, int before, int past, int both) {
   if (both) return {label / (past + 1), label % (past + 1)};
   return label > before ? Cut{0, label - before} : Cut{label, 0};
 }
 
-HOST_DEVICE int border_classes() {
+CONSTEXPR int border_classes() {
   return axis_classes(TOP, BOTTOM, BOTH_H) * axis_classes(LEFT, RIGHT, BOTH_W);
 }
 
 // What a row and a column of the output add to it.
 HOST_DEVICE int row_class(int oh) {
   const int ih = oh * SH - PT;
-  const Cut h = {taps_before(ih, DH, KH), taps_past(ih, DH, KH, H)};
+  const Cut h = {taps_before(ih, DH, KH, TOP), taps_past(ih, DH, KH, H, BOTTOM)};
   return axis_class(h, TOP, BOTTOM, BOTH_H) * axis_classes(LEFT, RIGHT, BOTH_W);
 }
 
 HOST_DEVICE int column_class(int ow) {
   const int iw = ow * SW - PL;
-  const Cut w = {taps_before(iw, DW, KW), taps_past(iw, DW, KW, W)};
+  const Cut w = {taps_before(iw, DW, KW, LEFT), taps_past(iw, DW, KW, W, RIGHT)};
   return axis_class(w, LEFT, RIGHT, BOTH_W);
 }
 
@@ -139,9 +147,9 @@ HOST_DEVICE int place_of(Pixel p, Origin o) {
 HOST_DEVICE int lines() { return (IMAGE / PIXEL - LEAD) / WP; }
 
 // Bytes of K that a lane reads at once, and how many of them there are.
-HOST_DEVICE int unit() { return PIXEL % 16 == 0 ? 16 : PIXEL % 8 == 0 ? 8 : 4; }
-HOST_DEVICE int units() { return K_BYTES / unit(); }
-HOST_DEVICE int products() { return (K_BYTES + 31) / 32; }
+CONSTEXPR int unit() { return PIXEL % 16 == 0 ? 16 : PIXEL % 8 == 0 ? 8 : 4; }
+CONSTEXPR int units() { return K_BYTES / unit(); }
+CONSTEXPR int products() { return (K_BYTES + 31) / 32; }
 
 // Where a byte of a pixel lies in shared memory, `place` counting pixels: planes of 16 bytes, so
 // that the 16 bytes of 8 neighbouring pixels are in different banks; smaller pixels as they are.
@@ -160,6 +168,15 @@ HOST_DEVICE int unit_offset(int u) {
   return pixel_offset(tap / KW * DH * WP + tap % KW * DW, byte % PIXEL);
 }
 
+// To unit first + t, which lane t of a quad reads, by few instructions where a unit is a tap. The
+// four then begin at most one row of taps.
+HOST_DEVICE int unit_offset(int first, int t) {
+  if (PIXEL != unit() || KW < 3) return unit_offset(first + t);
+  const int column = first % KW, begin = first / KW * DH * WP + column * DW;
+  const int offset = begin + t * DW + (t >= KW - column ? DH * WP - KW * DW : 0);
+  return first + 3 < units() || first + t < units() ? offset * PIXEL : 0;
+}
+
 // The order of K is free as long as both operands keep the same. A product takes 8 words of a
 // window and a filter in order, but with units of 8 bytes: there lane t of a quad holds unit t, as
 // words t and t + 4 of the product.
@@ -172,7 +189,7 @@ HOST_DEVICE Slot slot_of(u32 word) {
   return {static_cast<int>(word / 8), unit() == 8 ? within / 2 + within % 2 * 4 : within};
 }
 
-HOST_DEVICE int word_at(Slot slot) {
+CONSTEXPR int word_at(Slot slot) {
   return 8 * slot.product + (unit() == 8 ? slot.word % 4 * 2 + slot.word / 4 : slot.word);
 }
 

@@ -75,13 +75,15 @@ HOST_DEVICE int place_bytes() { return unit() == 16 ? 16 : PIXEL; }
 
 HOST_DEVICE int box_bytes() { return BOX_LINES * WP * PIXEL; }
 
-// The zeros before each box, which no copy writes. By the threads of a warpgroup.
-DEVICE void clear_leads(u32 pixels, int thread) {
-#pragma unroll
-  for (int box = 0; box < BOXES; ++box) {
-    if (thread < LEAD * place_bytes() / 16) {
-      store_shared4(pixels + box * BOX_STEP * place_bytes() + thread * 16, {0, 0, 0, 0});
-    }
+// The zeros before each of `boxes` boxes, as far as windows read them, which no copy writes. By one
+// warp.
+DEVICE void clear_leads(u32 pixels, int boxes, int lane) {
+  const int each = (PL * place_bytes() + 15) / 16, first = LEAD * place_bytes() - each * 16;
+#pragma unroll 1
+  for (int i = lane; i < boxes * each; i += 32) {
+    const int box = each > 1 ? i / each : i;
+    store_shared4(pixels + box * BOX_STEP * place_bytes() + first + (i - box * each) * 16,
+                  {0, 0, 0, 0});
   }
 }
 
@@ -136,7 +138,7 @@ struct Reader {
       const int step = 2 * product + 1 < units() ? second - first : 0;
       load_fragment(a, at[0] + lane / 16 * step + first);
     } else if (unit() == 8) {
-      const int offset = unit_offset(4 * product + t);
+      const int offset = unit_offset(4 * product, t);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         u32 v[2];
@@ -144,7 +146,7 @@ struct Reader {
         a[h] = v[0], a[2 + h] = v[1];
       }
     } else {
-      const int low = unit_offset(8 * product + t), high = unit_offset(8 * product + 4 + t);
+      const int low = unit_offset(8 * product, t), high = unit_offset(8 * product + 4, t);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         a[h] = load_shared(at[h] + low);

@@ -22,6 +22,8 @@ DEVICE int block_threads() { return blockDim.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE void sync_threads() { __syncthreads(); }
+// Whether any thread of the block says so.
+DEVICE bool sync_threads_any(bool x) { return __syncthreads_or(x); }
 
 // Waits for `count` threads of the block at barrier `id` (1 to 15; 0 is sync_threads).
 DEVICE void sync_some(int id, int count) {
@@ -158,8 +160,19 @@ DEVICE void store_shared4(u32 address, const u32 (&v)[4]) {
                : "memory");
 }
 
+// The low half of a register, and into one; in between nobody narrows sums to 16 bits, which takes
+// more instructions.
 DEVICE void store_shared_half(u32 address, u32 value) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<u16>(value)) : "memory");
+  asm volatile(
+      "{ .reg .b16 low, high; mov.b32 {low, high}, %1; st.shared.b16 [%0], low; }" ::"r"(address),
+      "r"(value)
+      : "memory");
+}
+
+DEVICE u32 load_shared_half(u32 address) {
+  u32 value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 
 // A fragment of 16 rows by 32 bytes for mma_and and wgmma_and, from rows in shared memory: lane l
@@ -257,84 +270,7 @@ DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-DEVICE void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-// Makes initialised barriers visible to bulk copies.
-DEVICE void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  fence_async();
-}
-
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// One arrival, and so many bytes of bulk copies to come before the phase ends.
-DEVICE void barrier_arrive_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-DEVICE bool barrier_try(u32 barrier, int parity) {
-  int done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; "
-      "}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done;
-}
-
-DEVICE u64 nanoseconds() {
-  u64 t;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-  return t;
-}
-
-// Returns when the phase of this parity is over. A pipeline that is stuck ends in a launch failure
-// after half a minute, not in a process that hangs.
-DEVICE void barrier_wait(u32 barrier, int parity) {
-  if (barrier_try(barrier, parity)) return;
-  const u64 start = nanoseconds();
-  while (!barrier_try(barrier, parity)) {
-    if (nanoseconds() - start > 30000000000ull) __trap();
-  }
-}
-
-// Copies the box at (x, y, ...) of a tensor, in the layout that the map says, with zeros for what
-// lies outside; `barrier` counts the bytes of all of it.
-DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(&map), "r"(x), "r"(y), "r"(barrier)
-      : "memory");
-}
-
-DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
-      : "memory");
-}
-
-DEVICE void copy_bulk(u32 to, const TensorMap& map, int x, int y, int z, int u, int v,
-                      u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "r"(barrier)
-      : "memory");
-}
-
-// Fetches a map ahead of its first copy. It is an argument of the launch, written by nobody.
-DEVICE void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+#include "bulk_copy.cuh"
 
 // Whether this is the one lane of a whole warp that acts for it.
 DEVICE bool elected() {

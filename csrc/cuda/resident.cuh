@@ -11,11 +11,11 @@
 //
 // With tensor maps (BOXES > 0) filters and lines come by bulk copies, which one lane starts:
 // filters in the layout of wgmma, lines with the zeros around them. A buffer of lines has an
-// mbarrier, whose phase ends when they are there.
+// mbarrier, whose phase ends when they are there. Before the first tile the last warpgroup starts
+// all copies, and the first one or two make the table of what they have brought.
 //
-// Below the filters lie 8 rows of ones. Their products are the bits set in each window, which the
-// and-form needs, and come out in every lane's accumulators: N is BN + 16, an eighth more work for
-// BN = 128, instead of counting in the 16 lanes a clock that popcounts have.
+// Below the filters lie rows of ones (masks.cuh), so N is BN + 16, an eighth more work for BN =
+// 128, instead of counting in the 16 lanes a clock that popcounts have.
 #pragma once
 #include "outputs.cuh"
 #include "pixels.cuh"
@@ -24,7 +24,7 @@ template <int GROUPS, int BN, int STRIPS>
 struct Resident {
   static constexpr int BM = 64 * STRIPS;
   static constexpr int THREADS = 128 * GROUPS;
-  static constexpr int N = BN + 16;
+  static constexpr int N = BN + MASKS;
   // Products whose fragments are read together, and how often that is for a strip.
   static constexpr int AHEAD = GROUPS == 4 || STRIPS == 2 ? 3 : 4;
   HOST_DEVICE static int turns() { return (products() + AHEAD - 1) / AHEAD; }
@@ -33,7 +33,7 @@ struct Resident {
   // Of shared memory; IMAGE is what the lines of a tile take at most.
   HOST_DEVICE static int total_bytes() { return MOMENTS ? GROUPS * 4 * 2 * BN * 8 : 0; }
   HOST_DEVICE static int shared() {
-    return F::filter_bytes() + F::line_bytes() + F::table_bytes() + total_bytes() + label_bytes() +
+    return F::filter_bytes() + F::line_bytes() + F::table_bytes() + total_bytes() +
            GROUPS * 2 * IMAGE + barrier_bytes();
   }
 
@@ -43,20 +43,16 @@ struct Resident {
   }
   DEVICE static u32 totals() { return filters().table + F::table_bytes(); }
   DEVICE static u32 warp_totals() { return totals() + thread_index() / 32 * 2 * BN * 8; }
-  // What each row and each column of the output adds to the border class.
-  HOST_DEVICE static int label_bytes() {
-    const int words = border_classes() > 1 ? OH + OW : 0;
-    return BOXES ? (words + 31) / 32 * 128 : (words + 3) / 4 * 16;  // boxes start at 128
+  // Of a warpgroup, one of two.
+  DEVICE static u32 image(int group, int buffer) {
+    return totals() + total_bytes() + (group * 2 + buffer) * IMAGE;
   }
-  DEVICE static u32 labels() { return totals() + total_bytes(); }
-  // Of this warpgroup, one of two.
-  DEVICE static u32 image(int buffer) {
-    return labels() + label_bytes() + (group() * 2 + buffer) * IMAGE;
-  }
-  // Of bulk copies: of the filters, and of what this warpgroup's buffer waits for.
+  // Of bulk copies: of the filters, and of what a warpgroup's buffer waits for.
   HOST_DEVICE static int barrier_bytes() { return BOXES ? 16 * (GROUPS + 1) : 0; }
-  DEVICE static u32 filled() { return labels() + label_bytes() + GROUPS * 2 * IMAGE; }
-  DEVICE static u32 fetched(int buffer) { return filled() + 8 + (group() * 2 + buffer) * 8; }
+  DEVICE static u32 filled() { return image(GROUPS, 0); }
+  DEVICE static u32 fetched(int group, int buffer) {
+    return filled() + 8 + (group * 2 + buffer) * 8;
+  }
 
   DEVICE static int group() { return thread_index() / 128; }
   DEVICE static int thread() { return thread_index() % 128; }
@@ -69,86 +65,111 @@ struct Resident {
 
   // There are at least as many blocks as tiles of filters; those of one tile share its rows.
   DEVICE static void start(const Params& p, const TensorMap* words, const TensorMap* map) {
-    const int tiles_n = (COUT + BN - 1) / BN, n = block_index() % tiles_n;
-    const int sharing = (block_count() - 1 - n) / tiles_n + 1;
-    const int first = block_index() / tiles_n + group() * sharing;
-    if (BOXES) barriers(words, map);
+    const u32 tiles_n = (COUT + BN - 1) / BN, block = block_index(), n = block % tiles_n;
+    const u32 sharing = (block_count() + tiles_n - 1 - n) / tiles_n, first = block / tiles_n;
+    const int n0 = n * BN;
+    const bool last = group() == GROUPS - 1;
+    if (BOXES && last) barriers(words, map);
     dependency_wait();
     dependents_may_start();
     // All that comes from far away is on its way before anything else is done.
-    if (F::by_map() && thread_index() / 32 == THREADS / 32 - 1 && elected()) {
-      filters().copy(*map, n * BN, filled());
+    const bool making = group() < BN / 64;  // the table, later
+    Limits limits = {};
+    if (!making) {
+      if (F::owning()) limits = F::limits(p, n0);
+      if (BOXES && last) copy(p, words, map, n0, first, sharing);
+      filters().values(p, n0);
     }
-    Origin from = {};
-    if (BOXES) from = fetch(p, words, first, 0);
-    const Limits limits = filters().fill(p, n * BN);
-    if (!BOXES) from = fetch(p, words, first, 0);
-    prepare();
-    filters().store_limits(limits);
-    // The filters and their channels' values.
-    if (BOXES) {
-      copy_async_wait<0>();
+    const bool copied = !F::by_map() || !only_signs();  // by cp.async
+    if (copied) {
+      filters().fill(p, n0);
+      copy_async_commit();
+    }
+    if (!BOXES) {
+      fetch(p, nullptr, group(), (first + group() * sharing) * BM, 0);
+      filters().store_masks(0);
+      for (int buffer = 0; buffer < 2; ++buffer) clear_borders(image(group(), buffer), thread());
+    }
+    for (int i = lane(); i < total_bytes() / (THREADS / 32) / 16; i += 32) {
+      store_shared4(warp_totals() + 16 * i, {0, 0, 0, 0});
+    }
+    // The filters, and what is known of their channels. Apart, so that those that make the table
+    // carry no flag.
+    bool both;
+    if (making) {
+      both = together(false, copied);
     } else {
+      both = together(F::owning() && filters().store_limits(limits), copied);
+    }
+    if (BOXES) barrier_wait(filled(), 0);
+    for (int pass = 0; pass < mask_passes(); ++pass) {
+      if (pass > 0) {
+        sync_threads();
+        filters().store_masks(pass);
+        fence_async();
+        sync_threads();
+      }
+      if (making) filters().tables(pass, both);
+    }
+    sync_threads();
+    work(p, words, n0, (first + group() * sharing) * BM, GROUPS * sharing * BM, both);
+    if (MOMENTS) finish(p, n0);
+  }
+
+  // Waits for all threads. Whether some channel has two bounds.
+  DEVICE static bool together(bool both, bool copied) {
+    if (!BOXES) {
       copy_async_wait<1>();
+    } else if (copied) {
+      copy_async_wait<0>();
     }
-    fence_async();
-    if (F::by_map()) barrier_wait(filled(), 0);
+    filters().positive_zero();
+    if (!F::by_map()) fence_async();
+    if (only_signs() && THRESHOLD) return sync_threads_any(both);
     sync_threads();
-    filters().tables(thread_index() / 32, lane());
-    sync_threads();
-    work(p, words, n * BN, first, GROUPS * sharing, from);
-    if (MOMENTS) finish(p, n * BN);
+    return false;
   }
 
+  // What the last warpgroup needs before it starts copies, and what no copy brings.
   DEVICE static void barriers(const TensorMap* words, const TensorMap* map) {
-    const u32 first = filled();
-    if (thread_index() == 0) {
-      for (int i = 0; i <= 2 * GROUPS; ++i) barrier_init(first + 8 * i, 1);
+    const int warp = thread() / 32;
+    if (warp == 2 && elected()) {
+      for (int i = 0; i <= 2 * GROUPS; ++i) barrier_init(filled() + 8 * i, 1);
       barrier_init_fence();
-      prefetch_map(*words);
-      if (F::by_map()) prefetch_map(*map);
     }
-    sync_threads();
+    if (warp == 3) {
+      clear_leads(image(0, 0), GROUPS * 2 * BOXES, lane());
+      if (elected()) {
+        prefetch_map(*words);
+        if (F::by_map()) prefetch_map(*map);
+      }
+    }
+    sync_some(GROUPS, 128);
   }
 
-  // What no copy brings.
-  DEVICE static void prepare() {
-    filters().ones();
-    for (int buffer = 0; buffer < 2; ++buffer) {
-      if (BOXES) {
-        clear_leads(image(buffer), thread());
-      } else {
-        clear_borders(image(buffer), thread());
-      }
-    }
-    if (border_classes() > 1) {  // rows by the first warps, columns by the last
-#pragma unroll 2
-      for (int turn = 0; turn < (OH + THREADS - 1) / THREADS; ++turn) {
-        const int i = turn * THREADS + thread_index();
-        if (i < OH) store_shared(labels() + 4 * i, row_class(i));
-      }
-#pragma unroll 2
-      for (int turn = 0; turn < (OW + THREADS - 1) / THREADS; ++turn) {
-        const int i = turn * THREADS + THREADS - 1 - thread_index();
-        if (i < OW) store_shared(labels() + 4 * (OH + i), column_class(i));
-      }
-    }
-    for (int i = lane(); i < total_bytes() / (THREADS / 32) / 4; i += 32) {
-      store_shared(warp_totals() + 4 * i, 0);
-    }
+  // Starts the first bulk copies of all warpgroups, by the warps of the last one.
+  DEVICE static void copy(const Params& p, const TensorMap* words, const TensorMap* map, int n0,
+                          int first, int sharing) {
+    const int warp = thread() / 32;
+    if (warp == 3 && elected()) filters().copy(*map, n0, filled());
+    if (warp < GROUPS) fetch(p, words, warp, (first + warp * sharing) * BM, 0, lane());
   }
 
-  // Starts to copy the lines of a tile, if there is one; where they begin.
-  DEVICE static Origin fetch(const Params& p, const TensorMap* words, int tile, int buffer) {
-    const int first = tile * BM;
+  // Starts to copy the lines of a tile of a warpgroup, if there is one, by its threads, of which
+  // bulk copies take the first 32; where they begin.
+  DEVICE static Origin fetch(const Params& p, const TensorMap* words, int group, u32 first,
+                             int buffer, int thread = Resident::thread()) {
     const Origin from = origin_of(first);
+    const bool some = first < static_cast<u32>(p.rows);
     if (BOXES) {
-      if (first < p.rows && thread() < 32 && elected()) {
-        copy_boxes<BM>(image(buffer), *words, first, from, fetched(buffer));
+      if (some && thread < 32 && elected()) {
+        copy_boxes<BM>(image(group, buffer), *words, first, from, fetched(group, buffer));
       }
       return from;
     }
-    if (first < p.rows) copy_lines(image(buffer), p, from.image * HP + from.line, thread());
+    if (some) {
+      copy_lines(image(group, buffer), p, from.image * HP + from.line, thread);
+    }
     copy_async_commit();
     return from;
   }
@@ -175,27 +196,26 @@ struct Resident {
     }
   }
 
-  DEVICE static void work(const Params& p, const TensorMap* words, int n0, int first, int stride,
-                          Origin from) {
-    const int tiles = (p.rows + BM - 1) / BM;
+  // Tiles that start at row `first` and every `stride`th one.
+  DEVICE static void work(const Params& p, const TensorMap* words, int n0, u32 first, u32 stride,
+                          bool both) {
     const F filters = Resident::filters();
     Moments<BN, STRIPS> moments;
-    const bool both = only_signs() && THRESHOLD && filters.any_both();
+    Origin from = origin_of(first);
     int buffer = 0, parity = 0, seen = 0;
-    for (int tile = first; tile < tiles; tile += stride, parity ^= buffer, buffer ^= 1) {
+    for (u32 start = first; start < static_cast<u32>(p.rows);
+         start += stride, parity ^= buffer, buffer ^= 1) {
       // The tile's pixels are there, and nobody still reads those of the tile before.
       if (!BOXES) copy_async_wait<0>();
-      if (BOXES) barrier_wait(fetched(buffer), parity);
+      if (BOXES) barrier_wait(fetched(group(), buffer), parity);
       sync_some(1 + group(), 128);
-      const Origin next = fetch(p, words, tile + stride, buffer ^ 1);
+      const Origin next = fetch(p, words, group(), start + stride, buffer ^ 1);
 
       // Of the warp's 16 windows a strip this lane finds one; those past the last are the last.
-      const int top = tile * BM + thread() / 32 * (BM / 4), window = top + lane() % (BM / 4);
+      const int top = start + thread() / 32 * (BM / 4), window = top + lane() % (BM / 4);
       const Pixel pixel = pixel_of(window < p.rows ? window : p.rows - 1);
       const int place = place_of(pixel, from);
-      const u32 label = border_classes() > 1 ? load_shared(labels() + 4 * pixel.oh) +
-                                                   load_shared(labels() + 4 * (OH + pixel.ow))
-                                             : 0;
+      const u32 label = border_classes() > 1 ? border_class(pixel) : 0;
       from = next;
       TileRow rows[STRIPS][2];
       Reader readers[STRIPS];
@@ -205,7 +225,7 @@ struct Resident {
           rows[s][h] = {top + row,
                         border_classes() > 1 ? static_cast<int>(shuffle(label, row)) : 0};
         }
-        readers[s] = Reader::of<STRIPS>(image(buffer), place, s, lane());
+        readers[s] = Reader::of<STRIPS>(image(group(), buffer), place, s, lane());
       }
       const int column = forget(n0);
       int acc[STRIPS][N / 8][4];

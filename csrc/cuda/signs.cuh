@@ -49,7 +49,8 @@ struct Comparisons {
     using F = Filters<BN, THREADS>;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const u32 from = filters.table + F::line_at(rows[h].label, which) + t * 16;
+      // Hidden, so that what follows is an offset of the load and not a sum of its own.
+      const u32 from = forget(filters.table + F::line_at(rows[h].label, which) + t * 16);
 #pragma unroll
       for (int i = 0; i < EACH; i += 4) {
         load_shared4(reinterpret_cast<u32(&)[4]>(v[h][i]), from + i * 16);

@@ -9,6 +9,7 @@
 #else
 #define HOST_DEVICE __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
+#define CONSTEXPR constexpr HOST_DEVICE
 #endif
 
 using u16 = unsigned short;

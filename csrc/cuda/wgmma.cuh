@@ -43,6 +43,7 @@ struct Wgmma;
     }                                                                                        \
   };
 
+WGMMA_(16, "%0, %1, %2, %3, %4, %5, %6, %7", 8, 9, 10, 11, 12, 13, FRAGMENT_(0), FRAGMENT_(1))
 WGMMA_(64, ONES_ TEN_(1) TEN_(2) ", %30, %31", 32, 33, 34, 35, 36, 37, FRAGMENTS_(0))
 WGMMA_(80, ONES_ TEN_(1) TEN_(2) TEN_(3), 40, 41, 42, 43, 44, 45, FRAGMENTS_(0), FRAGMENT_(8),
        FRAGMENT_(9))

@@ -66,12 +66,10 @@ class Kernel:
         bare = not (spec.out_type or spec.packed)  # what the outputs are is not known yet
         each = 2 if spec.only_signs and not spec.threshold and not bare else 4
         lines = (spec.classes * each + 8 * 4) * self.bn
-        together = 128 if self.bulk else 16  # bytes
-        labels = -(-4 * (spec.oh + spec.ow) // together) * together if spec.classes > 1 else 0
         totals = self.groups * 4 * 2 * self.bn * 8 if spec.moments else 0
         image = spec.image or self.placed(spec).image
         barriers = 16 * (self.groups + 1) if self.bulk else 0
-        return filters + lines + totals + labels + self.groups * 2 * image + barriers
+        return filters + lines + totals + self.groups * 2 * image + barriers
 
     def placed(self, spec: Spec, aligned: bool = True) -> Spec:
         """With the places of a resident kernel's pixels; aligned: the words, to 16 bytes."""

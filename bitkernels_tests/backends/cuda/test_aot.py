@@ -141,6 +141,7 @@ def test_resident(kernel, what):
         by_map = kernel.maps(spec, 2**16 * spec.oh * spec.ow)[1] is not None
         copies = 2 * spec.boxes + by_map * -(-spec.k_bytes // 128)
         assert sum("UTMALDG" in line for line in code) == copies
+        assert sum("UBLKCP" in line for line in code) == -(-spec.k_bytes // 128)  # of the masks
     else:
         assert any("LDGSTS" in line for line in code)
     assert any("LDS" in line for line in code)
@@ -149,6 +150,9 @@ def test_resident(kernel, what):
     # A kernel that starts early looks at nothing before it has waited for the one before.
     waits = next(i for i, line in enumerate(code) if "ACQBULK" in line)
     assert not any(re.search(r"\b(LDG|STG|RED|ATOM|UTMALDG)", line) for line in code[:waits])
+    # The table is products of the filters with masks; nothing is counted or multiplied by mma.sync.
+    assert sum("BGMMA.64x16x256" in line for line in code) == -(-spec.k_bytes // 32)
+    assert not any(sass.opcode(line).startswith(("POPC", "BMMA")) for line in code)
     if spec.pixel % 16 == 0:
         assert sum("LDSM.16.M88.4" in line for line in code) == products
 
