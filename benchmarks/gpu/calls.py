@@ -82,15 +82,19 @@ def by_triton(op: str, args: tuple, kw: dict) -> tuple:
     return triton.kernel(op)(*args, **kw, **({"inner": inner} if inner else {}))
 
 
-def tiles(call: Call) -> int:
-    """Configurations of Triton's kernel that tuning may choose for a call."""
+def tiles(call: Call) -> tuple[str, ...]:
+    """Names of the configurations of Triton's kernel that tuning may choose for a large call; of
+    others `TRITON`, which stands for the one that a user gets."""
     args, kw = call.arguments()
+    if len(args[0]) < BATCHES[0]:
+        return (TRITON,)
     inner, family = inner_of(call.op, args, kw), configs.family(args[0].device)
     if inner is None:
-        return 1
+        return (TRITON,)
     size = getattr(triton_plan.decide(call.op, args, kw, args[0].device), "size", None)
-    return len(configs.table(inner, family) if size is None else
-               configs.table(inner, family, size.flat))
+    table = (configs.table(inner, family) if size is None else
+             configs.table(inner, family, size.flat))
+    return tuple(tile_name(number) for number in range(len(table)))
 
 
 def tile_name(number: int) -> str:

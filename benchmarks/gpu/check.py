@@ -83,18 +83,27 @@ def kernel_names() -> tuple[str, ...]:
                  and kernel.family in kernels.FAMILIES.get(arch or "", ()))
 
 
-def compile_jobs(folder: Path, chosen: Sequence[str]) -> list[Job]:
-    whole = []
+def whole(chosen: Sequence[str]) -> list[str]:
+    """What the chosen parts give torch.compile."""
+    found = []
     if "train" in chosen:
-        whole += [f"reactnet18 {form}" for form in ("published", "bitkernels", "lean", "layers")]
+        found += [f"reactnet18 {form}" for form in ("published", "bitkernels", "layers")]
     if "block" in chosen:
-        whole.append("block")
+        found.append("block")
     if "models" in chosen:
-        whole += ["models quicknet", "models reactnet18", "models resnet18"]
-    return [*(child("whole", name, folder, **OWN, **UNTUNED, OMP_NUM_THREADS="1",
-                    TORCHINDUCTOR_COMPILE_THREADS=str(max(1, cores() // 5))) for name in whole),
-            *(child("compile", str(number), folder, **UNTUNED, OMP_NUM_THREADS="1")
-              for number in range(max(2, cores() - 2 - len(whole) // 2)))]
+        found += ["models quicknet", "models reactnet18", "models resnet18"]
+    return found
+
+
+def whole_jobs(folder: Path, chosen: Sequence[str]) -> list[Job]:
+    return [child("whole", name, folder, **OWN, **UNTUNED, OMP_NUM_THREADS="1",
+                  TORCHINDUCTOR_COMPILE_THREADS=str(max(1, cores() // 5)))
+            for name in whole(chosen)]
+
+
+def compile_jobs(folder: Path, chosen: Sequence[str]) -> list[Job]:
+    return [child("compile", str(number), folder, **UNTUNED, OMP_NUM_THREADS="1")
+            for number in range(max(2, cores() - 2 - len(whole(chosen)) // 2))]
 
 
 def correct_jobs(folder: Path) -> list[Job]:
@@ -161,6 +170,8 @@ def stages(folder: Path, chosen: Sequence[str], scale: float = 1.0) -> list[list
     few = max(2, cores() // 4)
     found = [
         [Part("compile", lambda: compile_jobs(folder, chosen), 80, 20, 0, at_once=64),
+         Part("whole", lambda: whole_jobs(folder, chosen), 105, 20, 0, at_once=64,
+              spans="correct" in chosen),
          Part("build", lambda: [child("build", "build", folder)], 100, 20, 9,
               spans="correct" in chosen)],
         [Part("correct", lambda: correct_jobs(folder), 40, 15, 1, at_once=cores(), margin=6)],
@@ -185,8 +196,8 @@ def scaled(part: Part, scale: float) -> Part:
     return dataclasses.replace(part, seconds=part.seconds * scale)
 
 
-PARTS = ("compile", "build", "correct", "conv", "gemm", "block", "trunk", "train", "models", "plan",
-         "tests", "digits", "sanitizer", "ncu")
+PARTS = ("compile", "whole", "build", "correct", "conv", "gemm", "block", "trunk", "train",
+         "models", "plan", "tests", "digits", "sanitizer", "ncu")
 DEFAULT = tuple(part for part in PARTS if part not in ("models", "ncu"))
 
 

@@ -80,8 +80,10 @@ def test_a_step_as_a_graph(no_gpu_needed, monkeypatch):
         return dict.fromkeys(calls, 4.0), {}
 
     monkeypatch.setattr(train.gpu_time, "in_turns", in_turns)
+    monkeypatch.setattr(train, "traced", lambda step, *args: {"launches": 2})
     case = train.make_case("reactnet18", 2, 32)
-    assert train.graph(case, "layers") == {"ms": 4.0, "images/s": 500.0, "peak MiB": 3.0}
+    assert train.graph(case, "layers") == {"ms": 4.0, "images/s": 500.0, "peak MiB": 3.0,
+                                           "launches": 2}
     assert len(ran) == 1
     failing = RuntimeError("a capture that ends")
     monkeypatch.setattr(train.gpu_time, "in_turns", lambda calls: ({}, dict.fromkeys(
@@ -101,11 +103,12 @@ def test_training_rows_come_form_by_form(no_gpu_needed, tmp_path, monkeypatch):
     one_, done = record.Record(tmp_path, "train"), []
     train.networks(one_, ("reactnet_a",), tmp_path, done)
     keys = [row["key"] for row in lines(tmp_path, "train")]
-    forms = ("published", "bitkernels", "layers", "lean")
-    assert keys == [*(f"reactnet_a {form}" for form in forms), "reactnet_a match",
-                    *(f"reactnet_a {form} compiled" for form in forms)]
+    forms = [f"reactnet_a {form}" for form in train.FORMS]
+    assert keys == [*forms[:3], "reactnet_a match", *forms[3:]]
+    assert forms[:3] == [f"reactnet_a {form}" for form in (
+        "published", "published compiled", "bitkernels")]
     assert not any("failed" in row for row in lines(tmp_path, "train"))
-    assert lines(tmp_path, "train")[4]["first block close to the emulation"] is True
+    assert lines(tmp_path, "train")[3]["first block close to the emulation"] is True
     assert (tmp_path / "train.csv").read_text().count("reactnet_a") == 8
     assert (tmp_path / "train.png").exists() and done[0].match
     monkeypatch.setattr(train, "end_of_job", lambda: 0.0)

@@ -39,7 +39,7 @@ def by_reference(op, args, kw):
 @pytest.fixture
 def no_triton(monkeypatch):
     monkeypatch.setattr(calls, "by_triton", by_reference)
-    monkeypatch.setattr(calls, "tiles", lambda call: 2)
+    monkeypatch.setattr(calls, "tiles", lambda call: TILES[1:])
     monkeypatch.setattr(calls, "in_tile", lambda number: contextlib.nullcontext())
     monkeypatch.setattr(calls.triton, "kernel", lambda op: getattr(reference, op))
 
@@ -108,9 +108,12 @@ def test_tiles_are_those_that_tuning_may_choose():
     from bitkernels.backends.triton import configs, tuning
 
     with gpus.planning_for(gpus.named("sm_90")):
-        large = calls.convolution(torch.device("meta"), 256, 14, 64, "packed")
+        large = calls.convolution(torch.device("meta"), 256, 14, 256, "packed")
         assert calls.inner_of(large.op, *large.arguments()) == "b1"
-        assert calls.tiles(large) == len(configs.table("b1", "sm90"))
+        assert calls.tiles(large) == tuple(map(calls.tile_name, range(
+            len(configs.table("b1", "sm90")))))
+        small_ = calls.convolution(torch.device("meta"), 256, 14, 64, "packed")
+        assert calls.tiles(small_) == (calls.TRITON,)
     with calls.in_tile(1):
         assert tuning._fixed.get() == 1
 

@@ -146,21 +146,21 @@ def inference(channels: int, size: int, folder: Path) -> dict:
             "wrong": wrong, "errors": {name: message(error) for name, error in errors.items()}}
 
 
-def traced(step: Callable[[], object]) -> dict:
+def traced(step: Callable[[], object], steps: int = STEPS, most: int = KERNELS) -> dict:
     """Of one step: microseconds and number of its kernels, those that take most, by name."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
         torch.cuda.synchronize()
     gpu = torch.autograd.DeviceType.CUDA
-    table = sorted(([event.key[:160], round(event.self_device_time_total / STEPS, 2),
-                     round(event.count / STEPS, 2)] for event in seen.key_averages()
+    table = sorted(([event.key[:160], round(event.self_device_time_total / steps, 2),
+                     round(event.count / steps, 2)] for event in seen.key_averages()
                     if event.device_type == gpu and not event.is_user_annotation),
                    key=lambda line: -line[1])
     return {"device us": round(sum(line[1] for line in table), 1),
-            "launches": round(sum(line[2] for line in table), 1), "kernels": table[:KERNELS]}
+            "launches": round(sum(line[2] for line in table), 1), "kernels": table[:most]}
 
 
 def peak(step: Callable[[], object]) -> float:

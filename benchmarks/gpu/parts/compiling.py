@@ -49,8 +49,8 @@ def build(which: kernels.Kernel, call: calls.Call) -> None:
 
 
 def run_tiles(call: calls.Call) -> None:
-    for number in range(calls.tiles(call)):
-        call.run(calls.tile_name(number))
+    for name in calls.tiles(call):
+        call.run(name)
     torch.cuda.synchronize()
 
 

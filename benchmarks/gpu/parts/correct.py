@@ -71,10 +71,10 @@ def exact(which: kernels.Kernel, call: calls.Call) -> str | None:
 def every_tile(call: calls.Call) -> str | None:
     """Of Triton's kernel in each configuration that tuning may choose."""
     right = calls.expected(call)
-    for number in range(calls.tiles(call)):
-        wrong = calls.difference(call, call.run(calls.tile_name(number)), right)
+    for name in calls.tiles(call):
+        wrong = calls.difference(call, call.run(name), right)
         if wrong is not None:
-            return f"{wrong}, configuration {number}"
+            return f"{wrong}, configuration {name}"
     return None
 
 

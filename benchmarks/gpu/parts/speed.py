@@ -3,7 +3,7 @@
 A row has `us`, with operands that change from call to call as far as they would stay in the L2
 cache, and `warm`, with the same ones each time; both by kernel, the library's beside ours. Kernels
 that the part `correct` found to be wrong there are left out and named. `triton` is the tile that a
-user gets, `triton:0` and so on are each of those that there are.
+user gets; in large calls `triton:0` and so on are each of those that there are.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def measure(call: Call, copies: int, others: dict[str, Run], left_out: dict[str,
             device: torch.device) -> dict:
     """A row without its key."""
     runs: dict[str, Run] = {}
-    tiles: list[str] = []
+    tiles: tuple[str, ...] = ()
     if calls.TRITON not in left_out:
         with contextlib.suppress(Exception):  # without a kernel there, `triton` itself says why
-            tiles = [calls.tile_name(number) for number in range(calls.tiles(call))]
+            tiles = calls.tiles(call)
     for which in (*calls.takers(call, device), calls.TRITON, *tiles):
         name = which if isinstance(which, str) else which.name
         if name not in left_out:

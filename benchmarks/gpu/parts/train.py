@@ -28,13 +28,14 @@ from schedule import end_of_job
 from torch import Tensor, nn
 from training_networks import NETWORKS, in_form
 
-from parts.block import run_tasks, without_faulty
+from parts.block import run_tasks, traced, without_faulty
 
 SIZE, BATCH, PRECISION = 224, 128, "bf16"
-# The base first, and what compiles last: without its base a form has no ratio.
-EAGER = ("published", "bitkernels", "layers", "lean")
-COMPILED = tuple(f"{form} compiled" for form in ("published", "bitkernels", "layers", "lean"))
-GRAPHS = ("bitkernels", "layers", "published compiled")
+# The base of ratios first, then its best form and ours. GRAPHS: also replayed.
+FORMS = ("published", "published compiled", "bitkernels", "layers", "bitkernels compiled",
+         "layers compiled", "lean", "lean compiled")
+GRAPHS = ("published compiled", "bitkernels", "layers", "bitkernels compiled")
+TRACED, KERNELS = 2, 60  # steps under the profiler; kernels in the table of a step
 SECONDS = 1.0  # timed, of each form
 FIRST, REST = ("reactnet18",), ("quicknet", "reactnet_a")
 # Of the steps that are no measurements: device, images, their size.
@@ -63,15 +64,16 @@ def one_form(case: bench_train.Case, form: str, times: dict, peaks: dict) -> dic
 
 
 def graph(case: bench_train.Case, form: str) -> dict:
-    """Of a step that is replayed: what is left without Python."""
+    """Of a step that is replayed: what is left without Python, kernel by kernel."""
+    step = partial(case.step, case.models[form])
     torch.cuda.reset_peak_memory_stats()
-    ms, errors = gpu_time.in_turns({form: (lambda _: case.step(case.models[form]), 1)})
+    ms, errors = gpu_time.in_turns({form: (lambda _: step(), 1)})
     if errors:
         raise errors[form]
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()
     return {"ms": round(ms[form], 3), "images/s": round(1e3 * len(case.x) / ms[form], 1),
-            "peak MiB": round(peak / 2**20, 1)}
+            "peak MiB": round(peak / 2**20, 1), **traced(step, TRACED, KERNELS)}
 
 
 def network_rows(name: str, case: bench_train.Case, times: dict, peaks: dict, match: bool
@@ -100,11 +102,15 @@ def networks(record: Record, names: tuple[str, ...], folder: Path, done: list[be
             return {"first block close to the emulation": match[0]}
 
         tasks = [(f"{name} {form}", partial(one_form, case, form, times, peaks))
-                 for form in (*EAGER, *COMPILED)]
-        tasks.insert(len(EAGER), (f"{name} match", exact))
-        for form in GRAPHS if torch.cuda.is_available() else ():  # behind the form itself
-            at = next(i for i, (key, _) in enumerate(tasks) if key == f"{name} {form}") + 1
-            tasks.insert(at, (f"{name} {form} graph", partial(graph, case, form)))
+                 for form in FORMS]
+
+        def insert(after: str, what: str, task: Callable[[], dict], tasks=tasks, name=name) -> None:
+            at = next(i for i, (key, _) in enumerate(tasks) if key == f"{name} {after}") + 1
+            tasks.insert(at, (f"{name} {what}", task))
+
+        insert(bench_train.OURS, "match", exact)
+        for form in GRAPHS if torch.cuda.is_available() else ():
+            insert(form, f"{form} graph", partial(graph, case, form))
         run_tasks(record, tasks)
         if bench_train.BASE in times:
             done.append(network_rows(name, case, times, peaks, bool(match and match[0])))
