@@ -25,8 +25,10 @@ struct Resident {
   static constexpr int BM = 64 * STRIPS;
   static constexpr int THREADS = 128 * GROUPS;
   static constexpr int N = BN + MASKS;
-  // Products whose fragments are read together, and how often that is for a strip.
-  static constexpr int AHEAD = GROUPS == 4 || STRIPS == 2 ? 3 : 4;
+  // Products whose fragments are read together, sets of registers for them, and how often that is
+  // for a strip. Reads wait behind all products that their warp has queued and that have not
+  // begun: so with three sets nothing that is multiplied next waits for them.
+  static constexpr int AHEAD = 3, SETS = GROUPS == 4 || STRIPS == 2 ? 2 : 3;
   HOST_DEVICE static int turns() { return (products() + AHEAD - 1) / AHEAD; }
   using F = Filters<BN, THREADS>;
 
@@ -174,25 +176,43 @@ struct Resident {
     return from;
   }
 
-  // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
-  // until they are waited for.
-  DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], u32 (&a)[2][AHEAD][4],
-                              const Reader (&readers)[STRIPS]) {
-#pragma unroll
-    for (int turn = 0; turn < STRIPS * turns(); ++turn) {
-      const int s = turn / turns(), first = turn % turns() * AHEAD;
-      if (turn >= 2) wgmma_wait<1>();  // those that these registers belong to
+  // The fragments of a tile; of each turn those of one strip.
+  struct Fragments {
+    u32 v[SETS][AHEAD][4];
+
+    DEVICE void read(const Reader (&readers)[STRIPS], int turn) {
+      const int first = turn % turns() * AHEAD;
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        if (first + i < products()) readers[s].read(a[turn % 2][i], first + i);
+        if (first + i < products()) readers[turn / turns()].read(v[turn % SETS][i], first + i);
       }
+    }
+  };
+
+  // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
+  // until they are waited for.
+  DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], Fragments& a,
+                              const Reader (&readers)[STRIPS]) {
+    const int all = STRIPS * turns();
+#pragma unroll
+    for (int turn = 0; turn < SETS; ++turn) {
+      if (turn < all) a.read(readers, turn);
+    }
+#pragma unroll
+    for (int turn = 0; turn < all; ++turn) {
+      const int s = turn / turns(), first = turn % turns() * AHEAD;
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (first + i >= products()) continue;
-        wgmma_and<N>(acc[s], a[turn % 2][i], filters().descriptor(first + i), first + i > 0);
+        wgmma_and<N>(acc[s], a.v[turn % SETS][i], filters().descriptor(first + i), first + i > 0);
       }
       wgmma_commit();
+      const int next = turn + SETS - 1;
+      if (turn > 0 && next < all) {
+        wgmma_wait<1>();  // for those of the turn before, to which the registers belong
+        a.read(readers, next);
+      }
     }
   }
 
@@ -229,8 +249,8 @@ struct Resident {
       }
       const int column = forget(n0);
       int acc[STRIPS][N / 8][4];
-      u32 a[2][AHEAD][4];
-      multiply(acc, a, readers);
+      Fragments fragments;
+      multiply(acc, fragments, readers);
       // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons[STRIPS];
       for (int s = 0; s < STRIPS; ++s) {
