@@ -2,12 +2,13 @@
 // call, which overlaps with the end of the one before.
 //
 // Blocks are persistent, one a multiprocessor. A block copies BN filters into shared memory once,
-// and then its GROUPS warpgroups work alone, each on tiles of its own, so that one multiplies while
-// another writes. A tile is STRIPS times 64 output pixels: what a tile costs, and what its epilogue
-// reads of a channel from shared memory, serves all of them. A warpgroup copies the lines that its
-// windows touch while it multiplies the tile before. The windows are never unfolded: each warp
-// reads its fragments of them from those lines and hands them to wgmma in registers. So a pixel
-// comes from L2 once a tile, not once a tap.
+// and then its GROUPS warpgroups work alone, each on tiles of its own. They queue their products in
+// turn, so that one multiplies while the others write: left alone they share the tensor core, end
+// at the same time and leave it idle together. A tile is STRIPS times 64 output pixels: what a tile
+// costs, and what its epilogue reads of a channel from shared memory, serves all of them. A
+// warpgroup copies the lines that its windows touch while it multiplies the tile before. The
+// windows are never unfolded: each warp reads its fragments of them from those lines and hands them
+// to wgmma in registers. So a pixel comes from L2 once a tile, not once a tap.
 //
 // With tensor maps (BOXES > 0) filters and lines come by bulk copies, which one lane starts:
 // filters in the layout of wgmma, lines with the zeros around them. A buffer of lines has an
@@ -55,6 +56,13 @@ struct Resident {
   DEVICE static u32 fetched(int group, int buffer) {
     return filled() + 8 + (group * 2 + buffer) * 8;
   }
+
+  // Named barriers: that of a warpgroup's own threads, and the one where it waits for its turn.
+  DEVICE static int own_barrier(int group) { return 1 + group; }
+  DEVICE static int order_barrier(int group) { return 1 + GROUPS + group; }
+  // Shorter products than these clocks are not worth two barriers a tile. (Four groups have no
+  // registers for it.)
+  HOST_DEVICE static bool ordered() { return GROUPS == 3 && STRIPS * products() * N / 2 >= 300; }
 
   DEVICE static int group() { return thread_index() / 128; }
   DEVICE static int thread() { return thread_index() % 128; }
@@ -114,7 +122,7 @@ struct Resident {
       if (making) filters().tables(pass, both);
     }
     sync_threads();
-    work(p, words, n0, (first + group() * sharing) * BM, GROUPS * sharing * BM, both);
+    work(p, words, n0, first * BM, sharing * BM, both);
     if (MOMENTS) finish(p, n0);
   }
 
@@ -146,7 +154,7 @@ struct Resident {
         if (F::by_map()) prefetch_map(*map);
       }
     }
-    sync_some(GROUPS, 128);
+    sync_some(own_barrier(GROUPS - 1), 128);
   }
 
   // Starts the first bulk copies of all warpgroups, by the warps of the last one.
@@ -190,14 +198,15 @@ struct Resident {
   };
 
   // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
-  // until they are waited for.
+  // until they are waited for. The tile comes after one of another warpgroup, or before one.
   DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], Fragments& a,
-                              const Reader (&readers)[STRIPS]) {
+                              const Reader (&readers)[STRIPS], bool after, bool before) {
     const int all = STRIPS * turns();
 #pragma unroll
     for (int turn = 0; turn < SETS; ++turn) {
       if (turn < all) a.read(readers, turn);
     }
+    if (ordered()) sync_if(after, order_barrier(group()), 256);
 #pragma unroll
     for (int turn = 0; turn < all; ++turn) {
       const int s = turn / turns(), first = turn % turns() * AHEAD;
@@ -214,11 +223,15 @@ struct Resident {
         a.read(readers, next);
       }
     }
+    if (ordered()) {
+      arrive_if(before, order_barrier(group() < GROUPS - 1 ? group() + 1 : 0), 256);
+    }
   }
 
-  // Tiles that start at row `first` and every `stride`th one.
-  DEVICE static void work(const Params& p, const TensorMap* words, int n0, u32 first, u32 stride,
+  // The block's tiles start at row `begin` and every `step`th one.
+  DEVICE static void work(const Params& p, const TensorMap* words, int n0, u32 begin, u32 step,
                           bool both) {
+    const u32 first = begin + group() * step, stride = GROUPS * step;
     const F filters = Resident::filters();
     Moments<BN, STRIPS> moments;
     Origin from = origin_of(first);
@@ -228,7 +241,7 @@ struct Resident {
       // The tile's pixels are there, and nobody still reads those of the tile before.
       if (!BOXES) copy_async_wait<0>();
       if (BOXES) barrier_wait(fetched(group(), buffer), parity);
-      sync_some(1 + group(), 128);
+      sync_some(own_barrier(group()), 128);
       const Origin next = fetch(p, words, group(), start + stride, buffer ^ 1);
 
       // Of the warp's 16 windows a strip this lane finds one; those past the last are the last.
@@ -250,7 +263,7 @@ struct Resident {
       const int column = forget(n0);
       int acc[STRIPS][N / 8][4];
       Fragments fragments;
-      multiply(acc, fragments, readers);
+      multiply(acc, fragments, readers, start != begin, start + step < static_cast<u32>(p.rows));
       // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons[STRIPS];
       for (int s = 0; s < STRIPS; ++s) {
