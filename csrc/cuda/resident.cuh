@@ -65,6 +65,12 @@ struct Resident {
   HOST_DEVICE static bool ordered() { return GROUPS == 3 && STRIPS * products() * N / 2 >= 300; }
 
   DEVICE static int group() { return thread_index() / 128; }
+  // Warpgroups have their turns in this order: those that make the table come last.
+  static constexpr int MAKERS = BN / 64;
+  DEVICE static int rank(int group) {
+    if (!ordered()) return group;
+    return group < MAKERS ? group + GROUPS - MAKERS : group - MAKERS;
+  }
   DEVICE static int thread() { return thread_index() % 128; }
   DEVICE static int lane() { return thread_index() % 32; }
 
@@ -83,7 +89,7 @@ struct Resident {
     dependency_wait();
     dependents_may_start();
     // All that comes from far away is on its way before anything else is done.
-    const bool making = group() < BN / 64;  // the table, later
+    const bool making = group() < MAKERS;  // the table, later
     Limits limits = {};
     if (!making) {
       if (F::owning()) limits = F::limits(p, n0);
@@ -96,7 +102,7 @@ struct Resident {
       copy_async_commit();
     }
     if (!BOXES) {
-      fetch(p, nullptr, group(), (first + group() * sharing) * BM, 0);
+      fetch(p, nullptr, group(), (first + rank(group()) * sharing) * BM, 0);
       filters().store_masks(0);
       for (int buffer = 0; buffer < 2; ++buffer) clear_borders(image(group(), buffer), thread());
     }
@@ -121,8 +127,9 @@ struct Resident {
       }
       if (making) filters().tables(pass, both);
     }
-    sync_threads();
-    work(p, words, n0, first * BM, sharing * BM, both);
+    const bool made = making || !ordered();
+    if (made) sync_threads();
+    work(p, words, n0, first * BM, sharing * BM, both, made);
     if (MOMENTS) finish(p, n0);
   }
 
@@ -162,7 +169,7 @@ struct Resident {
                           int first, int sharing) {
     const int warp = thread() / 32;
     if (warp == 3 && elected()) filters().copy(*map, n0, filled());
-    if (warp < GROUPS) fetch(p, words, warp, (first + warp * sharing) * BM, 0, lane());
+    if (warp < GROUPS) fetch(p, words, warp, (first + rank(warp) * sharing) * BM, 0, lane());
   }
 
   // Starts to copy the lines of a tile of a warpgroup, if there is one, by its threads, of which
@@ -228,10 +235,11 @@ struct Resident {
     }
   }
 
-  // The block's tiles start at row `begin` and every `step`th one.
+  // The block's tiles start at row `begin` and every `step`th one. Where they are ordered,
+  // warpgroups that do not make the table multiply meanwhile, and wait for it when they need it.
   DEVICE static void work(const Params& p, const TensorMap* words, int n0, u32 begin, u32 step,
-                          bool both) {
-    const u32 first = begin + group() * step, stride = GROUPS * step;
+                          bool both, bool made) {
+    const u32 first = begin + rank(group()) * step, stride = GROUPS * step;
     const F filters = Resident::filters();
     Moments<BN, STRIPS> moments;
     Origin from = origin_of(first);
@@ -264,6 +272,7 @@ struct Resident {
       int acc[STRIPS][N / 8][4];
       Fragments fragments;
       multiply(acc, fragments, readers, start != begin, start + step < static_cast<u32>(p.rows));
+      if (ordered()) sync_if(!made && start == first, 0, THREADS);
       // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons[STRIPS];
       for (int s = 0; s < STRIPS; ++s) {
@@ -292,6 +301,7 @@ struct Resident {
         seen = 0;
       }
     }
+    if (!made && first >= static_cast<u32>(p.rows)) sync_threads();
     if (!BOXES) copy_async_wait<0>();
     if (MOMENTS) moments.flush(warp_totals(), lane());
   }

@@ -267,8 +267,8 @@ MUTATIONS = (
      "((MUTANT == 18 ? piece : piece ^ row) & 7)"),
     ("filters of the other warpgroup", "filters.cuh", "group * 512",
      "(MUTANT == 19 ? 0 : group * 512)"),
-    ("a table that nothing waits for", "resident.cuh", "    sync_threads();\n    work(",
-     "    if (MUTANT != 20) sync_threads();\n    work("),
+    ("a table that nothing waits for", "resident.cuh", "if (made) sync_threads();",
+     "if (made && MUTANT != 20) sync_threads();"),
     ("bounds that nothing waits for", "resident.cuh", "return sync_threads_any(both)",
      "return MUTANT == 21 ? true : sync_threads_any(both)"),
     ("classes of other rows", "masks.cuh", "8 * pass + row - 7",
@@ -299,6 +299,10 @@ MUTATIONS = (
      "arrive_if(before && MUTANT != 33,"),
     ("turns in another order", "resident.cuh", "group() < GROUPS - 1 ? group() + 1 : 0",
      "MUTANT == 34 ? (group() + 2) % GROUPS : group() < GROUPS - 1 ? group() + 1 : 0"),
+    ("a table that the first tile does not wait for", "resident.cuh", "sync_if(!made && start",
+     "sync_if(!made && MUTANT != 35 && start"),
+    ("a table that warpgroups without tiles do not wait for", "resident.cuh", "if (!made && first",
+     "if (!made && MUTANT != 36 && first"),
 )
 
 
