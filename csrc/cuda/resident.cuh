@@ -60,15 +60,20 @@ struct Resident {
   // Named barriers: that of a warpgroup's own threads, and the one where it waits for its turn.
   DEVICE static int own_barrier(int group) { return 1 + group; }
   DEVICE static int order_barrier(int group) { return 1 + GROUPS + group; }
-  // Shorter products than these clocks are not worth two barriers a tile. (Four groups have no
-  // registers for it.)
-  HOST_DEVICE static bool ordered() { return GROUPS == 3 && STRIPS * products() * N / 2 >= 300; }
+  // The tensor core's of a tile. Where they are few, two barriers a tile are not worth it, but for
+  // signs of four groups, which have no registers for it beside other outputs.
+  HOST_DEVICE static int clocks() { return STRIPS * products() * N / 2; }
+  HOST_DEVICE static bool ordered() {
+    return GROUPS > 3 ? only_signs() && clocks() >= 100 : clocks() >= 300;
+  }
+  // Whether some warpgroups multiply while others still make the table.
+  HOST_DEVICE static bool early() { return ordered() && clocks() >= 300; }
 
   DEVICE static int group() { return thread_index() / 128; }
   // Warpgroups have their turns in this order: those that make the table come last.
   static constexpr int MAKERS = BN / 64;
   DEVICE static int rank(int group) {
-    if (!ordered()) return group;
+    if (!early()) return group;
     return group < MAKERS ? group + GROUPS - MAKERS : group - MAKERS;
   }
   DEVICE static int thread() { return thread_index() % 128; }
@@ -127,7 +132,7 @@ struct Resident {
       }
       if (making) filters().tables(pass, both);
     }
-    const bool made = making || !ordered();
+    const bool made = making || !early();
     if (made) sync_threads();
     work(p, words, n0, first * BM, sharing * BM, both, made);
     if (MOMENTS) finish(p, n0);
@@ -235,8 +240,8 @@ struct Resident {
     }
   }
 
-  // The block's tiles start at row `begin` and every `step`th one. Where they are ordered,
-  // warpgroups that do not make the table multiply meanwhile, and wait for it when they need it.
+  // The block's tiles start at row `begin` and every `step`th one. Early ones are multiplied while
+  // others make the table, which is waited for where it is needed.
   DEVICE static void work(const Params& p, const TensorMap* words, int n0, u32 begin, u32 step,
                           bool both, bool made) {
     const u32 first = begin + rank(group()) * step, stride = GROUPS * step;
@@ -272,7 +277,7 @@ struct Resident {
       int acc[STRIPS][N / 8][4];
       Fragments fragments;
       multiply(acc, fragments, readers, start != begin, start + step < static_cast<u32>(p.rows));
-      if (ordered()) sync_if(!made && start == first, 0, THREADS);
+      if (early()) sync_if(!made && start == first, 0, THREADS);
       // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons[STRIPS];
       for (int s = 0; s < STRIPS; ++s) {
