@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -69,8 +70,14 @@ def compile_for(name: str, kernel, types: dict[str, str], **options) -> Machine:
         signature[arg] = value.removesuffix(":16")
         if value.startswith("*") or value.endswith(":16"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes),
-                              target=target(name), options=options)
+    def current_target() -> GPUTarget:
+        return target(name)
+
+    current_target.__triton_builtin__ = True  # type: ignore[attr-defined]
+    # Kernels ask for the GPU that is there what they may do.
+    with mock.patch("triton.language.target_info.current_target", current_target):
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes),
+                                  target=target(name), options=options)
     if name.startswith("gfx"):
         text = compiled.asm["amdgcn"]
 

@@ -89,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--workers", type=int, default=0, help="processes that load images")
     how.add_argument("--bf16", action="store_true", help="mixed precision")
     how.add_argument("--channels-last", action="store_true", help="memory format")
-    how.add_argument("--compile", action="store_true", help="torch.compile")
+    how.add_argument("--compile", action="store_true",
+                     help="torch.compile; on one GPU with CUDA graphs")
     how.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
                      help="besides the checkpoint after each epoch")
     how.add_argument("--tensorboard", action="store_true", help="plots in --out/tensorboard")

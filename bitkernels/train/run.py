@@ -28,7 +28,8 @@ class Options:
 
     device: of torch; under several processes "cuda" is the GPU of the local rank.
     bf16: forward and loss under bfloat16 autocast; weights and updates stay float32.
-    channels_last, compile: the memory format of images and filters; `torch.compile`.
+    channels_last: the memory format of images and filters.
+    compile: `torch.compile`; on one GPU with CUDA graphs (mode="reduce-overhead").
     workers: processes that load images, 0: this one.
     checkpoint_every: steps between checkpoints, besides the one after each epoch.
     watch: metrics of the binary weights each epoch (`bitkernels.metrics`), among them flip ratio.

@@ -1,4 +1,4 @@
-"""benchmarks/gpu/tune_passes.py and trace_block.py without a GPU: bytes, candidates, results."""
+"""benchmarks/gpu/tune_passes.py without a GPU: bytes, candidates, results."""
 
 from __future__ import annotations
 
@@ -138,33 +138,3 @@ def test_the_tuner_writes_what_it_measured(script, monkeypatch, tmp_path, capsys
     assert len(called) == 2 * (len(list(tune.candidates("block_forward")))
                                + len(list(tune.candidates("unpack"))))
     assert passes.PASSES == present and "best unpack" in capsys.readouterr().out
-
-
-def test_a_trace_keeps_the_tables_that_it_has(script, monkeypatch, tmp_path):
-    trace = script("trace_block")
-
-    def table(form, channels, side):
-        if form != "ours":
-            raise RuntimeError("no compiler")
-        return 12.5, 2.0, [(10.0, 1.0, "first_kernel"), (2.5, 1.0, "second_kernel")]
-
-    monkeypatch.setattr(trace, "trace", table)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
-    trace.main([str(tmp_path)])
-    text = (tmp_path / "trace_block.txt").read_text()
-    assert "== ours 256@14: device us a step 12.5, launches a step 2.0" in text
-    assert "first_kernel" in text and "emulation compiled 64@56: failed" in text
-    totals = json.loads((tmp_path / "trace_block.json").read_text())
-    assert totals["ours 64@56"] == {"us": 12.5, "launches": 2.0}
-    assert "no compiler" in totals["emulation compiled 64@56"]["error"]
-
-
-def test_each_form_of_the_trace_trains(script, monkeypatch):
-    """On this processor: the models that are traced, with gradients."""
-    trace = script("trace_block")
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **kw: self)
-    for form in ("ours", "emulation"):
-        called, _ = trace.model(form, 32)
-        x = torch.randn(2, 32, 4, 4, requires_grad=True)
-        called(x).backward(torch.ones(2, 32, 4, 4))
-        assert x.grad is not None

@@ -147,13 +147,18 @@ def inference(channels: int, size: int, folder: Path) -> dict:
 
 
 def traced(step: Callable[[], object], steps: int = STEPS, most: int = KERNELS) -> dict:
-    """Of one step: microseconds and number of its kernels, those that take most, by name."""
+    """Of one step: microseconds and number of its kernels, those that take most, by name.
+
+    A profiler comes twice: before it our operators run one by one, which is another way the first
+    times, and what is launched is compared with its repetition.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
+    for count in (3, steps):
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+            for _ in range(count):
+                step()
+            torch.cuda.synchronize()
     gpu = torch.autograd.DeviceType.CUDA
     table = sorted(([event.key[:160], round(event.self_device_time_total / steps, 2),
                      round(event.count / steps, 2)] for event in seen.key_averages()

@@ -90,6 +90,8 @@ class Kernel:
         spec = problem.spec
         if problem.op == MOMENTS and not self.sums:
             return "takes no sums of its outputs"
+        if self.windows and problem.op != "packed_linear":
+            return "multiplies matrices, not images"
         if self.bulk and not problem.aligned:
             return ("copies only words that start at 16 bytes" if self.resident else
                     "copies only rows that start at 16 bytes and are a multiple of 16 bytes")

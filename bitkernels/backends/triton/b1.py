@@ -44,7 +44,7 @@ from bitkernels.backends.triton.b1_ptx import (
     WHERE_IO,
 )
 from bitkernels.backends.triton.contraction import border_class, outside
-from bitkernels.backends.triton.jit import activate
+from bitkernels.backends.triton.jit import activate, begin
 
 UNROLLED = tl.constexpr(16)  # steps of products, at most, without a loop
 
@@ -162,6 +162,7 @@ def b1_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, scale
     neighbours, at such an address, and pixels follow one another. LINES: a loop over the lines of
     a filter, if its words fill steps. size_class is not used here: tuning depends on it.
     """
+    begin()
     WARPS: tl.constexpr = BLOCK_M // (8 * SLOTS)
     TOTAL: tl.constexpr = KH * KW * WIDTH
     # Four would not fit beside the accumulators of 8 slots.

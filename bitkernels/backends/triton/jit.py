@@ -8,9 +8,29 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
+try:
+    from triton.language.target_info import cuda_capability_geq
+except ImportError:  # triton 3.4
+    cuda_capability_geq = None
+
+# Whether kernels may start while the one before them ends, on GPUs from sm_90 on.
+OVERLAPS = cuda_capability_geq is not None
+_OVERLAPS = tl.constexpr(OVERLAPS)
 _PLANE_ASM = tl.constexpr(tuple(
     f"{{ .reg .b32 t; shr.b32 t, $1, {bit}; and.b32 $0, t, 0x01010101; }}" for bit in range(8)))
+
+
+@triton.jit
+def begin():
+    """The first line of every kernel. From sm_90 on it may have been started while the kernel
+    before it was ending: here it waits for what that one has written, and lets the next one start
+    as soon as all its own blocks have."""
+    if _OVERLAPS:
+        if cuda_capability_geq(9, 0):
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
 
 
 @triton.jit

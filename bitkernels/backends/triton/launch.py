@@ -20,6 +20,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from bitkernels.backends import replay
+from bitkernels.backends.triton.jit import OVERLAPS
 
 OPTIONS = "num_warps", "num_stages", "maxnreg"
 
@@ -85,9 +86,13 @@ def launch(kernel: Any, grid: tuple[int, int], args: tuple, options: tuple[int |
 def _tritons_way(kernel: Any, grid, args, options, constants) -> Any:
     if replay.watch.launches is not None:
         replay.watch.launches.append(None)
-    given = zip(OPTIONS, options, strict=False)
-    return kernel[grid](*args, **constants, enable_fp_fusion=False,
-                        **{name: value for name, value in given if value is not None})
+    given = {name: value for name, value in zip(OPTIONS, options, strict=False)
+             if value is not None}
+    if type(kernel) is JITFunction and OVERLAPS:
+        target = driver.active.get_current_target()
+        if target.backend == "cuda" and target.arch >= 90:
+            given["launch_pdl"] = True  # `jit.begin`, the first line of every kernel, waits
+    return kernel[grid](*args, **constants, enable_fp_fusion=False, **given)
 
 
 def _again(found: _Ready, grid: tuple[int, int]) -> Any:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import collapse, wide
-from bitkernels.backends.triton.jit import block_index, pack_signs, row_offset, shift_tile
+from bitkernels.backends.triton.jit import begin, block_index, pack_signs, row_offset, shift_tile
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.geometry import empty_words, word_count
 
@@ -21,6 +21,7 @@ from bitkernels.ops.geometry import empty_words, word_count
 def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si,
                           each, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                           WIDE: tl.constexpr):
+    begin()
     r = block_index(BLOCK_R, WIDE)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ok, col_ok = r < rows, c < channels
@@ -40,6 +41,7 @@ def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, w
 @triton.jit
 def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si, sc,
                             each, BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
+    begin()
     r = block_index(BLOCK_R, WIDE)
     w = tl.program_id(1)
     row_ok = r < rows

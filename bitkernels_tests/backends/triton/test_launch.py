@@ -4,7 +4,9 @@ nothing. Seen are the arguments that launchers pass, specialization, tuning and 
 
 from __future__ import annotations
 
+import ast
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ if torch.cuda.is_available():
     pytest.skip("the other tests launch on the GPU", allow_module_level=True)
 
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bitkernels.backends.triton import configs, dispatch, selfcheck, tuning
+from bitkernels.backends.triton import configs, dispatch, launch, selfcheck, tuning
 from bitkernels.ops._record import OPERATORS
 from bitkernels_tests import no_gpu
 from bitkernels_tests.backends import test_training_launches
@@ -51,6 +54,27 @@ def first_case(op, **forced):
 def test_elementwise(launched, op, kernels):
     first_case(op)
     assert launched == kernels
+
+
+def test_launched_kernels_begin_by_waiting():
+    """Only then may they start while the kernel before them ends: `test_aot.py` reads where."""
+    for file in Path(dispatch.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                statements = node.body[ast.get_docstring(node) is not None:]
+                assert ast.unparse(statements[0]) == "begin()", f"{node.name} of {file.name}"
+
+
+@pytest.mark.parametrize("arch", (80, 90))
+def test_from_sm_90_on_a_kernel_may_start_early(monkeypatch, arch):
+    monkeypatch.setattr(no_gpu.NoGpu, "get_current_target",
+                        lambda self: GPUTarget("cuda", arch, 32))
+    monkeypatch.setattr(launch, "_ready", {})
+    with no_gpu.triton_driver():
+        first_case("sign_backward")
+    found = {ready.kept[1].metadata.name: ready.kept[1].metadata.launch_pdl
+             for ready in launch._ready.values()}
+    assert found == dict.fromkeys(("sign_backward_kernel", "reduce_kernel"), arch == 90)
 
 
 def test_moments_follow_the_convolution(launched):
