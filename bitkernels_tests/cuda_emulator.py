@@ -120,7 +120,8 @@ class EmulatedDriver(Driver):
         for i, (name, (size, writable)) in enumerate(sizes.items()):
             begin = getattr(params, name) or 0
             ranges[i] = Range(begin, begin + (size if begin else 0), writable,
-                              early and (kernel.resident or name in ("corr", "pa")))
+                              early and (kernel.resident or name in ("corr", "pa"))
+                              and not (name == "filters" and params.settled))
         values = (ctypes.c_int * len(NAMES))(*(getattr(spec, name.lower()) for name in NAMES))
         self.seed += 1
         both = b"".join(bytes(m) for m in maps) if maps else None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitkernels.backends.cuda import dispatch, kernels, launch, plan
+from bitkernels.backends.cuda import dispatch, kernels, launch, plan, settled
 from bitkernels.backends.triton import configs
 from bitkernels.backends.triton import dispatch as triton
 from bitkernels.backends.triton import plan as triton_plan
@@ -61,7 +61,9 @@ class Call:
             tile = which.removeprefix(TRITON).removeprefix(":")
             with in_tile(int(tile)) if tile else contextlib.nullcontext():
                 return by_triton(self.op, args, kw)
-        return getattr(launch, self.op)(which, *args, **kw)
+        found = getattr(launch, self.op)(which, *args, **kw)
+        settled.add(self.rest[0])  # as the operator does: a layer's filters stay as they are
+        return found
 
     def floors(self, copy: float) -> dict[str, float]:
         """Microseconds: arithmetic at the tensor core's peak, bytes at the rate of a copy."""

@@ -105,7 +105,7 @@ def test_convolutions_keep_their_budgets(kernel, channels, size, output, before,
 
 @pytest.mark.parametrize("kernel,channels,size,mean", (
     ("resident_64x64_bulk", 64, 56, 150), ("resident_64x128_bulk", 128, 28, 135),
-    ("resident_64x128_bulk", 256, 14, 145), ("resident4_64x64_bulk", 512, 7, 142)))
+    ("resident_64x128_bulk", 256, 14, 145), ("resident4_64x64_bulk", 512, 7, 144)))
 def test_warps_divide_the_prologue(kernel, channels, size, mean):
     case = sass_budget.conv_case(kernels.ALL[kernel], channels, size, "signs")
     found = sass_budget.measure(case)

@@ -91,21 +91,19 @@ struct Resident {
     const int n0 = n * BN;
     const bool last = group() == GROUPS - 1;
     if (BOXES && last) barriers(words, map);
-    dependency_wait();
-    dependents_may_start();
     // All that comes from far away is on its way before anything else is done.
     const bool making = group() < MAKERS;  // the table, later
+    const bool settled = !BOXES && p.settled;
     Limits limits = {};
+    if (!settled) limits = wait_for_limits(p, n0);
+    filters().fill(p, n0);
+    if (settled) limits = wait_for_limits(p, n0);
     if (!making) {
-      if (F::owning()) limits = F::limits(p, n0);
       if (BOXES && last) copy(p, words, map, n0, first, sharing);
       filters().values(p, n0);
     }
     const bool copied = !F::by_map() || !only_signs();  // by cp.async
-    if (copied) {
-      filters().fill(p, n0);
-      copy_async_commit();
-    }
+    if (copied) copy_async_commit();
     if (!BOXES) {
       fetch(p, nullptr, group(), (first + rank(group()) * sharing) * BM, 0);
       filters().store_masks(0);
@@ -136,6 +134,13 @@ struct Resident {
     if (made) sync_threads();
     work(p, words, n0, first * BM, sharing * BM, both, made);
     if (MOMENTS) finish(p, n0);
+  }
+
+  // Waits for the kernel before. The thresholds of this thread's channel, if it has one.
+  DEVICE static Limits wait_for_limits(const Params& p, int n0) {
+    dependency_wait();
+    dependents_may_start();
+    return F::owning() ? F::limits(p, n0) : Limits{};
   }
 
   // Waits for all threads. Whether some channel has two bounds.

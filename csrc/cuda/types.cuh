@@ -40,6 +40,7 @@ struct Params {
   float clamp_max;
   int rows;  // output pixels: images * OH * OW
   int images;
+  int settled;  // 1: the kernel before has not written the filters
 };
 
 enum Type { NONE = 0, INT32 = 1, FLOAT32 = 2, FLOAT16 = 3, BFLOAT16 = 4, INT16 = 5 };

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitkernels import reference
 from bitkernels.backends import gpus
-from bitkernels.backends.cuda import kernels
+from bitkernels.backends.cuda import kernels, settled
 from bitkernels.backends.cuda.driver import Driver, Loaded, TensorMap
 from bitkernels.backends.cuda.plan import Problem, modelled
 from bitkernels.backends.cuda.recent import Recent
@@ -226,7 +226,8 @@ def packed_conv2d(kernel: kernels.Kernel, words, weight_words, channels, stride=
     if residual is not None:
         residual = _dense(residual, channels_last)
     _contract(kernel, spec, words, filters, images * oh * ow, out, signs, residual,
-              bool(channels_last), **parts)
+              bool(channels_last), settled=filters is weight_words and settled.has(filters),
+              **parts)
     return out, signs
 
 
@@ -273,7 +274,9 @@ def packed_linear(kernel: kernels.Kernel, words, weight_words, channels, *, out_
 
 
 def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, nhwc, *,
-              clamp_min=None, clamp_max=None, threshold=None, moments=None, **vectors) -> None:
+              clamp_min=None, clamp_max=None, threshold=None, moments=None, settled=False,
+              **vectors) -> None:
+    """settled: whether the launch before has not written the filters."""
     if rows == 0:
         return
     device = words.device
@@ -290,7 +293,7 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
                    threshold=threshold, moments=moments, **vectors)
     params = Params(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
                     clamp_min=clamp_min or 0.0, clamp_max=clamp_max or 0.0, rows=rows,
-                    images=rows // (spec.oh * spec.ow))
+                    images=rows // (spec.oh * spec.ow), settled=settled)
     prepare = None
     if not kernel.resident:
         prepare = _function(kernels.PREPARE, spec.for_preparation(), device)
@@ -335,7 +338,7 @@ def _again(main: Loaded, sizes: tuple[int, int, int], params: Params,
     kept, number = weakref.ref(main), _index(device)
     names = [name for name, t in tensors.items() if t is not None]
     numbers = {name: getattr(params, name) for name in (
-        "clamp_min", "clamp_max", "rows", "images")}
+        "clamp_min", "clamp_max", "rows", "images", "settled")}
 
     def again(stream: int, values: list[int]) -> None:
         kernel, run = kept(), driver()

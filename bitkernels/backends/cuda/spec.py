@@ -175,7 +175,7 @@ class Params(ctypes.Structure):
             "words", "filters", "out", "packed", "residual", *VECTORS, "threshold", "corr", "pa",
             "moments")),
         ("clamp_min", ctypes.c_float), ("clamp_max", ctypes.c_float),
-        ("rows", ctypes.c_int), ("images", ctypes.c_int),
+        ("rows", ctypes.c_int), ("images", ctypes.c_int), ("settled", ctypes.c_int),
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitkernels.backends.cuda import kernels, launch
+from bitkernels.backends.cuda import kernels, launch, settled
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.backends.cuda.test_emulated import INT32, bounds_of
 from bitkernels_tests.cases import ConvCase, dyadic, words_of
@@ -115,6 +115,10 @@ MUTATIONS = (
      "return (m < p.rows || MUTANT == 48) && (COUT"),
     ("signs of rows past the last", "signs.cuh", "store_if(m < p.rows &&",
      "store_if((m < p.rows || MUTANT == 49) &&"),
+    ("inputs read before the kernel before has ended, where filters may be", "resident.cuh",
+     "if (settled) limits", "if (settled && MUTANT != 50) limits"),
+    ("filters read that the kernel before writes", "resident.cuh", "!BOXES && p.settled;",
+     "!BOXES && (p.settled || MUTANT == 51);"),
 )
 # Rows, columns and channels by kernel: several tiles for every group, several turns of the ring.
 SIZES = {"mma_64x32": (300, 130, 6144),
@@ -145,6 +149,8 @@ def test_the_emulator_notices_what_a_gpu_would_not_forgive(monkeypatch):
     case = ConvCase(channels=64, out_channels=72, size=(9, 7), batch=7)  # 8 channels at once
     kw = dict(dtype=torch.float16, packed=True, scale=dyadic(72), slope=dyadic(72),
               residual=dyadic(*case.output_shape, dtype=torch.float16))
+    words, filters = case.words()
+    settled.add(filters)
     runs.append(Run(kernels.ALL["resident_128x64"], "packed_conv2d",
-                    (*case.words(), 64, *case.args), kw))
+                    (words, filters, 64, *case.args), kw))
     assert not survivors(MUTATIONS, runs, monkeypatch)
