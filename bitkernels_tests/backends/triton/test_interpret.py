@@ -1,7 +1,7 @@
 """Numerics of every Triton kernel in Triton's interpreter, which runs without a GPU.
 
 The interpreter must be chosen before Triton is imported, so the tests of this file, and of
-test_interpret_b1.py and test_interpret_offsets.py, run in processes of their own, started by the
+test_interpret_b1.py and so on, run in processes of their own, started by the
 one test that other processes see. It truncates on the way to bfloat16 where a GPU rounds, hence
 `as_interpreted`.
 """
@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not INTERPRETED:
 
     @pytest.mark.long
-    @pytest.mark.parametrize("file", ("", "_b1", "_offsets"))
+    @pytest.mark.parametrize("file", ("", "_b1", "_offsets", "_pool"))
     def test_kernels_in_the_interpreter(file):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
