@@ -12,6 +12,7 @@ from bitkernels._dispatch import functional_transforms
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.ops.max_pool2d_with_offsets import NOWHERE
 
+
 def _look_up(table: Tensor, places: Tensor) -> Tensor:
     """table[places], in the memory format of `places`, which are dense.
 

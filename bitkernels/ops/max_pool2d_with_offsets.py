@@ -59,7 +59,8 @@ def reference(input: Tensor, kernel, stride, padding, dilation, ceil_mode):
         return out.fill_(-torch.inf), offsets.fill_(NOWHERE)
     out, at = torch.ops.aten.max_pool2d_with_indices.default(
         input, kernel, stride, padding, dilation, ceil_mode)
-    taps, first, inside, reached = [], [], True, True
+    taps, first = [], []
+    inside = reached = torch.ones_like(at, dtype=torch.bool)
     for place, corner, n, k, d in zip((at // input.shape[3], at % input.shape[3]),
                                       _corners(out, stride, padding), input.shape[2:], kernel,
                                       dilation, strict=True):

@@ -304,7 +304,10 @@ def pool(text, *args, x=TRAIN[0], **kw):
     row(ops.max_pool2d_with_offsets.default, text, x, *args, **kw)
 
 
-def pool_grad(text, *args, g=real(2, 6, 2, 2), offsets=words(2, 6, 2, 2, dtype=torch.uint8)):
+POOLED = real(2, 6, 2, 2), words(2, 6, 2, 2, dtype=torch.uint8)
+
+
+def pool_grad(text, *args, g=POOLED[0], offsets=POOLED[1]):
     row(ops.max_pool2d_with_offsets_backward.default, text, g, offsets, *args)
 
 

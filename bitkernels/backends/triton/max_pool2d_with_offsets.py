@@ -124,7 +124,7 @@ def max_pool2d_backward_blocks_kernel(
                     total, grad, offsets, n, y - back_h, x - back_w, c, OH, OW, channels,
                     gn, gc, gh, gw, on, oc, oh, ow, pixel // SW + back_h * SH,
                     pixel % SW + back_w * SW, KH, KW, DH, DW)
-        sums = sums + (total,)
+        sums = sums + (total,)  # type: ignore[assignment]
     out += n * sn
     for pixel in tl.static_range(SH * SW):
         h, w = y * SH + pixel // SW - PT, x * SW + pixel % SW - PL

@@ -1,9 +1,8 @@
 """Numerics of every Triton kernel in Triton's interpreter, which runs without a GPU.
 
 The interpreter must be chosen before Triton is imported, so the tests of this file, and of
-test_interpret_b1.py and so on, run in processes of their own, started by the
-one test that other processes see. It truncates on the way to bfloat16 where a GPU rounds, hence
-`as_interpreted`.
+test_interpret_b1.py and its like, run in processes of their own, started by the one test that other
+processes see. It truncates on the way to bfloat16 where a GPU rounds, hence `as_interpreted`.
 """
 
 from __future__ import annotations
