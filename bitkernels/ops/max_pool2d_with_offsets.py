@@ -129,6 +129,7 @@ class _MaxPool2d(Function):
         with below_autograd():
             out, offsets = ops.max_pool2d_with_offsets.default(input, *window)
         ctx.mark_non_differentiable(offsets)
+        ctx.set_materialize_grads(False)  # of the offsets zeros would be made
         ctx.save_for_backward(offsets)
         ctx.size, ctx.window = input.shape[2:], window
         return out, offsets
@@ -136,6 +137,8 @@ class _MaxPool2d(Function):
     @staticmethod
     def backward(ctx, grad, _):
         (offsets,) = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (1 + len(ctx.window))
         return (ops.max_pool2d_with_offsets_backward.default(grad, offsets, ctx.size, *ctx.window),
                 *[None] * len(ctx.window))
 
