@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
-from bitkernels.backends.triton import passes
+from bitkernels.backends.triton import configs, passes
 from bitkernels.backends.triton.elementwise import wide
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.max_pool2d_with_offsets import fake, fake_backward
@@ -21,6 +22,15 @@ UNROLLED = 25
 # Of the backward's blocks: their pixels, of which a thread has all, and these times the windows.
 PIXELS, PAIRS = 9, 64
 NOWHERE = tl.constexpr(255)
+# `tap_of` on two elements of 16 bits in a register, without predicates, of which there are seven.
+_TAP = """{ .reg .b32 wins, nan;
+set.gt.u32.TYPE wins, $2, $3;
+set.nan.u32.TYPE nan, $2, $2;
+or.b32 wins, wins, nan;
+lop3.b32 $0, wins, $2, $3, 0xCA;
+lop3.b32 $1, wins, $5, $4, 0xCA; }"""
+_TAP_FP16 = tl.constexpr(_TAP.replace("TYPE", "f16x2"))
+_TAP_BF16 = tl.constexpr(_TAP.replace("TYPE", "bf16x2"))
 
 
 @triton.jit
@@ -42,14 +52,21 @@ def place(tiles_h, tiles_w, blocks, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 
 @triton.jit
 def tap_of(top, left, H, W, best, number, input, c, ok, sc, sh, sw, tap, KW: tl.constexpr,
-           DH: tl.constexpr, DW: tl.constexpr):
+           DH: tl.constexpr, DW: tl.constexpr, PACKED: tl.constexpr):
     """The maximum and its number so far, and one tap more: a NaN wins, also against another."""
     y, x = top + tap // KW * DH, left + tap % KW * DW
     inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
     v = tl.load(input + ((y * sh + x * sw)[:, None] + (c * sc)[None, :]), mask=inside[:, None] & ok,
-                other=-float("inf")).to(tl.float32)
-    wins = (v > best) | (v != v)
-    return tl.where(wins, v, best), tl.where(wins, tap, number)
+                other=-float("inf"))
+    if PACKED:
+        asm: tl.constexpr = _TAP_FP16 if v.dtype == tl.float16 else _TAP_BF16
+        return tl.inline_asm_elementwise(
+            asm, "=&r,=&r,r,r,r,r", [v, best, number, tl.full(v.shape, tap, tl.int16)],
+            dtype=(v.dtype, tl.int16), is_pure=True, pack=2)
+    else:
+        v = v.to(tl.float32)
+        wins = (v > best) | (v != v)
+        return tl.where(wins, v, best), tl.where(wins, tap, number)
 
 
 @triton.jit
@@ -57,26 +74,28 @@ def max_pool2d_kernel(input, out, offsets, H, W, OH, OW, channels, tiles_h, tile
                       sn, sc, sh, sw, on, oc, oh, ow, KH: tl.constexpr, KW: tl.constexpr,
                       SH: tl.constexpr, SW: tl.constexpr, PT: tl.constexpr, PL: tl.constexpr,
                       DH: tl.constexpr, DW: tl.constexpr, UNROLL: tl.constexpr,
-                      TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
-                      WIDE: tl.constexpr):
+                      PACKED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+                      BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     n, y, x, c = place(tiles_h, tiles_w, blocks, TILE_H, TILE_W, BLOCK_C, WIDE)
     ok = ((y < OH) & (x < OW))[:, None] & (c < channels)[None, :]
     top, left = y * SH - PT, x * SW - PL
     # The first tap in the image, whose number remains where all are -inf.
     row, column = (tl.maximum(-top, 0) + DH - 1) // DH, (tl.maximum(-left, 0) + DW - 1) // DW
     some = (row < KH) & (top + row * DH < H) & (column < KW) & (left + column * DW < W)
-    first = tl.where(some, row * KW + column, NOWHERE).to(tl.int32)
-    number = tl.zeros([TILE_H * TILE_W, BLOCK_C], tl.int32) + first[:, None]
-    best = tl.full([TILE_H * TILE_W, BLOCK_C], -float("inf"), tl.float32)
+    kind: tl.constexpr = tl.int16 if PACKED else tl.int32
+    first = tl.where(some, row * KW + column, NOWHERE).to(kind)
+    number = tl.zeros([TILE_H * TILE_W, BLOCK_C], kind) + first[:, None]
+    best = tl.full([TILE_H * TILE_W, BLOCK_C], -float("inf"),
+                   input.dtype.element_ty if PACKED else tl.float32)
     input += n * sn
     if UNROLL:
         for tap in tl.static_range(KH * KW):
             best, number = tap_of(top, left, H, W, best, number, input, c, ok, sc, sh, sw, tap, KW,
-                                  DH, DW)
+                                  DH, DW, PACKED)
     else:
         for tap in range(KH * KW):
             best, number = tap_of(top, left, H, W, best, number, input, c, ok, sc, sh, sw, tap, KW,
-                                  DH, DW)
+                                  DH, DW, False)
     at = (y * oh + x * ow)[:, None] + (c * oc)[None, :]
     tl.store(out + n * on + at, best.to(out.dtype.element_ty), mask=ok)
     tl.store(offsets + n * on + at, number.to(tl.uint8), mask=ok)
@@ -175,16 +194,25 @@ def _tile(name: str, out, height: int, width: int):
     return grid, counts, rows // tile_w, tile_w, columns
 
 
+def _compares_pairs(family: str, dtype: torch.dtype) -> bool:
+    """Whether a GPU compares two elements of a type by one instruction."""
+    if not configs.inline_ptx(family) or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return dtype == torch.float16 or int(family.removeprefix("sm")) >= 90
+
+
 def max_pool2d_with_offsets(input, kernel, stride, padding, dilation, ceil_mode):
     out, offsets = fake(input, kernel, stride, padding, dilation, ceil_mode)
     if out.numel():
         name, size = "max_pool2d", out.shape[2:]
         grid, counts, tile_h, tile_w, columns = _tile(name, out, *size)
+        unroll = kernel[0] * kernel[1] <= UNROLLED
+        packed = unroll and _compares_pairs(configs.family(input.device), input.dtype)
         launch(max_pool2d_kernel, grid,
                (input, out, offsets, *input.shape[2:], *size, input.shape[1], *counts,
                 *input.stride(), *out.stride()), (passes.PASSES[name].warps,),
                KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PT=padding[0], PL=padding[1],
-               DH=dilation[0], DW=dilation[1], UNROLL=kernel[0] * kernel[1] <= UNROLLED,
+               DH=dilation[0], DW=dilation[1], UNROLL=unroll, PACKED=packed,
                TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=columns, WIDE=wide(input, out))
     return out, offsets
 

@@ -81,6 +81,29 @@ def test_layouts_and_types(layout, dtype):
               (1, 1))
 
 
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_pairs_of_elements_at_once(layout, dtype, monkeypatch):
+    """As GPUs of sm_90 compare them: equal maxima, both zeros, NaN of both signs, infinities."""
+    monkeypatch.setattr(pooling, "_compares_pairs", lambda family, dtype: True)
+    x = torch.randint(-2, 3, (1, 40 if layout == "channels_last" else 2, 9, 8)).to(dtype)
+    for value in (float("nan"), float("nan"), -float("nan"), float("inf"), -0.0, 0.0):
+        x.view(-1)[torch.randint(x.numel(), (x.shape[1],))] = value
+    x[0, 0] = -float("inf")
+    (out, _), (want, _) = both(FORWARD, LAYOUTS[layout](x), (3, 3), (2, 2), (1, 1))
+    assert torch.equal(out.signbit() & (out == 0), want.signbit() & (want == 0))
+    check(LAYOUTS[layout](x), torch.randn_like, (3, 3), (2, 2), (1, 1))
+
+
+def test_which_gpus_compare_pairs():
+    half, brain, single = FLOATS[1], FLOATS[2], FLOATS[0]
+    assert [dtype for dtype in (half, brain, single) if pooling._compares_pairs("sm90", dtype)] == [
+        half, brain]
+    assert pooling._compares_pairs("sm80", half) and pooling._compares_pairs("sm120", brain)
+    assert not pooling._compares_pairs("sm89", brain)
+    assert not any(pooling._compares_pairs(name, half) for name in ("hip", "interpret"))
+
+
 @pytest.mark.parametrize("elements", (32, 256, 4096))
 def test_tiles(elements, monkeypatch):
     """One pixel, some, and more than there are; channels of several blocks."""
