@@ -10,6 +10,8 @@ from bitkernels_tests.mutant_kernels import BLOCK, KERNELS, TRITON, Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
 
+POOLING = "backends/triton/test_interpret_pool.py"
+
 MUTANTS = (
     *KERNELS,
     # Layers, and what is derived from their tensors.
@@ -22,6 +24,23 @@ MUTANTS = (
     Mutant("block-statistics-momentum", "bitkernels/nn/residual_block.py",
            "torch._foreach_lerp_(running, batch, momentum)",
            "torch._foreach_lerp_(running, batch, 0.1)", (BLOCK,)),
+    # Max pooling in training.
+    *(Mutant(name, f"{TRITON}/max_pool2d_with_offsets.py", old, new,
+             (f"{POOLING}::test_windows", f"{POOLING}::test_pairs_of_elements_at_once"))
+      for name, old, new in (
+        ("pooled-nan", "wins = (v > best) | (v != v)", "wins = v > best"),
+        ("pooled-pairs-nan", "or.b32 wins, wins, nan;", "or.b32 wins, wins, wins;"),
+        ("pooled-infinities", "tl.where(some, row * KW + column, NOWHERE)",
+         "tl.where(some, 0, NOWHERE)"),
+        ("a-window-of-other-pixels", "far_h // DH * KW + far_w // DW, 256)",
+         "far_h // DH * KW + far_w // DW, far_w)"),
+        ("a-pixel-of-a-later-window", "(KH - 1) * DH // SH, -1, -1):",
+         "(KH - 1) * DH // SH, 0, -1):"))),
+    Mutant("zeros-for-offsets", "bitkernels/ops/max_pool2d_with_offsets.py",
+           "        ctx.set_materialize_grads(False)  # of the offsets zeros would be made\n", "",
+           ("backends/test_host_time.py",)),
+    Mutant("exported-operator", "bitkernels/nn/pool.py", " or torch.compiler.is_exporting():", ":",
+           ("nn/test_pool.py",)),
     # What is remembered of launches.
     *(Mutant(name, f"{TRITON}/launch.py", old, new, ("backends/triton/test_specialized.py",))
       for name, old, new in (

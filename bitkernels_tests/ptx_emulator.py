@@ -25,6 +25,8 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     threads = count // pack
     deal = np.random.default_rng(threads).permutation(count).reshape(pack, threads)
     registers: dict[str, np.ndarray] = {}
+    if args[0].handle.data.itemsize == 2:
+        return _pairs(asm, args, dtypes, deal)
     for i, arg in enumerate(args):
         assert arg.handle.data.shape == shape
         values = arg.handle.data.reshape(-1)
@@ -42,6 +44,23 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
         outputs.append(tl.tensor(TensorHandle(data.reshape(shape), one),
                                  tl.block_type(one, list(shape))))
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _pairs(asm: str, args, dtypes, deal: np.ndarray) -> tuple:
+    """Of elements of 16 bits, two in a register."""
+    registers = {}
+    for i, arg in enumerate(args):
+        low, high = arg.handle.data.reshape(-1).view(np.uint16)[deal].astype(np.uint32)
+        registers[f"${len(dtypes) + i}"] = low | high << 16
+    _run(asm, registers, deal.shape[1])
+    outputs, like = [], args[0].handle.data
+    for i, one in enumerate(dtypes):
+        data = np.empty(like.size, np.uint16)
+        for slot in (0, 1):
+            data[deal[slot]] = registers[f"${i}"] >> 16 * slot & 0xFFFF
+        data = data.view(np.int16 if one == tl.int16 else like.dtype).reshape(like.shape)
+        outputs.append(tl.tensor(TensorHandle(data, one), tl.block_type(one, list(like.shape))))
+    return tuple(outputs)
 
 
 def _run(asm: str, registers: dict[str, np.ndarray], threads: int) -> None:
@@ -98,6 +117,14 @@ def _value(op: str, v: list[np.ndarray], lanes: np.ndarray) -> np.ndarray:
             return v[0] ^ v[1]
         case "add.u32":
             return v[0] + v[1]
+        case "lop3.b32":
+            return sum((np.bitwise_and.reduce([x if i >> 2 - j & 1 else ~x
+                                               for j, x in enumerate(v[:3])])
+                        for i in range(8) if v[3][0] >> i & 1), np.zeros_like(v[0]))
+        case "set.gt.u32.f16x2" | "set.gt.u32.bf16x2":
+            return _halves(op, v, np.greater)
+        case "set.nan.u32.f16x2" | "set.nan.u32.bf16x2":
+            return _halves(op, v, lambda x, y: np.isnan(x) | np.isnan(y))
         case "setp.ne.b32":
             return v[0] != v[1]
         case "selp.b32":
@@ -113,6 +140,17 @@ def _value(op: str, v: list[np.ndarray], lanes: np.ndarray) -> np.ndarray:
             high, low = (_short(x.view(np.float32), op) for x in v)
             return (low | high << 16).view(np.int32)
     raise NotImplementedError(op)
+
+
+def _halves(op: str, v: list[np.ndarray], compare) -> np.ndarray:
+    """A mask of each half's comparison."""
+    found = np.zeros_like(v[0])
+    for shift in (0, 16):
+        bits = [(x >> shift & 0xFFFF).astype(np.uint32) for x in v]
+        x, y = ((b << 16).view(np.float32) if "bf16" in op else
+                b.astype(np.uint16).view(np.float16) for b in bits)
+        found |= np.where(compare(x, y), 0xFFFF << shift, 0).astype(np.uint32)
+    return found
 
 
 def _short(x: np.ndarray, op: str) -> np.ndarray:

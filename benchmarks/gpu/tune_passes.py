@@ -4,17 +4,18 @@
     python benchmarks/gpu/tune_passes.py FOLDER --only block_backward sign_backward
     python benchmarks/gpu/tune_passes.py FOLDER --write       and changes backends/triton/passes.py
 
-Each pass runs at 64@56, 128@28, 256@14 and 512@7, batch 256, float16, channels last, in a CUDA
-graph whose calls take operands in turns, more of them than the L2 cache holds. Printed are bytes a
-second, counted as every activation read or written once, against a copy of one activation, and for
-every pass the tile that is fastest over all shapes. Results of a candidate that differ from those
-of the present tile are named. FOLDER/passes.json is written after every pass, so what there was
-time for is there. Kernels are compiled first, by several processes into Triton's cache.
-"""
+Each pass runs at 64@56, 128@28, 256@14 and 512@7, batch 256, float16, channels last, a pooling from
+twice the side, as ResNets' stem from 64@112 to 64@56, in a CUDA graph whose calls take operands in
+turns, more of them than the L2 cache holds. Printed are bytes a second, counted as every activation
+read or written once, against a copy of one activation, and for every pass the tile that is fastest
+over all shapes. Results of a candidate that differ from those of the present tile are named.
+FOLDER/passes.json is written after every pass, so what there was time for is there. Kernels are
+compiled first, by several processes into Triton's cache. """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -36,12 +37,14 @@ from bitkernels.backends.triton import dispatch, passes
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
 BATCH, HALF = 256, torch.float16
+WINDOW = (3, 3), (2, 2), (1, 1), (1, 1), False
 TURNS = 300 << 20  # bytes of operands taken in turns
-# Bytes of an element that a pass moves; words and masks are 1/8.
+# Bytes of an element that a pass moves; words and masks are 1/8. Of a pooling's output: four
+# elements of its input, itself and a byte.
 TRAFFIC = {
     "block_forward": 6, "norm_backward": 6, "block_backward": 8, "sign_backward": 8, "rprelu": 4,
     "rprelu_backward": 6, "rsign": 4, "mask_grad": 4.125, "unpack": 2.125, "sign_pack": 2.125,
-    "moments": 2,
+    "moments": 2, "max_pool2d": 11, "max_pool2d_backward": 11,
 }
 TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8))  # elements, warps
 WALKS = ((1024, 4), (1024, 8), (2048, 8))
@@ -68,11 +71,22 @@ class Operands:
                                    device=device).int()
         self.c = [torch.rand(channels, device=device) - 0.5 for _ in range(3)]
         self.d = [(torch.rand(channels, device=device) - 0.5).double() for _ in range(4)]
-        self.channels = channels
+        self.offsets = torch.randint(0, 9, shape, device=device, dtype=torch.uint8).to(
+            memory_format=last)
+        self.channels, self.side = channels, side
+
+    @functools.cached_property
+    def large(self) -> torch.Tensor:
+        """What a pooling halves, four times as large: made when it is asked for."""
+        size = 2 * self.side, 2 * self.side
+        return torch.randn((*self.x.shape[:2], *size), device=self.x.device, dtype=HALF).to(
+            memory_format=torch.channels_last)
 
     def call(self, name: str) -> Callable[[], object]:
         """A launch of a pass."""
         c, d, x = self.c, self.d, self.x
+        if name == "max_pool2d":
+            x = self.large
         op, args = {
             "block_forward": ("residual_block_forward", (self.dot, x, *d[:2], *c, False)),
             "norm_backward": ("residual_block_norm_backward",
@@ -88,6 +102,10 @@ class Operands:
             "unpack": ("unpack", (self.words, self.channels, HALF, 1)),
             "sign_pack": ("sign_pack", (x, c[0], 1)),
             "moments": ("packed_conv2d_moments", (self.dot, False)),
+            "max_pool2d": ("max_pool2d_with_offsets", (x, *WINDOW)),
+            "max_pool2d_backward": ("max_pool2d_with_offsets_backward",
+                                    (self.grad, self.offsets, (2 * self.side, 2 * self.side),
+                                     *WINDOW)),
         }[name]
         if name == "moments":
             from bitkernels.backends.triton.packed_conv2d_moments import moments

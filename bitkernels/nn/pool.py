@@ -10,10 +10,7 @@ from torch.nn.modules.utils import _pair
 
 from bitkernels._dispatch import functional_transforms
 from bitkernels._fx import FxLeaf, traced_whole
-
-# The number of an index that is outside its window: in channels-last images on GPUs PyTorch's index
-# is 0 where all of a window is -inf.
-NOWHERE = 255
+from bitkernels.ops.max_pool2d_with_offsets import NOWHERE
 
 
 def _look_up(table: Tensor, places: Tensor) -> Tensor:
@@ -62,7 +59,11 @@ class _Geometry:
         return rows.view(-1, 1) * self.width + columns
 
     def to_numbers(self, indices: Tensor) -> Tensor:
-        """uint8 numbers of the taps at int64 indices, which are overwritten."""
+        """uint8 numbers of the taps at int64 indices, which are overwritten.
+
+        `NOWHERE` also of an index outside its window: on some devices PyTorch's is 0 where all of a
+        window is -inf.
+        """
         taps = self.taps(indices.device)
         last = (self.kernel[0] - 1) * self.dilation[0] * self.width + (
             self.kernel[1] - 1) * self.dilation[1]
@@ -96,24 +97,56 @@ class _MaxPool2d(torch.autograd.Function):
             grad, input, *ctx.geometry.arguments(), ctx.geometry.to_indices(numbers)), None
 
 
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
+
+
+def _has_operator(pool: nn.MaxPool2d, input: Tensor) -> bool:
+    """Whether `max_pool2d_with_offsets` takes it; all else is PyTorch's, which says what is wrong.
+
+    On GPUs, where it is one launch in each direction. An export keeps no backward.
+    """
+    if not _on_gpu(input) or torch.compiler.is_exporting():
+        return False
+    sizes = [_pair(value) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+    if not all(len(pair) == 2 and all(type(n) is int for n in pair) for pair in sizes):
+        return False
+    return sizes[0][0] * sizes[0][1] <= NOWHERE and all(
+        min(k, s, d) > 0 and 0 <= 2 * p <= k and n + 2 * p > d * (k - 1)
+        for n, k, s, p, d in zip(input.shape[-2:], *sizes, strict=True))
+
+
 class MaxPool2d(FxLeaf, nn.MaxPool2d):
     """`torch.nn.MaxPool2d` whose backward keeps one byte an output element.
 
     PyTorch keeps the whole input and an int64 index an output. Here the position of the maximum in
     its window is kept. Values, gradients of any order and the choice among equal maxima are
-    PyTorch's, whose kernels run. Input (N, C, H, W) or (C, H, W), any real dtype.
+    PyTorch's. Input (N, C, H, W) or (C, H, W), any real dtype.
 
-    PyTorch's own function runs where nothing is kept (no gradient is asked), with return_indices,
-    for windows of more than 255 positions or wider than the image, in `torch.jit.trace`, in
-    transforms of `torch.func` and forward mode, and under `torch.compile`: Inductor itself keeps a
-    byte, and beyond 25 positions the int64 index, without the input.
+    On a GPU it is `bitkernels.ops.max_pool2d_with_offsets`, one launch in each direction, compiled
+    or not; its gradient is added in a fixed order. (Where all of a window is -inf, PyTorch gives
+    the gradient of channels-last images to pixel 0 there, and this to the window's first.)
+    Elsewhere PyTorch's kernels run, and its whole function under `torch.compile`: Inductor itself
+    keeps a byte, and beyond 25 positions the int64 index, without the input.
+
+    PyTorch's own function also runs where nothing is kept (no gradient is asked), with
+    return_indices, for windows of more than 255 positions, on a CPU also for windows wider than the
+    image, in `torch.export`, `torch.jit.trace`, transforms of `torch.func` and forward mode.
     """
 
     @traced_whole
     def forward(self, input: Tensor) -> Tensor:
-        if (self.return_indices or torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or functional_transforms() or input.dim() not in (3, 4)
+        if (self.return_indices or torch.jit.is_tracing() or functional_transforms()
+                or input.dim() not in (3, 4)
                 or not (torch.is_grad_enabled() and input.requires_grad)):
+            return super().forward(input)
+        if _has_operator(self, input):
+            images = input if input.dim() == 4 else input.unsqueeze(0)
+            out, _ = torch.ops.bitkernels.max_pool2d_with_offsets.default(
+                images, _pair(self.kernel_size), _pair(self.stride), _pair(self.padding),
+                _pair(self.dilation), self.ceil_mode)
+            return out if input.dim() == 4 else out.squeeze(0)
+        if torch.compiler.is_compiling():
             return super().forward(input)
         geometry = _Geometry(self, input.shape[-1])
         if not geometry.fits():

@@ -17,6 +17,8 @@ int8_conv2d: Any
 int8_linear: Any
 latent_weight_grad: Any
 mask_grad: Any
+max_pool2d_with_offsets: Any
+max_pool2d_with_offsets_backward: Any
 packed_conv2d: Any
 packed_conv2d_input_grad: Any
 packed_conv2d_moments: Any
@@ -49,6 +51,8 @@ __all__ = [
     "int8_linear",
     "latent_weight_grad",
     "mask_grad",
+    "max_pool2d_with_offsets",
+    "max_pool2d_with_offsets_backward",
     "packed_conv2d",
     "packed_conv2d_input_grad",
     "packed_conv2d_moments",

@@ -82,6 +82,26 @@ def _output_size(op: str, padded: int, kernel: int, stride: int, dilation: int) 
     return (padded - reach) // stride + 1
 
 
+def pooled_size(op: str, size, kernel_size, stride, padding, dilation, ceil_mode):
+    """Checked kernel, stride, padding, dilation and (OH, OW) of a pooling of images of a size."""
+    kernel = pair(op, "kernel_size", kernel_size, 1)
+    stride = pair(op, "stride", stride, 1) if len(stride) else kernel
+    padding, dilation = pair(op, "padding", padding, 0), pair(op, "dilation", dilation, 1)
+    out = []
+    for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
+        if 2 * p > k:
+            fail(op, "padding", "at most half of kernel_size", list(padding))
+        reach = d * (k - 1) + 1
+        if n + 2 * p < reach:
+            fail(op, "kernel_size", f"at most the padded input size {n + 2 * p}",
+                 f"a reach of {reach}")
+        o = (n + 2 * p - reach + (s - 1 if ceil_mode else 0)) // s + 1
+        if ceil_mode and (o - 1) * s >= n + p:  # the last window must start inside the image
+            o -= 1
+        out.append(o)
+    return kernel, stride, padding, dilation, (out[0], out[1])
+
+
 def check_padded(op: str, pad, oh: int, ow: int) -> None:
     """Padding alone must not ask for more memory than there can be."""
     if max(pad) > 2**20 and oh * ow > 2**40:

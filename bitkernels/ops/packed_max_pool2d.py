@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from bitkernels.ops._checks import describe, fail
 from bitkernels.ops._contract import pack_bits, unpack_bits
 from bitkernels.ops._record import Call, Operator, Sample, define, images
-from bitkernels.ops.geometry import pair
+from bitkernels.ops.geometry import pooled_size
 
 
 def pool_geometry(words, kernel_size, stride, padding, dilation, ceil_mode,
@@ -16,24 +16,7 @@ def pool_geometry(words, kernel_size, stride, padding, dilation, ceil_mode,
     """Checked (kernel, stride, padding, dilation, (OH, OW))."""
     if words.dtype != torch.int32 or words.dim() != 4:
         fail(op, "words", "int32 words of shape (N, H, W, words)", describe(words))
-    kernel = pair(op, "kernel_size", kernel_size, 1)
-    stride = pair(op, "stride", stride, 1) if len(stride) else kernel
-    padding, dilation = pair(op, "padding", padding, 0), pair(op, "dilation", dilation, 1)
-    out = []
-    for axis in (0, 1):
-        size, k, s, p, d = (words.shape[1 + axis], kernel[axis], stride[axis], padding[axis],
-                            dilation[axis])
-        if 2 * p > k:
-            fail(op, "padding", "at most half of kernel_size", list(padding))
-        reach = d * (k - 1) + 1
-        if size + 2 * p < reach:
-            fail(op, "kernel_size", f"at most the padded input size {size + 2 * p}",
-                 f"a reach of {reach}")
-        o = (size + 2 * p - reach + (s - 1 if ceil_mode else 0)) // s + 1
-        if ceil_mode and (o - 1) * s >= size + p:  # the last window must start inside the image
-            o -= 1
-        out.append(o)
-    return kernel, stride, padding, dilation, (out[0], out[1])
+    return pooled_size(op, words.shape[1:3], kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def check(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):

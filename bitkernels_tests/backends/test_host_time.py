@@ -14,7 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if torch.cuda.is_available():
     pytest.skip("the drivers are replaced", allow_module_level=True)
 
+import bitkernels.nn as bnn
 from bitkernels.backends import gpu, replay
+from bitkernels.nn import pool
 from bitkernels.ops._record import OPERATORS
 from bitkernels_tests import cuda_emulator, no_gpu
 from bitkernels_tests.backends import test_training_launches as training
@@ -67,6 +69,20 @@ def test_launches_of_layers(monkeypatch, scale, most, with_cuda):
     layers = training.Layers(*training.parts(64, weight_scale=scale))
     count, what = count_step(monkeypatch, layers, torch.float16, with_cuda)
     assert count == most <= 40, what
+
+
+@pytest.mark.parametrize("format", (torch.channels_last, torch.contiguous_format), ids=str)
+def test_launches_of_a_pooling(monkeypatch, format):
+    """One in each direction; from the fourth step on they are repeated."""
+    monkeypatch.setattr(pool, "_on_gpu", lambda t: True)
+    count, what = count_step(monkeypatch, bnn.MaxPool2d(3, 1, 1), torch.float16, False)
+    assert count == 2, what
+    layer, x = bnn.MaxPool2d(3, 2, 1), torch.randn(1, 8, 6, 6).contiguous(memory_format=format)
+    with no_gpu.routed(False) as found:
+        for _ in range(4):
+            layer(x.requires_grad_()).sum().backward()
+        assert len(found.launched) == 2 * 5  # once more to compare
+        assert {type(entry) for entry in replay._recordings.values()} == {replay._Recording}
 
 
 def test_a_step_launches_the_same_from_the_second_on(routed):

@@ -24,7 +24,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if torch.cuda.is_available():
     pytest.skip("the drivers are replaced", allow_module_level=True)
 
+import bitkernels.nn as bnn
 from bitkernels.backends import gpu
+from bitkernels.nn import pool
 from bitkernels_tests import cuda_emulator, no_gpu
 from bitkernels_tests.backends import test_training_launches as training
 
@@ -109,10 +111,10 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def moved(monkeypatch, model) -> list[tuple[str, float]]:
-    """By a training step in float16."""
+def moved(monkeypatch, model, out=SHAPE) -> list[tuple[str, float]]:
+    """By a training step in float16, whose outputs have this shape."""
     model = model.to(dtype=torch.float16, memory_format=torch.channels_last)
-    grad = torch.randn(SHAPE).half().contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(out).half().contiguous(memory_format=torch.channels_last)
     with no_gpu.routed(), torch.autograd.set_multithreading_enabled(False):
         traffic = Traffic()
 
@@ -137,7 +139,8 @@ def moved(monkeypatch, model) -> list[tuple[str, float]]:
                 monkeypatch.setattr(module, "launch", seen)
         for _ in range(2):  # the first compiles, and looks at its input
             traffic.found.clear()
-            x = torch.randn_like(grad).requires_grad_()
+            x = torch.randn(SHAPE).half().contiguous(
+                memory_format=torch.channels_last).requires_grad_()
             with traffic:
                 model(x).backward(grad)
     return traffic.found
@@ -154,6 +157,15 @@ def test_layers(monkeypatch):
     found = moved(monkeypatch, training.Layers(*training.parts(CHANNELS)))
     assert sorted(found) == sorted(LAYERS)  # the two branches of x in either order
     assert sum(bytes_ for _, bytes_ in found) == 64.75
+
+
+def test_pooling(monkeypatch):
+    """The image, a quarter of it, and a byte for each of that quarter; nothing else, of int64
+    least of all."""
+    monkeypatch.setattr(pool, "_on_gpu", lambda t: True)
+    found = moved(monkeypatch, bnn.MaxPool2d(3, 2, 1), (16, CHANNELS, 20, 20))
+    each = HALF + HALF / 4 + 1 / 4
+    assert found == [("max_pool2d_kernel", each), ("max_pool2d_backward_blocks_kernel", each)]
 
 
 @pytest.mark.parametrize("channels,side,megabytes", [

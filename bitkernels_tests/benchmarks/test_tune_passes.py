@@ -48,7 +48,7 @@ def moved(monkeypatch):
             monkeypatch.setattr(module, kernel, Recorder(seen))
     monkeypatch.setattr(sums, "reduce_kernel", Recorder([]))
 
-    activations = torch.float16, torch.int16, torch.int32, torch.int8
+    activations = torch.float16, torch.int16, torch.int32, torch.int8, torch.uint8
 
     def count(call) -> int:
         seen.clear()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bitkernels.nn as bnn
+from bitkernels.nn import pool
 from bitkernels.nn.pool import _Geometry
 from bitkernels_tests.cases import FORMATS
 
@@ -46,6 +47,8 @@ def same(options, x) -> tuple[int, int]:
     got, grad, own, kept = result(bnn.MaxPool2d(**options), x)
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert got.stride() == want.stride() and grad.stride() == want_grad.stride()
+    if got.dtype in (torch.float16, torch.bfloat16) and pool._on_gpu(x):  # added in float32
+        want_grad = result(nn.MaxPool2d(**options), x.float())[1].to(got.dtype)
     assert torch.equal(grad, want_grad)
     return own, kept - got.numel()
 
@@ -182,3 +185,94 @@ def test_compiles_with_dynamic_batch():
         assert ours[2:] == inductors[2:] == (0, ours[0].numel())
     network = nn.Sequential(nn.Conv2d(3, 3, 1), layer).eval()
     torch.export.export(network, (torch.randn(1, 3, 8, 8),))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The layer takes its operators, which a CPU has as well."""
+    monkeypatch.setattr(pool, "_on_gpu", lambda t: True)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+def test_operators_equal_torch_and_keep_a_byte_an_output(options, format):
+    x = torch.randint(-3, 4, (2, 3, 20, 17)).float().contiguous(memory_format=format)
+    assert same(options, x) == (0, 0)
+    assert pool._has_operator(bnn.MaxPool2d(**options), x)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_operators_on_views_unbatched_and_empty():
+    test_views_unbatched_and_empty("cpu")
+    test_not_a_number_and_infinities("cpu")
+    test_checkpoint()
+    x = torch.randn(2, 3, 8, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        out = bnn.MaxPool2d(3, 2, 1)(x)
+    out.sum().backward()
+    assert torch.equal(x.grad, result(nn.MaxPool2d(3, 2, 1), x, torch.ones_like(out))[1])
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        test_dtypes(dtype, "cpu")
+    for format in FORMATS:
+        test_second_derivative(format)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("options", (
+    BEYOND[0], dict(kernel_size=(3,)), dict(kernel_size=2, stride=[]), dict(kernel_size=0),
+    dict(kernel_size=3.0), dict(kernel_size=(1, 2, 3)), dict(kernel_size=3, padding=2),
+    dict(kernel_size=3, stride=0), dict(kernel_size=3, dilation=0),
+    dict(kernel_size=3, dilation=9), dict(kernel_size=3, padding=-1)), ids=str)
+def test_operators_are_left_alone_where_torch_has_to_speak(options):
+    """More taps than a byte tells apart, and arguments that it refuses or reads otherwise."""
+    x, ends = torch.randn(1, 2, 8, 8, requires_grad=True), []
+    for layer in (nn.MaxPool2d(**options), bnn.MaxPool2d(**options)):
+        try:
+            ends.append(type(layer(x).grad_fn).__name__)
+        except (RuntimeError, TypeError) as error:
+            ends.append((type(error), str(error)))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_operators_compile_whole(dynamic):
+    """The same operators as eagerly, one forward and one backward, under autocast too."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), bnn.MaxPool2d(3, 2, 1)).to(
+        memory_format=torch.channels_last)
+    seen = []
+
+    def backend(graph, inputs):
+        return torch._dynamo.backends.common.aot_autograd(
+            fw_compiler=keep, bw_compiler=keep)(graph, inputs)
+
+    def keep(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes
+                    if node.op == "call_function" and "pool" in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, dynamic=dynamic, backend=backend)
+    x = torch.randn(2, 3, 9, 10).contiguous(memory_format=torch.channels_last)
+    for wide in (True, False):
+        grads = []
+        for run in (network, compiled):
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not wide):
+                out = run(leaf)
+            assert out.dtype == (torch.float32 if wide else torch.bfloat16)
+            out.sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(*grads)
+    assert len(seen) == 4 and seen[:2] == ["bitkernels.max_pool2d_with_offsets.default",
+                                           "bitkernels.max_pool2d_with_offsets_backward.default"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_an_export_has_torchs_pooling():
+    """It keeps no backward, and other toolchains know it."""
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), bnn.MaxPool2d(3, 2, 1))
+    program = torch.export.export(network, (torch.randn(1, 3, 8, 8),))
+    assert "aten.max_pool2d" in str(program.graph) and "bitkernels" not in str(program.graph)

@@ -37,6 +37,8 @@ PASSES = {
     "sign_backward": Pass(elements=1024, columns=256, warps=4, programs=396, steps=64, stages=3),
     "rprelu_backward": Pass(elements=1024, columns=256, warps=8, programs=264, steps=64, stages=3),
     "moments": Pass(2048, programs=528),
+    "max_pool2d": Pass(1024),  # 16 bytes a thread, of which it has as many as a window has taps
+    "max_pool2d_backward": Pass(1024),
 }
 
 

@@ -53,6 +53,12 @@ CONV = {
     "GROUPS": 1, "PIXEL": 8, "PAD_VALUE": 0, "TOP": 1, "BOTTOM": 1, "LEFT": 1, "RIGHT": 1,
     **NHWC_OUT,
 }
+IMAGES = {f"{t}{axis}": 1 if axis == "c" else "i32:16" for t in "sog" for axis in "nchw"}
+PLANES = {**IMAGES, **{f"{t}c": "i32:16" for t in "sog"}, **{f"{t}w": 1 for t in "sog"}}
+POOL = {"offsets": "*u8", "channels": "i32:16", "blocks": 1, "KH": 3, "KW": 3, "SH": 2, "SW": 2,
+        "PT": 1, "PL": 1, "DH": 1, "DW": 1, "UNROLL": True,
+        "PACKED": False, "TILE_H": 4, "TILE_W": 4, "BLOCK_C": 64}
+POOLED = {"TILE_H": 16, "TILE_W": 64, "BLOCK_C": 1}
 ROWS = {"channels": "i32:16", "width": "i32:16", "BLOCK_R": 8, "BLOCK_C": 256}  # whole channels
 WALK = {"BLOCK_R": 4}
 VECTORS = {**dict.fromkeys(("vectors", "sums", "total", "pqr"), "*fp64"), "moments": "*i64",
@@ -100,6 +106,19 @@ SIMPLE = {
     "mask_grad": ("mask_grad", {**CHANNELS_LAST, **ROWS, "masks": "*i8"}),
     "mask_grad, planes": ("mask_grad", {**NCHW, "masks": "*i8", "BLOCK_R": 256, "BLOCK_C": 8}),
     "packed_max_pool2d": ("packed_max_pool2d", {"out": "*i32", "KH": 3, "KW": 3, "BLOCK": 512}),
+    "max_pool2d": ("max_pool2d_with_offsets", {**POOL, **IMAGES}),
+    "max_pool2d, planes of pairs": ("max_pool2d_with_offsets", {
+        **POOL, **PLANES, **POOLED, "PACKED": True}),
+    "max_pool2d, planes": ("max_pool2d_with_offsets", {**POOL, **PLANES, **POOLED}),
+    "max_pool2d, of many taps": ("max_pool2d_with_offsets", {
+        **POOL, **IMAGES, "KH": 6, "KW": 5, "UNROLL": False}),
+    "max_pool2d_backward": ("max_pool2d_with_offsets", {**POOL, **IMAGES}),
+    "max_pool2d_backward, planes": ("max_pool2d_with_offsets", {**POOL, **PLANES, **POOLED}),
+    "max_pool2d_backward_blocks": ("max_pool2d_with_offsets", {**POOL, **IMAGES}),
+    "max_pool2d_backward_blocks, of 3 x 3 pixels": ("max_pool2d_with_offsets", {
+        **POOL, **IMAGES, "SH": 3, "SW": 3}),
+    "max_pool2d_backward_blocks, of 5 x 5 taps": ("max_pool2d_with_offsets", {
+        **POOL, **IMAGES, "KH": 5, "KW": 5}),
     "rsign": ("rsign", {**NCHW, "BLOCK_R": 256, "BLOCK_C": 8}),
     "rsign, of samples": ("rsign", {**NCHW, "each": "i32", "BLOCK_R": 256, "BLOCK_C": 8}),
     "rprelu": ("rprelu", {**CHANNELS_LAST, **ROWS}),
@@ -135,6 +154,8 @@ SIMPLE = {
 def test_simple_kernels_spill_nothing(name, gpu):
     module, overrides = SIMPLE[name]
     warps = {"sign_pack": 8, "residual_block_vectors": 1}.get(module, 4)
+    if overrides.get("PACKED") and gpu == "gfx942":
+        pytest.skip("by PTX")
     code = build(gpu, load(module, f"{name.split(',')[0]}_kernel"), overrides, num_warps=warps)
     assert code.spilled == 0
     if name in ("window", "filter") and gpu != "gfx942":
@@ -179,6 +200,25 @@ def test_activations_move_16_bytes_at_once(name):
     code = on_sm90(name)
     assert code.count(r"\bLDG\.E\.128") >= loads and code.count(r"\bSTG\.E\.128") >= stores
     assert code.count(r"\bSTG\.E\.U16") == 0
+
+
+@pytest.mark.parametrize("dtype", ("*fp16", "*bf16", "*fp32"))
+@pytest.mark.parametrize("name,loads,stores", [("max_pool2d", 9, 1),
+                                               ("max_pool2d_backward_blocks", 4, 4)])
+def test_pooling_moves_16_bytes_at_once(name, loads, stores, dtype):
+    """A window's 9 taps; of 2 x 2 pixels the 4 windows that contain some, each loaded once, and
+    beside each 16 bytes the offsets of the same channels. Shared memory would mean that a thread
+    has other channels of one tensor than of another."""
+    tile = {"TILE_H": 2} if dtype == "*fp32" else {"PACKED": True}
+    code = on_sm90(name, **dict.fromkeys(("input", "out", "grad"), dtype), **tile)
+    assert code.count(r"\bLDG\.E\.128") == loads and code.count(r"\bSTG\.E\.128") == stores
+    assert code.count(r"\bLDG\b") == loads + (loads if "backward" in name else 0)
+    assert code.count(r"\bSTG\b") == stores + (0 if "backward" in name else 1)
+    assert code.shared == 0 and code.count(r"\bBAR\b") == 0
+    assert code.registers <= 64 if "backward" in name else 96 if dtype == "*fp32" else 40
+    # Of two elements at once, a comparison for each tap and another whether it is a number.
+    pairs = 2 * 9 * 4 if name == "max_pool2d" and dtype != "*fp32" else 0
+    assert code.count(r"\bHSET2\.") == pairs
 
 
 WIDE = [name for name in SIMPLE

@@ -134,6 +134,18 @@ def test_packed_max_pool2d(decided):
         assert decided("packed_max_pool2d", words(n, 64, 64, 4), (2, 2)) == {far}
 
 
+@pytest.mark.parametrize("last", (False, True), ids=("planes", "channels_last"))
+def test_max_pool2d_with_offsets(last, decided):
+    """The image alone is large, or its gradient."""
+    window = (2, 2), (2, 2), (0, 0), (1, 1), False
+    for n, far in ((2**15, True), (2**14, False)):
+        x = meta(n, 64, 32, 32, last=last)
+        grad = meta(n, 64, 16, 16, last=last)
+        assert decided("max_pool2d_with_offsets", x, *window) == {far}
+        assert decided("max_pool2d_with_offsets_backward", grad, grad.byte(), (32, 32),
+                       *window) == {far}
+
+
 def test_moments(decided):
     for n, far in ((2**15, True), (2**10, False)):
         found = decided("packed_conv2d_moments", words(n, 32, 32, 2), words(64, 1, 1, 2), 64, (1,),

@@ -1,9 +1,8 @@
 """Numerics of every Triton kernel in Triton's interpreter, which runs without a GPU.
 
 The interpreter must be chosen before Triton is imported, so the tests of this file, and of
-test_interpret_b1.py and test_interpret_offsets.py, run in processes of their own, started by the
-one test that other processes see. It truncates on the way to bfloat16 where a GPU rounds, hence
-`as_interpreted`.
+test_interpret_b1.py and its like, run in processes of their own, started by the one test that other
+processes see. It truncates on the way to bfloat16 where a GPU rounds, hence `as_interpreted`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not INTERPRETED:
 
     @pytest.mark.long
-    @pytest.mark.parametrize("file", ("", "_b1", "_offsets"))
+    @pytest.mark.parametrize("file", ("", "_b1", "_offsets", "_pool"))
     def test_kernels_in_the_interpreter(file):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",

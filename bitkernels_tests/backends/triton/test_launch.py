@@ -118,7 +118,7 @@ def test_image_sizes_are_arguments(launched, monkeypatch):
     "sign_pack", "sign_pack_mask", "unpack", "mask_grad", "rsign", "rprelu", "rprelu_backward",
     "sign_backward", "residual_block_forward", "residual_block_backward",
     "residual_block_norm_backward", "residual_block_statistics", "residual_block_gradients",
-    "latent_weight_grad"])
+    "latent_weight_grad", "max_pool2d_with_offsets", "max_pool2d_with_offsets_backward"])
 def test_launches_of_a_training_step_are_those_that_are_counted(launched, op):
     first_case(op)
     assert len(launched) == test_training_launches.OURS.get(op, 1)
