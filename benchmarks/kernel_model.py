@@ -126,7 +126,9 @@ def calls() -> Iterator[tuple[Case, int, str]]:
         for channels, size in sass_budget.LAYERS:
             for name, output in NAMES.items():
                 for kernel in kernels.RESIDENT:
-                    if kernel.bn > channels or output == "moments" and not kernel.sums:
+                    if kernel.bn > channels:
+                        continue
+                    if not kernel.sums if output == "moments" else kernel.only_sums:
                         continue
                     case = sass_budget.conv_case(kernel, channels, size, output)
                     if output == "fp16":  # the timed call has no scale
