@@ -169,6 +169,7 @@ class Measured:
     table: Cost  # what the first tile does besides
     before: Cost
     epilogue: Cost
+    turns: bool  # whether warpgroups wait for each other before they multiply
 
     @property
     def prologue(self) -> Cost:
@@ -298,7 +299,8 @@ def measure(case: Case) -> Measured:
     epilogue = whole.minus(before)
     if not tiles:
         before = before.minus(prologue)
-    return Measured(case, built.registers, built.spilled, roles, table, before, epilogue)
+    turns = any(op.startswith("BAR.ARV") for b in body for op in flow.blocks[b].ops)
+    return Measured(case, built.registers, built.spilled, roles, table, before, epilogue, turns)
 
 
 def conv_case(kernel: kernels.Kernel, channels: int, size: int, output: str,
