@@ -67,7 +67,9 @@ BUDGETS: tuple[tuple[str, Budget], ...] = tuple(
          {"64@56": (190, 296), "128@28": (170, 360), "256@14": (235, 548), "512@7": (310, 916)}),
         ("resident_64x128",
          {"signs": (3, 0), "fp16": (5.4, 236), "block": (15.9, 892)},
-         {"128@28": (170, 512), "256@14": (260, 764), "512@7": (330, 1276)}))
+         {"128@28": (170, 512), "256@14": (260, 764), "512@7": (330, 1276)}),
+        ("resident2_64x128", {"moments": (6.7, 108)},
+         {"128@28": (170, 504), "256@14": (250, 756), "512@7": (320, 1268)}))
     for layer, (before, waves) in layers.items()
     for output, (an_output, more) in outputs.items()
 ) + tuple(
@@ -167,6 +169,7 @@ class Measured:
     table: Cost  # what the first tile does besides
     before: Cost
     epilogue: Cost
+    turns: bool  # whether warpgroups wait for each other before they multiply
 
     @property
     def prologue(self) -> Cost:
@@ -296,7 +299,8 @@ def measure(case: Case) -> Measured:
     epilogue = whole.minus(before)
     if not tiles:
         before = before.minus(prologue)
-    return Measured(case, built.registers, built.spilled, roles, table, before, epilogue)
+    turns = any(op.startswith("BAR.ARV") for b in body for op in flow.blocks[b].ops)
+    return Measured(case, built.registers, built.spilled, roles, table, before, epilogue, turns)
 
 
 def conv_case(kernel: kernels.Kernel, channels: int, size: int, output: str,
@@ -322,7 +326,7 @@ def cases() -> Iterator[Case]:
             if kernel.bn > channels:
                 continue
             for output in OUTPUTS:
-                if output != "moments" or kernel.sums:
+                if kernel.sums if output == "moments" else not kernel.only_sums:
                     yield conv_case(kernel, channels, size, output)
     for kernel in kernels.BULK:
         for size in SIZES:
