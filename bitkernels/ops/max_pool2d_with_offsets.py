@@ -189,7 +189,8 @@ def samples(v):
     return [Sample((x, *WINDOWS[0])), Sample((channels_last(x).detach().half(), *WINDOWS[2])),
             Sample((v.real(2, 5, 9, 8), *WINDOWS[2]), kernel={}),
             *(Sample((t, *WINDOWS[0]), kernel={})
-              for t in (v.real(2, 3, 9, 8).half(), channels_last(v.real(2, 70, 9, 8).half())))]
+              for t in (v.real(2, 3, 9, 8).half(), channels_last(v.real(2, 70, 9, 8).bfloat16()),
+                        channels_last(v.real(2, 70, 9, 8).half())))]
 
 
 def samples_backward(v):

@@ -311,20 +311,20 @@ def pool_grad(text, *args, g=POOLED[0], offsets=POOLED[1]):
     row(ops.max_pool2d_with_offsets_backward.default, text, g, offsets, *args)
 
 
-pool(f"input must be {FLOATS}, got int32 of shape (2, 6, 5, 5)", 2, x=words(2, 6, 5, 5))
-pool("input must be 4-dimensional, got float32 of shape (6, 5, 5)", 2, x=TRAIN[0][0])
+pool(f"input must be {FLOATS}, got int32 of shape (2, 6, 5, 5)", (2,), x=words(2, 6, 5, 5))
+pool("input must be 4-dimensional, got float32 of shape (6, 5, 5)", (2,), x=TRAIN[0][0])
 pool("kernel_size must be of at most 255 taps, which a byte tells apart, got [16, 16]", (16, 16),
      x=real(2, 6, 20, 20))
-pool("kernel_size must be at most the padded input size 5, got a reach of 6", 6)
-pool("padding must be at most half of kernel_size, got [2, 2]", 3, 1, 2)
-pool("stride must be at least 1, got [0, 0]", 2, 0)
-pool_grad(f"grad must be {FLOATS}, got int32 of shape (2, 6, 2, 2)", (5, 5), 2,
+pool("kernel_size must be at most the padded input size 5, got a reach of 6", (6,))
+pool("padding must be at most half of kernel_size, got [2, 2]", (3,), (1,), (2,))
+pool("stride must be at least 1, got [0, 0]", (2,), (0, 0))
+pool_grad(f"grad must be {FLOATS}, got int32 of shape (2, 6, 2, 2)", (5, 5), (2,),
           g=words(2, 6, 2, 2))
-pool_grad("grad must be of shape (2, 6, 3, 2), got float32 of shape (2, 6, 2, 2)", (6, 5), 2)
-pool_grad("offsets must be uint8 of shape (2, 6, 2, 2), got int32 of shape (2, 6, 2, 2)", (5, 5), 2,
-          offsets=words(2, 6, 2, 2))
-pool_grad("offsets must be uint8 of shape (2, 6, 2, 2), got uint8 of shape (2, 6, 2, 1)", (5, 5), 2,
-          offsets=words(2, 6, 2, 1, dtype=torch.uint8))
-pool_grad("offsets must be on cpu as the first argument, got meta", (5, 5), 2,
+pool_grad("grad must be of shape (2, 6, 3, 2), got float32 of shape (2, 6, 2, 2)", (6, 5), (2,))
+pool_grad("offsets must be uint8 of shape (2, 6, 2, 2), got int32 of shape (2, 6, 2, 2)", (5, 5),
+          (2,), offsets=words(2, 6, 2, 2))
+pool_grad("offsets must be uint8 of shape (2, 6, 2, 2), got uint8 of shape (2, 6, 2, 1)", (5, 5),
+          (2,), offsets=words(2, 6, 2, 1, dtype=torch.uint8))
+pool_grad("offsets must be on cpu as the first argument, got meta", (5, 5), (2,),
           offsets=words(2, 6, 2, 2, dtype=torch.uint8, device="meta"))
-pool_grad("input_size must be (H, W) of the input, got [-1, 5]", (-1, 5), 2)
+pool_grad("input_size must be (H, W) of the input, got [-1, 5]", (-1, 5), (2,))
