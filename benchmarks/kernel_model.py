@@ -6,16 +6,13 @@
 FOLDER has the conv.jsonl and gemm.jsonl that benchmarks/gpu/check.py wrote; --tree is an unpacked
 older tree (`git archive REVISION bitkernels csrc`, and bitkernels/_C*) whose kernels they measured.
 
-    time = max(launch + prologue + filters + rounds x round, bytes / copy)
+    time = max(launch + prologue + rounds x round, bytes / copy)
 
 In a round each warpgroup of a multiprocessor has one tile. The groups run in phase, as Nsight
 Compute showed: all multiply, then all are in their epilogues. So a round takes the tensor core's
 clocks of all its tiles, and for each instruction of a tile the clocks after which a warp issues its
 next, more the more warps there are; but no less than the issue slots, the ALU (two clocks an
-instruction) or the data pipe of L1 and shared memory allow. Groups that have turns multiply one
-after the other: a round but the last takes the products of all tiles or one tile's products and
-instructions, whichever is longer. Filters are those that L2 gives all multiprocessors at once,
-before any of them multiplies. Conflicts of banks, the time that bytes
+instruction) or the data pipe of L1 and shared memory allow. Conflicts of banks, the time that bytes
 and instructions do not overlap, and clocks that fall under load are not in it.
 """
 
@@ -41,7 +38,6 @@ from sass_budget import Case, Measured, kernels
 CLOCK = 1.70e3  # a microsecond, as Nsight Compute saw it while the tensor core works
 MULTIPROCESSORS = 132
 COPY = 4.19e6  # bytes a microsecond of a copy
-L2 = 5.5e6  # bytes a microsecond that L2 gives all multiprocessors together
 # Calibrated on one call: 64@56, signs, in resident_64x64 and resident4_64x64, at batches 256 and 1;
 # SUMS on moments of the same at batch 1.
 LAUNCH = 0.6  # us: launch, first loads, drain
@@ -75,15 +71,12 @@ def latency(warps: int) -> float:
     return ALONE + BESIDE * warps
 
 
-def round_parts(m: Measured, groups: int, more: bool = False) -> dict[str, float]:
-    """Clocks of a round with so many tiles a multiprocessor, by what bounds it; whether more
-    rounds come."""
+def round_parts(m: Measured, groups: int) -> dict[str, float]:
+    """Clocks of a round with so many tiles a multiprocessor, by what bounds it."""
     tile = m.before + m.epilogue
     if m.case.kernel.resident:
         warps, products = groups, groups * tensor(m.case)
         serial = products + tile.total * latency(warps)
-        if more and m.turns:
-            serial = max(products, tensor(m.case) + tile.total * latency(warps))
     else:  # products are queued ahead, so that what comes before the last of them costs nothing
         warps, products = 2, tensor(m.case)
         serial = products + m.epilogue.total * latency(warps)
@@ -102,18 +95,16 @@ def predict(m: Measured, rows: int) -> tuple[float, str]:
     # Older kernels make the table in the first tile, while its products run.
     first = min(groups, -(-tiles // MULTIPROCESSORS)) * tensor(case)
     clocks += max(0.0, m.table.total * latency(kernel.threads // 128) - first)
-    full, final = round_parts(m, groups, more=True), round_parts(m, groups)
+    full = round_parts(m, groups)
     bound = max(full, key=lambda name: full[name])
-    clocks += (rounds - (not rest)) * full[bound] + (not rest) * max(final.values())
+    clocks += rounds * full[bound]
     if rest:
         last = round_parts(m, min(groups, -(-rest // MULTIPROCESSORS)))
         clocks += max(last.values())
         if not rounds:
             bound = max(last, key=lambda name: last[name])
     launches = LAUNCH * (1 if kernel.resident else 2) + (SUMS if case.spec.moments else 0)
-    blocks = min(tiles, MULTIPROCESSORS) if kernel.resident else 0
-    filters = blocks * kernel.bn * case.spec.k_bytes / L2
-    time, bytes_ = launches + filters + clocks / CLOCK, moved(case, rows) / COPY
+    time, bytes_ = launches + clocks / CLOCK, moved(case, rows) / COPY
     return max((time, bound), (bytes_, "bytes"))
 
 
@@ -135,9 +126,7 @@ def calls() -> Iterator[tuple[Case, int, str]]:
         for channels, size in sass_budget.LAYERS:
             for name, output in NAMES.items():
                 for kernel in kernels.RESIDENT:
-                    if kernel.bn > channels:
-                        continue
-                    if not kernel.sums if output == "moments" else kernel.only_sums:
+                    if kernel.bn > channels or output == "moments" and not kernel.sums:
                         continue
                     case = sass_budget.conv_case(kernel, channels, size, output)
                     if output == "fp16":  # the timed call has no scale

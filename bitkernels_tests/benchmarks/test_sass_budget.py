@@ -78,7 +78,7 @@ R64, R128, TALL = (kernels.ALL[name] for name in (
 
 
 @pytest.mark.parametrize("kernel,channels,size,output,before,an_output", (
-    (R128, 256, 14, "signs", 235, 3.0), (R64, 64, 56, "block", 180, 16.5),
+    (R128, 256, 14, "signs", 235, 2.8), (R64, 64, 56, "block", 180, 16.5),
     (TALL, 64, 56, "block", 225, 15.6)))
 def test_convolutions_keep_their_budgets(kernel, channels, size, output, before, an_output):
     case = sass_budget.conv_case(kernel, channels, size, output)
@@ -104,8 +104,8 @@ def test_convolutions_keep_their_budgets(kernel, channels, size, output, before,
 
 
 @pytest.mark.parametrize("kernel,channels,size,mean", (
-    ("resident_64x64_bulk", 64, 56, 150), ("resident_64x128_bulk", 128, 28, 135),
-    ("resident_64x128_bulk", 256, 14, 145), ("resident4_64x64_bulk", 512, 7, 144)))
+    ("resident_64x64_bulk", 64, 56, 150), ("resident_64x128_bulk", 128, 28, 133),
+    ("resident_64x128_bulk", 256, 14, 140), ("resident4_64x64_bulk", 512, 7, 140)))
 def test_warps_divide_the_prologue(kernel, channels, size, mean):
     case = sass_budget.conv_case(kernels.ALL[kernel], channels, size, "signs")
     found = sass_budget.measure(case)

@@ -81,18 +81,16 @@ void Machine::pause() {
   if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
 }
 
-bool Machine::arrive(Meeting& meeting, int count, int kind, const std::function<void()>& action) {
+void Machine::meet(Meeting& meeting, int count, int kind, const std::function<void()>& action) {
   if (meeting.arrived > 0 && meeting.kind != kind) fail("threads met at different instructions");
   meeting.kind = kind;
-  if (++meeting.arrived < count) return false;
-  meeting.arrived = 0;
-  action();
-  wake(meeting.waiting);
-  return true;
-}
-
-void Machine::meet(Meeting& meeting, int count, int kind, const std::function<void()>& action) {
-  if (!arrive(meeting, count, kind, action)) wait(meeting.waiting);
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0;
+    action();
+    wake(meeting.waiting);
+  } else {
+    wait(meeting.waiting);
+  }
 }
 
 unsigned char* Machine::at(uint32_t address, int bytes) {

@@ -102,8 +102,6 @@ struct Machine {
   void wait(Queue& queue);
   void wake(Queue& queue);
   void pause();  // lets others run
-  // Whether the current thread is the last one.
-  bool arrive(Meeting& meeting, int count, int kind, const std::function<void()>& action);
   void meet(Meeting& meeting, int count, int kind, const std::function<void()>& action);
   bool chance(int one_in) { return random() % one_in == 0; }
 

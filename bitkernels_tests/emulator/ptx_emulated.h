@@ -39,12 +39,6 @@ inline int block_count() { return machine.blocks; }
 inline void sync_some(int id, int count) {
   machine.meet(machine.named[id], count, BAR, [] {});
 }
-inline void sync_if(bool real, int id, int count) {
-  if (real) sync_some(id, count);
-}
-inline void arrive_if(bool real, int id, int count) {
-  if (real) machine.arrive(machine.named[id], count, BAR, [] {});
-}
 inline void sync_threads() { sync_some(0, machine.threads); }
 inline bool sync_threads_any(bool x) {
   machine.any |= x;

@@ -2,13 +2,12 @@
 // call, which overlaps with the end of the one before.
 //
 // Blocks are persistent, one a multiprocessor. A block copies BN filters into shared memory once,
-// and then its GROUPS warpgroups work alone, each on tiles of its own. They queue their products in
-// turn, so that one multiplies while the others write: left alone they share the tensor core, end
-// at the same time and leave it idle together. A tile is STRIPS times 64 output pixels: what a tile
-// costs, and what its epilogue reads of a channel from shared memory, serves all of them. A
-// warpgroup copies the lines that its windows touch while it multiplies the tile before. The
-// windows are never unfolded: each warp reads its fragments of them from those lines and hands them
-// to wgmma in registers. So a pixel comes from L2 once a tile, not once a tap.
+// and then its GROUPS warpgroups work alone, each on tiles of its own, so that one multiplies while
+// another writes. A tile is STRIPS times 64 output pixels: what a tile costs, and what its epilogue
+// reads of a channel from shared memory, serves all of them. A warpgroup copies the lines that its
+// windows touch while it multiplies the tile before. The windows are never unfolded: each warp
+// reads its fragments of them from those lines and hands them to wgmma in registers. So a pixel
+// comes from L2 once a tile, not once a tap.
 //
 // With tensor maps (BOXES > 0) filters and lines come by bulk copies, which one lane starts:
 // filters in the layout of wgmma, lines with the zeros around them. A buffer of lines has an
@@ -26,10 +25,8 @@ struct Resident {
   static constexpr int BM = 64 * STRIPS;
   static constexpr int THREADS = 128 * GROUPS;
   static constexpr int N = BN + MASKS;
-  // Products whose fragments are read together, sets of registers for them, and how often that is
-  // for a strip. Reads wait behind all products that their warp has queued and that have not
-  // begun: so with three sets nothing that is multiplied next waits for them.
-  static constexpr int AHEAD = 3, SETS = GROUPS == 4 || STRIPS == 2 ? 2 : 3;
+  // Products whose fragments are read together, and how often that is for a strip.
+  static constexpr int AHEAD = GROUPS == 4 || STRIPS == 2 ? 3 : 4;
   HOST_DEVICE static int turns() { return (products() + AHEAD - 1) / AHEAD; }
   using F = Filters<BN, THREADS>;
 
@@ -57,25 +54,7 @@ struct Resident {
     return filled() + 8 + (group * 2 + buffer) * 8;
   }
 
-  // Named barriers: that of a warpgroup's own threads, and the one where it waits for its turn.
-  DEVICE static int own_barrier(int group) { return 1 + group; }
-  DEVICE static int order_barrier(int group) { return 1 + GROUPS + group; }
-  // The tensor core's of a tile. Where they are few, two barriers a tile are not worth it, but for
-  // signs of four groups, which have no registers for it beside other outputs.
-  HOST_DEVICE static int clocks() { return STRIPS * products() * N / 2; }
-  HOST_DEVICE static bool ordered() {
-    return GROUPS > 3 ? only_signs() && clocks() >= 100 : clocks() >= 300;
-  }
-  // Whether some warpgroups multiply while others still make the table.
-  HOST_DEVICE static bool early() { return ordered() && clocks() >= 300; }
-
   DEVICE static int group() { return thread_index() / 128; }
-  // Warpgroups have their turns in this order: those that make the table come last.
-  static constexpr int MAKERS = BN / 64;
-  DEVICE static int rank(int group) {
-    if (!early()) return group;
-    return group < MAKERS ? group + GROUPS - MAKERS : group - MAKERS;
-  }
   DEVICE static int thread() { return thread_index() % 128; }
   DEVICE static int lane() { return thread_index() % 32; }
 
@@ -92,7 +71,7 @@ struct Resident {
     const bool last = group() == GROUPS - 1;
     if (BOXES && last) barriers(words, map);
     // All that comes from far away is on its way before anything else is done.
-    const bool making = group() < MAKERS;  // the table, later
+    const bool making = group() < BN / 64;  // the table, later
     const bool settled = !BOXES && p.settled;
     Limits limits = {};
     if (!settled) limits = wait_for_limits(p, n0);
@@ -105,7 +84,7 @@ struct Resident {
     const bool copied = !F::by_map() || !only_signs();  // by cp.async
     if (copied) copy_async_commit();
     if (!BOXES) {
-      fetch(p, nullptr, group(), (first + rank(group()) * sharing) * BM, 0);
+      fetch(p, nullptr, group(), (first + group() * sharing) * BM, 0);
       filters().store_masks(0);
       for (int buffer = 0; buffer < 2; ++buffer) clear_borders(image(group(), buffer), thread());
     }
@@ -130,9 +109,8 @@ struct Resident {
       }
       if (making) filters().tables(pass, both);
     }
-    const bool made = making || !early();
-    if (made) sync_threads();
-    work(p, words, n0, first * BM, sharing * BM, both, made);
+    sync_threads();
+    work(p, words, n0, (first + group() * sharing) * BM, GROUPS * sharing * BM, both);
     if (MOMENTS) finish(p, n0);
   }
 
@@ -171,7 +149,7 @@ struct Resident {
         if (F::by_map()) prefetch_map(*map);
       }
     }
-    sync_some(own_barrier(GROUPS - 1), 128);
+    sync_some(GROUPS, 128);
   }
 
   // Starts the first bulk copies of all warpgroups, by the warps of the last one.
@@ -179,7 +157,7 @@ struct Resident {
                           int first, int sharing) {
     const int warp = thread() / 32;
     if (warp == 3 && elected()) filters().copy(*map, n0, filled());
-    if (warp < GROUPS) fetch(p, words, warp, (first + rank(warp) * sharing) * BM, 0, lane());
+    if (warp < GROUPS) fetch(p, words, warp, (first + warp * sharing) * BM, 0, lane());
   }
 
   // Starts to copy the lines of a tile of a warpgroup, if there is one, by its threads, of which
@@ -201,55 +179,31 @@ struct Resident {
     return from;
   }
 
-  // The fragments of a tile; of each turn those of one strip.
-  struct Fragments {
-    u32 v[SETS][AHEAD][4];
-
-    DEVICE void read(const Reader (&readers)[STRIPS], int turn) {
-      const int first = turn % turns() * AHEAD;
+  // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
+  // until they are waited for.
+  DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], u32 (&a)[2][AHEAD][4],
+                              const Reader (&readers)[STRIPS]) {
+#pragma unroll
+    for (int turn = 0; turn < STRIPS * turns(); ++turn) {
+      const int s = turn / turns(), first = turn % turns() * AHEAD;
+      if (turn >= 2) wgmma_wait<1>();  // those that these registers belong to
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        if (first + i < products()) readers[turn / turns()].read(v[turn % SETS][i], first + i);
+        if (first + i < products()) readers[s].read(a[turn % 2][i], first + i);
       }
-    }
-  };
-
-  // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
-  // until they are waited for. The tile comes after one of another warpgroup, or before one.
-  DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], Fragments& a,
-                              const Reader (&readers)[STRIPS], bool after, bool before) {
-    const int all = STRIPS * turns();
-#pragma unroll
-    for (int turn = 0; turn < SETS; ++turn) {
-      if (turn < all) a.read(readers, turn);
-    }
-    if (ordered()) sync_if(after, order_barrier(group()), 256);
-#pragma unroll
-    for (int turn = 0; turn < all; ++turn) {
-      const int s = turn / turns(), first = turn % turns() * AHEAD;
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (first + i >= products()) continue;
-        wgmma_and<N>(acc[s], a.v[turn % SETS][i], filters().descriptor(first + i), first + i > 0);
+        wgmma_and<N>(acc[s], a[turn % 2][i], filters().descriptor(first + i), first + i > 0);
       }
       wgmma_commit();
-      const int next = turn + SETS - 1;
-      if (turn > 0 && next < all) {
-        wgmma_wait<1>();  // for those of the turn before, to which the registers belong
-        a.read(readers, next);
-      }
-    }
-    if (ordered()) {
-      arrive_if(before, order_barrier(group() < GROUPS - 1 ? group() + 1 : 0), 256);
     }
   }
 
-  // The block's tiles start at row `begin` and every `step`th one. Early ones are multiplied while
-  // others make the table, which is waited for where it is needed.
-  DEVICE static void work(const Params& p, const TensorMap* words, int n0, u32 begin, u32 step,
-                          bool both, bool made) {
-    const u32 first = begin + rank(group()) * step, stride = GROUPS * step;
+  // Tiles that start at row `first` and every `stride`th one.
+  DEVICE static void work(const Params& p, const TensorMap* words, int n0, u32 first, u32 stride,
+                          bool both) {
     const F filters = Resident::filters();
     Moments<BN, STRIPS> moments;
     Origin from = origin_of(first);
@@ -259,7 +213,7 @@ struct Resident {
       // The tile's pixels are there, and nobody still reads those of the tile before.
       if (!BOXES) copy_async_wait<0>();
       if (BOXES) barrier_wait(fetched(group(), buffer), parity);
-      sync_some(own_barrier(group()), 128);
+      sync_some(1 + group(), 128);
       const Origin next = fetch(p, words, group(), start + stride, buffer ^ 1);
 
       // Of the warp's 16 windows a strip this lane finds one; those past the last are the last.
@@ -280,9 +234,8 @@ struct Resident {
       }
       const int column = forget(n0);
       int acc[STRIPS][N / 8][4];
-      Fragments fragments;
-      multiply(acc, fragments, readers, start != begin, start + step < static_cast<u32>(p.rows));
-      if (early()) sync_if(!made && start == first, 0, THREADS);
+      u32 a[2][AHEAD][4];
+      multiply(acc, a, readers);
       // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons[STRIPS];
       for (int s = 0; s < STRIPS; ++s) {
@@ -311,7 +264,6 @@ struct Resident {
         seen = 0;
       }
     }
-    if (!made && first >= static_cast<u32>(p.rows)) sync_threads();
     if (!BOXES) copy_async_wait<0>();
     if (MOMENTS) moments.flush(warp_totals(), lane());
   }

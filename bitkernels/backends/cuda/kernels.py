@@ -92,8 +92,6 @@ class Kernel:
             return "takes no sums of its outputs"
         if self.windows and problem.op != "packed_linear":
             return "multiplies matrices, not images"
-        if problem.op != MOMENTS and self.only_sums:
-            return "takes outputs with their sums only"
         if self.bulk and not problem.aligned:
             return ("copies only words that start at 16 bytes" if self.resident else
                     "copies only rows that start at 16 bytes and are a multiple of 16 bytes")
@@ -118,15 +116,8 @@ class Kernel:
 
     @property
     def sums(self) -> bool:
-        """Whether it takes moments: registers hold sums of 64 channels, of 128 where two
-        warpgroups share them."""
-        return self.resident and (self.bn == 64 or self.only_sums)
-
-    @property
-    def only_sums(self) -> bool:
-        """Whether it takes nothing else: all its warpgroups make the table, none is left that
-        prepares other values of channels."""
-        return self.groups == 2
+        """Whether it takes moments: registers hold sums of 64 channels."""
+        return self.resident and self.bn == 64
 
     @property
     def source(self) -> str:
@@ -174,7 +165,6 @@ MMA = (
 BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6))
 RESIDENT = tuple(_resident(bn, groups, strips, bulk) for bulk in (False, True)
                  for bn, groups, strips in ((128, 3, 1), (64, 3, 1), (64, 4, 1), (64, 3, 2)))
-RESIDENT = (*RESIDENT, _resident(128, 2, 1, bulk=False))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)

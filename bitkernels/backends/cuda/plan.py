@@ -110,7 +110,7 @@ def nearest(arch: str, problem: Problem) -> Measured | None:
 # (docs/notebook/performance.md). On an H200 (2026-11-26) most fell short: epilogues are the limit.
 RATES = {"resident_64x128": 8.9, "resident_64x64": 8, "resident4_64x64": 8,
          "resident_128x64": 8.5, "resident_64x128_bulk": 8.9, "resident_64x64_bulk": 8,
-         "resident4_64x64_bulk": 8, "resident_128x64_bulk": 8.5, "resident2_64x128": 8.7,
+         "resident4_64x64_bulk": 8, "resident_128x64_bulk": 8.5,
          "bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8,
          "mma_128x128": 5, "mma_128x64": 4, "mma_64x64": 3, "mma_64x32": 2}
 PREPARED = 4000  # clocks that a launch of `prepare` costs, about

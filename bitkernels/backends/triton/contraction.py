@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from bitkernels.backends.triton.jit import (
-    begin,
     bit_plane,
     block_index,
     epilogue,
@@ -58,7 +57,6 @@ def window_kernel(words, pa, border, M, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
     TOP.. are the largest counts of taps outside, of these windows exactly; WIDTH the words of a
     group. Program axis 1: group.
     """
-    begin()
     group = tl.program_id(1)
     m = block_index(BLOCK_M, WIDE)
     ok = m < M
@@ -89,7 +87,6 @@ def filter_kernel(filters, corr, N, BORDERS, CHANNELS, BOTTOM: tl.constexpr, LEF
                   PAD_VALUE: tl.constexpr, PTX: tl.constexpr, BLOCK_B: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """corr[border, n]; one program a block of border classes and of filters."""
-    begin()
     label = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     right, rest = label % (RIGHT + 1), label // (RIGHT + 1)
     left, rest = rest % (LEFT + 1), rest // (LEFT + 1)
@@ -160,7 +157,6 @@ def popc_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
     A group's channels may start inside a word: its words are then put together from two.
     size_class is not used here: tuning depends on it.
     """
-    begin()
     m = block_index(BLOCK_M, WIDE)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = m < M, n < N
@@ -221,7 +217,6 @@ def int8_kernel(words, filters, out, packed, residual, clamp_min, clamp_max, sca
     With GROUPS > 1, BLOCK_N divides the output channels of a group. Every tensor has fewer than
     2^31 elements and bytes of words. size_class is not used here: tuning depends on it.
     """
-    begin()
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = m < M, n < N

@@ -24,9 +24,9 @@ _PLANE_ASM = tl.constexpr(tuple(
 
 @triton.jit
 def begin():
-    """The first line of every kernel. From sm_90 on it may have been started while the kernel
-    before it was ending: here it waits for what that one has written, and lets the next one start
-    as soon as all its own blocks have."""
+    """The first line of a kernel that is launched with `launch_pdl`: from sm_90 on it may have
+    been started while the kernel before it was ending. Here it waits for what that one has written,
+    and lets the next one start as soon as all its own blocks have."""
     if _OVERLAPS:
         if cuda_capability_geq(9, 0):
             cuda.gdc_wait()

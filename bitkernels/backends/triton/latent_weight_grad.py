@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from bitkernels.backends.triton.elementwise import collapse, wide
-from bitkernels.backends.triton.jit import begin, row_offset
+from bitkernels.backends.triton.jit import row_offset
 from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sign_backward import ESTIMATORS, IDENTITY, estimator_grad
 from bitkernels.ops.geometry import is_channels_last
@@ -25,7 +25,6 @@ NONE = tl.constexpr(-1)
 def latent_weight_grad_kernel(grad, weight, scale, out, of_scale, clip, beta, columns, inner,
                               gr, go, gi, wr, wo, wi, rr, ro, ri, ESTIMATOR: tl.constexpr,
                               BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    begin()
     row = tl.program_id(0)
     c = tl.arange(0, BLOCK)
     if WIDE:

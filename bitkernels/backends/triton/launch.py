@@ -22,7 +22,8 @@ from triton.runtime import JITFunction, driver
 from bitkernels.backends import replay
 from bitkernels.backends.triton.jit import OVERLAPS
 
-OPTIONS = "num_warps", "num_stages", "maxnreg"
+# The last one: whether the kernel may start while the one before it ends (`jit.begin`).
+OPTIONS = "num_warps", "num_stages", "maxnreg", "launch_pdl"
 
 
 class _Ready(NamedTuple):
@@ -88,11 +89,16 @@ def _tritons_way(kernel: Any, grid, args, options, constants) -> Any:
         replay.watch.launches.append(None)
     given = {name: value for name, value in zip(OPTIONS, options, strict=False)
              if value is not None}
-    if type(kernel) is JITFunction and OVERLAPS:
-        target = driver.active.get_current_target()
-        if target.backend == "cuda" and target.arch >= 90:
-            given["launch_pdl"] = True  # `jit.begin`, the first line of every kernel, waits
+    if "launch_pdl" in given and not _overlaps(kernel):
+        del given["launch_pdl"]
     return kernel[grid](*args, **constants, enable_fp_fusion=False, **given)
+
+
+def _overlaps(kernel: Any) -> bool:
+    if type(kernel) is not JITFunction or not OVERLAPS:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 def _again(found: _Ready, grid: tuple[int, int]) -> Any:

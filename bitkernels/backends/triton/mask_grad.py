@@ -8,7 +8,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import together, wide
-from bitkernels.backends.triton.jit import begin, block_index, row_offset
+from bitkernels.backends.triton.jit import block_index, row_offset
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.geometry import empty_around
 
@@ -21,7 +21,6 @@ def mask_grad_kernel(grad, masks, out, rows, inner, channels, width, so, si, sc,
     Bytes are the tile's first dimension: of rows and bytes, with no neighbours in memory either,
     Triton gives a warp the first, and a row's bytes lie together.
     """
-    begin()
     r = block_index(BLOCK_R, WIDE)[None, :, None]
     b = (tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)).to(r.dtype)[:, None, None]
     bit = tl.arange(0, 8)[None, None, :]

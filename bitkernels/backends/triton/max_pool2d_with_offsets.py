@@ -14,7 +14,6 @@ import triton.language as tl
 
 from bitkernels.backends.triton import configs, passes
 from bitkernels.backends.triton.elementwise import wide
-from bitkernels.backends.triton.jit import begin
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.max_pool2d_with_offsets import fake, fake_backward
 
@@ -77,7 +76,6 @@ def max_pool2d_kernel(input, out, offsets, H, W, OH, OW, channels, tiles_h, tile
                       DH: tl.constexpr, DW: tl.constexpr, UNROLL: tl.constexpr,
                       PACKED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
                       BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    begin()
     n, y, x, c = place(tiles_h, tiles_w, blocks, TILE_H, TILE_W, BLOCK_C, WIDE)
     ok = ((y < OH) & (x < OW))[:, None] & (c < channels)[None, :]
     top, left = y * SH - PT, x * SW - PL
@@ -135,7 +133,6 @@ def max_pool2d_backward_blocks_kernel(
     """A thread has SH x SW pixels, which the same windows contain, each at taps that are known when
     the kernel is compiled. The windows' loads are the same expressions for each pixel, and all
     before the first store: the compiler makes one of them."""
-    begin()
     n, y, x, c = place(tiles_h, tiles_w, blocks, TILE_H, TILE_W, BLOCK_C, WIDE)
     sums = ()
     for pixel in tl.static_range(SH * SW):
@@ -163,7 +160,6 @@ def max_pool2d_backward_kernel(
         TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     """A thread has single pixels: of planes, whose neighbours a store takes together, and of
     windows that are many."""
-    begin()
     n, y, x, c = place(tiles_h, tiles_w, blocks, TILE_H, TILE_W, BLOCK_C, WIDE)
     WINDOWS_W: tl.constexpr = (KW - 1) * DW // SW + 1
     WINDOWS: tl.constexpr = ((KH - 1) * DH // SH + 1) * WINDOWS_W

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, passes, sums
-from bitkernels.backends.triton.jit import begin, tile_rows
+from bitkernels.backends.triton.jit import tile_rows
 from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.packed_conv2d import packed_conv2d
 from bitkernels.backends.triton.residual_block import positive, size_of
@@ -24,7 +24,6 @@ from bitkernels.backends.triton.residual_block import positive, size_of
 def moments_kernel(dot, partial, rows, channels, tiles, RELU: tl.constexpr, BLOCK_R: tl.constexpr,
                    BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     """Sums, sums of squares and count of a program's tiles: int64 throughout."""
-    begin()
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column.to(tl.int64 if WIDE else tl.int32)[None, :]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from bitkernels.backends.triton.elementwise import wide
-from bitkernels.backends.triton.jit import begin, block_index
+from bitkernels.backends.triton.jit import block_index
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.packed_max_pool2d import pool_geometry
 
@@ -15,7 +15,6 @@ from bitkernels.ops.packed_max_pool2d import pool_geometry
 def packed_max_pool2d_kernel(words, out, total, width, H, W, OH, OW, SH, SW, PT, PL, DH, DW,
                              KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
                              WIDE: tl.constexpr):
-    begin()
     i = block_index(BLOCK, WIDE)
     ok = i < total
     word, pixel = i % width, i // width

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, passes, sums
-from bitkernels.backends.triton.jit import begin, tile_rows, vector
+from bitkernels.backends.triton.jit import tile_rows, vector
 from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_real
@@ -54,7 +54,6 @@ def forward_tile(d, x, out, ok, scale, bias, inside, steep, last, shift_in, slop
 def block_forward_kernel(dot, residual, scale, bias, shift_in, slope, shift_out, out, rows,
                          channels, tiles, RELU: tl.constexpr, BLOCK_R: tl.constexpr,
                          BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    begin()
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
     c = c[None, :]
@@ -102,7 +101,6 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
                           rows, channels, tiles, RELU: tl.constexpr, STEPS: tl.constexpr,
                           STAGES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                           WIDE: tl.constexpr):
-    begin()
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column.to(tl.int64 if WIDE else tl.int32)[None, :]
@@ -165,7 +163,6 @@ def norm_tile(g, dots, out, ok, p, q, r, middle, RELU: tl.constexpr):
 def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, tiles,
                          RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                          WIDE: tl.constexpr):
-    begin()
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
     c = c[None, :]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitkernels.backends.triton.jit import begin
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.residual_block_vectors import fake_gradients, fake_statistics
 
@@ -33,7 +32,6 @@ def store(ptr, c, value, ok):
 @triton.jit
 def statistics_kernel(moments, scale, weight, bias, vectors, mean, variance, channels,
                       EPS: tl.constexpr, BLOCK: tl.constexpr):
-    begin()
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = c < channels
     total = double(moments, c, ok)
@@ -74,7 +72,6 @@ def statistics_kernel(moments, scale, weight, bias, vectors, mean, variance, cha
 @triton.jit
 def gradients_kernel(sums, total, vectors, scale, pqr, norm_weight, norm_bias, shift_in, slope,
                      shift_out, channels, BLOCK: tl.constexpr):
-    begin()
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = c < channels
     value = double(sums, c, ok)

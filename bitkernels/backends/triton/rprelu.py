@@ -14,7 +14,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import together, wide
-from bitkernels.backends.triton.jit import begin, block_index, row_offset, tile_rows
+from bitkernels.backends.triton.jit import block_index, row_offset, tile_rows
 from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sums import COLUMNS, rows_at_once
 from bitkernels.ops.geometry import empty_around
@@ -23,7 +23,6 @@ from bitkernels.ops.geometry import empty_around
 @triton.jit
 def rprelu_kernel(x, shift_in, slope, shift_out, out, rows, inner, channels, so, si, sc, oo, oi, oc,
                   BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    begin()
     r = block_index(BLOCK_R, WIDE)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     col_ok = c < channels
@@ -51,7 +50,6 @@ def backward_tile(g, v, out, ok, inside, steep):
 def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, channels, tiles,
                            go, gi, gc, so, si, sc, oo, oi, oc, STAGES: tl.constexpr,
                            BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    begin()
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64 if WIDE else tl.int32)
     col_ok = c < channels
@@ -88,7 +86,6 @@ def rprelu_backward_kernel(grad, x, shift_in, slope, out, partial, rows, inner, 
 def rprelu_reduce_kernel(partial, grad_in, grad_slope, grad_out, programs, channels,
                          BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Program axis 1: which of the three gradients. At most BLOCK_P programs."""
-    begin()
     which = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)

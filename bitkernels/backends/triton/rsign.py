@@ -7,7 +7,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import together, wide
-from bitkernels.backends.triton.jit import begin, block_index, row_offset, shift_tile
+from bitkernels.backends.triton.jit import block_index, row_offset, shift_tile
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.geometry import empty_around
 
@@ -16,7 +16,6 @@ from bitkernels.ops.geometry import empty_around
 def rsign_kernel(x, shift, out, rows, inner, channels, so, si, sc, oo, oi, oc,
                  each, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                  WIDE: tl.constexpr):
-    begin()
     r = block_index(BLOCK_R, WIDE)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(r.dtype)
     col_ok = c < channels

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from bitkernels.backends.triton import elementwise, passes, sums
-from bitkernels.backends.triton.jit import begin, row_offset, tile_rows, vector
+from bitkernels.backends.triton.jit import row_offset, tile_rows, vector
 from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_around
@@ -58,7 +58,6 @@ def sign_backward_kernel(grad, x, shift, add, out, partial, clip, beta, rows, in
                          tiles, go, gi, gc, so, si, sc, ao, ai, ac, oo, oi, oc,
                          ESTIMATOR: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
-    begin()
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column.to(tl.int64 if WIDE else tl.int32)[None, :]

@@ -41,7 +41,6 @@ def sign_pack_rows_kernel(x, shift, signs, masks, clip, rows, inner, channels, w
 @triton.jit
 def sign_pack_planes_kernel(x, shift, signs, masks, clip, rows, inner, channels, words, so, si, sc,
                             each, BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
-    begin()
     r = block_index(BLOCK_R, WIDE)
     w = tl.program_id(1)
     row_ok = r < rows
@@ -88,7 +87,7 @@ def _launch(input, shift, clip, dim, with_mask):
         grid = -(-rows // block_r), -(-channels // block_c)
         launch(sign_pack_rows_kernel, grid,
                (input, shift, signs, masks, clip, rows, None if outer == 1 else inner, channels,
-                words, so, si, each), (passes.PASSES["sign_pack"].warps,),
+                words, so, si, each), (passes.PASSES["sign_pack"].warps, None, None, True),
                BLOCK_R=block_r, BLOCK_C=block_c, WIDE=wide(input, signs))
     else:
         launch(sign_pack_planes_kernel, (-(-rows // 512), words),

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitkernels.backends.triton.jit import begin
 from bitkernels.backends.triton.launch import launch
 
 COLUMNS = 4  # of a reduction's program: few, for there are few programs to share the rows
@@ -38,7 +37,6 @@ def add_rows(to, column, channels, values, more):
 @triton.jit
 def reduce_kernel(partial, out, programs, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """partial (programs, width) to out (width,); at most BLOCK_P programs."""
-    begin()
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     rows = tl.load(partial + p[:, None] * width + c[None, :],

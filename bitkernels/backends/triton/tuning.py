@@ -88,5 +88,5 @@ def launch(inner: str, family: str, size: Size, grid, **arguments) -> None:
     names = kernel.arg_names
     numbers = names.index("size_class") + 1  # what follows is constexpr
     launch_kernel(kernel, grid(choice.tile), tuple([given[name] for name in names[:numbers]]),
-                  (choice.warps, choice.stages, choice.registers),
+                  (choice.warps, choice.stages, choice.registers, inner == "b1" or None),
                   **{name: given[name] for name in names[numbers:]})

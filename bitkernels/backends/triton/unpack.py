@@ -8,7 +8,7 @@ import triton.language as tl
 
 from bitkernels.backends.triton import passes
 from bitkernels.backends.triton.elementwise import wide
-from bitkernels.backends.triton.jit import begin, block_index
+from bitkernels.backends.triton.jit import block_index
 from bitkernels.backends.triton.launch import launch
 
 
@@ -16,7 +16,6 @@ from bitkernels.backends.triton.launch import launch
 def unpack_kernel(words, out, count, channels, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """The words come as bytes, `count` in all and `width` a row, each for the 8 channels that a
     thread stores. Neighbours are neighbours in memory, also where a row ends."""
-    begin()
     at = block_index(BLOCK, WIDE)
     bit = tl.arange(0, 8)[None, :]
     c = (at % width * 8)[:, None] + bit

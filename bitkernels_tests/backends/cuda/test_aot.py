@@ -129,8 +129,6 @@ def test_resident(kernel, what):
     spec = RESIDENT[what]
     if kernel.bulk and what == "linear":
         pytest.skip("bulk copies are of lines of images")
-    if kernel.only_sums:
-        spec = replace(spec, **{**dict.fromkeys(FULL, 0), "out_type": 5}, threshold=0, moments=1)
     spec = kernel.placed(spec)
     code, registers, spilled = build(kernel, spec, "sm_90a")
     # Fragments in registers: the first operand after the accumulators is not a descriptor.

@@ -22,7 +22,7 @@ if not cuda_emulator.available():
 SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "resident_64x64", "resident_128x64"))
 # Resident kernels with bulk copies: test_resident_bulk.py.
 LARGE = [k for k in kernels.ALL.values()
-         if k not in (*SMALL, kernels.PREPARE) and not (k.resident and k.bulk) and not k.only_sums]
+         if k not in (*SMALL, kernels.PREPARE) and not (k.resident and k.bulk)]
 INT32 = dict(dtype=torch.int32)
 
 
@@ -293,9 +293,7 @@ def test_selfcheck_turns_every_block_over(kernel, driver):
                          ids=lambda k: k.name)
 def test_squares_of_the_longest_sums(kernel):
     """Every product +1 or every one -1, more than registers hold of two tiles of 128 rows."""
-    # 128 filters of 5x5 do not fit in shared memory.
-    size = (4, 4) if kernel.only_sums else (5, 5)
-    case = ConvCase(channels=448, out_channels=64, size=(6, 6), kernel=size, padding=(2, 2),
+    case = ConvCase(channels=448, out_channels=64, size=(6, 6), kernel=(5, 5), padding=(2, 2),
                     batch=30)
     words, filters = (torch.zeros_like(t) for t in case.words())  # -1, as the padding is
     filters[::2] = -1
@@ -303,21 +301,3 @@ def test_squares_of_the_longest_sums(kernel):
     assert kernel in launch.taking(("resident",), "packed_conv2d_moments", args, {})
     check("packed_conv2d_moments", kernel, args, dict(pad_value=-1, out_channels=None, relu=False,
                                                       dtype=torch.int16))
-
-
-@pytest.mark.parametrize("kernel", [k for k in kernels.ALL.values() if k.only_sums],
-                         ids=lambda k: k.name)
-@pytest.mark.parametrize("relu,dtype", ((False, torch.int16), (True, torch.int32)), ids=str)
-def test_kernels_that_take_nothing_but_sums(kernel, relu, dtype):
-    """Several tiles of filters and rows, with channels past the last; less than one of each."""
-    for case in (ConvCase(channels=64, out_channels=200, size=(9, 8), batch=7),
-                 ConvCase(channels=256, out_channels=160, size=(7, 7), batch=30),
-                 ConvCase(channels=100, out_channels=33, size=(7, 7), stride=(2, 2)),
-                 ConvCase(channels=128, out_channels=70, size=(9, 7), padding=(2, 0),
-                          pad_value=-1)):
-        args = *case.words(), case.channels, *case.args
-        kw = dict(pad_value=case.pad_value, out_channels=None, relu=relu, dtype=dtype)
-        assert kernel in launch.taking((kernel.family,), "packed_conv2d_moments", args, {})
-        check("packed_conv2d_moments", kernel, args, kw)
-        assert kernel not in launch.taking((kernel.family,), "packed_conv2d", args, INT32)
-    assert selfcheck.failure("packed_conv2d_moments", kernel, torch.device("cpu")) is None

@@ -84,8 +84,10 @@ def build(gpu: str, kernel, overrides: dict, **options):
     known = {**POINTERS, "PTX": gpu != "gfx942", **overrides}
     types = {arg: known.get(arg, "i32") for arg in kernel.arg_names}
     code = compile_for(gpu, kernel, types, enable_fp_fusion=False, **options)
-    # It waits for the kernel before it, and says that the next may start, before it reads.
-    waits = 0 if gpu in ("sm80", "sm86", "sm89", "gfx942") else 1
+    # One that may start early waits for the kernel before it, and says that the next may start,
+    # before it reads.
+    early = kernel.__name__ in ("b1_kernel", "sign_pack_rows_kernel")
+    waits = int(early and gpu not in ("sm80", "sm86", "sm89", "gfx942"))
     assert code.count(r"\bACQBULK\b") == code.count(r"\bPREEXIT\b") == waits
     assert not waits or code.text.index("ACQBULK") < code.text.index("LDG")
     return code

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bitkernels.backends.triton import configs, dispatch, launch, selfcheck, tuning
+from bitkernels.backends.triton.b1 import b1_kernel
 from bitkernels.ops._record import OPERATORS
 from bitkernels_tests import no_gpu
 from bitkernels_tests.backends import test_training_launches
@@ -56,25 +57,33 @@ def test_elementwise(launched, op, kernels):
     assert launched == kernels
 
 
-def test_launched_kernels_begin_by_waiting():
-    """Only then may they start while the kernel before them ends: `test_aot.py` reads where."""
+EARLY = {"b1_kernel", "sign_pack_rows_kernel"}
+
+
+def test_kernels_that_start_early_begin_by_waiting():
+    """`test_aot.py` reads where."""
+    found = set()
     for file in Path(dispatch.__file__).parent.glob("*.py"):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 statements = node.body[ast.get_docstring(node) is not None:]
-                assert ast.unparse(statements[0]) == "begin()", f"{node.name} of {file.name}"
+                found |= {node.name} if ast.unparse(statements[0]) == "begin()" else set()
+    assert found == EARLY
 
 
-@pytest.mark.parametrize("arch", (80, 90))
-def test_from_sm_90_on_a_kernel_may_start_early(monkeypatch, arch):
-    monkeypatch.setattr(no_gpu.NoGpu, "get_current_target",
-                        lambda self: GPUTarget("cuda", arch, 32))
+def test_from_sm_90_on_they_may_start_early(launched, monkeypatch):
     monkeypatch.setattr(launch, "_ready", {})
-    with no_gpu.triton_driver():
-        first_case("sign_backward")
+    first_case("sign_backward")
+    first_case("packed_linear", inner="b1")
+    dispatch.kernel("sign_pack")(torch.zeros(9, 64), None, 1)
     found = {ready.kept[1].metadata.name: ready.kept[1].metadata.launch_pdl
              for ready in launch._ready.values()}
-    assert found == dict.fromkeys(("sign_backward_kernel", "reduce_kernel"), arch == 90)
+    assert {"sign_backward_kernel", "reduce_kernel"} < found.keys() > EARLY
+    assert {name for name, early in found.items() if early} == EARLY
+    for gpu, early in ((("cuda", 80), False), (("cuda", 100), True), (("hip", "gfx942"), False)):
+        monkeypatch.setattr(no_gpu.NoGpu, "get_current_target",
+                            lambda self, gpu=gpu: GPUTarget(*gpu, 32))
+        assert launch._overlaps(b1_kernel) == early
 
 
 def test_moments_follow_the_convolution(launched):

@@ -55,7 +55,7 @@ def run(case, warps=4) -> None:
 def tritons(case, warps=4):
     """By its own way, with the options in the order in which it is given them there: in another it
     would compile once more."""
-    return copy_kernel[(3, 2)](*case, enable_fp_fusion=False, num_warps=warps, launch_pdl=True)
+    return copy_kernel[(3, 2)](*case, enable_fp_fusion=False, num_warps=warps)
 
 
 def taken(monkeypatch, case, warps=4):
