@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 try:
+    from triton.language.extra import cuda
     from triton.language.target_info import cuda_capability_geq
-except ImportError:  # triton 3.4
-    cuda_capability_geq = None
+except ImportError:  # triton 3.4, and one for AMD alone
+    cuda = cuda_capability_geq = None
 
 # Whether kernels may start while the one before them ends, on GPUs from sm_90 on.
 OVERLAPS = cuda_capability_geq is not None
