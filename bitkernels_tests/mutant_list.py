@@ -24,6 +24,11 @@ MUTANTS = (
     Mutant("block-statistics-momentum", "bitkernels/nn/residual_block.py",
            "torch._foreach_lerp_(running, batch, momentum)",
            "torch._foreach_lerp_(running, batch, 0.1)", (BLOCK,)),
+    Mutant("a-kernel-that-does-not-wait", f"{TRITON}/b1.py", "    begin()\n", "",
+           ("backends/triton/test_launch.py",)),
+    Mutant("graphs-of-many-processes", "bitkernels/train/trainer.py", " and run.group.size == 1",
+           "", ("train/test_trainer.py",)),
+
     # Max pooling in training.
     *(Mutant(name, f"{TRITON}/max_pool2d_with_offsets.py", old, new,
              (f"{POOLING}::test_windows", f"{POOLING}::test_pairs_of_elements_at_once"))

@@ -71,26 +71,31 @@ def test_calls_that_read_them_early_are_the_same(emulated, name):
 
 @pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
 def test_a_call_marks_its_filters(emulated, monkeypatch):
-    """From the second on, until they change; of each call what its launch was told."""
-    told, contract = [], launch._contract
+    """From the second on, until they change, also where launches are repeated; what each launch
+    was told."""
+    told, launched = [], emulated.launch
 
-    def contracted(*args, **kw):
-        told.append(kw.get("settled"))
-        return contract(*args, **kw)
+    def launch_(*args, **kw):
+        told.append(args[5].settled)
+        return launched(*args, **kw)
 
-    monkeypatch.setattr(launch, "_contract", contracted)
+    monkeypatch.setattr(emulated, "launch", launch_)
     monkeypatch.setattr(gpu.cuda, "attempt", lambda op, args, kw: launch.packed_conv2d(
         kernels.ALL["resident_64x64"], *args, **kw))
     replay.clear()
     words, filters = ConvCase(channels=64, size=(4, 4), out_channels=64).words()
 
     def call(filters):
+        told.clear()
         gpu.repeat("packed_conv2d", words, filters, 64, (1, 1), (1, 1), dtype=torch.int32)
+        return set(told)
 
-    call(filters)
-    call(filters)
+    assert call(filters) == {0} and call(filters) == {1}
     filters.add_(0)
-    call(filters)
-    call(filters.clone())
-    call(filters)
-    assert told[:5] == [False, True, False, False, True]
+    assert call(filters) == {0}
+    for _ in range(5):
+        assert call(filters) == {1}
+    assert [type(entry) for entry in replay._recordings.values()].count(replay._Recording) == 1
+    fresh = filters.clone()
+    assert call(fresh) == {0} and call(fresh) == {1}
+    replay.clear()
