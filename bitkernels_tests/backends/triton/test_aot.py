@@ -86,10 +86,10 @@ def build(gpu: str, kernel, overrides: dict, **options):
     code = compile_for(gpu, kernel, types, enable_fp_fusion=False, **options)
     # One that may start early waits for the kernel before it, and says that the next may start,
     # before it reads.
-    early = kernel.__name__ in ("b1_kernel", "sign_pack_rows_kernel")
-    waits = int(early and gpu not in ("sm80", "sm86", "sm89", "gfx942"))
-    assert code.count(r"\bACQBULK\b") == code.count(r"\bPREEXIT\b") == waits
-    assert not waits or code.text.index("ACQBULK") < code.text.index("LDG")
+    if kernel.__name__ in ("b1_kernel", "sign_pack_rows_kernel"):
+        waits = int(gpu not in ("sm80", "sm86", "sm89", "gfx942"))
+        assert code.count(r"\bACQBULK\b") == code.count(r"\bPREEXIT\b") == waits
+        assert not waits or code.text.index("ACQBULK") < code.text.index("LDG")
     return code
 
 
@@ -151,13 +151,15 @@ SIMPLE = {
 }
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("name", SIMPLE)
+# Of pooling's windows the usual one for each GPU, the others for two.
+SIMPLE_CASES = [(name, gpu) for name in SIMPLE for gpu in GPUS
+                if not name.startswith("max_pool2d") or "," not in name or gpu in ("sm80", "sm90")]
+
+
+@pytest.mark.parametrize("name,gpu", SIMPLE_CASES)
 def test_simple_kernels_spill_nothing(name, gpu):
     module, overrides = SIMPLE[name]
     warps = {"sign_pack": 8, "residual_block_vectors": 1}.get(module, 4)
-    if overrides.get("PACKED") and gpu == "gfx942":
-        pytest.skip("by PTX")
     code = build(gpu, load(module, f"{name.split(',')[0]}_kernel"), overrides, num_warps=warps)
     assert code.spilled == 0
     if name in ("window", "filter") and gpu != "gfx942":
