@@ -75,8 +75,9 @@ def test_windows(case, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_and_types(layout, dtype):
     """Also a gradient in another layout than the image."""
-    x = LAYOUTS[layout](reals(2, 3, 7, 6, dtype=dtype))
-    for turned in (torch.clone, LAYOUTS["channels_last"], LAYOUTS["transposed"]):
+    x = LAYOUTS[layout](reals(2, 3, 5, 4, dtype=dtype))
+    others = (LAYOUTS["channels_last"], LAYOUTS["transposed"]) if dtype == FLOATS[1] else ()
+    for turned in (torch.clone, *others):
         check(x, lambda out, of=turned: of(torch.randn(out.shape).to(dtype)), (3, 3), (2, 2),
               (1, 1))
 
@@ -119,11 +120,11 @@ def test_a_choice_of_kernels(monkeypatch):
     ran, launch = [], pooling.launch
     monkeypatch.setattr(pooling, "launch", lambda kernel, *args, **kw: (
         ran.append(kernel.fn.__name__.removeprefix("max_pool2d_")), launch(kernel, *args, **kw)))
-    x = LAYOUTS["channels_last"](reals(1, 3, 9, 10))
+    x = LAYOUTS["channels_last"](reals(1, 2, 9, 9))
     for window, chosen in ((((3, 3), (2, 2), (1, 1)), "backward_blocks_kernel"),
                            (((3, 3), (1, 1), (1, 1)), "backward_blocks_kernel"),
                            (((2, 2), (4, 4)), "backward_kernel"),
-                           (((9, 9), (1, 1)), "backward_kernel")):
+                           (((8, 9), (1, 1)), "backward_kernel")):
         check(x, torch.randn_like, *window)
         check(x.contiguous(), torch.randn_like, *window)
         assert ran == ["kernel", chosen, chosen, "kernel", "backward_kernel", "backward_kernel"]
