@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -206,7 +207,7 @@ def blocks(raw: Path) -> Iterator[str]:
         if row.get("us"):
             yield from timed(row, f"block {row['key']}, us of {row['blocks']}")
         elif "device us" in row:
-            yield (f"block {row['key']:44} device {row['device us']:7.0f} us in "
+            yield (f"block {row['key']:44} graph {row.get('graph us', math.nan):7.0f} us, "
                    f"{row['launches']:3.0f} launches, host {row['host us']:5.0f}, peak "
                    f"{row['peak MiB']:.0f} MiB")
     yield from failures(found)

@@ -53,6 +53,7 @@ def test_blocks_are_timed_by_form(clock, no_gpu_needed, tmp_path, monkeypatch):
     for make in block.forms(32).values():
         row = block.training(make, 32, 4)
         assert row["peak MiB"] == 4 and row["wall us"] > 0 and row["launches"] == 2
+        assert row["graph us"] > 0
 
 
 def test_a_trunk_is_timed_by_backend(clock, no_gpu_needed, tmp_path, monkeypatch):
