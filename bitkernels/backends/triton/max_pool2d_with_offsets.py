@@ -194,6 +194,12 @@ def _tile(name: str, out, height: int, width: int):
     return grid, counts, rows // tile_w, tile_w, columns
 
 
+def _window(kernel, stride, padding, dilation) -> dict[str, int]:
+    """The constants of both directions' kernels."""
+    return dict(zip(("KH", "KW", "SH", "SW", "PT", "PL", "DH", "DW"),
+                    (*kernel, *stride, *padding, *dilation), strict=True))
+
+
 def _compares_pairs(family: str, dtype: torch.dtype) -> bool:
     """Whether a GPU compares two elements of a type by one instruction."""
     if not configs.inline_ptx(family) or dtype not in (torch.float16, torch.bfloat16):
@@ -211,8 +217,7 @@ def max_pool2d_with_offsets(input, kernel, stride, padding, dilation, ceil_mode)
         launch(max_pool2d_kernel, grid,
                (input, out, offsets, *input.shape[2:], *size, input.shape[1], *counts,
                 *input.stride(), *out.stride()), (passes.PASSES[name].warps,),
-               KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PT=padding[0], PL=padding[1],
-               DH=dilation[0], DW=dilation[1], UNROLL=unroll, PACKED=packed,
+               **_window(kernel, stride, padding, dilation), UNROLL=unroll, PACKED=packed,
                TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=columns, WIDE=wide(input, out))
     return out, offsets
 
@@ -233,7 +238,6 @@ def max_pool2d_with_offsets_backward(grad, offsets, input_size, kernel, stride, 
     launch(chosen, grid,
            (grad, offsets, out, *out.shape[2:], *grad.shape[2:], out.shape[1], *counts,
             *grad.stride(), *offsets.stride(), *out.stride()), (passes.PASSES[name].warps,),
-           KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PT=padding[0], PL=padding[1],
-           DH=dilation[0], DW=dilation[1], TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=columns,
-           WIDE=wide(grad, offsets, out))
+           **_window(kernel, stride, padding, dilation), TILE_H=tile_h, TILE_W=tile_w,
+           BLOCK_C=columns, WIDE=wide(grad, offsets, out))
     return out
