@@ -16,8 +16,7 @@ except ImportError:  # triton 3.4, and one for AMD alone
     cuda = cuda_capability_geq = None
 
 # Whether kernels may start while the one before them ends, on GPUs from sm_90 on.
-OVERLAPS = cuda_capability_geq is not None
-_OVERLAPS = tl.constexpr(OVERLAPS)
+OVERLAPS = tl.constexpr(cuda_capability_geq is not None)
 _PLANE_ASM = tl.constexpr(tuple(
     f"{{ .reg .b32 t; shr.b32 t, $1, {bit}; and.b32 $0, t, 0x01010101; }}" for bit in range(8)))
 
@@ -27,7 +26,7 @@ def begin():
     """The first line of a kernel that is launched with `launch_pdl`: from sm_90 on it may have
     been started while the kernel before it was ending. Here it waits for what that one has written,
     and lets the next one start as soon as all its own blocks have."""
-    if _OVERLAPS:
+    if OVERLAPS:
         if cuda_capability_geq(9, 0):
             cuda.gdc_wait()
             cuda.gdc_launch_dependents()

@@ -95,7 +95,7 @@ def _tritons_way(kernel: Any, grid, args, options, constants) -> Any:
 
 
 def _overlaps(kernel: Any) -> bool:
-    if type(kernel) is not JITFunction or not OVERLAPS:
+    if type(kernel) is not JITFunction or not OVERLAPS.value:
         return False
     target = driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= 90
