@@ -301,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in chosen if name not in PARTS]
     if unknown or not chosen:
         parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if "compile" in chosen and whole(chosen):  # no part of its own to whoever names parts
+        chosen.append("whole")
     if args.minutes <= 0:
         parser.error("--minutes must be more than 0")
     gpu = gpu_name()

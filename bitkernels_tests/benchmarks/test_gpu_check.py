@@ -164,6 +164,14 @@ def test_a_dry_run_lists_parts_limits_and_commands(monkeypatch, capsys):
     assert "-m pytest" in said and "--tool memcheck" in said and "train " not in said
 
 
+@pytest.mark.parametrize("parts, also", [("compile,models", True), ("compile,conv", False),
+                                         ("models", False)])
+def test_what_compiles_does_so_for_whole_networks_too(monkeypatch, capsys, parts, also):
+    monkeypatch.setattr(check, "gpu_name", lambda: None)
+    assert check.main(["--dry-run", "--parts", parts]) == 0
+    assert ("--run whole --job models quicknet" in capsys.readouterr().out) == also
+
+
 def test_every_job_is_one_that_the_script_runs(monkeypatch):
     monkeypatch.setattr(check.shutil, "which", lambda name: f"/opt/{name}")
     monkeypatch.setattr(check, "sanitizer", lambda: ("/opt/compute-sanitizer",))
