@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRAS ?= test,bench,dev,triton,cupy,train,zoo
 CXX ?= g++
+CXX_RACES ?= $(CXX)
 CXX_NEON ?= aarch64-linux-gnu-g++
 CC_NEON ?= aarch64-linux-gnu-gcc
 QEMU ?= qemu-aarch64
@@ -39,8 +40,7 @@ OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter d
 # What torch asks of operators whatever kernel computes; the reference is asked as well.
 OTHER_CHECKS := $(addprefix --deselect=bitkernels_tests/ops/test_contract.py::test_,opcheck compiled one_compile export raw)
 
-# $(call kernel_test,compiler,flags,folder,runner,kernels,what of networks): the tests of csrc/cpu, of all
-# kernels where none is named, and of csrc/network; files compiled, and both run, side by side.
+# $(call kernel_test,compiler,flags,folder): the tests of csrc/cpu and of csrc/network in build/folder.
 objects = $(patsubst %.cpp,build/$(1)/%.o,$(notdir $(2)))
 define kernel_test
 	mkdir -p build/$(3)
@@ -48,8 +48,12 @@ define kernel_test
 	  '$(1) $(2) $(KERNEL_FLAGS) -c {} -o build/$(3)/$$(basename {} .cpp).o'
 	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(KERNEL_TEST)) -o build/$(3)/kernel_test
 	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(NETWORK_TEST)) -o build/$(3)/network_test
-	printf '%s\n' $(addprefix 'kernel_test ,$(addsuffix ',$(or $(5),scalar others))) 'network_test $(6)' | xargs -P $(JOBS) -I{} sh -c '$(4) build/$(3)/{}'
 endef
+
+# $(call run_tests,runner,programs with arguments): side by side, in this order.
+run_tests = printf '%s\n' $(2) | xargs -P $(JOBS) -I{} sh -c '$(1) build/{}'
+# Of all kernels, of which scalar takes half the time.
+tests_of = '$(1)/kernel_test others' '$(1)/kernel_test scalar' '$(1)/network_test'
 
 # $(call engine,compiler,C compiler,flags,folder,archiver): the library for whole networks without
 # Python and LibTorch, and what is linked with it.
@@ -105,31 +109,35 @@ $(BUILD_STAMP): $(ENV_STAMP) setup.py pyproject.toml $(ENGINE)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
-# Single-threaded runs side by side; the first kernel, the best, is the one that `make test` runs.
+# Single-threaded runs side by side, the longest first; the first kernel, the best, is the one that
+# `make test` runs.
 test-all: build
 	mkdir -p build
-	@kernels=$$($(PY) -m bitkernels --cpu-kernels) && printf '%s\n' $$kernels reference | sed 1d | \
+	@kernels=$$($(PY) -m bitkernels --cpu-kernels) && printf '%s\n' $$kernels | sed 1s/.*/reference/ | \
 	xargs -P $(JOBS) -I{} sh -c '[ {} = reference ] || less="$(OTHER_CHECKS)"; \
 	  BITKERNELS_CPU={} OMP_NUM_THREADS=1 $(PY) -m pytest -q $(OTHER_TESTS:%=--ignore=%) $$less > build/test-{}.log 2>&1; code=$$?; \
 	  echo "== BITKERNELS_CPU={}"; [ $$code = 0 ] || cat build/test-{}.log; \
 	  tail -n 1 build/test-{}.log; exit $$code'
 
 kernel-test:
-	$(call kernel_test,$(CXX),-O3,plain,)
-	$(call kernel_test,$(CXX),$(SANITIZE),sanitized,)
-	$(call kernel_test,$(CXX),$(RACES),races,,scalar,threads)
+	$(call kernel_test,$(CXX),-O3,plain)
+	$(call kernel_test,$(CXX),$(SANITIZE),sanitized)
+	$(call kernel_test,$(CXX_RACES),$(RACES),races)
+	$(call run_tests,,'races/kernel_test scalar' 'races/network_test threads' $(call tests_of,sanitized) $(call tests_of,plain))
 
 # Whether other compilers take the engine, at what costs least time.
 kernel-test-compilers: $(addprefix kernel-test-by-,$(COMPILERS))
 
 kernel-test-by-%:
-	$(call kernel_test,$*,-O1,$*,)
+	$(call kernel_test,$*,-O1,$*)
+	$(call run_tests,,$(call tests_of,$*))
 
 mutants: build
 	$(PY) -m bitkernels_tests.mutants --jobs $(JOBS)
 
 kernel-test-neon:
-	$(call kernel_test,$(CXX_NEON),-static -O3,neon,$(QEMU))
+	$(call kernel_test,$(CXX_NEON),-static -O3,neon)
+	$(call run_tests,$(QEMU),$(call tests_of,neon))
 
 engine:
 	$(call engine,$(CXX),$(CC),$(OPTIMIZE),$(ENGINE_FOLDER),$(AR))

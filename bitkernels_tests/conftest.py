@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,30 @@ def available_devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+class Skipped:
+    """Writes the skipped tests and files, a line each, for `pytest @FILE` with what they lacked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, set()
+
+    def pytest_collectreport(self, report):
+        self.pytest_runtest_logreport(report)
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.found.add(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        self.path.write_text("".join(f"{test}\n" for test in sorted(self.found)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--skipped", type=Path, metavar="FILE", help=Skipped.__doc__)
+
+
 def pytest_configure(config):
+    if config.option.skipped and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skipped(config.option.skipped))
     # The tests' values hold exact zeros on purpose; nn/test_pack.py asks for the warning itself.
     config.addinivalue_line("filterwarnings", "ignore:.* of the weights are 0:UserWarning")
     for marker in ("cuda: needs an NVIDIA or AMD GPU, skipped without one",

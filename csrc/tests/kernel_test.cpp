@@ -352,15 +352,15 @@ void test_kernel(const Kernel& k) {
     test_activations(k, type, 70, 4101, 1, false);  // tasks that share channels
   }
   test_sums_of_many_rows(k);
-  for (int i = 0; i < 1500; ++i) test_conv(k, random_conv());
-  for (int i = 0; i < 400; ++i) test_conv(k, depthwise_conv());
-  for (int i = 0; i < 300; ++i) test_conv(k, pointwise_conv(), true);
+  for (int i = 0; i < cases(1500); ++i) test_conv(k, random_conv());
+  for (int i = 0; i < cases(400); ++i) test_conv(k, depthwise_conv());
+  for (int i = 0; i < cases(300); ++i) test_conv(k, pointwise_conv(), true);
   for (int i = 0; i < 32; ++i) test_conv(k, kLarge[i % 4]);  // the others have one task
   for (int i = 0; i < 8; ++i)                                // pixels of more than one pass
     test_conv(k, {1, 60, 70, 1, 32, 32, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 60, 70, 0, {}, {}}, true);
   for (const int64_t channels : {32, 224, 256, 65504, 65536}) test_longest(k, channels);
   for (const int64_t more : {-32, -1, 0, 2, 32}) test_longest_float(k, kMostFloatSums + more);
-  for (int i = 0; i < 200; ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
+  for (int i = 0; i < cases(200); ++i) test_pool(range(0, 2), range(1, 9), range(1, 9));
   test_pool(2, 70, 70);
   test_block_passes(k);
   test_gradients(k);

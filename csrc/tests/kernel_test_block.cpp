@@ -259,8 +259,8 @@ void test_block_passes(const Kernel& k) {
       test_sign_backward(k, type, 2, 3, 20000, estimator, false);
     }
   }
-  for (int i = 0; i < 300; ++i) test_moments(k, random_conv(), range(0, 9) == 0);
-  for (int i = 0; i < 60; ++i) test_moments(k, depthwise_conv(), range(0, 9) == 0);
+  for (int i = 0; i < cases(300); ++i) test_moments(k, random_conv(), range(0, 9) == 0);
+  for (int i = 0; i < cases(60); ++i) test_moments(k, depthwise_conv(), range(0, 9) == 0);
   for (int i = 0; i < 8; ++i) test_moments(k, kLarge[i % 4], false);
   for (const int64_t products : {23170, 23171, 32767, 32768, 70000})
     for (int i = 0; i < 2; ++i) test_moments(k, wide_conv(products, 17), i);

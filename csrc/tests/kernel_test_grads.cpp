@@ -84,7 +84,7 @@ Conv one_group(Conv c) {
 }  // namespace
 
 void test_gradients(const Kernel& k) {
-  for (int i = 0; i < 400; ++i) {
+  for (int i = 0; i < cases(400); ++i) {
     const DType type = kTypes[i % 3];
     test_weight_grad(k, type, one_group(random_conv()));
     test_input_grad(k, type, one_group(random_conv()), i & 1);

@@ -84,8 +84,8 @@ void test_int8_layers(const Kernel& k) {
     const auto test = [&](const RealConv& c, bool extreme = false) {
       test_int8_conv2d(k, *dot, c, extreme);
     };
-    for (int i = 0; i < 700; ++i) test(random_conv2d());
-    for (int i = 0; i < 60; ++i) test(random_conv2d(), true);
+    for (int i = 0; i < cases(700); ++i) test(random_conv2d());
+    for (int i = 0; i < cases(60); ++i) test(random_conv2d(), true);
     test(large_conv2d(2, 31, 1, 3, 40, 3, 2));
     test(large_conv2d(2, 28, 1, 40, 72, 1, 1));
     test(large_conv2d(3, 15, 3, 20, 33, 3, 1));

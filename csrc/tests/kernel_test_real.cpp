@@ -228,7 +228,7 @@ void test_rows(const Kernel& k, int64_t rows, int64_t channels, bool special) {
 }  // namespace
 
 void test_real_layers(const Kernel& k) {
-  for (int i = 0; i < 1500; ++i) test_conv2d(k, random_conv2d(), range(0, 4) == 0);
+  for (int i = 0; i < cases(1500); ++i) test_conv2d(k, random_conv2d(), range(0, 4) == 0);
   test_conv2d(k, large_conv2d(2, 31, 1, 3, 40, 3, 2), false);
   test_conv2d(k, large_conv2d(1, 57, 1, 3, 16, 7, 2), false);
   test_conv2d(k, large_conv2d(2, 28, 1, 40, 72, 1, 1), false);
@@ -237,7 +237,7 @@ void test_real_layers(const Kernel& k) {
   test_conv2d(k, large_conv2d(1, 56, 64, 1, 1, 3, 2), false);
   for (const int64_t batch : {1, 2, 3, 5, 17})
     test_conv2d(k, large_conv2d(batch, 1, 1, 512, 1000, 1, 1), false);
-  for (int i = 0; i < 600; ++i) test_pools(k, random_pool(false), i & 1);
+  for (int i = 0; i < cases(600); ++i) test_pools(k, random_pool(false), i & 1);
   for (int i = 0; i < 6; ++i) test_pools(k, random_pool(true), i & 1);
   for (const int64_t channels : {1, 3, 5, 16, 17, 33, 64, 70})
     for (const int64_t rows : {0, 1, 5, 40})
