@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= test,bench,dev,triton,cupy,train,zoo
+EXTRAS ?= test,bench,dev,triton,cuda,cupy,train,zoo
 CXX ?= g++
 CXX_RACES ?= $(CXX)
 CXX_NEON ?= aarch64-linux-gnu-g++

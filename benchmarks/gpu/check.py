@@ -7,7 +7,7 @@
     python benchmarks/gpu/check.py --parts conv ncu         with Nsight Compute reports
     python benchmarks/gpu/check.py --dry-run                parts, limits and commands; needs no GPU
 
-Works in a plain copy of the tree with PyTorch, Triton and CuPy, without git, network or an install.
+Works in a plain copy of the tree with PyTorch, Triton and NVRTC, without git, network or an install.
 Every part has processes of its own and a limit, at which they are killed. What a part finds is
 written line by line to OUT/raw; after each part that is packed into OUT/results.tar.gz beside
 OUT/summary.txt, which alone are left at the end, also of an interrupted run. OUT is

@@ -21,6 +21,7 @@ from bitkernels.backends.cuda import launch, plan
 FEATURES = ("popcnt", "avx2", "avx512_bw", "avx512_vl", "avx512_vpopcntdq", "avx512_bitalg",
             "avx512_vnni", "avx_vnni", "neon", "sve")
 DISTRIBUTIONS = {"triton": ("triton", "pytorch-triton-rocm", "triton-windows"),
+                 "nvrtc": ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
                  "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
 TRAINING = (("safetensors", "safetensors"), ("tqdm", "tqdm"), ("sklearn", "scikit-learn"),
             ("tensorboard", "tensorboard"))

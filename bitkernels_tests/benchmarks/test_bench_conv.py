@@ -109,17 +109,17 @@ def test_a_wrong_kernel_of_either_backend_is_no_match(tmp_path, monkeypatch):
 
 
 def test_without_csrc_cuda_a_note_says_why(tmp_path, monkeypatch, capsys):
-    pretended_gpu.install(monkeypatch, unusable="CuPy is not installed")
+    pretended_gpu.install(monkeypatch, unusable="NVRTC does not load")
     rows, record = gpu_run(tmp_path)
     providers = {name for _, name in rows}
     assert "triton packed" in providers and "cuda packed" not in providers
     assert all(not row["of_peak"] for row in rows.values())
     notes = record["environment"]["not_available"]
-    assert notes["of peak"] == "CuPy is not installed"
+    assert notes["of peak"] == "NVRTC does not load"
     assert [why for name, why in notes.items() if name.startswith("cuda")] == [
-        "the next backend: CuPy is not installed"]
+        "the next backend: NVRTC does not load"]
     printed = capsys.readouterr().out
-    assert "cuda fp16, 3x3/2:40@9 batch 1 n/a: the next backend: CuPy" in printed
+    assert "cuda fp16, 3x3/2:40@9 batch 1 n/a: the next backend: NVRTC" in printed
     assert "n/a" in printed.partition("of peak")[2]
 
 

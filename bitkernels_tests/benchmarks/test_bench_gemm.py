@@ -69,11 +69,11 @@ def test_one_backend_alone(tmp_path, monkeypatch):
 
 
 def test_where_csrc_cuda_cannot_run_a_note_says_why(tmp_path, monkeypatch, capsys):
-    pretended_gpu.install(monkeypatch, unusable="CuPy is not installed")
+    pretended_gpu.install(monkeypatch, unusable="NVRTC does not load")
     rows, record = bench(monkeypatch, tmp_path)
     assert not any(name.startswith("cuda") or row["of peak"] for name, row in rows.items())
-    assert record["notes"]["of peak"] == "CuPy is not installed"
-    assert "cuda packed, 64: the next backend: CuPy is not installed" in capsys.readouterr().out
+    assert record["notes"]["of peak"] == "NVRTC does not load"
+    assert "cuda packed, 64: the next backend: NVRTC does not load" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", (torch.int32, torch.float16), ids=str)

@@ -20,7 +20,7 @@ import sass_budget
 try:
     compiler.version()
 except Exception as error:
-    pytest.skip(f"CuPy's NVRTC does not load ({type(error).__name__}: {error})",
+    pytest.skip(f"NVRTC does not load ({type(error).__name__}: {error})",
                 allow_module_level=True)
 if sass.disassembler() is None:
     pytest.skip("no nvdisasm; it comes with Triton", allow_module_level=True)

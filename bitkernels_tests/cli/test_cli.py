@@ -25,7 +25,7 @@ BARE = """
 import importlib.metadata, sys
 from importlib.machinery import PathFinder
 HIDDEN = {"numpy", "safetensors", "tqdm", "sklearn", "tensorboard", "torchvision", "triton", "cupy",
-          "cupy_backends", "onnx", "matplotlib", "scipy", "h5py", "huggingface_hub", "timm"}
+          "cuda", "nvidia", "onnx", "matplotlib", "scipy", "h5py", "huggingface_hub", "timm"}
 find, distribution = PathFinder.find_spec, importlib.metadata.distribution
 def find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
@@ -128,17 +128,17 @@ def test_doctor_says_what_helps(capsys, monkeypatch):
     assert "the CPU engine is missing" in doctor.remedies()[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "cuda_remedy", lambda: "no CuPy")
+    monkeypatch.setattr(doctor, "cuda_remedy", lambda: "no NVRTC")
     said = " ".join(doctor.remedies())
-    assert "pip install triton" in said and "no CuPy" in said
+    assert "pip install triton" in said and "no NVRTC" in said
     monkeypatch.setenv("BITKERNELS_CPU", "reference")
     assert "unset it" in doctor.remedies()[0]
 
 
 @pytest.mark.parametrize("arch,reason,expected", (
-    ("sm_90a", "CuPy is not installed (pip install x)",
+    ("sm_90a", "NVRTC does not load (pip install x)",
      r"csrc/cuda, on sm_90a \d\.\d to \d\.\d times as fast as Triton in \d+ measured calls .*: "
-     r"CuPy is not installed \(pip install x\)"),
+     r"NVRTC does not load \(pip install x\)"),
     ("sm_80", "no NVRTC", r"csrc/cuda \(on sm_80 by BITKERNELS_CUDA=1 alone\) .*: no NVRTC"),
     ("sm_90a", None, None), (None, "sm_100 has no 1-bit tensor core", None)))
 def test_doctor_says_what_the_cuda_kernels_would_bring(monkeypatch, arch, reason, expected):

@@ -1,8 +1,7 @@
-"""NVRTC through CuPy: sources to machine code, kept on disk under the hash of all that made it.
+"""Sources to machine code by NVRTC, kept on disk under the hash of all that made it.
 
-Needs no GPU, no nvcc and no CUDA headers. A cached file ends with the hash of what it holds; one
-that was cut or changed counts as absent and is written anew. Processes which compile at the same
-time do not see half a file.
+A cached file ends with the hash of what it holds; one that was cut or changed counts as absent and
+is written anew. Processes which compile at the same time do not see half a file.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitkernels._files import replace_file
+from bitkernels.backends.cuda import nvrtc
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--diag-suppress=128")
 
@@ -50,22 +50,14 @@ def sources() -> dict[str, str]:
 
 
 @functools.cache
-def nvrtc():
-    """CuPy's binding; raises ImportError, or OSError without the library itself."""
-    from cupy_backends.cuda.libs import nvrtc as binding
-
-    binding.getVersion()
-    return binding
-
-
 def version() -> tuple[int, int]:
-    return nvrtc().getVersion()
+    """Of NVRTC; raises OSError where there is none."""
+    return nvrtc.version()
 
 
 @functools.cache
 def architectures() -> frozenset[int]:
-    """Compute capabilities that this NVRTC compiles for, as 80, 89, 90."""
-    return frozenset(nvrtc().getSupportedArchs())
+    return nvrtc.architectures()
 
 
 def cache_folder() -> Path | None:
@@ -136,15 +128,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _compile(source: str, header: str, arch: str) -> Binary:
-    binding = nvrtc()
-    headers = {**sources(), "spec.cuh": header}
-    program = binding.createProgram(source, "bitkernels.cu", [t.encode() for t in headers.values()],
-                                    [name.encode() for name in headers])
     try:
-        binding.compileProgram(program, (f"--gpu-architecture={arch}", *OPTIONS))
-        # CuPy 14 cuts the last byte, as if it ended a string; it is 0, and one more harms nothing.
-        return Binary(binding.getCUBIN(program) + b"\0", binding.getProgramLog(program))
-    except binding.NVRTCError as error:
-        raise CompileError(f"{error} for {arch}:\n{binding.getProgramLog(program)}") from None
-    finally:
-        binding.destroyProgram(program)
+        return Binary(*nvrtc.compile(source, {**sources(), "spec.cuh": header},
+                                     (f"--gpu-architecture={arch}", *OPTIONS)))
+    except nvrtc.NvrtcError as error:
+        raise CompileError(f"{arch}: {error}") from None

@@ -11,7 +11,6 @@ reference (`backends/trust.py`).
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import NamedTuple
 
@@ -62,15 +61,15 @@ def mode() -> str:
 
 
 def install() -> str:
-    """The command for CuPy and an NVRTC that this machine's driver knows, of CUDA 12 or 13."""
+    """The command for an NVRTC that this machine's driver knows, of CUDA 12 or 13."""
     from bitkernels.backends.cuda import launch
 
     try:
         major = launch.driver().version()[0]
     except Exception:  # without a driver nothing depends on it
         major = 13
-    return ("pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12" if major == 12 else
-            "pip install cupy-cuda13x 'nvidia-cuda-nvrtc>=13,<14'")
+    return ("pip install cuda-pathfinder nvidia-cuda-nvrtc-cu12" if major == 12 else
+            "pip install cuda-pathfinder 'nvidia-cuda-nvrtc>=13,<14'")
 
 
 def why_unusable(device: torch.device) -> str | None:
@@ -87,8 +86,6 @@ def why_unusable(device: torch.device) -> str | None:
             " (it is emulated there)" if gpu.capability[0] > 9 else "")
     if gpus.planned():
         return None
-    if importlib.util.find_spec("cupy_backends") is None:
-        return f"CuPy is not installed ({install()})"
     try:
         newest = compiler.version()
         known = compiler.architectures()

@@ -21,7 +21,7 @@ if sass.disassembler() is None:
 try:
     compiler.version()
 except Exception as error:
-    pytest.skip(f"CuPy's NVRTC does not load ({type(error).__name__}: {error})",
+    pytest.skip(f"NVRTC does not load ({type(error).__name__}: {error})",
                 allow_module_level=True)
 
 FULL = dict(out_type=3, packed=1, residual=3, clamp_min=1, clamp_max=1, scale=1, bias=1,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
 
 from bitkernels import reference
 from bitkernels.backends import gpu, gpus
-from bitkernels.backends.cuda import dispatch, kernels, launch, plan, selfcheck
+from bitkernels.backends.cuda import compiler, dispatch, kernels, launch, plan, selfcheck
 from bitkernels.backends.cuda.spec import conv_spec, linear_spec
 from bitkernels.cli import doctor
 from bitkernels_tests import forked
@@ -195,14 +196,18 @@ def test_reasons_of_the_machine(monkeypatch):
         assert "sm_100 has no 1-bit tensor core" in dispatch.why_unusable(CPU)
     with gpus.planning_for(gpus.named("hip")):
         assert "NVIDIA" in dispatch.why_unusable(CPU)
-    find_spec = dispatch.importlib.util.find_spec
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec",
-                        lambda name: None if name.startswith("cupy") else find_spec(name))
-    assert "CuPy is not installed" in dispatch.why_unusable(CPU)
+
+    def missing():
+        raise OSError("there is no libnvrtc.so.13 or .12")
+
+    monkeypatch.setattr(compiler, "version", missing)
+    said = (r"NVRTC does not load: OSError: there is no libnvrtc.so.13 or .12 "
+            r"\(pip install cuda-pathfinder .*nvidia-cuda-nvrtc")
+    assert re.match(said, dispatch.why_unusable(CPU))
 
 
-@pytest.mark.parametrize("major,said", ((12, "cupy-cuda12x nvidia-cuda-nvrtc-cu12"),
-                                        (13, "cupy-cuda13x"), (None, "cupy-cuda13x")))
+@pytest.mark.parametrize("major,said", ((12, "nvidia-cuda-nvrtc-cu12"),
+                                        (13, "nvrtc>=13,<14"), (None, "nvrtc>=13,<14")))
 def test_what_to_install_fits_the_driver(monkeypatch, major, said):
     def driver():
         if major is None:
@@ -214,11 +219,9 @@ def test_what_to_install_fits_the_driver(monkeypatch, major, said):
 
 
 @pytest.mark.parametrize("driver,said", (
-    ((12, 8), "the driver knows CUDA 12.8 and NVRTC is 13.0 (pip install cupy-cuda12x"),
+    ((12, 8), "the driver knows CUDA 12.8 and NVRTC is 13.0 (pip install cuda-pathfinder "),
     ((11, 8), "NVRTC is 13.0 (they need a driver of CUDA 12"), (None, None)))
 def test_reasons_of_the_driver(driver, said, monkeypatch):
-    compiler = pytest.importorskip("bitkernels.backends.cuda.compiler")
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
     monkeypatch.setattr(compiler, "architectures", lambda: frozenset((80, 90)))
     if driver is None:
