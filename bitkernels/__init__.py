@@ -22,7 +22,16 @@ with warnings.catch_warnings():  # torch says at import that NumPy is missing; n
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     import torch
 
-from bitkernels import backends, metrics, nn, ops, optim, quantizers, reference
+from bitkernels import (
+    _compile_cache,
+    backends,
+    metrics,
+    nn,
+    ops,
+    optim,
+    quantizers,
+    reference,
+)
 from bitkernels.explain import explain
 from bitkernels.packed import PackedTensor
 from bitkernels.thresholds import fold_threshold
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
     from bitkernels.counting import summary
 
 __version__ = "0.1.0"
+_compile_cache.mark()
 
 __all__ = [
     "PackedTensor",
