@@ -137,10 +137,12 @@ def sanitizer() -> tuple[str, ...]:
 
 
 def sanitizer_jobs(folder: Path) -> list[Job]:
-    """One for each tool and family of kernels: starting Python under a sanitizer is slow."""
+    """One for each tool and family of kernels: starting Python under a sanitizer is slow. Those
+    that may break the context, as no others have, are apart."""
     families: dict[str, list[str]] = {}
     for name in kernel_names() if sanitizer() else ():
-        families.setdefault(name.split("_")[0], []).append(name)
+        turns = "-turns" if name.endswith("_turns") else ""
+        families.setdefault(name.split("_")[0] + turns, []).append(name)
     jobs = []
     for family, names in families.items():
         one = child("small", ",".join(names), folder, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
