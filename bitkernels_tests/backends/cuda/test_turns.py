@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitkernels.backends.cuda import kernels, launch
+from bitkernels.backends.cuda import dispatch, kernels, launch, selfcheck
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.backends.cuda.test_emulated import INT32, PARTS, bounds_of, check, parts_of
 from bitkernels_tests.cases import CONV_CASES, ConvCase, dyadic, words_of
@@ -57,11 +57,33 @@ def test_geometry(case, kernel):
 
 
 @pytest.mark.parametrize("kernel", kernels.TURNS, ids=lambda k: k.name)
-@pytest.mark.parametrize("channels", (64, 700, 2304, 3840))
+@pytest.mark.parametrize("channels", (16, 64, 256, 448))
 def test_numbers_of_products(channels, kernel):
     """Fewer than are read together, as many as all sets of registers hold, and more."""
-    args = words_of(5 * kernel.bm, channels), words_of(kernel.bn + 70, channels), channels
-    check("packed_linear", kernel, args, dict(INT32, packed=True))
+    case = ConvCase(channels=channels, out_channels=kernel.bn + 70, size=(9, 8), batch=7)
+    check("packed_conv2d", kernel, (*case.words(), channels, *case.args), dict(INT32, packed=True))
+
+
+@pytest.mark.parametrize("kernel", kernels.TURNS, ids=lambda k: k.name)
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_the_check_at_first_use_gives_every_warpgroup_turns(op, kernel, driver, monkeypatch):
+    """More tiles a block than warpgroups; and it looks at what they give."""
+    cpu = torch.device("cpu")
+    tiles = -(-selfcheck.many_rows(kernel, cpu) // kernel.bm)
+    assert tiles > kernel.groups * launch.multiprocessors(cpu) / 2 and tiles % 2
+    assert selfcheck.failure(op, kernel, cpu) is None
+    if op == "packed_conv2d_moments" and not kernel.sums:
+        return
+    right = getattr(launch, op)
+
+    def wrong(kernel, *args, **kw):
+        found = right(kernel, *args, **kw)
+        found[op != "packed_conv2d"][-1] += 1
+        return found
+
+    monkeypatch.setattr(selfcheck, "cases", lambda op: [])
+    monkeypatch.setattr(launch, op, wrong)
+    assert "over many" in selfcheck.failure(op, kernel, cpu)
 
 
 # As a `Mutation` each.
