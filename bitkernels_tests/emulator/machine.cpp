@@ -102,13 +102,17 @@ void Machine::whole_warp(int kind) {
 void Machine::bar(int id, int count, int kind, bool waits, const std::function<void()>& action) {
   if (id < 0 || id >= static_cast<int>(named.size())) fail("there is no such barrier");
   if (count % 32 || count > threads) fail("a barrier counts whole warps of the block");
-  whole_warp(kind + 256 * (id + 16 * (2 * count + waits)));
   NamedBarrier& barrier = named[id];
   if (barrier.count >= 0 && barrier.count != count) fail("threads expect other counts there");
   if (barrier.there[current]) fail("a thread comes to a barrier twice before others come");
   barrier.count = count;
   barrier.there[current] = true;
   const bool last = arrive(barrier, count ? count : threads, kind, [&] {
+    const std::bitset<MAX_THREADS> lanes(0xFFFFFFFFu);
+    for (int first = 0; first < threads; first += 32) {
+      const size_t came = (barrier.there >> first & lanes).count();
+      if (came != 0 && came != 32) fail("half a warp comes to a barrier");
+    }
     barrier.there.reset();
     action();
   });
