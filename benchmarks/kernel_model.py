@@ -12,8 +12,10 @@ In a round each warpgroup of a multiprocessor has one tile. The groups run in ph
 Compute showed: all multiply, then all are in their epilogues. So a round takes the tensor core's
 clocks of all its tiles, and for each instruction of a tile the clocks after which a warp issues its
 next, more the more warps there are; but no less than the issue slots, the ALU (two clocks an
-instruction) or the data pipe of L1 and shared memory allow. Conflicts of banks, the time that bytes
-and instructions do not overlap, and clocks that fall under load are not in it.
+instruction) or the data pipe of L1 and shared memory allow. Groups that multiply in turn (kernels
+`*_turns`) overlap with each other: each of their rounds but the last takes the products of all
+tiles, or one tile's products and instructions, whichever is longer. Conflicts of banks, the time
+that bytes and instructions do not overlap, and clocks that fall under load are not in it.
 """
 
 from __future__ import annotations
@@ -71,12 +73,15 @@ def latency(warps: int) -> float:
     return ALONE + BESIDE * warps
 
 
-def round_parts(m: Measured, groups: int) -> dict[str, float]:
-    """Clocks of a round with so many tiles a multiprocessor, by what bounds it."""
+def round_parts(m: Measured, groups: int, more: bool = False) -> dict[str, float]:
+    """Clocks of a round with so many tiles a multiprocessor, by what bounds it; more: whether
+    another round comes."""
     tile = m.before + m.epilogue
     if m.case.kernel.resident:
         warps, products = groups, groups * tensor(m.case)
         serial = products + tile.total * latency(warps)
+        if more and m.turns:
+            serial = max(products, tensor(m.case) + tile.total * latency(warps))
     else:  # products are queued ahead, so that what comes before the last of them costs nothing
         warps, products = 2, tensor(m.case)
         serial = products + m.epilogue.total * latency(warps)
@@ -95,9 +100,12 @@ def predict(m: Measured, rows: int) -> tuple[float, str]:
     # Older kernels make the table in the first tile, while its products run.
     first = min(groups, -(-tiles // MULTIPROCESSORS)) * tensor(case)
     clocks += max(0.0, m.table.total * latency(kernel.threads // 128) - first)
-    full = round_parts(m, groups)
+    full = round_parts(m, groups, more=True)
     bound = max(full, key=lambda name: full[name])
-    clocks += rounds * full[bound]
+    if rounds and not rest:
+        clocks += (rounds - 1) * full[bound] + max(round_parts(m, groups).values())
+    else:
+        clocks += rounds * full[bound]
     if rest:
         last = round_parts(m, min(groups, -(-rest // MULTIPROCESSORS)))
         clocks += max(last.values())
@@ -125,7 +133,7 @@ def calls() -> Iterator[tuple[Case, int, str]]:
     for batch in (256, 64, 1):
         for channels, size in sass_budget.LAYERS:
             for name, output in NAMES.items():
-                for kernel in kernels.RESIDENT:
+                for kernel in (*kernels.RESIDENT, *kernels.TURNS):
                     if kernel.bn > channels or output == "moments" and not kernel.sums:
                         continue
                     case = sass_budget.conv_case(kernel, channels, size, output)

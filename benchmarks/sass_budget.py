@@ -67,7 +67,13 @@ BUDGETS: tuple[tuple[str, Budget], ...] = tuple(
          {"64@56": (190, 296), "128@28": (170, 360), "256@14": (235, 548), "512@7": (310, 916)}),
         ("resident_64x128",
          {"signs": (2.8, 0), "fp16": (5.4, 236), "block": (15.9, 892)},
-         {"128@28": (165, 512), "256@14": (260, 764), "512@7": (330, 1276)}))
+         {"128@28": (165, 512), "256@14": (260, 764), "512@7": (330, 1276)}),
+        ("resident_128x64_turns",
+         {"signs": (3.1, 0), "fp16": (5.4, 168), "block": (15.8, 504), "moments": (6.6, 104)},
+         {"64@56": (240, 496), "128@28": (275, 676), "256@14": (320, 1008), "512@7": (510, 1788)}),
+        ("resident_64x128_turns",
+         {"signs": (3, 0), "fp16": (5.4, 236), "block": (15.9, 892)},
+         {"128@28": (175, 512), "256@14": (235, 764), "512@7": (295, 1276)}))
     for layer, (before, waves) in layers.items()
     for output, (an_output, more) in outputs.items()
 ) + tuple(
@@ -167,6 +173,7 @@ class Measured:
     table: Cost  # what the first tile does besides
     before: Cost
     epilogue: Cost
+    turns: bool  # whether warpgroups wait for each other before they multiply
 
     @property
     def prologue(self) -> Cost:
@@ -296,7 +303,8 @@ def measure(case: Case) -> Measured:
     epilogue = whole.minus(before)
     if not tiles:
         before = before.minus(prologue)
-    return Measured(case, built.registers, built.spilled, roles, table, before, epilogue)
+    turns = any(op.startswith("BAR.ARV") for b in body for op in flow.blocks[b].ops)
+    return Measured(case, built.registers, built.spilled, roles, table, before, epilogue, turns)
 
 
 def conv_case(kernel: kernels.Kernel, channels: int, size: int, output: str,
@@ -317,7 +325,7 @@ def product_case(kernel: kernels.Kernel, size: int, output: str, arch: str = "sm
 
 
 def cases() -> Iterator[Case]:
-    for kernel in kernels.RESIDENT:
+    for kernel in (*kernels.RESIDENT, *kernels.TURNS):
         for channels, size in LAYERS:
             if kernel.bn > channels:
                 continue

@@ -7,7 +7,7 @@
     python benchmarks/gpu/check.py --parts conv ncu         with Nsight Compute reports
     python benchmarks/gpu/check.py --dry-run                parts, limits and commands; needs no GPU
 
-Works in a plain copy of the tree with PyTorch, Triton and NVRTC, without git, network or an install.
+Works in a plain copy of the tree with PyTorch and Triton, without git, network or an install.
 Every part has processes of its own and a limit, at which they are killed. What a part finds is
 written line by line to OUT/raw; after each part that is packed into OUT/results.tar.gz beside
 OUT/summary.txt, which alone are left at the end, also of an interrupted run. OUT is
@@ -137,10 +137,12 @@ def sanitizer() -> tuple[str, ...]:
 
 
 def sanitizer_jobs(folder: Path) -> list[Job]:
-    """One for each tool and family of kernels: starting Python under a sanitizer is slow."""
+    """One for each tool and family of kernels: starting Python under a sanitizer is slow. Those
+    that may break the context, as no others have, are apart."""
     families: dict[str, list[str]] = {}
     for name in kernel_names() if sanitizer() else ():
-        families.setdefault(name.split("_")[0], []).append(name)
+        turns = "-turns" if name.endswith("_turns") else ""
+        families.setdefault(name.split("_")[0] + turns, []).append(name)
     jobs = []
     for family, names in families.items():
         one = child("small", ",".join(names), folder, PYTORCH_NO_CUDA_MEMORY_CACHING="1",

@@ -140,9 +140,10 @@ def cell(row: Mapping) -> str:
 
 
 def short(kernel: str) -> str:
-    """resident4_64x64_bulk as r4_64x64+."""
-    return re.sub(r"^([a-z])[a-z]*(\d*)_(.*?)(_bulk)?$", lambda found: "".join((
-        found[1], found[2], "_", found[3], "+" if found[4] else "")), kernel)
+    """resident4_64x64_bulk as r4_64x64+, resident_64x128_turns as r_64x128t."""
+    return re.sub(r"^([a-z])[a-z]*(\d*)_(.*?)(_bulk|_turns)?$", lambda found: "".join((
+        found[1], found[2], "_", found[3], {"_bulk": "+", "_turns": "t"}.get(found[4], ""))),
+        kernel)
 
 
 def convolutions(raw: Path) -> Iterator[str]:

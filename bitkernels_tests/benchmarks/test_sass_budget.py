@@ -73,13 +73,13 @@ def test_no_way_is_an_error():
         flow.way(flow.loops[0].head, (0,), range(len(flow.blocks)), lambda loop, cost: 1.0)
 
 
-R64, R128, TALL = (kernels.ALL[name] for name in (
-    "resident_64x64", "resident_64x128", "resident_128x64"))
+R64, R128, TALL, TURNS = (kernels.ALL[name] for name in (
+    "resident_64x64", "resident_64x128", "resident_128x64", "resident_64x128_turns"))
 
 
 @pytest.mark.parametrize("kernel,channels,size,output,before,an_output", (
     (R128, 256, 14, "signs", 235, 2.8), (R64, 64, 56, "block", 180, 16.5),
-    (TALL, 64, 56, "block", 225, 15.6)))
+    (TALL, 64, 56, "block", 225, 15.6), (TURNS, 256, 14, "signs", 235, 3)))
 def test_convolutions_keep_their_budgets(kernel, channels, size, output, before, an_output):
     case = sass_budget.conv_case(kernel, channels, size, output)
     found = sass_budget.measure(case)
@@ -93,6 +93,7 @@ def test_convolutions_keep_their_budgets(kernel, channels, size, output, before,
     # What is over a budget says so.
     tight = replace(found, spilled=4)
     assert tight.over == ["spilled"] and "FAIL spilled" in sass_budget.line(tight, True)
+    assert found.turns == (kernel is TURNS)
     # Half a batch takes less; both take at least their bytes and their products.
     rows = case.rows
     time, half = (kernel_model.predict(found, n)[0] for n in (rows, rows // 2))

@@ -81,16 +81,42 @@ void Machine::pause() {
   if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
 }
 
-void Machine::meet(Meeting& meeting, int count, int kind, const std::function<void()>& action) {
+bool Machine::arrive(Meeting& meeting, int count, int kind, const std::function<void()>& action) {
   if (meeting.arrived > 0 && meeting.kind != kind) fail("threads met at different instructions");
   meeting.kind = kind;
-  if (++meeting.arrived == count) {
-    meeting.arrived = 0;
+  if (++meeting.arrived < count) return false;
+  meeting.arrived = 0;
+  action();
+  wake(meeting.waiting);
+  return true;
+}
+
+void Machine::meet(Meeting& meeting, int count, int kind, const std::function<void()>& action) {
+  if (!arrive(meeting, count, kind, action)) wait(meeting.waiting);
+}
+
+void Machine::whole_warp(int kind) {
+  meet(warps[current / 32], 32, kind, [] {});
+}
+
+void Machine::bar(int id, int count, int kind, bool waits, const std::function<void()>& action) {
+  if (id < 0 || id >= static_cast<int>(named.size())) fail("there is no such barrier");
+  if (count % 32 || count > threads) fail("a barrier counts whole warps of the block");
+  NamedBarrier& barrier = named[id];
+  if (barrier.count >= 0 && barrier.count != count) fail("threads expect other counts there");
+  if (barrier.there[current]) fail("a thread comes to a barrier twice before others come");
+  barrier.count = count;
+  barrier.there[current] = true;
+  const bool last = arrive(barrier, count ? count : threads, kind, [&] {
+    const std::bitset<MAX_THREADS> lanes(0xFFFFFFFFu);
+    for (int first = 0; first < threads; first += 32) {
+      const size_t came = (barrier.there >> first & lanes).count();
+      if (came != 0 && came != 32) fail("half a warp comes to a barrier");
+    }
+    barrier.there.reset();
     action();
-    wake(meeting.waiting);
-  } else {
-    wait(meeting.waiting);
-  }
+  });
+  if (waits && !last) wait(barrier.waiting);
 }
 
 unsigned char* Machine::at(uint32_t address, int bytes) {
@@ -248,6 +274,9 @@ std::string Machine::run(int grid, int block_threads, int shared_size, int seed,
     }
     for (const Warpgroup& group : warpgroups) {
       if (error.empty() && !group.products.empty()) error = "a wgmma that nothing waited for";
+    }
+    for (const NamedBarrier& barrier : named) {
+      if (error.empty() && barrier.arrived) error = "arrivals at a barrier where nobody waits";
     }
     if (error.empty() && !in_flight.empty()) error = "a bulk copy that nothing waited for";
     for (const auto& [at, barrier] : barriers) {

@@ -7,6 +7,7 @@
 // count as a deadlock, which is reported. The model is sequentially consistent.
 #pragma once
 #include <array>
+#include <bitset>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -29,6 +30,11 @@ struct Meeting {
   int arrived = 0;
   int kind = 0;
   Queue waiting;
+};
+
+struct NamedBarrier : Meeting {
+  int count = -1;                  // that all who come there expect, for the whole kernel
+  std::bitset<MAX_THREADS> there;  // of them nobody comes twice
 };
 
 struct Range {
@@ -84,7 +90,8 @@ struct Machine {
   std::vector<bool> depended;                    // the thread has waited for the kernel before
   std::vector<std::function<void()>> in_flight;  // bulk copies
   std::map<uint32_t, Barrier> barriers;
-  std::vector<Meeting> warps, named;
+  std::vector<Meeting> warps;
+  std::vector<NamedBarrier> named;
   bool any, found_any;  // what threads said at a barrier, so far and at the last one
   std::vector<Warpgroup> warpgroups;
   std::vector<std::array<uint32_t, 32>> lane_in, lane_out;
@@ -102,7 +109,12 @@ struct Machine {
   void wait(Queue& queue);
   void wake(Queue& queue);
   void pause();  // lets others run
+  // Whether the current thread is the last one.
+  bool arrive(Meeting& meeting, int count, int kind, const std::function<void()>& action);
   void meet(Meeting& meeting, int count, int kind, const std::function<void()>& action);
+  void whole_warp(int kind);  // all lanes come here, and to the same
+  // At a barrier of the block, by whole warps: `count` threads, or all if it is 0.
+  void bar(int id, int count, int kind, bool waits, const std::function<void()>& action);
   bool chance(int one_in) { return random() % one_in == 0; }
 
   unsigned char* at(uint32_t address, int bytes);

@@ -21,7 +21,8 @@ enum Instruction {
   VOTE,
   FRAGMENT,
   SYNC_WARP,
-  ELECT
+  ELECT,
+  PREDICATE
 };
 
 inline unsigned char* shared_memory() { return machine.shared; }
@@ -37,13 +38,22 @@ inline int block_index() { return machine.block; }
 inline int block_count() { return machine.blocks; }
 
 inline void sync_some(int id, int count) {
-  machine.meet(machine.named[id], count, BAR, [] {});
+  machine.bar(id, count, BAR, true, [] {});
 }
-inline void sync_threads() { sync_some(0, machine.threads); }
+inline void sync_if(bool real, int id, int count) {
+  machine.whole_warp(PREDICATE + 256 * real);
+  if (real) machine.bar(id, count, BAR, true, [] {});
+}
+inline void arrive_if(bool real, int id, int count) {
+  machine.whole_warp(PREDICATE + 256 * (2 + real));
+  if (real) machine.bar(id, count, BAR, false, [] {});
+}
+inline void sync_threads() {
+  machine.bar(0, 0, BAR, true, [] {});
+}
 inline bool sync_threads_any(bool x) {
   machine.any |= x;
-  machine.meet(machine.named[0], machine.threads, BAR_ANY,
-               [] { machine.found_any = machine.any, machine.any = false; });
+  machine.bar(0, 0, BAR_ANY, true, [] { machine.found_any = machine.any, machine.any = false; });
   return machine.found_any;
 }
 

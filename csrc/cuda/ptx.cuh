@@ -30,6 +30,22 @@ DEVICE void sync_some(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// The same, and to arrive there and wait for nobody, where `real`, which all lanes of a warp agree
+// on. Around a branch compilers keep in registers what they would compute again.
+DEVICE void sync_if(bool real, int id, int count) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %0, 0; @p bar.sync %1, %2; }" ::"r"(static_cast<int>(real)),
+      "r"(id), "r"(count)
+      : "memory");
+}
+
+DEVICE void arrive_if(bool real, int id, int count) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %0, 0; @p bar.arrive %1, %2; }" ::"r"(static_cast<int>(real)),
+      "r"(id), "r"(count)
+      : "memory");
+}
+
 // x, of which the compiler no longer knows where it came from: what depends on it is computed again
 // in each turn of a loop, not kept in registers across.
 DEVICE int forget(int x) {

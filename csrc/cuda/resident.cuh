@@ -14,20 +14,30 @@
 // mbarrier, whose phase ends when they are there. Before the first tile the last warpgroup starts
 // all copies, and the first one or two make the table of what they have brought.
 //
+// With TURNS warpgroups queue their products one after the other, so that one multiplies while the
+// others write: left alone they share the tensor core, end together and leave it idle together. Two
+// named barriers a tile put the tiles of a block in a row, as CUTLASS's OrderedSequenceBarrier does
+// with mbarriers and FlashAttention-3 with named ones. A named barrier counts threads, so whoever
+// waits must be given its turn exactly once: the first tile of a block does not wait, the last one
+// gives no turn, and a block of fewer tiles than warpgroups gives as many as it has.
+//
 // Below the filters lie rows of ones (masks.cuh), so N is BN + 16, an eighth more work for BN =
 // 128, instead of counting in the 16 lanes a clock that popcounts have.
 #pragma once
 #include "outputs.cuh"
 #include "pixels.cuh"
 
-template <int GROUPS, int BN, int STRIPS>
+template <int GROUPS, int BN, int STRIPS, bool TURNS = false>
 struct Resident {
   static constexpr int BM = 64 * STRIPS;
   static constexpr int THREADS = 128 * GROUPS;
   static constexpr int N = BN + MASKS;
-  // Products whose fragments are read together, and how often that is for a strip.
-  static constexpr int AHEAD = GROUPS == 4 || STRIPS == 2 ? 3 : 4;
-  HOST_DEVICE static int turns() { return (products() + AHEAD - 1) / AHEAD; }
+  // Sets of registers for fragments, products whose fragments are read together into one, and how
+  // many of these batches a strip has. A read is answered when all products that its warp has
+  // queued have begun: with three sets nothing that is multiplied next waits for one.
+  static constexpr int SETS = TURNS && STRIPS == 1 ? 3 : 2;
+  static constexpr int AHEAD = GROUPS == 4 || STRIPS == 2 || TURNS ? 3 : 4;
+  HOST_DEVICE static int batches() { return (products() + AHEAD - 1) / AHEAD; }
   using F = Filters<BN, THREADS>;
 
   // Of shared memory; IMAGE is what the lines of a tile take at most.
@@ -53,6 +63,11 @@ struct Resident {
   DEVICE static u32 fetched(int group, int buffer) {
     return filled() + 8 + (group * 2 + buffer) * 8;
   }
+
+  // Named barriers: that of a warpgroup's own threads, and the one where it waits for its turn.
+  static_assert(2 * GROUPS < 16, "a block has 16 barriers, of which 0 is that of all threads");
+  DEVICE static int own_barrier(int group) { return 1 + group; }
+  DEVICE static int turn_barrier(int group) { return 1 + GROUPS + group; }
 
   DEVICE static int group() { return thread_index() / 128; }
   DEVICE static int thread() { return thread_index() % 128; }
@@ -149,7 +164,7 @@ struct Resident {
         if (F::by_map()) prefetch_map(*map);
       }
     }
-    sync_some(GROUPS, 128);
+    sync_some(own_barrier(GROUPS - 1), 128);
   }
 
   // Starts the first bulk copies of all warpgroups, by the warps of the last one.
@@ -181,23 +196,61 @@ struct Resident {
 
   // Queues the products of a tile, those of a strip after the other's; the fragments are theirs
   // until they are waited for.
-  DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], u32 (&a)[2][AHEAD][4],
+  DEVICE static void multiply(int (&acc)[STRIPS][N / 8][4], u32 (&a)[SETS][AHEAD][4],
                               const Reader (&readers)[STRIPS]) {
 #pragma unroll
-    for (int turn = 0; turn < STRIPS * turns(); ++turn) {
-      const int s = turn / turns(), first = turn % turns() * AHEAD;
-      if (turn >= 2) wgmma_wait<1>();  // those that these registers belong to
+    for (int batch = 0; batch < STRIPS * batches(); ++batch) {
+      const int s = batch / batches(), first = batch % batches() * AHEAD;
+      if (batch >= 2) wgmma_wait<1>();  // those that these registers belong to
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        if (first + i < products()) readers[s].read(a[turn % 2][i], first + i);
+        if (first + i < products()) readers[s].read(a[batch % 2][i], first + i);
       }
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (first + i >= products()) continue;
-        wgmma_and<N>(acc[s], a[turn % 2][i], filters().descriptor(first + i), first + i > 0);
+        wgmma_and<N>(acc[s], a[batch % 2][i], filters().descriptor(first + i), first + i > 0);
       }
       wgmma_commit();
+    }
+  }
+
+  // The same in turn: `after` a tile of the warpgroup before, and `before` one of the next. As many
+  // fragments as there are registers for have been read when the turn comes.
+  DEVICE static void multiply_in_turn(int (&acc)[STRIPS][N / 8][4], u32 (&a)[SETS][AHEAD][4],
+                                      const Reader (&readers)[STRIPS], bool after, bool before) {
+    const int all = STRIPS * batches();
+#pragma unroll
+    for (int batch = 0; batch < SETS; ++batch) {
+      if (batch < all) read(a[batch], readers, batch);
+    }
+    sync_if(after, turn_barrier(group()), 256);
+#pragma unroll
+    for (int batch = 0; batch < all; ++batch) {
+      const int s = batch / batches(), first = batch % batches() * AHEAD;
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        if (first + i >= products()) continue;
+        wgmma_and<N>(acc[s], a[batch % SETS][i], filters().descriptor(first + i), first + i > 0);
+      }
+      wgmma_commit();
+      const int next = batch + SETS - 1;
+      if (batch > 0 && next < all) {
+        wgmma_wait<1>();  // for those of the batch before, to which the registers belong
+        read(a[next % SETS], readers, next);
+      }
+    }
+    arrive_if(before, turn_barrier(group() < GROUPS - 1 ? group() + 1 : 0), 256);
+  }
+
+  // The fragments of a batch.
+  DEVICE static void read(u32 (&a)[AHEAD][4], const Reader (&readers)[STRIPS], int batch) {
+    const int first = batch % batches() * AHEAD;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      if (first + i < products()) readers[batch / batches()].read(a[i], first + i);
     }
   }
 
@@ -213,7 +266,7 @@ struct Resident {
       // The tile's pixels are there, and nobody still reads those of the tile before.
       if (!BOXES) copy_async_wait<0>();
       if (BOXES) barrier_wait(fetched(group(), buffer), parity);
-      sync_some(1 + group(), 128);
+      sync_some(own_barrier(group()), 128);
       const Origin next = fetch(p, words, group(), start + stride, buffer ^ 1);
 
       // Of the warp's 16 windows a strip this lane finds one; those past the last are the last.
@@ -234,8 +287,13 @@ struct Resident {
       }
       const int column = forget(n0);
       int acc[STRIPS][N / 8][4];
-      u32 a[2][AHEAD][4];
-      multiply(acc, a, readers);
+      u32 a[SETS][AHEAD][4];
+      if constexpr (TURNS) {
+        multiply_in_turn(acc, a, readers, group() > 0 || start != first,
+                         start + stride / GROUPS < static_cast<u32>(p.rows));
+      } else {
+        multiply(acc, a, readers);
+      }
       // What the epilogue reads comes while the products run.
       Comparisons<BN> comparisons[STRIPS];
       for (int s = 0; s < STRIPS; ++s) {
@@ -244,8 +302,8 @@ struct Resident {
       Residuals<BN, STRIPS> residuals;
       residuals.fetch(p, rows, column, lane() % 4);
       if (only_signs()) {
-        if (STRIPS > 1) {  // while the products of the last strip run, in one turn or more
-          if (turns() == 1) {
+        if (STRIPS > 1) {  // while the products of the last strip run, in one batch or more
+          if (batches() == 1) {
             wgmma_wait<1>();
           } else {
             wgmma_wait<2>();

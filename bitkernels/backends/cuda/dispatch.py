@@ -1,8 +1,9 @@
 """Picks csrc/cuda or the next backend for a call, and says why.
 
 Environment, read at call time:
-  BITKERNELS_CUDA         1: any kernel that takes the call; 0: none. Unset: only what plan.py
-                          has measurements of, near the call and faster than the next backend
+  BITKERNELS_CUDA         1: any kernel that takes the call, but for those that must have been
+                          measured near it; 0: none. Unset: only what plan.py has measurements
+                          of, near the call and faster than the next backend
   BITKERNELS_CUDA_KERNEL  the name of one kernel to run wherever it fits (for measuring)
 
 The first use of a kernel on a device runs small cases and compares them bit for bit with the
@@ -210,6 +211,7 @@ def decide(op: str, args, kw, device) -> Plan:
                 f"{forced}, which BITKERNELS_CUDA_KERNEL names, "
                 + _why_not(kernels.ALL[forced], problem, arch))
         return Plan(found, said, unasked)
+    found = plan.allowed(found, measured)
     if not found:
         refused: dict[str, list[str]] = {}
         for kernel in kernels.ALL.values():

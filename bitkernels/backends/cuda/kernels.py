@@ -38,6 +38,9 @@ class Kernel:
     bulk: bool = False  # whether it takes tensor maps of both operands, for bulk copies
     persistent: bool = False  # whether a block computes many tiles
     groups: int = 0  # of a resident kernel: warpgroups of a block, each with tiles of its own
+    # Whether it runs only near calls that a GPU has measured it on, or where its name is given: a
+    # fault of its barriers would break the process's CUDA context, which no check could catch.
+    measured_only: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -147,13 +150,15 @@ def _bulk(strips: int, bn: int, stages: int) -> Kernel:
                   bn, 384, shared, 1, bulk=True, persistent=True)
 
 
-def _resident(bn: int, groups: int, strips: int, bulk: bool) -> Kernel:
+def _resident(bn: int, groups: int, strips: int, bulk: bool = False, turns: bool = False
+              ) -> Kernel:
     """strips: of 64 rows, that a warpgroup's tile has. bulk: lines of pixels and filters come by
-    bulk copies."""
+    bulk copies. turns: warpgroups queue their products one after the other."""
     bm = 64 * strips
     name = ("resident" if groups == 3 else f"resident{groups}") + f"_{bm}x{bn}" + "_bulk" * bulk
-    return Kernel(name, "resident.cuh", f"Resident<{groups}, {bn}, {strips}>", bm, bn,
-                  128 * groups, 0, 1, bulk=bulk, persistent=True, groups=groups)
+    return Kernel(name + "_turns" * turns, "resident.cuh",
+                  f"Resident<{groups}, {bn}, {strips}{', true' * turns}>", bm, bn, 128 * groups, 0,
+                  1, bulk=bulk, persistent=True, groups=groups, measured_only=turns)
 
 
 MMA = (
@@ -165,10 +170,12 @@ MMA = (
 BULK = (_bulk(1, 256, 4), _bulk(2, 128, 4), _bulk(1, 128, 6))
 RESIDENT = tuple(_resident(bn, groups, strips, bulk) for bulk in (False, True)
                  for bn, groups, strips in ((128, 3, 1), (64, 3, 1), (64, 4, 1), (64, 3, 2)))
+# Those tiles whose turns are expected to be fastest anywhere (docs/notebook/performance.md).
+TURNS = (_resident(128, 3, 1, turns=True), _resident(64, 3, 2, turns=True))
 PREPARE = Kernel("prepare", "prepare.cuh", "Prepare<8>", 8, 0, 256, 0, 6)
 PEAK_MMA = Kernel("peak_mma", "peak.cuh", "Peak<false>", 0, 0, 256, 0, 1)
 PEAK_WGMMA = Kernel("peak_wgmma", "peak.cuh", "Peak<true>", 0, 0, 256, 49152, 1)
-ALL = {kernel.name: kernel for kernel in (*RESIDENT, *BULK, *MMA, PREPARE)}
+ALL = {kernel.name: kernel for kernel in (*RESIDENT, *TURNS, *BULK, *MMA, PREPARE)}
 
 FAMILIES = {"sm_80": ("mma",), "sm_86": ("mma",), "sm_87": ("mma",), "sm_89": ("mma",),
             "sm_90a": ("resident", "bulk", "mma")}

@@ -7,6 +7,8 @@ day, and one entry a call, with the microseconds of Triton and of each kernel th
      "cout": 256, "products": 2304, "real": false, "us": {"triton": ..., "resident_64x128": ...}}]}}
 
 A kernel runs unasked only near calls that it was measured on and where it was faster than Triton.
+Kernels that no check can make safe (`Kernel.measured_only`) run by BITKERNELS_CUDA=1, too, only
+near calls that they were measured on.
 """
 
 from __future__ import annotations
@@ -105,12 +107,20 @@ def nearest(arch: str, problem: Problem) -> Measured | None:
     return best
 
 
+def allowed(found: tuple[Kernel, ...], measured: Measured | None) -> tuple[Kernel, ...]:
+    """Of kernels that nobody has named: without those that a GPU must have measured near the call,
+    and has not."""
+    us = {} if measured is None else measured.us
+    return tuple(kernel for kernel in found if kernel.name in us or not kernel.measured_only)
+
+
 # Products a clock and multiprocessor that a kernel is expected to reach at best, in tenths of
 # wgmma's 32768. Derived from how often a tile reads its operands from L2 and shared memory
 # (docs/notebook/performance.md). On an H200 (2026-11-26) most fell short: epilogues are the limit.
 RATES = {"resident_64x128": 8.9, "resident_64x64": 8, "resident4_64x64": 8,
          "resident_128x64": 8.5, "resident_64x128_bulk": 8.9, "resident_64x64_bulk": 8,
          "resident4_64x64_bulk": 8, "resident_128x64_bulk": 8.5,
+         "resident_64x128_turns": 8.9, "resident_128x64_turns": 8.5,
          "bulk_128x256": 10, "bulk_256x128": 9.5, "bulk_128x128": 8,
          "mma_128x128": 5, "mma_128x64": 4, "mma_64x64": 3, "mma_64x32": 2}
 PREPARED = 4000  # clocks that a launch of `prepare` costs, about

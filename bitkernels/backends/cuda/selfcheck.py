@@ -1,7 +1,7 @@
 """Small cases of the operators of csrc/cuda, run by one kernel, compared with the reference.
 
-The cases are those of the Triton kernels' check, as far as these kernels take them, and two that
-fill several tiles.
+The cases are those of the Triton kernels' check, as far as these kernels take them, two that fill
+several tiles, and for kernels whose tiles wait for each other one that fills the GPU.
 """
 
 from __future__ import annotations
@@ -34,14 +34,21 @@ def cases(op: str) -> list[tuple[tuple, dict]]:
     return found
 
 
+def many_rows(kernel: kernels.Kernel, device: torch.device) -> int:
+    """That give each block, of which half have other columns, more tiles than it has places for,
+    and some one more."""
+    each = 2 * kernel.groups or 3
+    return (each * launch.multiprocessors(device) // 2 + 1) * kernel.bm - 5
+
+
 def many_tiles(kernel: kernels.Kernel, device: torch.device) -> tuple[tuple, dict, Tensor]:
-    """A packed_linear that gives each block more tiles than it has places for, and its signs.
+    """A packed_linear of `many_rows`, and its signs.
 
     64 rows, of which the others are copies, so that the reference has little to do.
     """
     v = selfcheck.Values()
     columns, channels = 2 * kernel.bn - 30, 1408
-    rows = (3 * launch.multiprocessors(device) // 2 + 1) * kernel.bm - 5
+    rows = many_rows(kernel, device)
     few, filters = v.words(64, channels), v.words(columns, channels)
     low = torch.arange(columns, dtype=torch.int32) % 61 - 30
     high = low + torch.where(low % 3 == 0, 20, 2**31 - 100).to(torch.int32)
@@ -51,6 +58,23 @@ def many_tiles(kernel: kernels.Kernel, device: torch.device) -> tuple[tuple, dic
     assert signs is not None
     which = torch.arange(rows) * 37 % 64
     return (few[which], filters, channels), kw, signs[which]
+
+
+def many_images(op: str, kernel: kernels.Kernel, device: torch.device
+                ) -> tuple[tuple, dict, list[Tensor]]:
+    """A convolution of `many_rows`, and what it returns: dot products, and their moments. Copies of
+    three images."""
+    v = selfcheck.Values()
+    few, filters = v.words(3, 7, 6, 256), v.words(2 * kernel.bn - 30, 3, 3, 256)
+    rest = filters, 256, (1, 1), (1, 1), (1, 1), 1
+    which = torch.arange(-(-many_rows(kernel, device) // 42)) % 3
+    dot = OPERATORS["packed_conv2d"].reference(few, *rest, dtype=torch.int32)[0][which]
+    args, d = (few[which], *rest), dot.long()
+    if op == "packed_conv2d":
+        return args, dict(dtype=torch.int32), [dot]
+    kw = dict(pad_value=0, out_channels=None, relu=False, dtype=torch.int16)
+    return args, kw, [dot.to(torch.int16), torch.stack([
+        t.sum((0, 2, 3)) for t in (d, d * d, torch.ones_like(d))])]
 
 
 def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None:
@@ -69,10 +93,17 @@ def failure(op: str, kernel: kernels.Kernel, device: torch.device) -> str | None
             if want is not None and not torch.equal(want, have.cpu()):
                 return (f"differs from the reference in case {number}, output {i}: "
                         f"{selfcheck.difference(want, have.cpu())}")
-    if op == "packed_linear" and kernel.windows:
+    if op == "packed_linear" and (kernel.windows or kernel.measured_only):
         args, kw, want = many_tiles(kernel, device)
         _, have = launch.packed_linear(kernel, *map(move, args),
                                        **{k: move(v) for k, v in kw.items()})
         if not torch.equal(want, have.cpu()):
             return "differs from the reference over many tiles"
+    if op != "packed_linear" and kernel.measured_only:
+        args, kw, wanted = many_images(op, kernel, device)
+        if kernel in launch.taking((kernel.family,), op, args, kw):
+            got = getattr(launch, op)(kernel, *map(move, args), **kw)
+            for want, have in zip(wanted, got, strict=False):
+                if not torch.equal(want, have.cpu()):
+                    return "differs from the reference over many images"
     return None

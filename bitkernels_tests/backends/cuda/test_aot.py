@@ -122,9 +122,12 @@ RESIDENT = {"linear": replace(linear_spec(64, 200, 2048, 16), packed=1),
 
 
 @pytest.mark.parametrize("kernel,what", [
-    # Every second shape of a kernel, every second kernel of a shape; the others in .ci/run.
-    pytest.param(kernel, what, marks=[pytest.mark.every] if (i + j) % 2 else [])
-    for i, kernel in enumerate(kernels.RESIDENT) for j, what in enumerate(RESIDENT)], ids=name_of)
+    # Every second shape of a kernel, every second kernel of a shape, of those that multiply in turn
+    # one; the others in .ci/run.
+    pytest.param(kernel, what, marks=[pytest.mark.every] if (
+        what != "256" if kernel in kernels.TURNS else (i + j) % 2) else [])
+    for i, kernel in enumerate((*kernels.RESIDENT, *kernels.TURNS))
+    for j, what in enumerate(RESIDENT)], ids=name_of)
 def test_resident(kernel, what):
     spec = RESIDENT[what]
     if kernel.bulk and what == "linear":
@@ -134,7 +137,8 @@ def test_resident(kernel, what):
     # Fragments in registers: the first operand after the accumulators is not a descriptor.
     product = re.compile(rf"BGMMA.64x{kernel.bn + 16}x256.AND.POPC R\d+, R\d+, gdesc")
     products = kernel.bm // 64 * -(-spec.k_bytes // 32)
-    assert sum(bool(product.search(line)) for line in code) == products
+    places = [i for i, line in enumerate(code) if product.search(line)]
+    assert len(places) == products
     assert spilled == 0 and registers * kernel.threads <= 65536
     assert kernel.shared_bytes(spec) <= kernels.MOST_SHARED
     if kernel.bulk:  # of the boxes of the first tile and of the next, and of the filters
@@ -150,6 +154,15 @@ def test_resident(kernel, what):
     # A kernel that starts early looks at nothing before it has waited for the one before.
     waits = next(i for i, line in enumerate(code) if "ACQBULK" in line)
     assert not any(re.search(r"\b(LDG|STG|RED|ATOM|UTMALDG)", line) for line in code[:waits])
+    # Of other threads than its own a warpgroup waits where it has turns, once before a tile's
+    # products, and lets the next one go on, once behind them. A barrier's count is always the same.
+    waited, given = ([i for i, line in enumerate(code) if re.search(what, line)] for what in (
+        r"BAR\.SYNC\S* R\d+, 0x100 ", r"BAR\.ARV R\d+, 0x100 "))
+    assert len(waited) == len(given) == (kernel in kernels.TURNS)
+    assert all(w < places[0] and places[-1] < g for w, g in zip(waited, given, strict=True))
+    assert sum(bool(re.search(r"BAR\.(SYNC|ARV)\S* R", line)) for line in code) == (
+        1 + 2 * len(waited))
+    assert not any(re.search(r"BAR\S* 0x0, 0x", line) for line in code)
     # The table is products of the filters with masks; nothing is counted or multiplied by mma.sync.
     assert sum("BGMMA.64x16x256" in line for line in code) == -(-spec.k_bytes // 32)
     assert not any(sass.opcode(line).startswith(("POPC", "BMMA")) for line in code)

@@ -134,6 +134,64 @@ def test_other_outputs_are_other_calls(usable, monkeypatch):
     assert not found
 
 
+TURNS = {"triton": 9, "resident_64x128": 7, "resident_64x128_turns": 6}
+SHAPE = dict(rows=63, cout=128, products=576)  # of `resident`
+
+
+@pytest.fixture
+def resident(usable):
+    """What explain says of a convolution with so many images, and the kernels that the plan has."""
+    def found(images=1):
+        case = ConvCase(channels=64, out_channels=128, size=(9, 7), batch=images)
+        args = *case.words(), 64, *case.args
+        dispatch.clear()
+        plan_ = dispatch._plan("packed_conv2d", args, {}, CPU)
+        return dispatch.explain("packed_conv2d", *args), [k.name for k in plan_.candidates]
+
+    return found
+
+
+def test_a_kernel_that_must_have_been_measured_is_not_run_by_opting_in(resident, monkeypatch):
+    """Whether nothing was measured near the call, or only others."""
+    assert not any(kernel.measured_only for kernel in kernels.ALL.values()
+                   if not kernel.name.endswith("_turns"))
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    for us in (None, {"triton": 9, "resident_64x128": 7}, {"triton": 5, "resident_64x128": 7}):
+        if us is not None:
+            measured(monkeypatch, "packed_conv2d", us, **SHAPE)
+        for images in (1, 64):
+            said, names = resident(images)
+            assert len(names) == 8 and not any(name.endswith("_turns") for name in names)
+            assert not said.kernel.endswith("_turns") and "turns" not in said.reason
+
+
+def test_a_measured_kernel_of_this_kind_runs_near_what_was_measured(resident, monkeypatch):
+    """As of a later `measured.json`: unasked where it was fastest, else in its place."""
+    measured(monkeypatch, "packed_conv2d", TURNS, **SHAPE)
+    said, names = resident()
+    assert names == ["resident_64x128_turns", "resident_64x128"]
+    assert str(said) == ("cuda: resident_64x128_turns, measured near this shape at 6 us, triton "
+                         "9 us (a GPU, 2027-01-01)")
+    assert resident(64)[1] == []
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    names = resident()[1]
+    assert names[:2] == ["resident_64x128_turns", "resident_64x128"]
+    assert "resident_128x64" in names and "resident_128x64_turns" not in names
+    assert not any(name.endswith("_turns") for name in resident(64)[1])  # far from it
+    measured(monkeypatch, "packed_conv2d", {**TURNS, "triton": 6.5}, **SHAPE)
+    monkeypatch.delenv("BITKERNELS_CUDA")
+    assert resident()[1] == ["resident_64x128_turns"]
+
+
+def test_a_kernel_of_this_kind_runs_where_it_is_named(resident, monkeypatch):
+    monkeypatch.setenv("BITKERNELS_CUDA", "1")
+    monkeypatch.setenv("BITKERNELS_CUDA_KERNEL", "resident_128x64_turns")
+    said, names = resident()
+    assert names == ["resident_128x64_turns"] and "BITKERNELS_CUDA_KERNEL names it" in said.reason
+    monkeypatch.delenv("BITKERNELS_CUDA")
+    assert resident()[1] == []
+
+
 def test_the_table_of_the_package_is_well_formed():
     for arch, entry in plan.table().items():
         assert arch in kernels.FAMILIES and entry["gpu"] and entry["date"]

@@ -20,9 +20,9 @@ if not cuda_emulator.available():
     pytest.skip(f"no C++ compiler ({cuda_emulator.COMPILER})", allow_module_level=True)
 
 SMALL = tuple(kernels.ALL[name] for name in ("mma_64x32", "resident_64x64", "resident_128x64"))
-# Resident kernels with bulk copies: test_resident_bulk.py.
+# Resident kernels with bulk copies: test_resident_bulk.py; in turn: test_turns.py.
 LARGE = [k for k in kernels.ALL.values()
-         if k not in (*SMALL, kernels.PREPARE) and not (k.resident and k.bulk)]
+         if k not in (*SMALL, *kernels.TURNS, kernels.PREPARE) and not (k.resident and k.bulk)]
 INT32 = dict(dtype=torch.int32)
 
 
@@ -289,7 +289,7 @@ def test_selfcheck_turns_every_block_over(kernel, driver):
     assert selfcheck.failure("packed_linear", kernel, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("kernel", [k for k in kernels.ALL.values() if k.sums and not k.bulk],
+@pytest.mark.parametrize("kernel", [k for k in kernels.RESIDENT if k.sums and not k.bulk],
                          ids=lambda k: k.name)
 def test_squares_of_the_longest_sums(kernel):
     """Every product +1 or every one -1, more than registers hold of two tiles of 128 rows."""
