@@ -44,7 +44,9 @@ MUTANTS = (
     Mutant("zeros-for-offsets", "bitkernels/ops/max_pool2d_with_offsets.py",
            "        ctx.set_materialize_grads(False)  # of the offsets zeros would be made\n", "",
            ("backends/test_host_time.py",)),
-    Mutant("exported-operator", "bitkernels/nn/pool.py", " or torch.compiler.is_exporting():", ":",
+    Mutant("exported-operator", "bitkernels/nn/pool.py", "if torch.compiler.is_exporting():",
+           "if False:", ("nn/test_pool.py",)),
+    Mutant("pooled-between-taps", "bitkernels/nn/pool.py", "d == 1 or d <= n for", "True for",
            ("nn/test_pool.py",)),
     # What is remembered of launches.
     *(Mutant(name, f"{TRITON}/launch.py", old, new, ("backends/triton/test_specialized.py",))
