@@ -12,7 +12,9 @@ of others, which let no kernel start before they have ended.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,9 +25,26 @@ _lock = threading.Lock()
 _seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
 
+class _Here(threading.local):
+    never = False
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def never() -> Iterator[None]:
+    """Inside, in this thread, nothing is settled, whatever other threads add."""
+    _here.never = True
+    try:
+        yield
+    finally:
+        _here.never = False
+
+
 def has(t: Tensor) -> bool:
     """Whether a call before has read it as it is."""
-    if not _known(t):
+    if _here.never or not _known(t):
         return False
     found = _seen.get(t.untyped_storage()._cdata)
     return found is not None and found[1] == t._version
