@@ -257,6 +257,8 @@ MUTANTS = (
     Mutant("evaluation-in-training-mode", "bitkernels/train/trainer.py",
            "        self.model.eval()\n", "", ("train/test_distributed.py",
                                                "train/test_checkpoint.py")),
+    Mutant("one-temporary-file", "bitkernels/_tensor_file.py", ", mark_of_this_writer())", ")",
+           ("nn/conversion/test_packed_file.py",)),
     Mutant("written-in-place", "bitkernels/_files.py",
            'temporary = path.with_name(f".{path.name}{mark}.tmp")', "temporary = path",
            ("train/test_checkpoint.py",)),
