@@ -11,6 +11,7 @@ from bitkernels_tests.mutant_kernels import BLOCK, KERNELS, TRITON, Mutant
 __all__ = ["MUTANTS", "Mutant"]
 
 POOLING = "backends/triton/test_interpret_pool.py"
+EMPTY = "backends/triton/test_interpret_empty.py"
 
 MUTANTS = (
     *KERNELS,
@@ -28,6 +29,14 @@ MUTANTS = (
            ("backends/triton/test_launch.py",)),
     Mutant("graphs-of-many-processes", "bitkernels/train/trainer.py", " and run.group.size == 1",
            "", ("train/test_trainer.py",)),
+
+    # Sizes of 0 on GPUs, at which a kernel that fails is withdrawn.
+    Mutant("rows-without-elements", f"{TRITON}/elementwise.py", "if not tensors[0].numel():",
+           "if False:", (f"{EMPTY}::test_sizes_of_0",)),
+    Mutant("rows-of-no-channels", f"{TRITON}/packed_linear.py", "out.view(rows, cout",
+           "out.view(-1, cout", (f"{EMPTY}::test_sizes_of_0",)),
+    Mutant("no-channels-in-the-table", "bitkernels/backends/cuda/launch.py",
+           "if not args[1].shape[0]:", "if False:", ("backends/cuda/test_dispatch.py",)),
 
     # Max pooling in training.
     *(Mutant(name, f"{TRITON}/max_pool2d_with_offsets.py", old, new,
