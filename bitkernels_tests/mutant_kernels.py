@@ -153,6 +153,8 @@ KERNELS = (
     Mutant("filters-early-by-another-thread", "bitkernels/backends/gpu.py",
            "replay.call(run, _one_waiting, op", "replay.call(run, _one, op",
            ("backends/cuda/test_settled.py",)),
+    Mutant("filters-never-early-in-the-check", f"{CUDA}/selfcheck.py",
+           "(False, True) if op", "(False,) if op", ("backends/cuda/test_settled.py",)),
     Mutant("filters-never-early", "bitkernels/backends/gpu.py", "    settled.add(args[1])\n", "",
            ("backends/cuda/test_settled.py",)),
     Mutant("filters-early-in-all-repetitions", "bitkernels/backends/gpu.py",

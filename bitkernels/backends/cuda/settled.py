@@ -26,25 +26,27 @@ _seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
 
 class _Here(threading.local):
-    never = False
+    answer: bool | None = None
 
 
 _here = _Here()
 
 
 @contextlib.contextmanager
-def never() -> Iterator[None]:
-    """Inside, in this thread, nothing is settled, whatever other threads add."""
-    _here.never = True
+def answering(answer: bool) -> Iterator[None]:
+    """Inside, `has` says so in this thread, whatever is known and other threads add."""
+    before, _here.answer = _here.answer, answer
     try:
         yield
     finally:
-        _here.never = False
+        _here.answer = before
 
 
 def has(t: Tensor) -> bool:
     """Whether a call before has read it as it is."""
-    if _here.never or not _known(t):
+    if _here.answer is not None:
+        return _here.answer
+    if not _known(t):
         return False
     found = _seen.get(t.untyped_storage()._cdata)
     return found is not None and found[1] == t._version

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bitkernels.backends import gpu, replay
-from bitkernels.backends.cuda import kernels, launch, settled
+from bitkernels.backends.cuda import kernels, launch, selfcheck, settled
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.cases import ConvCase
 
@@ -105,6 +105,25 @@ def test_a_call_marks_its_filters(emulated, monkeypatch):
     fresh = filters.clone()
     assert call(fresh) == {0} and call(fresh) == {1}
     replay.clear()
+
+
+@pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
+def test_the_check_at_first_use_reads_them_early_too(emulated, monkeypatch):
+    told, case = record(emulated, monkeypatch), selfcheck.cases("packed_conv2d")[-1]
+    monkeypatch.setattr(selfcheck, "cases", lambda op: [case])
+    kernel, device = kernels.ALL["resident_64x64"], torch.device("cpu")
+    with settled.answering(False):  # as a call that has found them not settled
+        assert selfcheck.failure("packed_conv2d", kernel, device) is None
+    assert told == [0, 1]
+    real = launch.packed_conv2d
+
+    def wrong(*args, **kw):
+        out, signs = real(*args, **kw)
+        return out + 1 if settled.has(args[2]) else out, signs
+
+    monkeypatch.setattr(launch, "packed_conv2d", wrong)
+    assert "output 0, with filters read before: " in selfcheck.failure(
+        "packed_conv2d", kernel, device)
 
 
 @pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
