@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def safetensors_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + data[8 + length:]
+
+
+def mark_of_this_writer() -> str:
+    """For `replace_file`: no other thread or process that writes the same file has it."""
+    return f".{os.getpid()}.{threading.get_ident()}"
 
 
 def replace_file(path: Path, data: bytes, mark: str = "") -> None:

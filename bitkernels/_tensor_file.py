@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitkernels._files import replace_file, safetensors_bytes
+from bitkernels._files import mark_of_this_writer, replace_file, safetensors_bytes
 from bitkernels._packages import needs
 
 
@@ -61,7 +61,8 @@ class Kind:
         except Exception as error:  # it has several of its own
             raise ValueError(f"{self.save}: safetensors cannot write this model: {error}") from None
         try:
-            replace_file(Path(path), data)
+            # All processes of a run may save the same model, which no lock keeps apart.
+            replace_file(Path(path), data, mark_of_this_writer())
         except OSError as error:
             raise type(error)(error.errno, f"{self.save} cannot write: {error.strerror}",
                               os.fspath(path)) from None

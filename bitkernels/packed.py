@@ -5,6 +5,7 @@ Words alone cannot tell how many channels they hold, nor in which form a kernel 
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class PackedTensor:
     same dtype. It has no gradient. Compiled functions, `torch.export`, `torch.func.vmap` and other
     users of pytrees see the words; the rest is constant in a graph.
 
-    Raises ValueError for words, channels and dim that do not fit each other.
+    Raises ValueError for words, channels and dim that do not fit each other, or are none.
     """
 
     words: Tensor
@@ -51,6 +52,12 @@ class PackedTensor:
         if not isinstance(self.words, Tensor):
             raise ValueError("PackedTensor: words must be an int32 tensor, got "
                              f"{type(self.words).__name__}")
+        sizes = int, torch.SymInt, numbers.Integral
+        for name, kinds, takes in (("channels", sizes, "an integer"), ("dim", sizes, "an integer"),
+                                   ("dtype", torch.dtype, "a torch.dtype")):
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                raise ValueError(f"PackedTensor: {name} must be {takes}, got {value!r}")
         if self.channels < 1:
             raise ValueError(f"PackedTensor: channels must be at least 1, got {self.channels}")
         words, dims = self.words, self.words.dim()

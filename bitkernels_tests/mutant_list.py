@@ -11,6 +11,7 @@ from bitkernels_tests.mutant_kernels import BLOCK, KERNELS, TRITON, Mutant
 __all__ = ["MUTANTS", "Mutant"]
 
 POOLING = "backends/triton/test_interpret_pool.py"
+EMPTY = "backends/triton/test_interpret_empty.py"
 
 MUTANTS = (
     *KERNELS,
@@ -29,6 +30,14 @@ MUTANTS = (
     Mutant("graphs-of-many-processes", "bitkernels/train/trainer.py", " and run.group.size == 1",
            "", ("train/test_trainer.py",)),
 
+    # Sizes of 0 on GPUs, at which a kernel that fails is withdrawn.
+    Mutant("rows-without-elements", f"{TRITON}/elementwise.py", "if not tensors[0].numel():",
+           "if False:", (f"{EMPTY}::test_sizes_of_0",)),
+    Mutant("rows-of-no-channels", f"{TRITON}/packed_linear.py", "out.view(rows, cout",
+           "out.view(-1, cout", (f"{EMPTY}::test_sizes_of_0",)),
+    Mutant("no-channels-in-the-table", "bitkernels/backends/cuda/launch.py",
+           "if not args[1].shape[0]:", "if False:", ("backends/cuda/test_dispatch.py",)),
+
     # Max pooling in training.
     *(Mutant(name, f"{TRITON}/max_pool2d_with_offsets.py", old, new,
              (f"{POOLING}::test_windows", f"{POOLING}::test_pairs_of_elements_at_once"))
@@ -44,7 +53,12 @@ MUTANTS = (
     Mutant("zeros-for-offsets", "bitkernels/ops/max_pool2d_with_offsets.py",
            "        ctx.set_materialize_grads(False)  # of the offsets zeros would be made\n", "",
            ("backends/test_host_time.py",)),
-    Mutant("exported-operator", "bitkernels/nn/pool.py", " or torch.compiler.is_exporting():", ":",
+    Mutant("a-byte-of-another-window", "bitkernels/ops/max_pool2d_with_offsets.py",
+           "(at < kernel[0] * kernel[1]) & (rows", "(rows",
+           ("ops/test_max_pool2d_with_offsets.py",)),
+    Mutant("exported-operator", "bitkernels/nn/pool.py", "if torch.compiler.is_exporting():",
+           "if False:", ("nn/test_pool.py",)),
+    Mutant("pooled-between-taps", "bitkernels/nn/pool.py", "d == 1 or d <= n for", "True for",
            ("nn/test_pool.py",)),
     # What is remembered of launches.
     *(Mutant(name, f"{TRITON}/launch.py", old, new, ("backends/triton/test_specialized.py",))
@@ -252,6 +266,8 @@ MUTANTS = (
     Mutant("evaluation-in-training-mode", "bitkernels/train/trainer.py",
            "        self.model.eval()\n", "", ("train/test_distributed.py",
                                                "train/test_checkpoint.py")),
+    Mutant("one-temporary-file", "bitkernels/_tensor_file.py", ", mark_of_this_writer())", ")",
+           ("nn/conversion/test_packed_file.py",)),
     Mutant("written-in-place", "bitkernels/_files.py",
            'temporary = path.with_name(f".{path.name}{mark}.tmp")', "temporary = path",
            ("train/test_checkpoint.py",)),

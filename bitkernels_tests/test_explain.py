@@ -268,6 +268,8 @@ def test_why_a_gpu_would_run_it():
     grouped = words(64, 14, 14, 256), words(256, 3, 3, 16), 256
     said = reason("sm_90", *grouped, groups=16)
     assert "groups that split words" in said and "do not take groups" in said
+    first, filters, channels = conv()
+    assert "an output without channels" in reason("sm_90", first, filters[:0], channels)
     said = reason("sm_90", *conv(), dtype=torch.float64)
     assert said.startswith("plain PyTorch, slow; not cuda: these kernels do not take float64; "
                            "not triton: the kernels do not take float64")

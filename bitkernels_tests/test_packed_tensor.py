@@ -156,6 +156,17 @@ def test_wrong_parts(words, channels, dim, text):
         PackedTensor(words, channels, dim)
 
 
+@pytest.mark.parametrize("given, text", [
+    (dict(channels="70"), "channels must be an integer, got '70'"),
+    (dict(channels=70.0), "channels must be an integer, got 70.0"),
+    (dict(dim=None), "dim must be an integer, got None"),
+    (dict(dtype="float32"), "dtype must be a torch.dtype, got 'float32'")])
+def test_parts_of_other_types(given, text):
+    with pytest.raises(ValueError, match=f"PackedTensor: {text}"):
+        PackedTensor(**{**dict(words=torch.zeros(2, 3, dtype=torch.int32), channels=70, dim=-1),
+                        **given})
+
+
 def test_wrong_inputs_of_layers():
     image = PackedTensor.from_real(reals(2, 36, 4, 4))
     row = PackedTensor.from_real(reals(2, 36), -1)

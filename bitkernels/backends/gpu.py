@@ -33,13 +33,20 @@ def _one_settled(run, op: str, names: tuple[str, ...], *args):
     return _one(run, op, names, *args)
 
 
+def _one_waiting(run, op: str, names: tuple[str, ...], *args):
+    """`_one`, whose launches wait for the filters, also where another thread has read them since
+    this call was looked at: they are repeated for filters that are being written."""
+    with settled.answering(False):
+        return _one(run, op, names, *args)
+
+
 def repeat(op: str, *args, **kw):
     """`run`, by what is remembered of calls that look alike."""
     if op != "packed_conv2d":
         return replay.call(run, _one, op, (*kw,), *args, *kw.values())
     if settled.has(args[1]):
         return replay.call(run, _one_settled, op, (*kw,), *args, *kw.values())
-    found = replay.call(run, _one, op, (*kw,), *args, *kw.values())
+    found = replay.call(run, _one_waiting, op, (*kw,), *args, *kw.values())
     settled.add(args[1])
     return found
 

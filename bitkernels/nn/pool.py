@@ -104,12 +104,16 @@ def _on_gpu(t: Tensor) -> bool:
 def _has_operator(pool: nn.MaxPool2d, input: Tensor) -> bool:
     """Whether `max_pool2d_with_offsets` takes it; all else is PyTorch's, which says what is wrong.
 
-    On GPUs, where it is one launch in each direction. An export keeps no backward.
+    On GPUs, where it is one launch in each direction; elsewhere where a window may have no tap in
+    the image, whose gradient PyTorch writes beyond it (torch 2.13). An export keeps no backward.
     """
-    if not _on_gpu(input) or torch.compiler.is_exporting():
+    if torch.compiler.is_exporting():
         return False
     sizes = [_pair(value) for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
     if not all(len(pair) == 2 and all(type(n) is int for n in pair) for pair in sizes):
+        return False
+    if not _on_gpu(input) and all(
+            d == 1 or d <= n for d, n in zip(sizes[3], input.shape[-2:], strict=True)):
         return False
     return sizes[0][0] * sizes[0][1] <= NOWHERE and all(
         min(k, s, d) > 0 and 0 <= 2 * p <= k and n + 2 * p > d * (k - 1)
@@ -125,9 +129,11 @@ class MaxPool2d(FxLeaf, nn.MaxPool2d):
 
     On a GPU it is `bitkernels.ops.max_pool2d_with_offsets`, one launch in each direction, compiled
     or not; its gradient is added in a fixed order. (Where all of a window is -inf, PyTorch gives
-    the gradient of channels-last images to pixel 0 there, and this to the window's first.)
-    Elsewhere PyTorch's kernels run, and its whole function under `torch.compile`: Inductor itself
-    keeps a byte, and beyond 25 positions the int64 index, without the input.
+    the gradient of channels-last images to pixel 0 there, and this to the window's first.) So it is
+    everywhere where the dilation is larger than the image: a window between whose taps the image
+    lies has no gradient, and PyTorch adds it to memory that is not the image's. Elsewhere PyTorch's
+    kernels run, and its whole function under `torch.compile`: Inductor itself keeps a byte, and
+    beyond 25 positions the int64 index, without the input.
 
     PyTorch's own function also runs where nothing is kept (no gradient is asked), with
     return_indices, for windows of more than 255 positions, on a CPU also for windows wider than the

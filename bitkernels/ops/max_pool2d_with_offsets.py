@@ -74,12 +74,15 @@ def reference(input: Tensor, kernel, stride, padding, dilation, ceil_mode):
     return out, torch.where(inside, taps[0] * kernel[1] + taps[1], earliest).to(torch.uint8)
 
 
-def indices(offsets: Tensor, width: int, kernel, stride, padding, dilation) -> Tensor:
-    """Of the taps in their planes, int64; 0 of `NOWHERE`."""
+def places(offsets: Tensor, size, kernel, stride, padding, dilation) -> tuple[Tensor, Tensor]:
+    """(indices of the taps in their planes, int64; whether there is such a pixel, else the index
+    is 0): a byte of other windows must not reach other memory."""
     (rows, columns), at = _corners(offsets, stride, padding), offsets.long()
     rows = rows + at // kernel[1] * dilation[0]
-    found = rows * width + columns + at % kernel[1] * dilation[1]
-    return torch.where(offsets == NOWHERE, torch.zeros_like(found), found)
+    columns = columns + at % kernel[1] * dilation[1]
+    there = ((at < kernel[0] * kernel[1]) & (rows >= 0) & (rows < size[0])
+             & (columns >= 0) & (columns < size[1]))
+    return torch.where(there, rows * size[1] + columns, torch.zeros_like(at)), there
 
 
 def check_backward(grad, offsets, input_size, kernel_size, stride=(), padding=(0,), dilation=(1,),
@@ -108,11 +111,11 @@ def reference_backward(grad: Tensor, offsets: Tensor, input_size, kernel, stride
     shape = (*grad.shape[:2], *input_size)
     if 0 in shape or not grad.numel():  # which PyTorch refuses
         return grad.new_zeros(shape)
-    places = indices(offsets, input_size[1], kernel, stride, padding, dilation).contiguous()
-    given = wide(grad).masked_fill(offsets == NOWHERE, 0).contiguous()
+    at, there = places(offsets, input_size, kernel, stride, padding, dilation)
+    given = wide(grad).masked_fill(~there, 0).contiguous()
     return torch.ops.aten.max_pool2d_with_indices_backward.default(
-        given, given.new_empty(shape), kernel, stride, padding, dilation, ceil_mode, places,
-    ).to(grad.dtype)
+        given, given.new_empty(shape), kernel, stride, padding, dilation, ceil_mode,
+        at.contiguous()).to(grad.dtype)
 
 
 class _MaxPool2d(Function):
@@ -167,9 +170,9 @@ class _Backward(Function):
         (offsets,) = ctx.saved_tensors
         size, *given = ctx.window
         (*window, _), _ = geometry(_Backward.operator, size, *given)
-        at = indices(offsets, size[1], *window)
+        at, there = places(offsets, size, *window)
         found = grad.flatten(2).gather(2, at.flatten(2)).view(at.shape)
-        return (found.masked_fill(offsets == NOWHERE, 0), *[None] * (1 + len(ctx.window)))
+        return (found.masked_fill(~there, 0), *[None] * (1 + len(ctx.window)))
 
 
 def autograd(input, *window):
@@ -251,7 +254,8 @@ bits on every run.
 
 Arguments:
   grad: float32, float16, bfloat16 or float64 (N, C, OH, OW), of the maxima.
-  offsets: uint8, the shape of grad, from max_pool2d_with_offsets.
+  offsets: uint8, the shape of grad, from max_pool2d_with_offsets; one that names no pixel counts
+    for none.
   input_size: (H, W) of the input.
   kernel_size: as of max_pool2d_with_offsets.
   stride: as there.

@@ -65,6 +65,20 @@ def test_dtypes(dtype, device):
     assert same(WINDOWS[0], torch.randn(2, 5, 8, 9).to(device, dtype)) == (0, 0)
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("size", ((2, 8), (8, 2), (2, 2)))
+def test_windows_between_whose_taps_the_image_lies(size, format, device):
+    """PyTorch's backward writes beyond the image there, and would end the process."""
+    layer = bnn.MaxPool2d(2, 3, 1, dilation=3)
+    x = torch.randn(2, 3, *size, device=device).contiguous(memory_format=format)
+    want = nn.functional.max_pool2d(x, 2, 3, 1, dilation=3)
+    out, grad, *_ = result(layer, x)
+    assert torch.equal(out, want) and bool(out.isinf().any())
+    given = torch.arange(out.numel(), dtype=out.dtype, device=device).view(out.shape)
+    assert grad.sum() == given[out.isfinite()].sum()
+    assert result(layer, x[0])[1].shape == x[0].shape
+
+
 def test_views_unbatched_and_empty(device):
     x = torch.randn(2, 4, 12, 14, device=device)
     for view in (x[0], x[:, ::2], x[..., 1::2], x.transpose(2, 3), x[:1].expand(3, 4, 12, 14),

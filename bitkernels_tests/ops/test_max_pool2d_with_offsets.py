@@ -102,6 +102,29 @@ def test_windows_of_padding_alone(format, device):
     assert not torch.autograd.grad(out, x, grad)[0].any()
 
 
+@pytest.mark.parametrize("case", (PoolCase(*STEM), NOTHING, PoolCase((2, 2), dilation=(3,))),
+                         ids=str)
+def test_bytes_that_name_no_pixel(case, device):
+    """As of other windows: nothing is written beside the image, nor read by the gradient of it."""
+    shape = ops.max_pool2d_with_offsets(images(case), *case.args)[1].shape
+    offsets = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    grad = torch.randn(shape, dtype=torch.float64, device=device).requires_grad_()
+    found = ops.max_pool2d_with_offsets_backward(grad, offsets, case.size, *case.args)
+    kernel, stride, padding, dilation = (
+        _pair(v if len(v) == 2 else v[0]) for v in (
+            case.kernel, case.stride or case.kernel, case.padding, case.dilation))
+    want, reached = torch.zeros(found.shape, dtype=grad.dtype), torch.zeros(shape)
+    for n, c, oh, ow in torch.ones(shape).nonzero().tolist():
+        tap = divmod(int(offsets[n, c, oh, ow]), kernel[1])
+        y, x = (w * s - p + t * d for w, s, p, t, d in zip(
+            (oh, ow), stride, padding, tap, dilation, strict=True))
+        if tap[0] < kernel[0] and 0 <= y < case.size[0] and 0 <= x < case.size[1]:
+            want[n, c, y, x] += grad.detach()[n, c, oh, ow].cpu()
+            reached[n, c, oh, ow] = 1
+    torch.testing.assert_close(found.detach().cpu(), want)
+    assert torch.equal(torch.autograd.grad(found.sum(), grad)[0].cpu().float(), reached)
+
+
 @pytest.mark.parametrize("window", [(STEM), ((2, 3), (1, 2), (1, 0), (2, 1), True)], ids=str)
 def test_gradients_of_any_order(window, device):
     x = torch.randperm(2 * 2 * 6 * 5).view(2, 2, 6, 5).double().to(device).requires_grad_()

@@ -12,11 +12,10 @@ import hashlib
 import os
 import stat
 import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitkernels._files import replace_file
+from bitkernels._files import mark_of_this_writer, replace_file
 from bitkernels.backends.cuda import nvrtc
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--diag-suppress=128")
@@ -107,8 +106,7 @@ def compile(source: str, header: str, arch: str, *, cached: bool = True,
     if path is not None:
         with contextlib.suppress(OSError):  # a full or read-only disk costs time only
             path.parent.mkdir(parents=True, exist_ok=True)
-            mark = f".{os.getpid()}.{threading.get_ident()}"
-            replace_file(path, binary.code + _digest(binary.code), mark)
+            replace_file(path, binary.code + _digest(binary.code), mark_of_this_writer())
     return binary
 
 

@@ -137,6 +137,8 @@ def outside(op: str, args, kw) -> str | None:
                                  if kw.get(name) is not None}
     if torch.float64 in types:
         return "float64"
+    if not args[1].shape[0]:
+        return "an output without channels"
     if op == "packed_linear":
         words, filters, channels = args[:3]
         rows, spec = words.numel() // words.shape[-1], linear_spec(words.shape[-1], 1, channels, 4)

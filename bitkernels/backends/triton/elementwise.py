@@ -20,8 +20,11 @@ def collapse(dim: int, *tensors: Tensor) -> tuple[int, int, list[tuple[int, ...]
     """(outer, inner, [(outer stride, inner stride, channel stride) of each]) or None.
 
     Rows are the sizes without `dim`, in order; outer * inner of them. None if the tensors' strides
-    need more than two row dimensions.
+    need more than two row dimensions. Without elements there are no rows: to PyTorch such a tensor
+    is contiguous whatever its strides, so these would be the same in a copy.
     """
+    if not tensors[0].numel():
+        return 1, 0, [(0, 0, 0)] * len(tensors)
     if dim == 1 and all(_is_rows(t) for t in tensors):  # as below, in a tenth of the time
         images, channels, height, width = tensors[0].shape
         return 1, images * height * width, [(0, channels, 1)] * len(tensors)

@@ -16,10 +16,11 @@ def packed_linear(words, weight_words, channels, *, out_channels=None, dtype=Non
     cout, width = shape[-1], words.shape[-1]
     out = empty_real(words, shape, dtype, False) if real else None
     signs = empty_words(words, shape[:-1], cout) if packed else None
+    rows = words.numel() // width
     if residual is not None:
-        residual = residual.reshape(-1, cout, 1, 1)
-    gemm.contract(inner, words.reshape(-1, 1, 1, width).contiguous(),
+        residual = residual.reshape(rows, cout, 1, 1)
+    gemm.contract(inner, words.reshape(rows, 1, 1, width).contiguous(),
                   weight_words.reshape(cout, 1, 1, width).contiguous(), channels, (1, 1),
                   (0, 0, 0, 0), (1, 1), 1, 0, (1, 1),
-                  None if out is None else out.view(-1, cout, 1, 1), signs, residual, **parts)
+                  None if out is None else out.view(rows, cout, 1, 1), signs, residual, **parts)
     return out, signs

@@ -205,6 +205,7 @@ OUTSIDE = {
     "groups": (ConvCase(groups=2, channels=128), {}),
     "padding with +1": (ConvCase(), {"pad_value": 1}),
     "float64": (ConvCase(), {"dtype": torch.float64}),
+    "an output without channels": (ConvCase(out_channels=0), {}),
     "kinds of border windows": (ConvCase(kernel=(21, 21), size=(30, 30), padding=(10, 10)), {}),
 }
 

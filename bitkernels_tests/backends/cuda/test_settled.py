@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bitkernels.backends import gpu, replay
-from bitkernels.backends.cuda import kernels, launch, settled
+from bitkernels.backends.cuda import kernels, launch, selfcheck, settled
 from bitkernels_tests import cuda_emulator
 from bitkernels_tests.cases import ConvCase
 
@@ -69,10 +69,8 @@ def test_calls_that_read_them_early_are_the_same(emulated, name):
     assert torch.equal(first, again)
 
 
-@pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
-def test_a_call_marks_its_filters(emulated, monkeypatch):
-    """From the second on, until they change, also where launches are repeated; what each launch
-    was told."""
+def record(emulated, monkeypatch):
+    """What each launch is told."""
     told, launched = [], emulated.launch
 
     def launch_(*args, **kw):
@@ -80,6 +78,14 @@ def test_a_call_marks_its_filters(emulated, monkeypatch):
         return launched(*args, **kw)
 
     monkeypatch.setattr(emulated, "launch", launch_)
+    return told
+
+
+@pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
+def test_a_call_marks_its_filters(emulated, monkeypatch):
+    """From the second on, until they change, also where launches are repeated; what each launch
+    was told."""
+    told = record(emulated, monkeypatch)
     monkeypatch.setattr(gpu.cuda, "attempt", lambda op, args, kw: launch.packed_conv2d(
         kernels.ALL["resident_64x64"], *args, **kw))
     replay.clear()
@@ -98,4 +104,42 @@ def test_a_call_marks_its_filters(emulated, monkeypatch):
     assert [type(entry) for entry in replay._recordings.values()].count(replay._Recording) == 1
     fresh = filters.clone()
     assert call(fresh) == {0} and call(fresh) == {1}
+    replay.clear()
+
+
+@pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
+def test_the_check_at_first_use_reads_them_early_too(emulated, monkeypatch):
+    told, case = record(emulated, monkeypatch), selfcheck.cases("packed_conv2d")[-1]
+    monkeypatch.setattr(selfcheck, "cases", lambda op: [case])
+    kernel, device = kernels.ALL["resident_64x64"], torch.device("cpu")
+    with settled.answering(False):  # as a call that has found them not settled
+        assert selfcheck.failure("packed_conv2d", kernel, device) is None
+    assert told == [0, 1]
+    real = launch.packed_conv2d
+
+    def wrong(*args, **kw):
+        out, signs = real(*args, **kw)
+        return out + 1 if settled.has(args[2]) else out, signs
+
+    monkeypatch.setattr(launch, "packed_conv2d", wrong)
+    assert "output 0, with filters read before: " in selfcheck.failure(
+        "packed_conv2d", kernel, device)
+
+
+@pytest.mark.skipif(not cuda_emulator.available(), reason="no C++ compiler")
+def test_another_thread_reads_the_filters_meanwhile(emulated, monkeypatch):
+    """What is remembered of a call of filters that were not settled waits for them."""
+    told = record(emulated, monkeypatch)
+
+    def attempt(op, args, kw):
+        settled.add(args[1])  # as the other thread does, after this one has looked
+        return launch.packed_conv2d(kernels.ALL["resident_64x64"], *args, **kw)
+
+    monkeypatch.setattr(gpu.cuda, "attempt", attempt)
+    replay.clear()
+    words, filters = ConvCase(channels=64, size=(4, 4), out_channels=64).words()
+    for _ in range(4):  # runs, is recorded, is proven, is repeated
+        gpu.repeat("packed_conv2d", words, filters.clone(), 64, (1, 1), (1, 1), dtype=torch.int32)
+    assert set(told) == {0}
+    assert any(type(entry) is replay._Recording for entry in replay._recordings.values())
     replay.clear()

@@ -105,6 +105,16 @@ def test_which_gpus_compare_pairs():
     assert not any(pooling._compares_pairs(name, half) for name in ("hip", "interpret"))
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("window", (((3, 3), (2, 2), (1, 1)), ((2, 2), (1, 1), (1, 1), (9, 7))))
+def test_bytes_that_name_no_pixel(window, layout):
+    call = OPERATORS[FORWARD].check(reals(1, 3, 8, 6), *window)
+    shape = OPERATORS[FORWARD].fake(*call.args)[1].shape
+    offsets = LAYOUTS[layout](torch.randint(10, shape, dtype=torch.uint8))
+    got, want = both(BACKWARD, LAYOUTS[layout](reals(*shape)), offsets, (8, 6), *window)
+    same(got, want)
+
+
 @pytest.mark.parametrize("elements", (32, 256, 4096))
 def test_tiles(elements, monkeypatch):
     """One pixel, some, and more than there are; channels of several blocks."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bitkernels.nn as bnn
+from bitkernels import _files
 from bitkernels.nn import (
     BinaryConv1d,
     BinaryConv2d,
@@ -285,6 +288,27 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         save_packed(model, path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_two_writers_of_one_file(saved, monkeypatch):
+    """As the processes of a run that all save the model: each puts its whole file in place."""
+    model, path = saved
+    before, put = path.read_bytes(), _files.put
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(t for t in other.buffers() if t.is_floating_point()).add_(1)
+
+    def after_the_other(temporary, to):
+        monkeypatch.setattr(_files, "put", put)
+        written = threading.Thread(target=save_packed, args=(other, path))
+        written.start()
+        written.join()
+        assert path.read_bytes() != before
+        put(temporary, to)
+
+    monkeypatch.setattr(_files, "put", after_the_other)
+    save_packed(model, path)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
