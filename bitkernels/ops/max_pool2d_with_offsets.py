@@ -74,12 +74,16 @@ def reference(input: Tensor, kernel, stride, padding, dilation, ceil_mode):
     return out, torch.where(inside, taps[0] * kernel[1] + taps[1], earliest).to(torch.uint8)
 
 
-def indices(offsets: Tensor, width: int, kernel, stride, padding, dilation) -> Tensor:
-    """Of the taps in their planes, int64; 0 of `NOWHERE`."""
+def located(offsets: Tensor, size, kernel, stride, padding,
+            dilation) -> tuple[Tensor, Tensor]:
+    """Indices of the taps in their planes, int64, and which offsets name a tap that is in the
+    image; 0 of others: `NOWHERE`, and what no pooling of this geometry gave."""
     (rows, columns), at = _corners(offsets, stride, padding), offsets.long()
-    rows = rows + at // kernel[1] * dilation[0]
-    found = rows * width + columns + at % kernel[1] * dilation[1]
-    return torch.where(offsets == NOWHERE, torch.zeros_like(found), found)
+    row = rows + at // kernel[1] * dilation[0]
+    column = columns + at % kernel[1] * dilation[1]
+    named = ((at < kernel[0] * kernel[1]) & (row >= 0) & (row < size[0])
+             & (column >= 0) & (column < size[1]))
+    return torch.where(named, row * size[1] + column, 0), named
 
 
 def check_backward(grad, offsets, input_size, kernel_size, stride=(), padding=(0,), dilation=(1,),
@@ -108,11 +112,11 @@ def reference_backward(grad: Tensor, offsets: Tensor, input_size, kernel, stride
     shape = (*grad.shape[:2], *input_size)
     if 0 in shape or not grad.numel():  # which PyTorch refuses
         return grad.new_zeros(shape)
-    places = indices(offsets, input_size[1], kernel, stride, padding, dilation).contiguous()
-    given = wide(grad).masked_fill(offsets == NOWHERE, 0).contiguous()
+    places, named = located(offsets, input_size, kernel, stride, padding, dilation)
+    given = wide(grad).masked_fill(~named, 0).contiguous()
     return torch.ops.aten.max_pool2d_with_indices_backward.default(
-        given, given.new_empty(shape), kernel, stride, padding, dilation, ceil_mode, places,
-    ).to(grad.dtype)
+        given, given.new_empty(shape), kernel, stride, padding, dilation, ceil_mode,
+        places.contiguous()).to(grad.dtype)
 
 
 class _MaxPool2d(Function):
@@ -167,9 +171,9 @@ class _Backward(Function):
         (offsets,) = ctx.saved_tensors
         size, *given = ctx.window
         (*window, _), _ = geometry(_Backward.operator, size, *given)
-        at = indices(offsets, size[1], *window)
+        at, named = located(offsets, size, *window)
         found = grad.flatten(2).gather(2, at.flatten(2)).view(at.shape)
-        return (found.masked_fill(offsets == NOWHERE, 0), *[None] * (1 + len(ctx.window)))
+        return (found.masked_fill(~named, 0), *[None] * (1 + len(ctx.window)))
 
 
 def autograd(input, *window):
@@ -251,7 +255,8 @@ bits on every run.
 
 Arguments:
   grad: float32, float16, bfloat16 or float64 (N, C, OH, OW), of the maxima.
-  offsets: uint8, the shape of grad, from max_pool2d_with_offsets.
+  offsets: uint8, the shape of grad, from max_pool2d_with_offsets; one that names no tap in the
+    image gives nothing.
   input_size: (H, W) of the input.
   kernel_size: as of max_pool2d_with_offsets.
   stride: as there.
