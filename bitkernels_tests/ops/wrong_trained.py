@@ -64,6 +64,9 @@ train("padding must be at least 0, got [-1, -1]", None, (1,), (-1, -1))
 train("dilation must be at least 1, got [0, 0]", None, (1,), (0,), (0, 0))
 train("pad_value must be -1, 0 or 1, got -2", pad_value=-2)
 train("kernel must be at most the padded input size 5, got a reach of 6", w=real(8, 6, 6, 1))
+for height, width in ((0, 3), (3, 0)):
+    train(f"weight must be a filter of at least 1x1, got shape (8, 6, {height}, {width})",
+          w=real(8, 6, height, width))
 train(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
 train(f"weight_estimator must be {ESTIMATORS}, got ''", weight_estimator="")
 train("input_clip must be at least 0, got -1", input_clip=-1.0)
