@@ -335,3 +335,12 @@ def test_a_linear_layer_behind_a_free_size():
     network = convert(model, images, dynamic_shapes=({0: size, 2: size, 3: size},))
     for x in (images, torch.randn(3, 3, 8, 8), torch.randn(3, 3, 4, 16)):
         torch.testing.assert_close(network(x), model(x))
+
+
+def test_a_packed_linear_layer_behind_a_packed_one():
+    """Whose signs the export takes by defaults alone."""
+    model = nn.Sequential(bnn.BinaryLinear(40, 33), bnn.BinaryLinear(33, 4)).eval()
+    rows = torch.randn(3, 40)
+    network = convert(bnn.pack(model), rows)
+    assert torch.equal(network(rows), model(rows))
+    assert [p.reads for p in network.report.products] == ["signs", "words"]
