@@ -92,7 +92,7 @@ def dot_conv2d(words, weight_words, channels, stride, padding, dilation, groups,
 
 def _float32(bound: float | None) -> float | None:
     """A bound beyond float32 is infinite there; `clamp` refuses it."""
-    if bound is None or abs(bound) <= torch.finfo(torch.float32).max:
+    if bound is None or not abs(bound) > torch.finfo(torch.float32).max:
         return bound
     return math.copysign(math.inf, bound)
 
