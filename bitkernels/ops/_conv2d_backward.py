@@ -30,6 +30,7 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conv: ConvSpec, wa
     """
     grad = in_memory_format(grad, torch.channels_last)  # as the words; once for both
     by_input, by_weight = by_tables(grad, weight, conv)
+    by_input = by_input and 0 not in words.shape[1:3]
     channels = weight.shape[1] * conv.groups
     grad_input = grad_signs = None
     if wants_weight and by_weight:
@@ -97,7 +98,7 @@ def library_backward(grad, x, weight, stride, padding, dilation, groups, mask, t
 
 
 def _library_backward(grad, x, weight, conv, padding, mask):
-    if weight.shape[0] == 0:  # sums of nothing, which the library refuses
+    if weight.shape[0] == 0 or 0 in x.shape[2:]:  # sums of nothing, which the library refuses
         return torch.zeros_like(x), torch.zeros_like(weight)
     return library_backward(grad, x, weight, conv.stride, padding, conv.dilation, conv.groups, mask)
 

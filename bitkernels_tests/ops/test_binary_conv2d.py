@@ -317,3 +317,20 @@ def test_a_tap_that_meets_padding_alone_has_no_gradient_in_bfloat16(case, device
         leaf = signed(weight.detach().double()).requires_grad_()
         oracles.padded_conv2d(signed(x.double()), leaf, None, case).backward(grad.double())
         assert torch.equal(weight.grad.double(), leaf.grad)
+
+
+@pytest.mark.parametrize("pad_value", (0, 1))
+@pytest.mark.parametrize("channels,size", [(2, (5, 0)), (64, (0, 4))], ids=str)
+def test_an_image_without_pixels_that_is_padded(channels, size, pad_value, device):
+    """Forward it is its padding; PyTorch has no backward of it."""
+    x = reals(2, channels, *size, device=device).requires_grad_()
+    weight = reals(64, channels, 3, 3, device=device).requires_grad_()
+    y = ops.binary_conv2d(x, weight, None, (1,), (2,), pad_value=pad_value, weight_clip=None)
+    grad = dyadic(*y.shape, device=device)
+    y.backward(grad)
+    leaf = signed(weight.detach()).requires_grad_()
+    padded = F.pad(signed(x.detach()), (2, 2, 2, 2), value=float(pad_value))
+    want = F.conv2d(padded, leaf)
+    want.backward(grad)
+    assert torch.equal(y, want) and x.grad.shape == x.shape
+    torch.testing.assert_close(weight.grad, leaf.grad)

@@ -114,6 +114,8 @@ dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape
       x=real(3, 5))
 dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape ()", x=real())
 dense("weight must be 2-dimensional, got float32 of shape (6,)", w=real(6))
+dense("weight must be of at least 1 input channel, got float32 of shape (8, 0)", x=real(3, 0),
+      w=real(8, 0))
 dense("weight must be on cpu as the first argument, got meta", w=real(8, 6, device="meta"))
 dense("bias must be of shape (8,), got float32 of shape (1,)", real(1))
 dense("scale must be of shape (8,), got float32 of shape ()", scale=real())
