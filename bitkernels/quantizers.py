@@ -235,8 +235,8 @@ class DoReFa(Quantizer):
         n = float(2**self.k_bit - 1)
         if self.mode == "activations":
             return apply(Round, clamp(wide, 0, 1), n).to(x.dtype)
-        if x.numel() == 0:
-            return torch.empty_like(x)
+        if x.numel() == 0:  # has no maximum, but a gradient
+            return x.clone()
         tanh = torch.tanh(wide)
         limit = tanh.detach().abs().max()
         limit = torch.where(limit == 0, torch.ones_like(limit), limit)

@@ -26,7 +26,8 @@ def fold_threshold(products: int, *, clamp_min: float | None = None, clamp_max: 
     bound in closed form, which differs where rounding moves it.
 
     scale, bias, sign_shift: real tensors of shape (Cout,), or None. out_channels is needed only
-    where all three are None. Raises RuntimeError for wrong shapes or dtypes.
+    where all three are None. Raises RuntimeError for wrong shapes or dtypes, and for a bound that
+    is NaN.
     """
     op = "fold_threshold"
     if type(products) is not int or not 1 <= products <= INT_MAX:
@@ -41,6 +42,9 @@ def fold_threshold(products: int, *, clamp_min: float | None = None, clamp_max: 
         if vector is not None and not isinstance(vector, Tensor):
             fail(op, name, "a tensor", type(vector).__name__)
         check_channel_vector(op, name, vector, out_channels)
+    for name, bound in (("clamp_min", clamp_min), ("clamp_max", clamp_max)):
+        if bound is not None and bound != bound:
+            fail(op, name, "a number", "nan")
     device = given[0].device if given else torch.device("cpu")
 
     def positive(dot: Tensor) -> Tensor:

@@ -272,3 +272,10 @@ def test_arguments_are_fixed():
     quantizer = quantizers.SteSign()
     with pytest.raises(AttributeError, match="clip_value is fixed"):
         quantizer.clip_value = 2.0
+
+
+def test_dorefa_of_nothing_has_a_gradient(device):
+    """As an input quantizer: an empty batch must not cut the layer off."""
+    x = torch.empty(0, 3, device=device, requires_grad=True)
+    quantizers.DoReFa(2, "weights")(x).sum().backward()
+    assert x.grad.shape == (0, 3)

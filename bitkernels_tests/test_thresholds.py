@@ -51,6 +51,8 @@ def test_constant_signs_and_defaults():
     (dict(products=3), "out_channels must be given"),
     (dict(products=3, scale=torch.ones(2), bias=torch.ones(3)), r"bias must be of shape \(2,\)"),
     (dict(products=3, scale=torch.ones(2).int()), "scale must be float32"),
+    (dict(products=3, scale=torch.ones(2), clamp_min=NAN), "clamp_min must be a number, got nan"),
+    (dict(products=3, scale=torch.ones(2), clamp_max=NAN), "clamp_max must be a number, got nan"),
 ])
 def test_wrong_arguments(arguments, message):
     with pytest.raises(RuntimeError, match=f"bitkernels::fold_threshold: {message}"):

@@ -66,9 +66,11 @@ def _lower(net: Net, node: fx.Node) -> None:
     with net.graph.inserting_before(node):
         signs = net.graph.call_function(_SIGN_PACK, (input, None, 1 if conv else -1))
         signs.meta["val"] = _fake(_SIGN_PACK, input.meta["val"], None, 1 if conv else -1)
+        # The weight's, since the input's may be an expression of the image's free sizes.
+        out_channels, per_group = weight.meta["val"].shape[:2]
         made = net.graph.call_function(CONV if conv else LINEAR, (), dict(
-            words=signs, weight_words=words, out_channels=weight.meta["val"].shape[0],
-            channels=input.meta["val"].shape[1 if conv else -1], **kept))
+            words=signs, weight_words=words, out_channels=out_channels,
+            channels=per_group * (given["groups"] if conv else 1), **kept))
     _replace(net, node, made, input is not given["input"])
 
 
@@ -84,7 +86,7 @@ def _lower_transposed(net: Net, node: fx.Node) -> None:
         signs = net.graph.call_function(_SIGN_PACK, (input, None, 1))
         signs.meta["val"] = _fake(_SIGN_PACK, input.meta["val"], None, 1)
         made = net.graph.call_function(ops.packed_conv_transpose2d.default, (
-            signs, words, input.meta["val"].shape[1], given["stride"], given["padding"],
+            signs, words, weight.shape[0], given["stride"], given["padding"],
             given["output_padding"], groups, given["dilation"]), dict(
             scale=given["scale"], bias=given["bias"], dtype=given["dtype"] or dtype(node),
             channels_last=wants_channels_last(input.meta["val"], weight)))

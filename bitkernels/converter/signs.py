@@ -273,11 +273,12 @@ def write_signs(net: Net) -> None:
                  and _along_channels(u, product)]
         if not packs:
             continue
-        shift = packs[0].args[1]
+        shifts = [arguments(pack)["shift"] for pack in packs]
+        shift = shifts[0]
         if isinstance(shift, fx.Node):
             if (value := vector_of(net, shift)) is None or len(value) != channels(product):
                 continue
-        same = [p for p in packs if p.args[1] is shift]
+        same = [p for p, own in zip(packs, shifts, strict=True) if own is shift]
         alone = len(same) == len(product.users)
         kept = {k: v for k, v in product.kwargs.items()
                 if not (alone and k in _UNPACKED_ONLY)}

@@ -55,6 +55,11 @@ class Weights:
     def of(self, module: nn.Module) -> dict[int, int]:
         """{bits: weights} as Larq counts them; two a channel for a norm with running statistics."""
         found: Counter[int] = Counter()
+        if isinstance(module, WHOLE):
+            for name in ("input_quantizer", "weight_quantizer"):
+                quantizer = getattr(module, name, None)
+                for part in quantizer.modules() if isinstance(quantizer, nn.Module) else ():
+                    found.update(self.of(part))
         if isinstance(module, _Packed):
             words: Any = module.weight_words
             signs = self._new(words) and (math.prod(words.shape[:-1])

@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def _alone() -> bool:
+    return not dist.is_available() or not dist.is_initialized()
+
+
 class _AllReduce(torch.autograd.Function):
     """The sum over the processes of a group; its gradient is the sum of theirs."""
 
@@ -51,9 +55,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"SyncBatchNorm: expected (N, C, ...), got {tuple(input.shape)}")
 
     def _total(self, values: Tensor) -> Tensor:
-        if not dist.is_available() or not dist.is_initialized():
-            return values
-        return _AllReduce.apply(values, self.process_group)
+        return values if _alone() else _AllReduce.apply(values, self.process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -63,10 +65,11 @@ class SyncBatchNorm(_BatchNorm):
         dims, wide = [d for d in range(input.dim()) if d != 1], torch.float64
         shape = [1, -1, *[1] * (input.dim() - 2)]
         x = input if input.dtype == wide else input.float()
-        size = x.new_tensor([x.numel() / x.shape[1]], dtype=wide)
-        count, total = self._total(torch.cat([size, x.detach().sum(dims, dtype=wide)])).split(
+        own = x.numel() / x.shape[1]
+        count, total = self._total(torch.cat([
+            x.new_tensor([own], dtype=wide), x.detach().sum(dims, dtype=wide)])).split(
             [1, x.shape[1]])
-        if count <= 1:
+        if (own if _alone() else count) <= 1:  # a number where it is known, for compilers
             raise ValueError("SyncBatchNorm: more than one value per channel is needed to train")
         pivot = (total / count).to(x.dtype)
         x = x - pivot.view(shape)

@@ -201,7 +201,8 @@ class _Packed(FxLeaf):
     def _on_images(self, input: Tensor | PackedTensor, *arguments: Any) -> Tensor:
         """`_convolve` of an input of any form that the layer takes."""
         packed, flat = isinstance(input, PackedTensor), self._dims == 1
-        x: Any = input.words if packed else input  # type: ignore[union-attr]
+        # Quantized as it is given, before it is padded, as by the layer that was packed.
+        x: Any = input.words if isinstance(input, PackedTensor) else self._quantized(input)
         if self.padding_mode != "zeros":
             x = F.pad(x, self._pads, mode=self.padding_mode)
         batched = x.dim() == self._dims + 2
@@ -212,7 +213,7 @@ class _Packed(FxLeaf):
         return out if batched else out.squeeze(0)
 
     def _convolve(self, x: Tensor, packed: bool, dtype: torch.dtype, *arguments: Any) -> Tensor:
-        """Of words, (N, H, W, words), if packed, else of the real (N, C, H, W)."""
+        """Of words, (N, H, W, words), if packed, else of the quantized (N, C, H, W)."""
         raise NotImplementedError
 
     def _quantized(self, input: Tensor) -> Tensor:
@@ -263,11 +264,11 @@ class _PackedConv(_Packed):
         pads = self.pads_of(x.shape[1:3] if packed else x.shape[2:])
         if _onnx.is_exporting():
             return _onnx.packed_conv2d(
-                self._quantized(x), self.weight_words, self.in_channels, stride, pads, dilation,
-                self.groups, self.pad_value, self.scale, self.bias, dtype)
+                x, self.weight_words, self.in_channels, stride, pads, dilation, self.groups,
+                self.pad_value, self.scale, self.bias, dtype)
         own: Any = self._buffers
         return _packed_conv2d(
-            x if packed else _sign_pack(self._quantized(x), None, 1), self.weight_image(),
+            x if packed else _sign_pack(x, None, 1), self.weight_image(),
             self.in_channels, stride, pads, dilation, self.groups, pad_value=self.pad_value,
             out_channels=self.out_channels, scale=own["scale"], bias=own["bias"], dtype=dtype,
             channels_last=packed or wants_channels_last(x, x))

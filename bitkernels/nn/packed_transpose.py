@@ -77,10 +77,10 @@ class _PackedConvTranspose(_Packed):
         kernel, stride, padding, dilation = self._geometry
         if _onnx.is_exporting():
             return _onnx.packed_conv_transpose2d(
-                self._quantized(x), self.weight_words, self.in_channels, stride, padding,
+                x, self.weight_words, self.in_channels, stride, padding,
                 output_padding, self.groups, dilation, self.scale, self.bias, dtype)
         weight_words: Any = self._buffers["weight_words"]
-        words = x if packed else _sign_pack(self._quantized(x), None, 1)
+        words = x if packed else _sign_pack(x, None, 1)
         channels_last = packed or wants_channels_last(x, x)
         filters = self.weight_image()
         if filters is weight_words or _is_wrapped(x):  # the operator has a rule for vmap

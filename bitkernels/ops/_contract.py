@@ -12,6 +12,8 @@ oracle of the tests and what runs where no faster backend is registered. It gets
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,6 +90,13 @@ def dot_conv2d(words, weight_words, channels, stride, padding, dilation, groups,
     return dot[:, : len(w)].round().int()
 
 
+def _float32(bound: float | None) -> float | None:
+    """A bound beyond float32 is infinite there; `clamp` refuses it."""
+    if bound is None or not abs(bound) > torch.finfo(torch.float32).max:
+        return bound
+    return math.copysign(math.inf, bound)
+
+
 def epilogue(dot: Tensor, channel_dim: int, *, clamp_min=None, clamp_max=None, scale=None,
              bias=None, residual=None, shift_in=None, slope=None, shift_out=None) -> Tensor:
     """clamp -> scale and bias -> residual -> RPReLU, in float32, on int32 dot products."""
@@ -97,7 +106,7 @@ def epilogue(dot: Tensor, channel_dim: int, *, clamp_min=None, clamp_max=None, s
 
     y = dot.float()
     if clamp_min is not None or clamp_max is not None:
-        y = y.clamp(clamp_min, clamp_max)
+        y = y.clamp(_float32(clamp_min), _float32(clamp_max))
     if scale is not None:
         y = y * per_channel(scale)
     if bias is not None:

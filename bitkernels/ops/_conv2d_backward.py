@@ -30,6 +30,7 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conv: ConvSpec, wa
     """
     grad = in_memory_format(grad, torch.channels_last)  # as the words; once for both
     by_input, by_weight = by_tables(grad, weight, conv)
+    by_input = by_input and 0 not in words.shape[1:3]
     channels = weight.shape[1] * conv.groups
     grad_input = grad_signs = None
     if wants_weight and by_weight:
@@ -66,12 +67,40 @@ def by_tables(grad: Tensor, weight: Tensor, conv: ConvSpec) -> tuple[bool, bool]
     return by_input, by_weight
 
 
+def _sees_every_tap(pixels: int, windows: int, kernel: int, stride: int, padding: int,
+                    dilation: int) -> bool:
+    """Along an axis: each tap of the kernel surely meets a pixel, not padding alone."""
+    return (stride <= pixels and (kernel - 1) * dilation - padding < pixels
+            and padding <= (windows - 1) * stride)
+
+
+def library_backward(grad, x, weight, stride, padding, dilation, groups, mask, transposed=False,
+                     output_padding=(0, 0)):
+    """PyTorch's gradients of (x, weight), as `mask` asks, without two faults that it has on CPUs.
+
+    In bfloat16 (torch 2.13) the gradients of taps that meet padding alone are memory that nothing
+    was written to, so these run in float32. And to one output channel a transposed convolution's
+    gradient of x is wrong in memory formats that differ, so there all are contiguous.
+    """
+    dtype = grad.dtype
+    if grad.device.type == "cpu":
+        image, windows = (grad, x) if transposed else (x, grad)
+        axes = zip(image.shape[2:], windows.shape[2:], weight.shape[2:], stride, padding, dilation,
+                   strict=True)
+        if dtype == torch.bfloat16 and mask[1] and not all(_sees_every_tap(*a) for a in axes):
+            grad, x, weight = grad.float(), x.float(), weight.float()
+        if transposed and weight.shape[1] == 1:
+            grad, x, weight = (t.contiguous().view(-1).view(t.shape) for t in (grad, x, weight))
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, transposed, output_padding, groups,
+        (*mask, False))[:2]
+    return [None if t is None else t.to(dtype) for t in found]
+
+
 def _library_backward(grad, x, weight, conv, padding, mask):
-    if weight.shape[0] == 0:  # sums of nothing, which the library refuses
+    if weight.shape[0] == 0 or 0 in x.shape[2:]:  # sums of nothing, which the library refuses
         return torch.zeros_like(x), torch.zeros_like(weight)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, conv.stride, padding, conv.dilation, False, (0, 0),
-        conv.groups, (*mask, False))
+    return library_backward(grad, x, weight, conv.stride, padding, conv.dilation, conv.groups, mask)
 
 
 def _input_grad(grad, words, weight, weight_words, scale, conv) -> Tensor:

@@ -38,9 +38,12 @@ def quantize(input: Tensor, steps: float) -> Tensor:
 
 
 def finish(dot: Tensor, scale: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """float32(dot) * scale, then + bias; of the channels in `dim`, two roundings."""
+    """float32(dot) * scale, then + bias; of the channels in `dim`, two roundings.
+
+    dot: integers in float64, where a single product may be -0, which no integer is.
+    """
     around = [-1 if d == dim else 1 for d in range(dot.dim())]
-    y = dot.float() * scale.float().view(around)
+    y = dot.int().float() * scale.float().view(around)
     return y if bias is None else y + bias.float().view(around)
 
 

@@ -70,6 +70,8 @@ def _spec(op, shape, weight_shape, stride, padding, dilation, groups, pad_value)
                      f"{channels} channels in ")
     if channels < 1:
         raise _Unfit("at least 1 channel wide")
+    if min(kernel) < 1:
+        fail(op, "weight", "a filter of at least 1x1", f"shape {tuple(weight_shape)}")
     if pad_value not in (-1, 0, 1):
         fail(op, "pad_value", "-1, 0 or 1", pad_value)
     stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)

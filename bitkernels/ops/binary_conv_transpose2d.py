@@ -19,6 +19,7 @@ from bitkernels import _onnx
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_channel_vector, check_same_device, describe, fail
+from bitkernels.ops._conv2d_backward import library_backward
 from bitkernels.ops._phases import transposed_geometry
 from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, images
 from bitkernels.ops.geometry import empty_real, wants_channels_last
@@ -122,10 +123,9 @@ class _BinaryConvTranspose2d(FirstOrder):
             if scale is not None:
                 scaled = signs * spread(scale, weight, conv.groups).to(grad.dtype)
             x = ops.unpack.default(words, weight.shape[0], grad.dtype, 1)
-            grad_input, grad_signs, _ = torch.ops.aten.convolution_backward(
-                in_memory_format(grad, torch.channels_last), x, scaled, None,
-                conv.stride, conv.padding, conv.dilation, True, conv.output_padding,
-                conv.groups, (wants_input, wants_weight, False))
+            grad_input, grad_signs = library_backward(
+                in_memory_format(grad, torch.channels_last), x, scaled, conv.stride, conv.padding,
+                conv.dilation, conv.groups, (wants_input, wants_weight), True, conv.output_padding)
             if wants_input:
                 grad_input = in_memory_format(grad_input.to(ctx.input_dtype), ctx.memory_format)
                 grad_input = training.Signs.grad(grad_input, saved, train.input_estimator,

@@ -19,7 +19,9 @@ ops = torch.ops.bitkernels
 def check(input, weight, bias=None, *, scale=None, **estimators):
     op = "binary_linear"
     train = training.check(op, input, weight, bias, scale, 2, estimators)
-    if input.dim() < 1 or input.shape[-1] != weight.shape[1] or weight.shape[1] < 1:
+    if weight.shape[1] < 1:
+        fail(op, "weight", "of at least 1 input channel", describe(weight))
+    if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         fail(op, "input", f"(..., {weight.shape[1]}) for a weight of shape "
              f"{tuple(weight.shape)}", describe(input))
     return Call((input, weight, bias, scale, train))

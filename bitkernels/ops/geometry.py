@@ -181,8 +181,13 @@ def wants_channels_last(input: Tensor, weight: Tensor) -> bool:
 
 
 def is_channels_last(t: Tensor) -> bool:
-    return (t.dim() == 4 and not t.is_contiguous()
-            and t.is_contiguous(memory_format=torch.channels_last))
+    """By the strides: within torch.vmap tensors do not answer for this format."""
+    if t.dim() != 4 or t.is_contiguous():
+        return False
+    n, c, h, w = t.shape
+    step_n, step_c, step_h, step_w = t.stride()
+    return ((c == 1 or step_c == 1) and (w == 1 or step_w == c) and (h == 1 or step_h == c * w)
+            and (n == 1 or step_n == c * h * w))
 
 
 def empty_around(t: Tensor, dim: int) -> Tensor:

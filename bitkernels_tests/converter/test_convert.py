@@ -324,3 +324,23 @@ def test_a_copy_has_the_state_of_the_network():
     for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)),
                   copy.deepcopy(copy.deepcopy(made).to("meta"))):
         assert list(other.state_dict()) == list(made.state_dict())
+
+
+def test_a_linear_layer_behind_a_free_size():
+    """Its width is that of its weight; the export has it as an expression of the image's sizes."""
+    model = shuffled(nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.Flatten(),
+        bnn.BinaryLinear(8 * 16, 24), nn.BatchNorm1d(24), nn.Linear(24, 5)))
+    images, size = torch.randn(2, 3, 8, 8), torch.export.Dim.AUTO
+    network = convert(model, images, dynamic_shapes=({0: size, 2: size, 3: size},))
+    for x in (images, torch.randn(3, 3, 8, 8), torch.randn(3, 3, 4, 16)):
+        torch.testing.assert_close(network(x), model(x))
+
+
+def test_a_packed_linear_layer_behind_a_packed_one():
+    """Whose signs the export takes by defaults alone."""
+    model = nn.Sequential(bnn.BinaryLinear(40, 33), bnn.BinaryLinear(33, 4)).eval()
+    rows = torch.randn(3, 40)
+    network = convert(bnn.pack(model), rows)
+    assert torch.equal(network(rows), model(rows))
+    assert [p.reads for p in network.report.products] == ["signs", "words"]

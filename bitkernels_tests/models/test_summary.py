@@ -390,3 +390,17 @@ def test_a_converted_network_is_refused():
     converted = bitkernels.convert(model, torch.randn(1, 3, 8, 8))
     with pytest.raises(TypeError, match="summary: 0 is a converted network, .* its report"):
         bitkernels.summary(nn.Sequential(converted), (3, 8, 8))
+
+
+def test_a_norm_in_a_quantizer_counts_as_any_norm():
+    """Two numbers a channel and its running statistics, before and after packing."""
+    def numbers(model, shape):
+        found = bitkernels.summary(model, shape)
+        return found.weights, found.parameters, found.values, found.macs
+
+    conv = bnn.BinaryConv2d(8, 4, 3, bias=False, input_quantizer=bnn.NormSign(8, 2))
+    want = {1: 4 * 8 * 9, 32: 2 * 8}, 4 * 8 * 9 + 16, 4 * 8 * 9 + 32, {1: 4 * 8 * 9 * 9}
+    assert numbers(conv, (1, 8, 5, 5)) == want
+    assert numbers(bnn.pack(conv), (1, 8, 5, 5)) == want
+    before = nn.Sequential(nn.BatchNorm2d(8), bnn.BinaryConv2d(8, 4, 3, bias=False))
+    assert numbers(before, (1, 8, 5, 5)) == want

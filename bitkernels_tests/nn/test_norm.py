@@ -83,3 +83,12 @@ def test_blocks_of_many_processes_stay_fused(alone):
     synchronised(block, Group(0, 2), torch.device("cpu"))
     assert type(block.norm) is SyncBatchNorm
     assert block.unfused(torch.randn(2, 8, 4, 4)) is None
+
+
+def test_batch_statistics_in_one_graph():
+    """Nothing looks at values where there is no process group."""
+    norm, x = bnn.SyncBatchNorm(3, track_running_stats=False).eval(), torch.randn(4, 3, 5, 5)
+    exported = torch.export.export(norm, (x,)).module()
+    torch.testing.assert_close(exported(x), norm(x))
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        norm(torch.randn(1, 3, 1, 1))

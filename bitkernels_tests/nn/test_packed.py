@@ -16,8 +16,10 @@ from bitkernels.nn import (
     BinaryConv1d,
     BinaryConv2d,
     BinaryConv3d,
+    BinaryConvTranspose1d,
     BinaryConvTranspose2d,
     BinaryLinear,
+    NormSign,
     PackedConv1d,
     PackedConv2d,
     PackedLinear,
@@ -235,3 +237,32 @@ def test_what_the_words_were_made_for_stays(layer, names):
         assert getattr(packed, name) == before
     packed.note = 2
     assert copy.deepcopy(packed).note == 2
+
+
+class Above(nn.Module):
+    """The sign of the distance from the mean of all, of inputs of these dimensions."""
+
+    precision = 1
+
+    def __init__(self, dims) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        assert x.dim() in self.dims
+        return torch.where(x < x.mean(), -1.0, 1.0).to(x.dtype)
+
+
+@pytest.mark.parametrize("batched", (True, False))
+@pytest.mark.parametrize("cls,dims,options", [
+    (BinaryConv1d, 1, {}), (BinaryConv1d, 1, dict(padding=1, padding_mode="circular")),
+    (BinaryConv2d, 2, {}), (BinaryConv2d, 2, dict(padding=1, padding_mode="reflect")),
+    (BinaryConvTranspose1d, 1, {}), (BinaryConvTranspose2d, 2, {})])
+def test_a_quantizer_gets_the_input_as_it_is(cls, dims, options, batched):
+    """Neither padded nor with dimensions that the operator asks for: a batch norm counts them, and
+    what looks at all of the input would see the padding."""
+    x = torch.randn(*[2] * batched, 8, *[6] * dims) + 0.3
+    for quantizer in (NormSign(8, dims), Above((dims + 1, dims + 2))):
+        layer = cls(8, 5, 3, **options, input_quantizer=quantizer).eval()
+        with torch.no_grad():
+            assert torch.equal(layer.pack()(x), layer(x))

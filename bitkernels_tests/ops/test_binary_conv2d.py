@@ -295,3 +295,42 @@ def test_inference_mode_and_no_grad(device):
     assert not y.requires_grad and torch.equal(y, expected)
     with torch.inference_mode():
         assert torch.equal(ops.binary_conv2d(x, w, bias), expected)
+
+
+@pytest.mark.parametrize("case", (
+    ConvCase(channels=33, out_channels=5, kernel=(2, 2), stride=(3, 3), padding=(1, 1),
+             size=(5, 1)),
+    ConvCase(channels=4, out_channels=4, kernel=(1, 3), stride=(2, 2), padding=(0, 1), size=(4, 1)),
+    ConvCase(channels=16, out_channels=16, kernel=(3, 4), stride=(3, 3), padding=(1, 1, 1, 1),
+             size=(1, 2)),
+    ConvCase(channels=8, out_channels=8, kernel=(3, 3), stride=(1, 1), padding=(1, 1),
+             size=(1, 1))), ids=str)
+def test_a_tap_that_meets_padding_alone_has_no_gradient_in_bfloat16(case, device):
+    """PyTorch's convolution backward of a CPU leaves it what was in memory."""
+    for _ in range(4):
+        x = reals(2, case.channels, *case.size, device=device).bfloat16()
+        weight = reals(case.out_channels, case.channels, *case.kernel, device=device)
+        weight = weight.bfloat16().requires_grad_()
+        y = ops.binary_conv2d(x, weight, None, *case.args, weight_clip=None)
+        grad = torch.randint(-2, 3, y.shape, device=device).bfloat16()
+        y.backward(grad)
+        leaf = signed(weight.detach().double()).requires_grad_()
+        oracles.padded_conv2d(signed(x.double()), leaf, None, case).backward(grad.double())
+        assert torch.equal(weight.grad.double(), leaf.grad)
+
+
+@pytest.mark.parametrize("pad_value", (0, 1))
+@pytest.mark.parametrize("channels,size", [(2, (5, 0)), (64, (0, 4))], ids=str)
+def test_an_image_without_pixels_that_is_padded(channels, size, pad_value, device):
+    """Forward it is its padding; PyTorch has no backward of it."""
+    x = reals(2, channels, *size, device=device).requires_grad_()
+    weight = reals(64, channels, 3, 3, device=device).requires_grad_()
+    y = ops.binary_conv2d(x, weight, None, (1,), (2,), pad_value=pad_value, weight_clip=None)
+    grad = dyadic(*y.shape, device=device)
+    y.backward(grad)
+    leaf = signed(weight.detach()).requires_grad_()
+    padded = F.pad(signed(x.detach()), (2, 2, 2, 2), value=float(pad_value))
+    want = F.conv2d(padded, leaf)
+    want.backward(grad)
+    assert torch.equal(y, want) and x.grad.shape == x.shape
+    torch.testing.assert_close(weight.grad, leaf.grad)

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+from bitkernels import reference
+
 ops = torch.ops.bitkernels
 
 
@@ -116,3 +118,15 @@ def test_multiply_adds_are_counted():
     args = torch.randn(2, 3, 6), torch.zeros(8, 6, dtype=torch.int8), torch.ones(8), None, 1.0
     assert macs(linear, args, {}, linear(*args)) == 2 * 3 * 8 * 6
     assert not of_signs(conv) and not of_signs(linear)
+
+
+def test_a_sum_of_one_product_is_no_negative_zero(device):
+    """0 * -5 is 0 in integers, times a scale 0 with the scale's sign."""
+    x, scale = torch.zeros(1, 1, 1, 2, device=device), torch.tensor([0.5, -0.5], device=device)
+    weight = torch.full((2, 1, 1, 1), -5, dtype=torch.int8, device=device)
+    for y in (ops.int8_conv2d(x, weight, scale, None, 127.0),
+              reference.int8_conv2d(x, weight, scale, None, 127.0, (1,), (0,), (1,), 1)):
+        assert y.eq(0).all() and y.signbit()[0].flatten(1).any(1).tolist() == [False, True]
+    for y in (ops.int8_linear(x[..., :1], weight.view(2, 1), scale, None, 127.0),
+              reference.int8_linear(x[..., :1], weight.view(2, 1), scale, None, 127.0)):
+        assert y.eq(0).all() and y.signbit().flatten().tolist() == [False, True]

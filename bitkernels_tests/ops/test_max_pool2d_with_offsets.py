@@ -170,3 +170,23 @@ def test_exports():
     assert "max_pool2d_with_offsets" in str(program.graph)
     for have, want in zip(program.module()(x), Pool()(x), strict=True):
         assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_offsets_that_name_no_tap_in_the_image_give_nothing(format, device):
+    """A write outside the gradient, by PyTorch's kernel of a CPU, before they were looked at."""
+    offsets = torch.arange(256, dtype=torch.uint8, device=device).view(1, 16, 4, 4)
+    offsets = offsets.contiguous(memory_format=format)
+    grad = torch.ones(1, 16, 4, 4, device=device, dtype=torch.double, requires_grad=True)
+    found = ops.max_pool2d_with_offsets_backward(grad, offsets, (7, 8), *STEM)
+    want, named = torch.zeros(16, 7, 8), torch.zeros(16, 4, 4)
+    for channel, y, x in torch.cartesian_prod(*map(torch.arange, (16, 4, 4))).tolist():
+        tap = offsets[0, channel, y, x].item()
+        row, column = (2 * at - 1 + tap_at for at, tap_at in zip((y, x), divmod(tap, 3),
+                                                                 strict=True))
+        if tap < 9 and 0 <= row < 7 and 0 <= column < 8:
+            want[channel, row, column] += 1
+            named[channel, y, x] = 1
+    assert torch.equal(found[0].float().cpu(), want)
+    (again,) = torch.autograd.grad(found.sum(), grad)
+    assert torch.equal(again[0].float().cpu(), named)

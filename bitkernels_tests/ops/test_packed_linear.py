@@ -107,3 +107,14 @@ def test_strided_operands(device):
     y = ops.packed_linear(words, weight_words, 70, residual=residual)
     dot = oracles.linear_dot(words, weight_words, 70).to(device)
     assert y.is_contiguous() and torch.equal(y, dot + residual)
+
+
+def test_bounds_beyond_float32_are_infinite(device):
+    words, weight_words = LinearCase(33, 7, (3,)).words(device)
+    for bounds in (dict(clamp_min=-1e308, clamp_max=1e39), dict(clamp_min=1e39),
+                   dict(clamp_max=-1e308), dict(clamp_min=-float("inf"))):
+        y = ops.packed_linear(words, weight_words, 33, **bounds)
+        want = oracles.linear_dot(words, weight_words, 33).double().clamp(
+            min=bounds.get("clamp_min"), max=bounds.get("clamp_max")).float()
+        assert torch.equal(y.cpu(), want)
+        assert torch.equal(y, reference.packed_linear(words, weight_words, 33, **bounds)[0])

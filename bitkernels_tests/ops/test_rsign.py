@@ -179,3 +179,16 @@ def test_double_backward_refuses(device):
     g, = torch.autograd.grad((y * y).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         g.sum().backward()
+
+
+@pytest.mark.parametrize("shape", ((2, 70, 0, 6), (2, 70, 5, 0), (0, 70, 5, 6), (2, 70, 1, 6)),
+                         ids=str)
+def test_of_a_part_of_an_image_the_result_lies_as_its_fake_does(shape, device):
+    """Contiguous is also a part without elements, whose strides are those of the whole."""
+    whole = reals(2, 70, 5, 6, device=device)
+    zero = torch.zeros(70, device=device)
+    for x in (whole, whole.to(memory_format=torch.channels_last), whole.transpose(2, 3)):
+        part = x[tuple(slice(n) for n in shape)]
+        fake = torch.empty_strided(part.shape, part.stride(), device="meta")
+        for op, args in ((ops.rsign, (zero,)), (ops.rprelu, (zero, zero, zero))):
+            assert op(part, *args).stride() == op(fake, *(t.to("meta") for t in args)).stride()

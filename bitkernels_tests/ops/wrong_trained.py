@@ -64,6 +64,9 @@ train("padding must be at least 0, got [-1, -1]", None, (1,), (-1, -1))
 train("dilation must be at least 1, got [0, 0]", None, (1,), (0,), (0, 0))
 train("pad_value must be -1, 0 or 1, got -2", pad_value=-2)
 train("kernel must be at most the padded input size 5, got a reach of 6", w=real(8, 6, 6, 1))
+for height, width in ((0, 3), (3, 0)):
+    train(f"weight must be a filter of at least 1x1, got shape (8, 6, {height}, {width})",
+          w=real(8, 6, height, width))
 train(f"input_estimator must be {ESTIMATORS}, got 'ste'", input_estimator="ste")
 train(f"weight_estimator must be {ESTIMATORS}, got ''", weight_estimator="")
 train("input_clip must be at least 0, got -1", input_clip=-1.0)
@@ -111,6 +114,8 @@ dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape
       x=real(3, 5))
 dense("input must be (..., 6) for a weight of shape (8, 6), got float32 of shape ()", x=real())
 dense("weight must be 2-dimensional, got float32 of shape (6,)", w=real(6))
+dense("weight must be of at least 1 input channel, got float32 of shape (8, 0)", x=real(3, 0),
+      w=real(8, 0))
 dense("weight must be on cpu as the first argument, got meta", w=real(8, 6, device="meta"))
 dense("bias must be of shape (8,), got float32 of shape (1,)", real(1))
 dense("scale must be of shape (8,), got float32 of shape ()", scale=real())

@@ -324,3 +324,16 @@ def test_a_gradient_penalty_is_refused(name):
     g, = torch.autograd.grad(module(x.requires_grad_()).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         (g.square().sum() + x.sum()).backward()
+
+
+@pytest.mark.parametrize("name", cases.QUANTIZERS)
+def test_vmap_of_quantizers_over_images_that_are_not_contiguous(name):
+    quantizer, images = quantizers.get(name), torch.randn(3, 2, 4, 5, 6)
+    for x in (images.transpose(3, 4), images[..., ::2],
+              images.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)):
+        def loss(t):
+            return (quantizer(t) * t).sum()
+
+        want = torch.stack([quantizer(t) for t in x]), torch.stack([grad(loss)(t) for t in x])
+        assert torch.equal(vmap(quantizer)(x), want[0])
+        torch.testing.assert_close(vmap(grad(loss))(x), want[1])

@@ -58,7 +58,7 @@ Tensor op_rsign(Tensor input, Tensor shift, std::string estimator, OptFloat clip
   check_beta(op, beta, estimator);
   const Around x = around(input, 1);
   const WideVector wide(shift, input.scalar_type() == ScalarType::Double);
-  Tensor out = dense_like(x.tensor);
+  Tensor out = empty_around(x);
   if (input.numel() > 0)
     rsign(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
           x.inner, wide.get(), samples, out.mutable_data_ptr());
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> op_sign_backward(Tensor grad, Tensor input, OptTensor
   const Tensor g = in_order(grad);
   const OptTensor extra = add ? OptTensor(in_order(*add)) : std::nullopt;
   const WideVector vector(shift, wide);
-  Tensor out = dense_like(x.tensor);
+  Tensor out = empty_around(x);
   Tensor sum = empty({channels}, ScalarType::Double);
   auto* to = static_cast<double*>(sum.mutable_data_ptr());
   std::fill(to, to + channels, 0.0);
@@ -135,7 +135,7 @@ Tensor op_rprelu(Tensor input, Tensor shift_in, Tensor slope, Tensor shift_out) 
   const bool wide = input.scalar_type() == ScalarType::Double;
   const WideVector a(shift_in, wide), b(slope, wide), c(shift_out, wide);
   const Around x = around(input, 1);
-  Tensor out = dense_like(x.tensor);
+  Tensor out = empty_around(x);
   if (input.numel() > 0)
     rprelu(kernel(), x.tensor.const_data_ptr(), dtype_of(input.scalar_type()), x.outer, x.channels,
            x.inner, a.get(), b.get(), c.get(), out.mutable_data_ptr());
@@ -154,11 +154,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_rprelu_backward(Tensor grad, Tenso
     fail(op, "grad", describe(input), describe(grad));
   const Around x = around(input, 1);
   // The gradient in the memory order of the input.
-  Tensor g = dense_like(x.tensor);
+  Tensor g = empty_around(x);
   torch::stable::copy_(g, grad);
   const bool wide = input.scalar_type() == ScalarType::Double;
   const WideVector a(shift_in, wide), b(slope, wide);
-  Tensor grad_x = dense_like(x.tensor);
+  Tensor grad_x = empty_around(x);
   const int64_t c = input.size(1);
   std::vector<float> sums(3 * c, 0.0f);
   if (input.numel() > 0)

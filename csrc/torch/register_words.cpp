@@ -79,7 +79,7 @@ Tensor op_mask_grad(Tensor grad, Tensor mask_words, int64_t dim) {
       fail(op, "mask_words", text("of shape ", tuple_text(shape)), describe(mask_words));
   const Kernel& k = kernel();
   const Around g = around(grad, dim);
-  const Tensor mask = dense(mask_words), out = dense_like(g.tensor);
+  const Tensor mask = dense(mask_words), out = empty_around(g);
   if (grad.numel() > 0)
     mask_grad(k, g.tensor.const_data_ptr(), dtype_of(grad.scalar_type()), g.outer, g.channels,
               g.inner, words_of(mask), out.mutable_data_ptr());

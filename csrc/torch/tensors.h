@@ -37,7 +37,10 @@ inline Tensor empty(const Sizes& sizes, ScalarType type) {
 }
 
 inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (t.is_contiguous()) return t;
+  Tensor copy = empty({t.sizes().begin(), t.sizes().end()}, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 inline const uint32_t* words_of(const Tensor& t) {
@@ -93,12 +96,13 @@ class WideVector {
 struct Around {
   Tensor tensor;
   int64_t outer, channels, inner;
+  bool innermost;  // the channels, the rest dense: the strides are the tensor's
 };
 
 inline Around around(const Tensor& t, int64_t dim) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t channels = sizes[dim], n = t.dim();
-  bool innermost = channels > 1 ? strides[dim] == 1 : true;  // channels last, the rest dense
+  bool innermost = channels == 1 || strides[dim] == 1;
   int64_t step = channels, outer = 1, inner = 1;
   for (int64_t i = n - 1; i >= 0; --i) {
     if (i == dim) continue;
@@ -106,8 +110,8 @@ inline Around around(const Tensor& t, int64_t dim) {
     step *= sizes[i];
     (i < dim ? outer : inner) *= sizes[i];
   }
-  if (innermost) return {t, outer * inner, channels, 1};
-  return {dense(t), outer, channels, inner};
+  if (innermost) return {t, outer * inner, channels, 1, true};
+  return {dense(t), outer, channels, inner, false};
 }
 
 inline Tensor empty_rows(const Tensor& like, ScalarType type) {
@@ -132,10 +136,13 @@ inline Sizes packed_shape(const Tensor& t, int64_t dim) {
   return shape;
 }
 
-inline Tensor dense_like(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  return empty_strided({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()},
-                       t.scalar_type());
+// An empty tensor like it. Contiguous is also one whose strides say something else of sizes 0
+// and 1.
+inline Tensor empty_around(const Around& x) {
+  const auto sizes = x.tensor.sizes(), strides = x.tensor.strides();
+  const Sizes shape(sizes.begin(), sizes.end());
+  if (!x.innermost) return empty(shape, x.tensor.scalar_type());
+  return empty_strided(shape, {strides.begin(), strides.end()}, x.tensor.scalar_type());
 }
 
 }  // namespace bitkernels
