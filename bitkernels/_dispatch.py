@@ -258,6 +258,20 @@ def _refuse_onnx(operator: str) -> NoReturn:
                        "itself, not a program that torch.export made of it")
 
 
+def refuse_none(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, but for None in the place of a tensor: PyTorch takes it for any."""
+    required = [(i, a.name) for i, a in enumerate(op._schema.arguments) if str(a.type) == "Tensor"]
+    packet = op._schema.name.removeprefix("bitkernels::")
+
+    def call(*args, **kw):
+        for i, name in required:
+            if (args[i] if i < len(args) else kw.get(name, op)) is None:
+                raise RuntimeError(f"bitkernels::{packet}: {name} must be a tensor, got None")
+        return kernel(*args, **kw)
+
+    return call
+
+
 def refuse_grad(op: torch._ops.OpOverload, straight: Callable[..., Any]):
     """A kernel of the Autograd key, with keyset, for an operator that would detach: it refuses.
 

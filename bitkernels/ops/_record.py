@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bitkernels._dispatch import autocast, functorch_active, refuse_grad
+from bitkernels._dispatch import autocast, functorch_active, refuse_grad, refuse_none
 from bitkernels.ops._batching import Rule, batched, each, images, per_sample, rows
 from bitkernels.ops._samples import Sample, Values, channels_last
 
@@ -99,7 +99,7 @@ class Operator:
 
     def launcher(self, run: Callable[..., Any], overload: str = "") -> Callable[..., Any]:
         """An overload on a backend: its arguments checked, then `run(name, *args, **kw)`."""
-        name, check = self.name, self.check
+        name, check = self.name, refuse_none(self.overloads[overload], self.check)
         if not any(".both(" in schema for schema in self.schemas):
             def launch(*args, **kw):
                 call = check(*args, **kw)
@@ -203,7 +203,7 @@ def define(operator: Operator) -> None:
         torch.library.register_fake(f"bitkernels::{name}", _fake(operator, overload), lib=LIB)
         LIB.impl(name, batched(op, operator.batched), "FuncTorchBatched")
         if operator.autograd is not None:
-            LIB.impl(name, operator.autograd, "Autograd")
+            LIB.impl(name, refuse_none(op, operator.autograd), "Autograd")
         else:
             LIB.impl(name, refuse_grad(op, _straight(operator, overload)), "Autograd",
                      with_keyset=True)
@@ -212,7 +212,7 @@ def define(operator: Operator) -> None:
         elif not operator.launched:
             assert operator.autograd is not None, f"{name} computes nothing"
             # Below autograd (inference mode) the same function finds no gradient to record.
-            LIB.impl(name, operator.autograd, KEY)
+            LIB.impl(name, refuse_none(op, operator.autograd), KEY)
         if operator.autograd and any(a.name == "dtype" for a in op._schema.arguments):
             for device in ("cpu", "cuda"):
                 LIB.impl(name, autocast(op, device), f"Autocast{device.upper()}")

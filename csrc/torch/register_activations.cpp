@@ -1,10 +1,10 @@
 // torch.ops.bitkernels.rsign, sign_backward, rprelu and rprelu_backward on CPU tensors: checks and
 // allocation around the engine's sources of these names.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
 
+#include "box.h"
 #include "cpu/rprelu.h"
 #include "cpu/rsign.h"
 #include "cpu/sign_backward.h"
@@ -178,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_rprelu_backward(Tensor grad, Tenso
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("rsign", TORCH_BOX(&bitkernels::op_rsign));
-  m.impl("sign_backward", TORCH_BOX(&bitkernels::op_sign_backward));
-  m.impl("rprelu", TORCH_BOX(&bitkernels::op_rprelu));
-  m.impl("rprelu_backward", TORCH_BOX(&bitkernels::op_rprelu_backward));
+  m.impl(BOX("rsign", &bitkernels::op_rsign));
+  m.impl(BOX("sign_backward", &bitkernels::op_sign_backward));
+  m.impl(BOX("rprelu", &bitkernels::op_rprelu));
+  m.impl(BOX("rprelu_backward", &bitkernels::op_rprelu_backward));
 }

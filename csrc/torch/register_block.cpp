@@ -1,10 +1,10 @@
 // torch.ops.bitkernels.residual_block_* on CPU tensors: checks and allocation around
 // cpu/residual_block.h.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
+#include "box.h"
 #include "cpu/residual_block.h"
 #include "tensors.h"
 
@@ -124,7 +124,7 @@ Tensor op_norm_backward(Tensor grad, Tensor dot, Tensor p, Tensor q, Tensor r, T
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("residual_block_forward", TORCH_BOX(&bitkernels::op_block_forward));
-  m.impl("residual_block_backward", TORCH_BOX(&bitkernels::op_block_backward));
-  m.impl("residual_block_norm_backward", TORCH_BOX(&bitkernels::op_norm_backward));
+  m.impl(BOX("residual_block_forward", &bitkernels::op_block_forward));
+  m.impl(BOX("residual_block_backward", &bitkernels::op_block_backward));
+  m.impl(BOX("residual_block_norm_backward", &bitkernels::op_norm_backward));
 }

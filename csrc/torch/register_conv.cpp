@@ -1,12 +1,12 @@
 // torch.ops.bitkernels.packed_conv2d*, packed_linear* and binary_conv2d_forward on CPU tensors:
 // checks and allocation around cpu/packed_conv2d.h.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <limits>
 #include <tuple>
 
+#include "box.h"
 #include "cpu/packed_conv2d.h"
 #include "words.h"
 
@@ -312,12 +312,12 @@ std::tuple<Tensor, Tensor> op_linear_both(BK_LINEAR_ARGS, OptType dtype, OptTens
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("packed_conv2d", TORCH_BOX(&bitkernels::op_conv2d));
-  m.impl("packed_conv2d.packed", TORCH_BOX(&bitkernels::op_conv2d_packed));
-  m.impl("packed_conv2d.both", TORCH_BOX(&bitkernels::op_conv2d_both));
-  m.impl("packed_conv2d_moments", TORCH_BOX(&bitkernels::op_conv2d_moments));
-  m.impl("binary_conv2d_forward", TORCH_BOX(&bitkernels::op_binary_conv2d_forward));
-  m.impl("packed_linear", TORCH_BOX(&bitkernels::op_linear));
-  m.impl("packed_linear.packed", TORCH_BOX(&bitkernels::op_linear_packed));
-  m.impl("packed_linear.both", TORCH_BOX(&bitkernels::op_linear_both));
+  m.impl(BOX("packed_conv2d", &bitkernels::op_conv2d));
+  m.impl(BOX("packed_conv2d.packed", &bitkernels::op_conv2d_packed));
+  m.impl(BOX("packed_conv2d.both", &bitkernels::op_conv2d_both));
+  m.impl(BOX("packed_conv2d_moments", &bitkernels::op_conv2d_moments));
+  m.impl(BOX("binary_conv2d_forward", &bitkernels::op_binary_conv2d_forward));
+  m.impl(BOX("packed_linear", &bitkernels::op_linear));
+  m.impl(BOX("packed_linear.packed", &bitkernels::op_linear_packed));
+  m.impl(BOX("packed_linear.both", &bitkernels::op_linear_both));
 }

@@ -1,10 +1,9 @@
 // The extension itself: Python's entry, torch's threads for the engine, and what it says of its
 // kernels. Built on the LibTorch stable ABI, so that one binary serves every torch from 2.11 on.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
+#include "box.h"
 #include "cpu/parallel.h"
 #include "network/threads.h"
 
@@ -23,6 +22,10 @@ const char* network::set_threads(int) {
 
 namespace {
 
+const char* const schemas[] = {
+#include "operator_schemas.inc"
+};
+
 // "name supported" a line, best first.
 std::string op_kernels() {
   std::string lines;
@@ -40,6 +43,23 @@ int64_t op_popcount_loop(int64_t iterations) {
 }
 
 }  // namespace
+
+void fail_none(const char* op, int i) {
+  const std::string name = op, start = name + "(";
+  for (const std::string schema : schemas) {
+    if (schema.compare(0, start.size(), start)) continue;
+    size_t at = start.size();
+    for (; i > 0; --i) {
+      at = schema.find(", ", at) + 2;
+      if (schema.compare(at, 3, "*, ") == 0) at += 3;
+    }
+    at = schema.find(' ', at) + 1;
+    fail(name.substr(0, name.find('.')).c_str(),
+         schema.substr(at, schema.find_first_of(",=)", at) - at).c_str(), "a tensor", "None");
+  }
+  fail(op, "its argument", "a tensor", "None");
+}
+
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitkernels, m) {
@@ -60,10 +80,7 @@ extern "C" __attribute__((visibility("default"))) void bitkernels_define_operato
   using torch::stable::detail::StableLibrary;
   static StableLibrary library(StableLibrary::Kind::FRAGMENT, "bitkernels", nullptr, __FILE__,
                                __LINE__);
-  static const char* const schemas[] = {
-#include "operator_schemas.inc"
-  };
-  for (const char* schema : schemas) library.def(schema);
+  for (const char* schema : bitkernels::schemas) library.def(schema);
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {

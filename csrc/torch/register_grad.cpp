@@ -1,8 +1,8 @@
 // torch.ops.bitkernels.packed_conv2d_input_grad and _weight_grad on CPU tensors: checks and
 // allocation around cpu/packed_conv2d_input_grad.h and cpu/packed_conv2d_weight_grad.h.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "box.h"
 #include "cpu/packed_conv2d_input_grad.h"
 #include "cpu/packed_conv2d_weight_grad.h"
 #include "tensors.h"
@@ -90,6 +90,6 @@ Tensor op_input_grad(Tensor grad, Tensor weight_words, int64_t channels, OptTens
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("packed_conv2d_weight_grad", TORCH_BOX(&bitkernels::op_weight_grad));
-  m.impl("packed_conv2d_input_grad", TORCH_BOX(&bitkernels::op_input_grad));
+  m.impl(BOX("packed_conv2d_weight_grad", &bitkernels::op_weight_grad));
+  m.impl(BOX("packed_conv2d_input_grad", &bitkernels::op_input_grad));
 }

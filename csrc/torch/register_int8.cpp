@@ -1,10 +1,10 @@
 // torch.ops.bitkernels.int8_conv2d and int8_linear on CPU tensors: checks and allocation around
 // cpu/int8_conv2d.h.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
 
+#include "box.h"
 #include "cpu/int8_conv2d.h"
 #include "tensors.h"
 
@@ -112,6 +112,6 @@ Tensor op_int8_linear(Tensor input, Tensor weight, Tensor scale, OptTensor bias,
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("int8_conv2d", TORCH_BOX(&bitkernels::op_int8_conv2d));
-  m.impl("int8_linear", TORCH_BOX(&bitkernels::op_int8_linear));
+  m.impl(BOX("int8_conv2d", &bitkernels::op_int8_conv2d));
+  m.impl(BOX("int8_linear", &bitkernels::op_int8_linear));
 }

@@ -1,8 +1,8 @@
 // torch.ops.bitkernels.packed_max_pool2d on CPU tensors: checks and allocation around
 // cpu/packed_max_pool2d.h.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "box.h"
 #include "cpu/packed_max_pool2d.h"
 #include "tensors.h"
 
@@ -44,5 +44,5 @@ Tensor op_max_pool2d(Tensor words, Sizes kernel_size, Sizes stride, Sizes paddin
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("packed_max_pool2d", TORCH_BOX(&bitkernels::op_max_pool2d));
+  m.impl(BOX("packed_max_pool2d", &bitkernels::op_max_pool2d));
 }

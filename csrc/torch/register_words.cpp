@@ -1,8 +1,8 @@
 // torch.ops.bitkernels.sign_pack, sign_pack_mask, mask_grad, unpack and tile_weight on CPU tensors:
 // checks and allocation around the engine's sources of these names.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "box.h"
 #include "cpu/mask_grad.h"
 #include "cpu/sign_pack.h"
 #include "cpu/tile_weight.h"
@@ -113,9 +113,9 @@ Tensor op_unpack(Tensor words, int64_t channels, ScalarType dtype, int64_t dim) 
 }  // namespace bitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(bitkernels, CPU, m) {
-  m.impl("sign_pack", TORCH_BOX(&bitkernels::op_sign_pack));
-  m.impl("sign_pack_mask", TORCH_BOX(&bitkernels::op_sign_pack_mask));
-  m.impl("tile_weight", TORCH_BOX(&bitkernels::op_tile_weight));
-  m.impl("mask_grad", TORCH_BOX(&bitkernels::op_mask_grad));
-  m.impl("unpack", TORCH_BOX(&bitkernels::op_unpack));
+  m.impl(BOX("sign_pack", &bitkernels::op_sign_pack));
+  m.impl(BOX("sign_pack_mask", &bitkernels::op_sign_pack_mask));
+  m.impl(BOX("tile_weight", &bitkernels::op_tile_weight));
+  m.impl(BOX("mask_grad", &bitkernels::op_mask_grad));
+  m.impl(BOX("unpack", &bitkernels::op_unpack));
 }
