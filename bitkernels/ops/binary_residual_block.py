@@ -83,6 +83,8 @@ def check(input, weight, residual=None, sign_shift=None, norm_weight=None, norm_
         fail(op, "slope", "given with shift_in or shift_out", "None")
     if not eps >= 0:
         fail(op, "eps", "at least 0", f"{eps:g}")
+    if group is not None and not _is_group(group):
+        fail(op, "group", "the name of a process group, or None", repr(group))
     if train.dtype is not None and (train.dtype == torch.float64) != (input.dtype == torch.float64):
         fail(op, "dtype", "a real type, float64 for float64 only", train.dtype)
     tensors = PerTensor(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in,
@@ -100,6 +102,18 @@ def fake(input, weight, *rest):
     vector = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (empty_real(input, shape, input.dtype, True),
             *(input.new_empty(shape[1], dtype=vector) for _ in range(2)))
+
+
+def _is_group(name: str) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed import distributed_c10d
+
+    try:
+        distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError):  # torch's words for an unknown name
+        return False
+    return True
 
 
 def _all_reduce(t: Tensor, group: str) -> Tensor:

@@ -41,7 +41,8 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
       the run was killed and resumed, with any number of workers.
     teacher: where a stage has teacher="given"; used in evaluation mode.
     initial: the first stage's weights, all of them. Default: those that `build` makes.
-    resume: go on from out/checkpoint.pt, which must be of the same model, recipe, data and seed.
+    resume: go on from out/checkpoint.pt, which must be of the same model, recipe, data, seed and
+      given teacher.
     name: of the model, for checkpoints and messages.
     group: the processes to train in, `Group.join()` under torchrun.
 
@@ -62,6 +63,10 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", group.local_rank)
         torch.cuda.set_device(device)
+    given = {}
+    if out is not None and any(stage.teacher == "given" for stage in recipe.stages):
+        assert teacher is not None
+        given["teacher"] = checkpoint.fingerprint(teacher)
     run = Run(build, recipe, data, Path(out) if out is not None and group.first else None, options,
                seed, group, device, {
                    "model": name, "recipe": recipe.settings(), "data": data.name,
@@ -69,7 +74,7 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
                    "processes": group.size, "bf16": options.bf16,
                    "channels_last": options.channels_last, "compile": options.compile,
                    "watch": options.watch, "tensorboard": options.tensorboard,
-                   "initial weights": initial is not None}, teacher)
+                   "initial weights": initial is not None, **given}, teacher)
     with ExitStack() as held:
         return _fit(run, initial, _opened(run, resume, held))
 

@@ -212,6 +212,7 @@ sign_grad("input must not require grad, this operator has no gradient; use binar
 
 block(f"input must be {FLOATS}, got int32 of shape (2, 6, 5, 5)", x=words(2, 6, 5, 5))
 block("input must be 4-dimensional, got float32 of shape (6, 5, 5)", x=real(6, 5, 5))
+block("group must be the name of a process group, or None, got 'unknown'", group="unknown")
 block("input must be 5 channels wide for a weight of shape (6, 5, 3, 3), got 6 channels in float32 "
       "of shape (2, 6, 5, 5)", w=real(6, 5, 3, 3))
 block("residual must be float32 of shape (2, 6, 3, 3), got float32 of shape (2, 6, 5, 5)",

@@ -312,6 +312,22 @@ def test_given_teacher_and_first_weights(data):
         assert torch.equal(ours, theirs), name  # at a rate of 0 nothing moves, in two stages
 
 
+def test_another_teacher_is_another_run(data, tmp_path):
+    recipe = recipes.get("adambnn").scaled(epochs=1, batch_size=105, augmentation="shift")
+    teacher = Noisy(10)
+    run(data, tmp_path, recipe, teacher=teacher)
+    run(data, tmp_path, recipe, teacher=teacher, resume=True)
+    with torch.no_grad():
+        next(teacher.parameters()).view(-1)[0] += 1
+    with pytest.raises(CheckpointError, match="with other settings: teacher: '[0-9a-f]{16}' there"):
+        run(data, tmp_path, recipe, teacher=teacher, resume=True)
+    path = tmp_path / "checkpoint.pt"  # of a version that did not look
+    state = torch.load(path)
+    del state["identity"]["teacher"]
+    torch.save(state, path)
+    run(data, tmp_path, recipe, teacher=teacher, resume=True)
+
+
 def test_the_same_seed_gives_the_same_bits_with_workers(data):
     recipe = RECIPE.scaled(epochs=1)
     models = [fit(lambda: Noisy(10), recipe, data, options=Options(workers=workers),
