@@ -83,18 +83,18 @@ def library_backward(grad, x, weight, stride, padding, dilation, groups, mask, t
     gradient of x is wrong in memory formats that differ, so there all are contiguous.
     """
     dtype = grad.dtype
-    if grad.device.type == "cpu":
+    if grad.device.type == "cpu" and dtype == torch.bfloat16 and mask[1]:
         image, windows = (grad, x) if transposed else (x, grad)
         axes = zip(image.shape[2:], windows.shape[2:], weight.shape[2:], stride, padding, dilation,
                    strict=True)
-        if dtype == torch.bfloat16 and mask[1] and not all(_sees_every_tap(*a) for a in axes):
+        if not all(_sees_every_tap(*axis) for axis in axes):
             grad, x, weight = grad.float(), x.float(), weight.float()
-        if transposed and weight.shape[1] == 1:
-            grad, x, weight = (t.contiguous().view(-1).view(t.shape) for t in (grad, x, weight))
+    if transposed and grad.device.type == "cpu" and weight.shape[1] == 1:
+        grad, x, weight = (t.contiguous().view(-1).view(t.shape) for t in (grad, x, weight))
     found = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, transposed, output_padding, groups,
         (*mask, False))[:2]
-    return [None if t is None else t.to(dtype) for t in found]
+    return found if grad.dtype == dtype else [None if t is None else t.to(dtype) for t in found]
 
 
 def _library_backward(grad, x, weight, conv, padding, mask):
