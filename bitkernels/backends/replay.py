@@ -123,6 +123,8 @@ def call(run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> A
         if kind in _TENSORS:
             given.append(value)
             key += value.shape, value.stride(), value.dtype, value.data_ptr() % 16
+        elif kind is float and not value:
+            key.append(str(value))  # 0.0 and -0.0 are equal, but not as bounds or summands
         elif kind in _PLAIN:
             key.append(value)
         elif kind is list:

@@ -79,6 +79,19 @@ def test_what_looks_different_is_another_call():
     assert len(calls) == 3 * len(looks)
 
 
+def test_both_zeros_are_arguments_of_their_own():
+    """They are equal; -0.0 + 0.0 is 0.0, and -0.0 + -0.0 is not."""
+    def step(run, x, added):
+        out = torch.empty_like(x)
+        launch(x, out, x.numel(), added)
+        return out
+
+    x = torch.full((4,), -0.0)
+    for _ in range(4):
+        assert not replay.call(run, step, x, 0.0).signbit().any()
+        assert replay.call(run, step, x, -0.0).signbit().all()
+
+
 @pytest.mark.parametrize("name", replay.VARIABLES)
 def test_the_environment_is_asked_in_every_call(name, monkeypatch):
     x = torch.randn(8)

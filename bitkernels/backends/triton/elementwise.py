@@ -19,12 +19,14 @@ def _is_rows(t: Tensor) -> bool:
 def collapse(dim: int, *tensors: Tensor) -> tuple[int, int, list[tuple[int, ...]]] | None:
     """(outer, inner, [(outer stride, inner stride, channel stride) of each]) or None.
 
-    Rows are the sizes without `dim`, in order; outer * inner of them. None if the tensors' strides
+    Rows are the sizes without `dim`, in order; outer * inner of them, none of no elements. None if the tensors' strides
     need more than two row dimensions.
     """
     if dim == 1 and all(_is_rows(t) for t in tensors):  # as below, in a tenth of the time
         images, channels, height, width = tensors[0].shape
         return 1, images * height * width, [(0, channels, 1)] * len(tensors)
+    if not tensors[0].numel():  # whose strides say nothing
+        return 0, 0, [(0, 0, 0)] * len(tensors)
     rest = [d for d in range(tensors[0].dim()) if d != dim and tensors[0].shape[d] != 1]
     groups: list[list[int]] = []  # runs of dimensions that every tensor walks with one stride
     for d in rest:
@@ -56,6 +58,14 @@ def together(dim: int, out: Tensor, *tensors: Tensor
         found = collapse(dim, *tensors, out)
         assert found is not None
     return tensors, *found
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """Words, dense in memory, as bytes, the last dimension four times as long."""
+    words = words.contiguous()
+    if words.stride(-1) != 1:  # of one word a row, or of no elements: it still counts as contiguous
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.int8)
 
 
 def wide(*tensors: Tensor | None) -> bool:
