@@ -161,6 +161,9 @@ def test_the_same_bits():
     image = torch.randn(2, 3, 4, 4)
     assert replay.same(image, image.to(memory_format=torch.channels_last))
     assert replay.same(torch.empty(0), torch.empty(0))
+    row = torch.randn(2, 33, 1, 1).to(memory_format=torch.channels_last)
+    assert row.stride(-1) == 33 and replay.same(row, row.clone()) and not replay.same(row, row + 1)
+    assert replay.same(row[:1, :1], row[:1, :1].contiguous())
 
 
 def test_arguments_that_overlap_run_always():

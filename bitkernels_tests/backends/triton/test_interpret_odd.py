@@ -1,5 +1,5 @@
-"""The Triton kernels of test_interpret.py, which runs this file, on legal calls that nobody makes on
-purpose: strides that say nothing, weights in any order of memory, numbers at the edge of a type."""
+"""The Triton kernels of test_interpret.py, which runs this file, on legal calls that are rare:
+strides that say nothing, weights in any order of memory, numbers at the edge of a type."""
 
 from __future__ import annotations
 
