@@ -56,8 +56,8 @@ def latent_weight_grad_kernel(grad, weight, scale, out, of_scale, clip, beta, co
 
 
 def _rows(grad, weight, out):
-    """(grad, weight and out, or copies, outer, inner, strides of each): `collapse` by rows, walked in
-    the order of `out`, which is dense."""
+    """(grad, weight and out, or copies, outer, inner, strides of each): `collapse` by rows, in the
+    order of `out`, which is dense."""
     same = weight.stride()
     if (grad.stride() == same == out.stride()
             and (weight.is_contiguous() or is_channels_last(weight))):
