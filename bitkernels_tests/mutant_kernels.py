@@ -19,6 +19,7 @@ class Mutant(NamedTuple):
 ENGINE, RACES = ("engine",), ("races",)
 CPU, CUDA, TRITON = "csrc/cpu", "bitkernels/backends/cuda", "bitkernels/backends/triton"
 OFFSETS = ("backends/triton/test_interpret_offsets.py::test_offsets_beyond_32_bits",)
+ODD = ("backends/triton/test_interpret_odd.py",)
 ELEMENTWISE = ("backends/triton/test_elementwise.py",)
 LAUNCH = ("backends/cuda/test_launch.py",)
 EMULATED = "backends/cuda/test_emulated.py"
@@ -213,6 +214,19 @@ KERNELS = (
     Mutant("runs-what-failed-its-check", f"{TRITON}/dispatch.py",
            "if not _trusted(op, inner, device):", "if False:",
            ("backends/triton/test_interpret.py::test_selfcheck_sees_a_wrong_kernel",)),
+    Mutant("sums-without-room", "bitkernels/backends/cuda/kernels.py", '("moments", 1))  # whose',
+           '("moments", 0))  # whose', ("backends/cuda/test_dispatch.py",)),
+    Mutant("minus-zero-is-no-bound", "bitkernels/backends/cuda/launch.py",
+           "0.0 if clamp_min is None else clamp_min,", "clamp_min or 0.0,",
+           ("backends/cuda/test_emulated.py::test_both_zeros_are_bounds",)),
+    Mutant("strides-of-no-elements", f"{TRITON}/elementwise.py",
+           "if not tensors[0].numel():", "if False:", ODD),
+    Mutant("one-word-with-another-stride", f"{TRITON}/elementwise.py",
+           "if words.stride(-1) != 1:", "if False:", ODD),
+    Mutant("weights-in-their-sizes-order", f"{TRITON}/latent_weight_grad.py",
+           "key=lambda d: (-out.stride(d), d)", "key=lambda d: d", ODD),
+    Mutant("no-estimator-keeps-nan", f"{TRITON}/latent_weight_grad.py",
+           "g = tl.zeros([BLOCK], tl.float32)  #", "g = g * 0  #", ODD),
     Mutant("never-wide", f"{TRITON}/elementwise.py", "+ 2**14 >= 2**31:", "< 0:", ELEMENTWISE),
     Mutant("many-elements-are-not-wide", f"{TRITON}/elementwise.py", "t.numel() < 2**30 and (",
            "(", ELEMENTWISE),

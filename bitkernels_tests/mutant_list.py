@@ -83,6 +83,8 @@ MUTANTS = (
         ("which-of-the-overlapping", "return around[0] if len(around) == 1 and",
          "return around[0] if around and"),
         ("repeated-though-wrong", "recording if equal else _NEVER", "recording"),
+        ("both-zeros-are-one", "elif kind is float and not value:", "elif False:"),
+        ("compared-by-strides", ".as_strided((t.numel(),), (1,))", ""),
         ("zeroed-once", "            if zeroed:\n", "            if False:\n"))),
     Mutant("computed-again-in-the-forward", "bitkernels/ops/binary_residual_block.py",
            "if traced(run):", "if False:", ("toolchains/test_compiled_memory.py",)),

@@ -123,6 +123,8 @@ def call(run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> A
         if kind in _TENSORS:
             given.append(value)
             key += value.shape, value.stride(), value.dtype, value.data_ptr() % 16
+        elif kind is float and not value:
+            key.append(str(value))  # 0.0 and -0.0 are equal, but not as bounds or summands
         elif kind in _PLAIN:
             key.append(value)
         elif kind is list:
@@ -187,8 +189,12 @@ def same(wanted: Tensor | None, found: Tensor | None) -> bool:
     if wanted is None or found is None:
         return wanted is found
     return wanted.shape == found.shape and wanted.dtype == found.dtype and (
-        not wanted.numel() or torch.equal(wanted.contiguous().view(torch.uint8),
-                                          found.contiguous().view(torch.uint8)))
+        not wanted.numel() or torch.equal(_bytes(wanted), _bytes(found)))
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """In the order of its elements; a last dimension of one element may have any stride."""
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8)
 
 
 def _record(run, function, args, given: list[Tensor]) -> tuple[Any, _Recording | None]:

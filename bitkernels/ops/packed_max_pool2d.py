@@ -33,8 +33,8 @@ def reference(words, kernel_size, stride=(), padding=(0,), dilation=(1,), ceil_m
     """Maximum of signs = or of bits; padding never wins, as in `nn.MaxPool2d`."""
     kernel, stride, padding, dilation, size = pool_geometry(
         words, kernel_size, stride, padding, dilation, ceil_mode)
-    if words.shape[-1] == 0:  # which the library refuses
-        return words.new_empty(words.shape[0], *size, 0)
+    if not words.numel():  # which the library refuses
+        return words.new_zeros(words.shape[0], *size, words.shape[-1])
     bits = unpack_bits(words, words.shape[-1] * 32).movedim(-1, 1).float()
     most = F.max_pool2d(bits, kernel, stride, padding, dilation, ceil_mode)
     return pack_bits((most > 0).movedim(1, -1))  # -inf where a window holds padding alone

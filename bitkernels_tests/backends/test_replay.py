@@ -79,6 +79,18 @@ def test_what_looks_different_is_another_call():
     assert len(calls) == 3 * len(looks)
 
 
+def test_both_zeros_are_arguments_of_their_own():
+    """They are equal; -0.0 + 0.0 is 0.0, and -0.0 + -0.0 is not."""
+    def step(run, x, added):
+        out = torch.empty_like(x)
+        launch(x, out, x.numel(), added)
+        return out
+
+    x = torch.full((4,), -0.0)
+    for added in 4 * [0.0] + 4 * [-0.0]:
+        assert replay.call(run, step, x, added).signbit().all() == (str(added) == "-0.0")
+
+
 @pytest.mark.parametrize("name", replay.VARIABLES)
 def test_the_environment_is_asked_in_every_call(name, monkeypatch):
     x = torch.randn(8)
@@ -148,6 +160,9 @@ def test_the_same_bits():
     image = torch.randn(2, 3, 4, 4)
     assert replay.same(image, image.to(memory_format=torch.channels_last))
     assert replay.same(torch.empty(0), torch.empty(0))
+    row = torch.randn(2, 33, 1, 1).to(memory_format=torch.channels_last)
+    assert row.stride(-1) == 33 and replay.same(row, row.clone()) and not replay.same(row, row + 1)
+    assert replay.same(row[:1, :1], row[:1, :1].contiguous())
 
 
 def test_arguments_that_overlap_run_always():

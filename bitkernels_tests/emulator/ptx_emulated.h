@@ -127,7 +127,8 @@ inline u32 half_bits(float x) { return std::bit_cast<u16>(static_cast<_Float16>(
 inline float half_value(u32 bits) {
   return static_cast<float>(std::bit_cast<_Float16>(static_cast<u16>(bits)));
 }
-inline u32 bfloat_bits(float x) {  // round to nearest even; no NaN in the tests
+inline u32 bfloat_bits(float x) {  // round to nearest even; a NaN is 0x7FFF
+  if (x != x) return 0x7FFF;
   const u32 bits = float_bits(x);
   return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }

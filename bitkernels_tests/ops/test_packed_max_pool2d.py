@@ -48,6 +48,16 @@ def test_window_of_padding_alone(device):
     assert torch.equal(ops.packed_max_pool2d(words, *case.args), expected)
 
 
+@pytest.mark.parametrize("shape,out", [((2, 0, 5, 1), (2, 1, 3, 1)), ((0, 0, 3, 2), (0, 1, 2, 2)),
+                                       ((1, 0, 0, 2), (1, 1, 1, 2))], ids=str)
+def test_images_without_pixels(shape, out, device):
+    """Their windows are padding alone."""
+    words = torch.empty(shape, dtype=torch.int32, device=device)
+    window = (2, 2), (2, 2), (1, 1)
+    for pool in (ops.packed_max_pool2d, reference.packed_max_pool2d):
+        assert torch.equal(pool(words, *window), torch.zeros(out, dtype=torch.int32, device=device))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_generated_windows(data):

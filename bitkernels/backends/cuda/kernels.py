@@ -106,6 +106,8 @@ class Kernel:
         if problem.op == MOMENTS and strips * (8 * spec.k_bytes) ** 2 >= MOST_PAIRED ** 2:
             # The squares of 16 rows a strip.
             return f"takes sums of fewer than {math.isqrt(MOST_PAIRED ** 2 // strips)} products"
+        if problem.op == MOMENTS:
+            spec = spec.with_parts(("moments", 1))  # whose sums take shared memory
         if self.resident and self.bulk:
             spec = self.placed(spec)
             rows = max(problem.rows, spec.oh * spec.ow)

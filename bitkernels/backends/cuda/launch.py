@@ -294,7 +294,8 @@ def _contract(kernel, spec: Spec, words, filters, rows, out, packed, residual, n
     tensors = dict(words=words, filters=filters, out=out, packed=packed, residual=residual,
                    threshold=threshold, moments=moments, **vectors)
     params = Params(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
-                    clamp_min=clamp_min or 0.0, clamp_max=clamp_max or 0.0, rows=rows,
+                    clamp_min=0.0 if clamp_min is None else clamp_min,  # -0.0 is another bound
+                    clamp_max=0.0 if clamp_max is None else clamp_max, rows=rows,
                     images=rows // (spec.oh * spec.ow), settled=settled)
     prepare = None
     if not kernel.resident:

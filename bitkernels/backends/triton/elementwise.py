@@ -61,6 +61,14 @@ def together(dim: int, out: Tensor, *tensors: Tensor
     return tensors, *found
 
 
+def as_bytes(words: Tensor) -> Tensor:
+    """Words, dense in memory, as bytes, the last dimension four times as long."""
+    words = words.contiguous()
+    if words.stride(-1) != 1:  # of one word a row, or of no elements: it still counts as contiguous
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.int8)
+
+
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an element of some tensor lies 2^31 or more elements from its first."""
     for t in tensors:

@@ -61,7 +61,8 @@ def contract(inner: str, words, filters, channels, stride, pad, dilation, groups
         common |= dict(corr=corr, PADDED=any(pad))
     if inner == "int8":
         pa, labels = windows(words, groups, geometry, border, kh, kw, depth, rows, ptx)
-        words, filters, depth = words.view(torch.int8), filters.view(torch.int8), 4 * depth
+        words, filters = elementwise.as_bytes(words), elementwise.as_bytes(filters)
+        depth *= 4
         common |= dict(pa=pa, border=labels, BORDERS=corr.shape[0], PTX=ptx)
     elif inner == "b1":
         words, filters = aligned(words), aligned(filters)

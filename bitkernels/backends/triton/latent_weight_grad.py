@@ -32,7 +32,7 @@ def latent_weight_grad_kernel(grad, weight, scale, out, of_scale, clip, beta, co
         c = c.to(tl.int64)
     kind: tl.constexpr = grad.dtype.element_ty
     if scale is not None:
-        factor = tl.load(scale + row).to(kind).to(tl.float32)
+        factor = tl.load(scale + row).to(tl.float32).to(kind).to(tl.float32)  # as PyTorch casts
     total = tl.zeros([BLOCK], tl.float64)
     for _ in range(0, columns, BLOCK):
         ok = c < columns
@@ -45,7 +45,7 @@ def latent_weight_grad_kernel(grad, weight, scale, out, of_scale, clip, beta, co
         if scale is not None:
             g = (g * factor).to(kind).to(tl.float32)
         if ESTIMATOR == NONE:
-            g = g * 0
+            g = tl.zeros([BLOCK], tl.float32)  # also of NaN
         elif ESTIMATOR != IDENTITY:
             g = estimator_grad(g, w, clip, beta, ESTIMATOR)
         to = out + (row * rr + row_offset(c, inner, ro, ri))
@@ -56,15 +56,16 @@ def latent_weight_grad_kernel(grad, weight, scale, out, of_scale, clip, beta, co
 
 
 def _rows(grad, weight, out):
-    """(grad, weight and out, or copies, outer, inner, strides of each): `collapse` by rows."""
+    """(grad, weight and out, or copies, outer, inner, strides of each): `collapse` by rows, in the
+    order of `out`, which is dense."""
     same = weight.stride()
     if (grad.stride() == same == out.stride()
             and (weight.is_contiguous() or is_channels_last(weight))):
         columns = weight.numel() // weight.shape[0]  # neighbours, in one order in all three
         return (grad, weight, out), 1, columns, [(0, 1, columns)] * 3
     tensors = [grad, weight, out]
-    if is_channels_last(weight):
-        tensors = [t.movedim(1, -1) for t in tensors]
+    order = sorted(range(1, out.dim()), key=lambda d: (-out.stride(d), d))
+    tensors = [t.permute(0, *order) for t in tensors]
     found = collapse(0, *tensors)
     if found is None:
         *operands, to = tensors

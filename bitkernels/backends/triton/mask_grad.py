@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from bitkernels.backends.triton import passes
-from bitkernels.backends.triton.elementwise import together, wide
+from bitkernels.backends.triton.elementwise import as_bytes, together, wide
 from bitkernels.backends.triton.jit import block_index, row_offset
 from bitkernels.backends.triton.launch import launch
 from bitkernels.ops.geometry import empty_around
@@ -35,7 +34,7 @@ def mask_grad_kernel(grad, masks, out, rows, inner, channels, width, so, si, sc,
 def mask_grad(grad, mask_words, dim=-1):
     out = empty_around(grad, dim)
     (grad,), outer, inner, [strides, out_strides] = together(dim, out, grad)
-    channels, masks = grad.shape[dim], mask_words.contiguous().view(torch.int8)
+    channels, masks = grad.shape[dim], as_bytes(mask_words)
     if outer * inner:
         block_r, block_c = passes.tile("mask_grad", strides[2], channels)
         grid = (triton.cdiv(outer * inner, block_r), triton.cdiv(channels, block_c))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from bitkernels.backends.triton import passes
-from bitkernels.backends.triton.elementwise import wide
+from bitkernels.backends.triton.elementwise import as_bytes, wide
 from bitkernels.backends.triton.jit import block_index
 from bitkernels.backends.triton.launch import launch
 
@@ -26,7 +26,7 @@ def unpack_kernel(words, out, count, channels, width, BLOCK: tl.constexpr, WIDE:
 
 
 def unpack(words, channels, dtype=torch.float32, dim=-1):
-    words = words.contiguous().view(torch.int8)
+    words = as_bytes(words)
     out = torch.empty((*words.shape[:-1], channels), dtype=dtype, device=words.device)
     found, count = passes.PASSES["unpack"], words.numel()
     if count:

@@ -357,6 +357,25 @@ def test_squares_of_all_rows_of_a_tile_must_fit_into_32_bits():
             plan.Problem(op, spec, 9 * 64, True, False))]
 
 
+def test_sums_have_their_place_in_shared_memory():
+    """Some shapes fit without them only: what a kernel takes, it can launch."""
+    refused = set()
+    for channels, name in itertools.product(range(32, 1025, 32), kernels.ALL):
+        kernel = kernels.ALL[name]
+        spec = conv_spec((1, 64, 14, 14), (14, 14), (64, 3, 3, channels // 32), channels, (1, 1),
+                         (1, 1, 1, 1), (1, 1), 16)
+        asked = [plan.Problem(op, spec, 196, True, True)
+                 for op in ("packed_conv2d", "packed_conv2d_moments")]
+        if not kernel.sums or not kernel.takes(asked[0]):
+            continue
+        launched = kernel.placed(spec.with_parts(("moments", 2), ("out_type", 5)))
+        fits = kernel.shared_bytes(launched) <= kernels.MOST_SHARED
+        assert fits or not kernel.takes(asked[1])
+        if not fits:
+            refused.add(name)
+    assert "resident4_64x64" in refused
+
+
 def test_the_next_backend_gets_what_cuda_does_not_take(monkeypatch):
     monkeypatch.setattr(gpu.triton, "run", lambda op, *a, **k: (op, a, k))
     assert gpu.run("sign_pack", 1, x=2) == ("sign_pack", (1,), {"x": 2})

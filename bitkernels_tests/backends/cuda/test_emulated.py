@@ -135,6 +135,26 @@ def test_real_values_round_once_a_step(kernel):
 
 
 @pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
+def test_both_zeros_are_bounds(kernel):
+    words, filters = words_of(70, 96), words_of(38, 96)
+    for bounds in (dict(clamp_min=-0.0), dict(clamp_max=-0.0), dict(clamp_min=0.0)):
+        kw = dict(bounds, dtype=torch.float32)
+        got, _ = launch.packed_linear(kernel, words, filters, 96, **kw)
+        want, _ = reference.packed_linear(words, filters, 96, **kw)
+        assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_nan_stays_nan(dtype, kernel):
+    """Those that arithmetic makes too, whose bits are all set on a GPU."""
+    bias = reals(38).index_fill(0, torch.tensor([1, 20]), float("nan"))
+    got, _ = launch.packed_linear(kernel, words_of(70, 96), words_of(38, 96), 96, bias=bias,
+                                  slope=reals(38), dtype=dtype)
+    assert torch.equal(got.isnan(), bias.isnan().expand(70, 38))
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda k: k.name)
 def test_threshold(kernel):
     words, filters = words_of(70, 200), words_of(45, 200)
     low = torch.randint(-30, 10, (45,), dtype=torch.int32)

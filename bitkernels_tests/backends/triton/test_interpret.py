@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not INTERPRETED:
 
     @pytest.mark.long
-    @pytest.mark.parametrize("file", ("", "_b1", "_empty", "_offsets", "_pool"))
+    @pytest.mark.parametrize("file", ("", "_b1", "_empty", "_odd", "_offsets", "_pool"))
     def test_kernels_in_the_interpreter(file):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
