@@ -23,7 +23,8 @@ def available_devices() -> list[str]:
 
 
 class Skipped:
-    """Writes the skipped tests and files, a line each, for `pytest @FILE` with what they lacked."""
+    """Writes the skipped tests and files, a line each, for `pytest @FILE` with what they lacked.
+    Tests that run pytest write theirs, before the outer one does."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, set()
@@ -39,13 +40,9 @@ class Skipped:
         self.path.write_text("".join(f"{test}\n" for test in sorted(self.found)))
 
 
-def pytest_addoption(parser):
-    parser.addoption("--skipped", type=Path, metavar="FILE", help=Skipped.__doc__)
-
-
 def pytest_configure(config):
-    if config.option.skipped and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Skipped(config.option.skipped))
+    if "SKIPPED_TESTS" in os.environ and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skipped(Path(os.environ["SKIPPED_TESTS"])))
     # The tests' values hold exact zeros on purpose; nn/test_pack.py asks for the warning itself.
     config.addinivalue_line("filterwarnings", "ignore:.* of the weights are 0:UserWarning")
     for marker in ("cuda: needs an NVIDIA or AMD GPU, skipped without one",

@@ -49,10 +49,13 @@ def test_the_tag_is_of_the_sources(package):
     assert _compile_cache.tag(package) == own
 
 
-def test_the_user_s_tag_stays(monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    _compile_cache.mark()
-    assert torch.compiler.config.cache_key_tag.split() == ["mine", _compile_cache.tag(PACKAGE)]
+def test_the_user_s_tag_stays():
+    config = torch.compiler.config
+    before = config.cache_key_tag
+    with config.patch(cache_key_tag="mine"):  # a monkeypatch would delete it at its end
+        _compile_cache.mark()
+        assert config.cache_key_tag.split() == ["mine", _compile_cache.tag(PACKAGE)]
+    assert config.cache_key_tag == before
 
 
 @pytest.mark.every
