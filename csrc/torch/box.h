@@ -12,11 +12,11 @@ namespace bitkernels {
 // Throws the error of argument number i of an operator, by its name with overload.
 [[noreturn]] void fail_none(const char* op, int i);  // register_engine.cpp
 
+// Also where that cannot be told: the kernel will say what is wrong.
 inline bool is_defined(StableIValue value) {
   bool defined = false;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_is_defined(torch::stable::detail::to<AtenTensorHandle>(value), &defined));
-  return defined;
+  const auto tensor = torch::stable::detail::to<AtenTensorHandle>(value);
+  return aoti_torch_is_defined(tensor, &defined) != 0 || defined;
 }
 
 template <class Function>
