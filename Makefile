@@ -6,7 +6,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRAS ?= test,bench,dev,triton,cuda,cupy,train,zoo
 CXX ?= g++
-CXX_RACES ?= $(CXX)
 CXX_NEON ?= aarch64-linux-gnu-g++
 CC_NEON ?= aarch64-linux-gnu-gcc
 QEMU ?= qemu-aarch64
@@ -122,7 +121,7 @@ test-all: build
 kernel-test:
 	$(call kernel_test,$(CXX),-O3,plain)
 	$(call kernel_test,$(CXX),$(SANITIZE),sanitized)
-	$(call kernel_test,$(CXX_RACES),$(RACES),races)
+	$(call kernel_test,$(CXX),$(RACES),races)
 	$(call run_tests,,'races/kernel_test scalar' 'races/network_test threads' $(call tests_of,sanitized) $(call tests_of,plain))
 
 # Whether other compilers take the engine, at what costs least time.
