@@ -240,6 +240,9 @@ def training(raw: Path) -> Iterator[str]:
              for close in ["first block close to the emulation"] if close in row]
     if said:
         yield "; ".join(said)
+    for row in found:
+        if row.get("us"):
+            yield from timed(row, f"{row['key']}, us")
     yield from failures(rows(raw, "train"))
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import record
-from parts import block, digits, train, trunk
+from parts import block, digits, stem, train, trunk
 
 KERNEL = "resident_64x64"
 
@@ -126,6 +126,15 @@ def test_steps_with_pytorchs_tools(monkeypatch, form):
     assert found["yes"] and found["steps"] > 2 and found["scale"] < 2.0**22
     assert train.parallel(form) == {"yes": True, "distance": 0.0}
     assert not torch.distributed.is_initialized()
+
+
+def test_a_stem_on_squares_of_pixels_is_the_convolution(clock, monkeypatch):
+    for name, value in (("DEVICE", "cpu"), ("DTYPE", torch.float64), ("BATCH", 2), ("SIZE", 18),
+                        ("CHANNELS", 8)):
+        monkeypatch.setattr(stem, name, value)
+    found = stem.probe()
+    assert found["yes"] and not found["errors"] and len(found["us"]) == 6
+    assert max(found["distance"].values()) < 1e-6  # measured in float32
 
 
 def test_digits_are_learned(tmp_path, monkeypatch):

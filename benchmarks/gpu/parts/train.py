@@ -1,6 +1,7 @@
 """Part train: training steps of whole networks in every form of bench_train.py, eager and compiled;
 some also as a CUDA graph, which Python only replays; whether a step trains as one, under
-reduce-overhead, in float16 with GradScaler and under DistributedDataParallel with nccl.
+reduce-overhead, in float16 with GradScaler and under DistributedDataParallel with nccl. A probe of
+the real stem is in stem.py.
 
 A row for every network and form as soon as it is measured: seconds of a step, steps one behind the
 other, images a second, the most memory allocated. train.csv, train.json and train.png are of all
@@ -28,6 +29,7 @@ from schedule import end_of_job
 from torch import Tensor, nn
 from training_networks import NETWORKS, in_form
 
+from parts import stem
 from parts.block import run_tasks, traced, without_faulty
 
 SIZE, BATCH, PRECISION = 224, 128, "bf16"
@@ -240,7 +242,8 @@ def run(folder: Path) -> None:
         *((f"captured {form}", partial(captured, form)) for form in ("bitkernels", "layers")),
         *((f"{name} bitkernels", partial(call, "bitkernels")) for name, call in (
             ("reduce-overhead", reduced), ("float16 with GradScaler", scaled),
-            ("DistributedDataParallel", parallel)))])
+            ("DistributedDataParallel", parallel))),
+        ("stem", stem.probe)])
     networks(record, REST, folder, done)
 
 
