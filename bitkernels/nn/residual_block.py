@@ -41,6 +41,11 @@ class BinaryResidualBlock(FxLeaf):
     shortcut: a module; None for x itself; `NoShortcut()` for none at all.
     relu: a ReLU between convolution and norm, as in QuickNet. The convolution's weight_scale is
       never negative, so that the ReLU sees the sign of the integer.
+    input_grad_dtype: `torch.float8_e5m2`, or None. The gradient that goes through the convolution
+      to the input is rounded to it, by an eighth of a value at most, and multiplied on the tensor
+      cores on float8 of NVIDIA GPUs from sm_89 on; the weight's is not rounded. It needs gradients
+      of 16 bits, as under autocast, and a GradScaler: what is beyond float16's range is infinite,
+      what is below 2^-17 zero. What it does to training: docs/training.md.
     recompute: whether the fused backward computes the convolution's integers again. False keeps
       them, 2 bytes an element of the output (4 from 32768 products on): a convolution on bits less
       a step.
@@ -62,7 +67,8 @@ class BinaryResidualBlock(FxLeaf):
     (which is the previous block's output) where there is an activation or a sign's estimator that
     needs |x|; else one bit of the straight-through mask.
 
-    Raises ValueError for modules of other classes.
+    Raises ValueError for modules of other classes, and for another input_grad_dtype; RuntimeError
+    where with input_grad_dtype layers would run one after the other in training.
     """
 
     conv: BinaryConv2d
@@ -70,11 +76,13 @@ class BinaryResidualBlock(FxLeaf):
     sign: RSign | None
     act: Any
     shortcut: nn.Module | None
-    recompute: bool = True  # of pickled blocks that are older than it
+    recompute: bool = True  # of pickled blocks that are older than these
+    input_grad_dtype: torch.dtype | None = None
 
     def __init__(self, conv: BinaryConv2d, norm: nn.Module, *, sign: RSign | None = None,
                  act: nn.Module | None = None, shortcut: nn.Module | None = None,
-                 relu: bool = False, recompute: bool = True) -> None:
+                 relu: bool = False, recompute: bool = True,
+                 input_grad_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         parts: tuple[tuple[str, Any, tuple[type, ...]], ...] = (
                 ("conv", conv, (BinaryConv2d,)), ("norm", norm, _NORMS),
@@ -85,12 +93,16 @@ class BinaryResidualBlock(FxLeaf):
                     c.__name__ for c in classes if c is not type(None)))
                 raise ValueError(
                     f"BinaryResidualBlock: {name} must be {known}, got {type(module).__name__}")
+        if input_grad_dtype not in (None, torch.float8_e5m2):
+            raise ValueError("BinaryResidualBlock: input_grad_dtype must be torch.float8_e5m2 or "
+                             f"None, got {input_grad_dtype!r}")
         if norm.num_features != conv.out_channels:
             raise ValueError(f"BinaryResidualBlock: norm must have {conv.out_channels} features as "
                              f"conv has output channels, got {norm.num_features}")
         self.sign, self.conv, self.norm, self.act = sign, conv, norm, act
         self.shortcut = shortcut
         self.relu, self.recompute, self.fused = relu, recompute, True
+        self.input_grad_dtype = input_grad_dtype
 
     def unfused(self, input: Tensor) -> str | None:
         """Why the layers run one after the other on this input, None if the operator runs."""
@@ -183,6 +195,12 @@ class BinaryResidualBlock(FxLeaf):
         return self._fused_infer(input, None)
 
     def _layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        if (self.input_grad_dtype is not None and torch.is_grad_enabled()
+                and not _onnx.is_exporting() and self._trains(input)):
+            raise RuntimeError(
+                f"BinaryResidualBlock: input_grad_dtype={self.input_grad_dtype} needs the fused "
+                "operator, which does not run here: "
+                f"{self.unfused(input) or 'the shortcut has another dtype'}")
         x = self.conv(input if self.sign is None else self.sign(input))
         if residual is not None and x.shape != residual.shape:
             raise RuntimeError(
@@ -206,7 +224,8 @@ class BinaryResidualBlock(FxLeaf):
             input, conv.weight_to_sign(), residual, None if sign is None else sign.shift,
             norm.weight, norm.bias, shift_in, slope, shift_out, conv.stride,
             conv.pads_of(input.shape[2:]), conv.dilation, conv.groups, relu=self.relu,
-            eps=norm.eps, group=self._group(), recompute=self.recompute, **options)
+            eps=norm.eps, group=self._group(), recompute=self.recompute,
+            input_grad_dtype=self.input_grad_dtype, **options)
         if norm.training and norm.track_running_stats:
             self._update_statistics(mean, variance)
         return out
@@ -289,4 +308,6 @@ class BinaryResidualBlock(FxLeaf):
         return {"class": type(self).__name__, "relu": self.relu}
 
     def extra_repr(self) -> str:
-        return ", ".join(["relu=True"] * self.relu + ["recompute=False"] * (not self.recompute))
+        float8 = self.input_grad_dtype
+        return ", ".join(["relu=True"] * self.relu + ["recompute=False"] * (not self.recompute)
+                         + [f"input_grad_dtype={float8}"] * (float8 is not None))

@@ -23,6 +23,7 @@ packed_conv2d: Any
 packed_conv2d_input_grad: Any
 packed_conv2d_moments: Any
 packed_conv2d_recompute: Any
+packed_conv2d_sign_backward: Any
 packed_conv2d_weight_grad: Any
 packed_conv_transpose2d: Any
 packed_linear: Any
@@ -31,6 +32,7 @@ residual_block_backward: Any
 residual_block_forward: Any
 residual_block_gradients: Any
 residual_block_norm_backward: Any
+residual_block_norm_backward_float8: Any
 residual_block_statistics: Any
 rprelu: Any
 rprelu_backward: Any
@@ -57,6 +59,7 @@ __all__ = [
     "packed_conv2d_input_grad",
     "packed_conv2d_moments",
     "packed_conv2d_recompute",
+    "packed_conv2d_sign_backward",
     "packed_conv2d_weight_grad",
     "packed_conv_transpose2d",
     "packed_linear",
@@ -65,6 +68,7 @@ __all__ = [
     "residual_block_forward",
     "residual_block_gradients",
     "residual_block_norm_backward",
+    "residual_block_norm_backward_float8",
     "residual_block_statistics",
     "rprelu",
     "rprelu_backward",

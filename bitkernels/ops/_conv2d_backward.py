@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,18 @@ def conv2d_backward(grad, words, weight, weight_words, scale, conv: ConvSpec, wa
     elif wants_input:
         grad_input = _input_grad(grad, words, weight, weight_words, scale, conv)
     return grad_input, grad_signs
+
+
+def in_one_pass(grad: Tensor, rounded: Tensor | None, conv: ConvSpec) -> bool:
+    """Whether `packed_conv2d_sign_backward` takes a gradient to the input, not the library and then
+    `sign_backward`: one that is rounded to float8, on tensor cores that take it, and any of 16 bits
+    where it is asked for, since no GPU has timed it."""
+    if (not grad.is_cuda or conv.groups != 1 or conv.stride != (1, 1) or grad.shape[1] % 16
+            or grad.dtype not in (torch.float16, torch.bfloat16)):
+        return False
+    if rounded is not None:
+        return torch.cuda.get_device_capability(grad.device) >= (8, 9)
+    return os.environ.get("BITKERNELS_ONE_PASS") == "1"
 
 
 @functools.cache

@@ -22,11 +22,12 @@ from torch import Tensor
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
 from bitkernels.ops import _training as training
 from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
-from bitkernels.ops._conv2d_backward import conv2d_backward
+from bitkernels.ops._conv2d_backward import conv2d_backward, in_one_pass
 from bitkernels.ops._record import Call, Operator, Sample, define, each, inside, remembered, traced
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
 from bitkernels.ops.packed_conv2d_moments import dot_dtype
+from bitkernels.ops.residual_block_float8 import FLOAT8, HALVES
 from bitkernels.ops.residual_block_vectors import Statistics, gradients, statistics
 
 ops = torch.ops.bitkernels
@@ -52,19 +53,20 @@ VECTORS = ("norm_weight", "norm_bias", "shift_in", "slope", "shift_out")
 
 
 class BlockSpec(NamedTuple):
-    """What stands between convolution and residual, and whether the backward computes the dot
-    products again."""
+    """What stands between convolution and residual, whether the backward computes the dot products
+    again, and in what it goes through the convolution to the input, if not in `dtype`."""
 
     relu: bool
     eps: float
     group: str | None
     recompute: bool
+    input_grad_dtype: torch.dtype | None
 
 
 def check(input, weight, residual=None, sign_shift=None, norm_weight=None, norm_bias=None,
           shift_in=None, slope=None, shift_out=None, stride=(1,), padding=(0,), dilation=(1,),
-          groups=1, *, pad_value=0, relu=False, eps=1e-5, group=None, recompute=True, scale=None,
-          **estimators):
+          groups=1, *, pad_value=0, relu=False, eps=1e-5, group=None, recompute=True,
+          input_grad_dtype=None, scale=None, **estimators):
     op = "binary_residual_block"
     check_real(op, "input", input, 4)
     conv, train = check_conv(op, input, weight, None, scale, stride, padding, dilation, groups,
@@ -87,9 +89,15 @@ def check(input, weight, residual=None, sign_shift=None, norm_weight=None, norm_
         fail(op, "group", "the name of a process group, or None", repr(group))
     if train.dtype is not None and (train.dtype == torch.float64) != (input.dtype == torch.float64):
         fail(op, "dtype", "a real type, float64 for float64 only", train.dtype)
+    if input_grad_dtype not in (None, FLOAT8):
+        fail(op, "input_grad_dtype", "float8_e5m2 or None", input_grad_dtype)
+    if input_grad_dtype is not None and (train.dtype or input.dtype) not in HALVES:
+        fail(op, "dtype", "float16 or bfloat16, or the input, with input_grad_dtype",
+             train.dtype or input.dtype)
     tensors = PerTensor(input, weight, residual, sign_shift, norm_weight, norm_bias, shift_in,
                         slope, shift_out, scale)
-    return Call((*tensors, conv, BlockSpec(relu, eps, group, recompute), train))
+    spec = BlockSpec(relu, eps, group, recompute, input_grad_dtype)
+    return Call((*tensors, conv, spec, train))
 
 
 def _output_shape(input: Tensor, weight: Tensor, conv: ConvSpec) -> tuple[int, ...]:
@@ -228,27 +236,40 @@ class _ResidualBlock(FirstOrder):
         dtypes = {getattr(ctx.dtypes, name) for name in VECTORS if getattr(needs, name)}
         args = (grad, words, weight_words, dot, stream, shift_in, slope, vectors, factor,
                 weight.shape[1] * conv.groups, conv, spec, wants_input or wants_weight, dtype,
-                dtypes.pop() if len(dtypes) == 1 else torch.float64)
+                dtypes.pop() if len(dtypes) == 1 else torch.float64,
+                None if spec.input_grad_dtype is None else scale)
         if spec.group is None:
-            grad_value, grad_dot, *found = remembered(run, _passes_backward, *args)
+            grad_value, grad_dot, rounded, *found = remembered(run, _passes_backward, *args)
         else:
-            grad_value, grad_dot, *found = _passes_backward(run, *args)
+            grad_value, grad_dot, rounded, *found = _passes_backward(run, *args)
         grads = PerTensor(None, None, **{
             name: t.to(getattr(ctx.dtypes, name)) for name, t in zip(VECTORS, found, strict=True)
             if getattr(needs, name)})
+        # Without a residual the input is that too.
+        own = grad_value if ctx.residual_format is None else None
+        in_one = wants_input and in_one_pass(grad_dot, rounded, conv)
         if wants_input or wants_weight:
             grad_signs, grad_weight_signs = conv2d_backward(
-                grad_dot, words, weight, weight_words, scale, conv, wants_input, wants_weight)
-            del grad_dot  # as large as the input
+                grad_dot, words, weight, weight_words, scale, conv,
+                wants_input and rounded is None and not in_one, wants_weight)
             if wants_weight:
                 of_weight, of_scale = training.finish_weight_grad(
                     grad_weight_signs, weight, weight_words, scale, train, needs.weight,
                     wants_scale)
                 grads = grads._replace(weight=of_weight, scale=of_scale)
-        # Without a residual the input is that too.
-        own = grad_value if ctx.residual_format is None else None
-        if wants_input:
+        if rounded is not None:  # with the scale in it
+            grad_dot, scale = rounded, None
+        if in_one:
+            of_input, of_shift = _sign_backward_in_one(
+                ctx, grad_dot, weight_words, weight.shape[1], scale, words.shape[1:3], kept, mask,
+                sign_shift, own, dtype)
+        elif wants_input:
+            if rounded is not None:
+                grad_signs, _ = conv2d_backward(grad_dot.to(dtype), words, weight, weight_words,
+                                                None, conv, True, False)
+            del grad_dot, rounded  # as large as the input
             of_input, of_shift = _sign_backward(ctx, grad_signs, kept, mask, sign_shift, own)
+        if wants_input:
             grads = grads._replace(input=of_input, sign_shift=of_shift)
         elif needs.input and own is not None:
             grads = grads._replace(input=in_memory_format(own, ctx.memory_format))
@@ -259,8 +280,9 @@ class _ResidualBlock(FirstOrder):
 
 def _passes_backward(run, grad, words, weight_words, dot, stream, shift_in, slope, vectors,
                      factor, channels: int, conv: ConvSpec, spec: BlockSpec, wants_dot: bool,
-                     dtype: torch.dtype, vector_dtype: torch.dtype):
-    """(the value's gradient, that of the dot products or None, those of the vectors)."""
+                     dtype: torch.dtype, vector_dtype: torch.dtype, scale):
+    """(the value's gradient, that of the dot products or None, that times scale in float8 or None,
+    those of the vectors)."""
     norm = Statistics(*vectors.unbind(0))
     if dot is None:
         dot = _dots_again(run, grad, words, weight_words, channels, conv, spec.relu)
@@ -268,14 +290,17 @@ def _passes_backward(run, grad, words, weight_words, dot, stream, shift_in, slop
                            shift_in, slope, norm.center, spec.relu)
     if slope is None:
         grad_value = grad
-    total = grad_dot = None
+    total = grad_dot = rounded = None
     if spec.group is not None and wants_dot:
         total = _all_reduce(sums[:2].contiguous(), spec.group)
     pqr, *found = gradients(run, sums, total, vectors, factor, vector_dtype)
-    if wants_dot:
+    if wants_dot and spec.input_grad_dtype is not None:
+        grad_dot, rounded = run("residual_block_norm_backward_float8", grad_value, dot,
+                                *pqr.unbind(0), norm.center, scale, spec.relu, dtype)
+    elif wants_dot:
         grad_dot = run("residual_block_norm_backward", grad_value, dot, *pqr.unbind(0),
                        norm.center, spec.relu, dtype)
-    return grad_value, grad_dot, *found
+    return grad_value, grad_dot, rounded, *found
 
 
 def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | None]:
@@ -292,6 +317,22 @@ def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | 
         total = grad.sum((0, 2, 3), dtype=torch.float64) if wants_shift else None
         out = grad if add is None else grad + add
     return out, total.to(shift.dtype) if wants_shift else None
+
+
+def _sign_backward_in_one(ctx, grad, weight_words, channels: int, scale, size, kept, mask, shift,
+                          add, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`_sign_backward` of what is also to go through the convolution."""
+    of_sign = None, None, None, ctx.conv.pad, ctx.conv.dilation, dtype, "identity", None, 1.0
+    if kept is not None:
+        of_sign = (kept, shift, add, *of_sign[3:6], ctx.estimator, ctx.train.input_clip,
+                   ctx.train.beta)
+    out, total = inside(grad)("packed_conv2d_sign_backward", grad, weight_words, channels, scale,
+                              size, *of_sign)
+    if kept is None:
+        return _sign_backward(ctx, out, None, mask, shift, add)
+    wants_shift = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)]).sign_shift
+    return (in_memory_format(out, ctx.memory_format),
+            total.to(shift.dtype) if wants_shift else None)
 
 
 def autograd(*args, **kw):
@@ -317,7 +358,8 @@ define(Operator(
              "Tensor? shift_in=None, Tensor? slope=None, Tensor? shift_out=None, "
              "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, "
              "int pad_value=0, bool relu=False, float eps=1e-05, str? group=None, "
-             f"bool recompute=True, {training.SCHEMA}) -> (Tensor, Tensor, Tensor)",),
+             "bool recompute=True, ScalarType? input_grad_dtype=None, "
+             f"{training.SCHEMA}) -> (Tensor, Tensor, Tensor)",),
     group="The residual block", check=check, fake=fake, autograd=autograd, samples=samples,
     batched=each, engine=False,
     text="""
@@ -345,6 +387,8 @@ Arguments:
   group: the name of a process group whose batches are normalized together; None: this process.
   recompute: compute the dot products again in the backward; False: keep them, 2 or 4 bytes an
     element of the output.
+  input_grad_dtype: float8_e5m2: the gradient is rounded to it on the way through the convolution
+    to the input, not to the weight; None: it is not. Beside gradients of 16 bits.
   scale: (Cout,) real, a factor of the weight; None: none.
   input_estimator: as of binary_conv2d.
   input_clip: as of binary_conv2d.

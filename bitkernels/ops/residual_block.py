@@ -66,15 +66,19 @@ def fake_backward(grad, dot, residual, scale, bias, shift_in, slope, center, rel
     return empty_real(dot, dot.shape, grad.dtype, True), sums
 
 
-def check_norm_backward(grad, dot, p, q, r, center, relu, dtype):
-    op = "residual_block_norm_backward"
+def check_norm(op: str, grad: Tensor, dot: Tensor, **vectors: Tensor | None) -> None:
     check_real(op, "grad", grad)
-    if dtype not in REAL or (dtype == torch.float64) != (grad.dtype == torch.float64):
-        fail(op, "dtype", "a real type, float64 for float64 only", dtype)
     _check_dot(op, dot)
     _check_like_dot(op, "grad", grad, dot, grad.dtype)
     check_same_device(op, dot, grad=grad)
-    check_vectors(op, dot, dot.shape[1], p=p, q=q, r=r, center=center)
+    check_vectors(op, dot, dot.shape[1], **vectors)
+
+
+def check_norm_backward(grad, dot, p, q, r, center, relu, dtype):
+    op = "residual_block_norm_backward"
+    check_norm(op, grad, dot, p=p, q=q, r=r, center=center)
+    if dtype not in REAL or (dtype == torch.float64) != (grad.dtype == torch.float64):
+        fail(op, "dtype", "a real type, float64 for float64 only", dtype)
     return Call((grad, dot, p, q, r, center, relu, dtype))
 
 
@@ -128,7 +132,7 @@ def reference_norm_backward(grad, dot, p, q, r, center, relu, dtype):
     return as_rows((torch.where(dot > 0, out, 0.0) if relu else out).to(dtype))
 
 
-class _Inputs:
+class PassInputs:
     """Of the samples: mixed types and memory orders, over several tiles of rows."""
 
     def __init__(self, v) -> None:
@@ -141,13 +145,13 @@ class _Inputs:
 
 
 def samples_forward(v):
-    i = _Inputs(v)
+    i = PassInputs(v)
     return [Sample((i.dot, i.stream, *i.wide[:2], *i.c[2:5], True), kernel={}),
             Sample((i.dot.int(), i.real, *i.c[:2], None, None, None, False), kernel={})]
 
 
 def samples_backward(v):
-    i = _Inputs(v)
+    i = PassInputs(v)
     return [
         Sample((i.real, i.dot.int().contiguous(), i.real, *i.c[:5], False)),
         Sample((i.grad, i.dot, i.stream, *i.wide[:2], *i.c[2:4], i.wide[4], True), kernel={}),
@@ -155,7 +159,7 @@ def samples_backward(v):
 
 
 def samples_norm_backward(v):
-    i = _Inputs(v)
+    i = PassInputs(v)
     return [Sample((i.grad, i.dot, *i.c[:4], True, torch.bfloat16)),
             Sample((i.grad, i.dot, *i.wide[:4], True, torch.float32), kernel={}),
             Sample((i.real, i.dot.int(), *i.c[:4], False, torch.float16), kernel={})]

@@ -62,6 +62,17 @@ def test_launches_of_a_block(monkeypatch, dtype, scale, most):
         assert count == most + (not with_cuda), what
 
 
+@pytest.mark.parametrize("dtype", (None, torch.float8_e5m2), ids=str)
+@pytest.mark.parametrize("scale,most", [(None, 21), ("detached", 23)])
+def test_launches_of_a_block_in_one_pass(monkeypatch, scale, most, dtype):
+    """Filters, convolution and sums in place of filters, convolution, slopes and sums."""
+    monkeypatch.setattr(training.binary_residual_block, "in_one_pass", lambda *args: True)
+    block = training.block(64, weight_scale=scale)
+    block.input_grad_dtype = dtype
+    count, what = count_step(monkeypatch, block, torch.float16, True)
+    assert count == most, what
+
+
 @pytest.mark.parametrize("with_cuda", (True, False))
 @pytest.mark.parametrize("scale,most", [(None, 25), ("detached", 28), ("xnor", 38)])
 def test_launches_of_layers(monkeypatch, scale, most, with_cuda):

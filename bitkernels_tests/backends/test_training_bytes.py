@@ -120,7 +120,7 @@ def moved(monkeypatch, model, out=SHAPE) -> list[tuple[str, float]]:
 
         def run(name, *args, **kw):
             out = gpu.run(name, *args, **kw)
-            if name.startswith("packed_conv2d"):  # one launch of csrc/cuda
+            if name in ("packed_conv2d", "packed_conv2d_moments"):  # one launch of csrc/cuda
                 traffic.add(name, size([args, out]))
             return out
 
@@ -151,6 +151,20 @@ def test_block(monkeypatch):
     found = moved(monkeypatch, training.block(CHANNELS))
     assert found == BLOCK
     assert sum(bytes_ for _, bytes_ in found) == 44.5
+
+
+@pytest.mark.parametrize("dtype", (None, torch.float8_e5m2), ids=str)
+def test_block_in_one_pass(monkeypatch, dtype):
+    """The input's gradient is not written to be read again; in float8 its own gradient is a byte,
+    beside the two of the weight's."""
+    monkeypatch.setattr(training.binary_residual_block, "in_one_pass", lambda *args: True)
+    block, own = training.block(CHANNELS), 1 if dtype else HALF
+    block.input_grad_dtype = dtype
+    found = moved(monkeypatch, block)
+    assert found == [*BLOCK[:5], ("norm_backward_kernel", BLOCK[5][1] + (1 if dtype else 0)),
+                     BLOCK[6], BLOCK[8],
+                     ("conv2d_sign_backward_kernel", own + HALF + HALF + HALF)]
+    assert sum(bytes_ for _, bytes_ in found) == 40.5
 
 
 def test_layers(monkeypatch):

@@ -361,7 +361,7 @@ def test_goals_compare_with_what_is_asked(tmp_path):
         "ReActNet-18, layers: images/s of compiled emulation's": (0.9, False),
         "quicknet converted, batch 64: times compiled bf16 emulation": (5.0, True),
     }
-    assert len(found) == 36 and all(goal.met is None for goal in goals.goals([], [], [], [], []))
+    assert len(found) == 40 and all(goal.met is None for goal in goals.goals([], [], [], [], []))
     assert "MISSED" in found["conv 256@14 packed: times cuDNN bf16"].line()
 
 

@@ -248,6 +248,10 @@ block("weight_clip must be at least 0, got nan", weight_clip=float("nan"))
 block(f"dtype must be {FLOATS}, got torch.int32", dtype=torch.int32)
 block("dtype must be a real type, float64 for float64 only, got torch.float64",
       dtype=torch.float64)
+block("input_grad_dtype must be float8_e5m2 or None, got torch.float16", dtype=torch.float16,
+      input_grad_dtype=torch.float16)
+block("dtype must be float16 or bfloat16, or the input, with input_grad_dtype, got torch.float32",
+      input_grad_dtype=torch.float8_e5m2)
 
 
 MOMENTS = words(3, 4, dtype=torch.int64)
@@ -304,6 +308,68 @@ latent("beta must be above 0 and finite, got nan", estimator="swish_sign", beta=
 latent("clip must be at least 0, got -1", clip=-1.0)
 latent("weight must not require grad, this operator has no gradient; use binary_conv2d or "
        "binary_linear to train, or .detach()", w=grad(8, 6))
+
+
+HALF, FLOAT8 = torch.float16, torch.float8_e5m2
+SIX, PLANE, DOTS = real(6), real(2, 6, 5, 5), words(2, 6, 5, 5)
+
+
+def norm8(text, g=PLANE, dot=DOTS, p=SIX, scale=None, dtype=HALF):
+    row(ops.residual_block_norm_backward_float8.default, text, g, dot, p, SIX, SIX, SIX, scale,
+        False, dtype)
+
+
+norm8(f"grad must be {FLOATS}, got int32 of shape (2, 6, 5, 5)", words(2, 6, 5, 5))
+norm8("grad must be float32, float16 or bfloat16, got float64 of shape (2, 6, 5, 5)",
+      real(2, 6, 5, 5, dtype=torch.float64))
+norm8("grad must be float32 of shape (2, 6, 5, 5), got float32 of shape (2, 6, 5, 4)",
+      real(2, 6, 5, 4))
+norm8("dot must be int16 or int32 of shape (N, C, H, W), got float32 of shape (2, 6, 5, 5)",
+      dot=real(2, 6, 5, 5))
+norm8("p must be of shape (6,), got float32 of shape (5,)", p=real(5))
+norm8("scale must be of shape (6,), got float32 of shape (5,)", scale=real(5))
+norm8("scale must be on cpu as the first argument, got meta", scale=real(6, device="meta"))
+norm8("dtype must be float16 or bfloat16, got torch.float32", dtype=torch.float32)
+norm8("p must not require grad, this operator has no gradient; use binary_conv2d or "
+      "binary_linear to train, or .detach()", p=grad(6))
+
+
+IMAGE, FILTERS = real(2, 37, 5, 5, dtype=HALF), words(6, 3, 3, 2)
+ROUNDED = real(2, 6, 5, 5, dtype=FLOAT8)
+
+
+def through(text, g=ROUNDED, filters=FILTERS, *, channels=37, scale=None, size=(5, 5), x=None,
+            dtype=HALF, padding=(1,), **kw):
+    row(ops.packed_conv2d_sign_backward.default, text, g, filters, channels, scale, size, x,
+        padding=padding, dtype=dtype, **kw)
+
+
+through("grad must be float16 or float8_e5m2 of shape (N, 6, OH, OW), got float32 of shape "
+        "(2, 6, 5, 5)", real(2, 6, 5, 5))
+through("grad must be float16 or float8_e5m2 of shape (N, 6, OH, OW), got float8_e5m2 of shape "
+        "(2, 5, 5, 5)", real(2, 5, 5, 5, dtype=FLOAT8))
+through("grad must be of shape (2, 6, 4, 5), got float8_e5m2 of shape (2, 6, 5, 5)", size=(4, 5))
+through("weight_words must be int32 words, got int64 of shape (6, 3, 3, 2)",
+        filters=words(6, 3, 3, 2, dtype=torch.int64))
+through("weight_words must be 3 words wide for 70 channels, got int32 of shape (6, 3, 3, 2)",
+        channels=70)
+through("weight_words must be on cpu as the first argument, got meta",
+        filters=words(6, 3, 3, 2, device="meta"))
+through("dtype must be float16 or bfloat16, got torch.float32", dtype=torch.float32)
+through("scale must be None for a grad in float8, got float32 of shape (6,)", scale=real(6))
+through("scale must be of shape (6,), got float32 of shape (5,)",
+        real(2, 6, 5, 5, dtype=HALF), scale=real(5))
+through("input must be float32, float16 or bfloat16 of shape (2, 37, 5, 5), got float64 of shape "
+        "(2, 37, 5, 5)", x=IMAGE.double())
+through("input must be float32, float16 or bfloat16 of shape (2, 37, 5, 5), got float16 of shape "
+        "(2, 37, 5, 4)", x=IMAGE[..., :4])
+through("shift must be None without an input, got float32 of shape (37,)", shift=real(37))
+through("add must be None without an input, got float16 of shape (2, 37, 5, 5)", add=IMAGE)
+through("estimator must be identity without an input, got 'ste_sign'", estimator="ste_sign")
+through("padding must be at least 0, got [-1]", padding=(-1,))
+through("dilation must be at least 1, got [0]", dilation=(0,))
+through("scale must not require grad, this operator has no gradient; use binary_conv2d or "
+        "binary_linear to train, or .detach()", scale=grad(6))
 
 
 def pool(text, *args, x=TRAIN[0], **kw):

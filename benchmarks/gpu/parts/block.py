@@ -67,15 +67,19 @@ def compiled_chain(made: list[Block]) -> tuple[nn.Module, Callable]:
 
 def forms(channels: int) -> dict[str, Callable[[], tuple[nn.Module, Callable]]]:
     """(the module, what to call) of a training block by its form."""
-    def make(kind: Callable | None, compiled: bool, recompute: bool = True
-             ) -> tuple[nn.Module, Callable]:
+    def make(kind: Callable | None, compiled: bool, recompute: bool = True, one_pass: bool = False,
+             input_grad_dtype: torch.dtype | None = None) -> tuple[nn.Module, Callable]:
+        os.environ["BITKERNELS_ONE_PASS"] = str(int(one_pass))
         (block,) = blocks(channels, 1)
-        block.recompute = recompute
+        block.recompute, block.input_grad_dtype = recompute, input_grad_dtype
         model = place(block if kind is None else kind(block)).train()
         torch._dynamo.reset()
         return model, torch.compile(model, dynamic=False) if compiled else model
 
     return {"block": partial(make, None, False), "block kept": partial(make, None, False, False),
+            "block kept, one pass": partial(make, None, False, False, True),
+            "block kept, float8": partial(make, None, False, False,
+                                          input_grad_dtype=torch.float8_e5m2),
             "layers": partial(make, layer_by_layer, False),
             "emulation compiled": partial(make, Emulated, True),
             "emulation eager": partial(make, Emulated, False),

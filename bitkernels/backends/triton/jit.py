@@ -113,6 +113,17 @@ def vector(ptr, cols, mask):
 
 
 @triton.jit
+def as_float8(y):
+    """float16 or bfloat16 to float8_e5m2, to the nearest even, beyond its range infinite, as in
+    PyTorch: GPUs' own conversion ends at the largest number. Of a bfloat16 nothing that counts is
+    lost in float16, of which it is the upper byte."""
+    bits = y.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    size = bits & 0x7FFF
+    byte = tl.where(size > 0x7C00, 0x7F, (size + 0x7F + ((size >> 8) & 1)) >> 8)
+    return (byte | ((bits >> 8) & 0x80)).to(tl.uint8).to(tl.float8e5, bitcast=True)
+
+
+@triton.jit
 def activate(y, clamp_min, clamp_max, scale, bias, residual, shift_in, slope, shift_out):
     """reference.epilogue on float32 values; absent parts are None.
 

@@ -15,6 +15,7 @@ from bitkernels.ops.geometry import conv_geometry, linear_geometry
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out", "sign_shift")
 SMALL = 1 << 22  # words to compare (M * N * K / 32) below which one popc kernel does it all
 PRODUCTS = ("packed_conv2d", "packed_conv2d_moments", "packed_linear")
+SIGN_BACKWARD, ROWS, COLUMNS = "packed_conv2d_sign_backward", 128, 128  # and its tile
 
 
 class Plan(NamedTuple):
@@ -31,9 +32,13 @@ _ONE_KERNEL = Plan((None,), "the operator's kernel")
 
 def decide(op: str, args, kw, device: torch.device) -> Plan:
     """Of a call with checked arguments on a device that this backend runs on."""
+    if not configs.enabled():
+        return Plan((), "BITKERNELS_TRITON is 0")
+    if op == SIGN_BACKWARD:
+        reason = _no_tile(configs.family(device), *args[:5])
+        return _ONE_KERNEL if reason is None else Plan((), reason)
     if not takes(op, args, kw):
-        return Plan((), "the kernels do not take float64" if configs.enabled() else
-                    "BITKERNELS_TRITON is 0")
+        return Plan((), "the kernels do not take float64")
     if op not in PRODUCTS:
         return _ONE_KERNEL
     family = configs.family(device)
@@ -43,8 +48,24 @@ def decide(op: str, args, kw, device: torch.device) -> Plan:
 
 
 def takes(op: str, args, kw) -> bool:
-    """Whether some kernel takes the call."""
+    """Whether some kernel takes the call, on a device where one has run."""
+    if op == SIGN_BACKWARD and _no_tile("", *args[:5]) is not None:
+        return False
     return configs.enabled() and not _is_double(op, args, kw)
+
+
+def _no_tile(family: str, grad, weight_words, channels, scale, input_size) -> str | None:
+    """Why packed_conv2d_sign_backward does not take a gradient; family "": one where it ran."""
+    if grad.element_size() == 1 and family in ("sm80", "sm86", "sm87", "hip"):
+        return "this GPU has no tensor core on float8_e5m2 and float8_e4m3"
+    outputs = grad.shape[1]
+    if outputs == 0 or outputs % 16:
+        return f"{outputs} output channels, no multiple of 16"
+    signs = weight_words.shape[1:3].numel() * channels * outputs
+    pixels = grad.shape[0] * (input_size[0] * input_size[1] + ROWS)
+    if max(grad.numel(), signs, pixels * (channels + COLUMNS)) >= 2**31:
+        return "an operand of 2^31 elements"
+    return None
 
 
 # Of operators of which not every tensor's type counts: the places of those that do. A residual
@@ -52,7 +73,8 @@ def takes(op: str, args, kw) -> bool:
 _TYPED: dict[str, tuple[int, ...]] = {
     "residual_block_statistics": (), "residual_block_gradients": (), "residual_block_forward": (1,),
     "residual_block_backward": (0,), "residual_block_norm_backward": (0,),
-    "latent_weight_grad": (0,), "sign_backward": (0, 1, 3)}
+    "residual_block_norm_backward_float8": (0,), "latent_weight_grad": (0,),
+    "sign_backward": (0, 1, 3), SIGN_BACKWARD: ()}
 
 
 def _is_double(op: str, args, kw) -> bool:

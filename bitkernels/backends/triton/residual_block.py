@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitkernels.backends.triton import elementwise, passes, sums
-from bitkernels.backends.triton.jit import tile_rows, vector
+from bitkernels.backends.triton.jit import as_float8, tile_rows, vector
 from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.sums import add_rows
 from bitkernels.ops.geometry import empty_real
@@ -150,17 +150,22 @@ def block_backward_kernel(grad, dot, residual, scale, bias, shift_in, slope, cen
 
 
 @triton.jit
-def norm_tile(g, dots, out, ok, p, q, r, middle, RELU: tl.constexpr):
+def norm_tile(g, dots, out, at, ok, p, q, r, middle, factor, scale, rounded, RELU: tl.constexpr):
     d = positive(dots, RELU).to(tl.float32) - middle
     y = g.to(tl.float32) * p + d * q
     y = y + r
     if RELU:
         y = tl.where(dots > 0, y, 0.0)
-    tl.store(out, y.to(out.dtype.element_ty), mask=ok)
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + at, y, mask=ok)
+    if rounded is not None:
+        if scale is not None:
+            y = (y.to(tl.float32) * factor).to(out.dtype.element_ty)
+        tl.store(rounded + at, as_float8(y), mask=ok)
 
 
 @triton.jit
-def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, tiles,
+def norm_backward_kernel(grad, dot, p, q, r, center, scale, out, rounded, rows, channels, tiles,
                          RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                          WIDE: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -169,6 +174,9 @@ def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, tiles,
     col_ok = c < channels
     of_grad, of_dot = vector(p, c, col_ok), vector(q, c, col_ok)
     added, middle = vector(r, c, col_ok), vector(center, c, col_ok)
+    factor = middle
+    if scale is not None:
+        factor = vector(scale, c, col_ok).to(out.dtype.element_ty).to(tl.float32)
     for tile in range(program, tiles, 2 * programs):
         row = tile_rows(tile, BLOCK_R, WIDE)[:, None]
         row2 = tile_rows(tile + programs, BLOCK_R, WIDE)[:, None]
@@ -176,8 +184,9 @@ def norm_backward_kernel(grad, dot, p, q, r, center, out, rows, channels, tiles,
         at, at2 = row * channels + c, row2 * channels + c
         g, g2 = tl.load(grad + at, mask=ok, other=0.0), tl.load(grad + at2, mask=ok2, other=0.0)
         d, d2 = tl.load(dot + at, mask=ok, other=0), tl.load(dot + at2, mask=ok2, other=0)
-        norm_tile(g, d, out + at, ok, of_grad, of_dot, added, middle, RELU)
-        norm_tile(g2, d2, out + at2, ok2, of_grad, of_dot, added, middle, RELU)
+        norm_tile(g, d, out, at, ok, of_grad, of_dot, added, middle, factor, scale, rounded, RELU)
+        norm_tile(g2, d2, out, at2, ok2, of_grad, of_dot, added, middle, factor, scale, rounded,
+                  RELU)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -195,8 +204,9 @@ def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
 
 
 def _elementwise(name: str, kernel, dot: Tensor, real: Tensor, vectors, dtype: torch.dtype,
-                 relu: bool):
-    """A kernel from (two of dot and real in its order, vectors) to a tensor of dtype."""
+                 relu: bool, *more: Tensor | None):
+    """A kernel from (two of dot and real in its order, vectors) to a tensor of dtype, and `more`.
+    """
     out = empty_real(dot, dot.shape, dtype, True)
     rows, channels = size_of(dot)
     if rows and channels:
@@ -204,7 +214,7 @@ def _elementwise(name: str, kernel, dot: Tensor, real: Tensor, vectors, dtype: t
         pair = (dot, real) if name == "block_forward" else (real, dot)
         walk = passes.walk(name, 1, rows, channels, elementwise.wide(out))
         launch(kernel, (walk.programs, walk.blocks),
-               (*pair, *_vectors(*vectors), out, rows, channels, walk.tiles),
+               (*pair, *_vectors(*vectors), out, *more, rows, channels, walk.tiles),
                (passes.PASSES[name].warps,), RELU=relu, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c,
                WIDE=walk.wide)
     return out
@@ -216,9 +226,10 @@ def residual_block_forward(dot, residual, scale, bias, shift_in, slope, shift_ou
                         residual.dtype, relu)
 
 
-def residual_block_norm_backward(grad, dot, p, q, r, center, relu, dtype):
-    return _elementwise("norm_backward", norm_backward_kernel, dot, grad, (p, q, r, center), dtype,
-                        relu)
+def residual_block_norm_backward(grad, dot, p, q, r, center, relu, dtype, scale=None,
+                                 rounded=None):
+    return _elementwise("norm_backward", norm_backward_kernel, dot, grad, (p, q, r, center, scale),
+                        dtype, relu, rounded)
 
 
 def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, center, relu):

@@ -20,6 +20,7 @@ from torch import Tensor
 from bitkernels.backends.triton.launch import launch
 
 COLUMNS = 4  # of a reduction's program: few, for there are few programs to share the rows
+MOST = 1024  # rows of one: a matrix product's many tiles take two reductions
 
 
 @triton.jit
@@ -36,26 +37,35 @@ def add_rows(to, column, channels, values, more):
 
 @triton.jit
 def reduce_kernel(partial, out, programs, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """partial (programs, width) to out (width,); at most BLOCK_P programs."""
+    """partial (programs, width) to out (chunks, width), a chunk being BLOCK_P programs."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     rows = tl.load(partial + p[:, None] * width + c[None, :],
                    mask=(p < programs)[:, None] & (c < width)[None, :], other=0)
     total = tl.sum(rows, axis=0)
     if out.dtype.element_ty != partial.dtype.element_ty:  # to 16 bits by float32, as PyTorch does
         total = total.to(tl.float32)
-    tl.store(out + c, total.to(out.dtype.element_ty), mask=c < width)
+    tl.store(out + tl.program_id(1) * width + c, total.to(out.dtype.element_ty), mask=c < width)
 
 
 def rows_at_once(programs: int) -> int:
     """BLOCK_P of a reduction: all rows by one load, whose latency is most of the time."""
-    return max(1 << (programs - 1).bit_length(), 32)
+    return min(max(1 << (programs - 1).bit_length(), 32), MOST)
 
 
 def reduce(partial: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The sum over the first dimension, in a type of its own or in dtype."""
+    chunks = -(-partial.shape[0] // MOST)
+    if chunks > 1:
+        first = partial.new_empty((chunks, *partial.shape[1:]))
+        _reduce(partial, first, chunks)
+        partial = first
     out = partial.new_empty(partial.shape[1:], dtype=dtype or partial.dtype)
-    programs, width = partial.shape[0], out.numel()
-    launch(reduce_kernel, (-(-width // COLUMNS), 1), (partial, out, programs, width), (8,),
-           BLOCK_P=rows_at_once(programs), BLOCK_C=COLUMNS)
+    _reduce(partial, out, 1)
     return out
+
+
+def _reduce(partial: Tensor, out: Tensor, chunks: int) -> None:
+    programs, width = partial.shape[0], out.numel() // chunks
+    launch(reduce_kernel, (-(-width // COLUMNS), chunks), (partial, out, programs, width), (8,),
+           BLOCK_P=rows_at_once(programs), BLOCK_C=COLUMNS)

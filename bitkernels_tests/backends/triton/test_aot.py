@@ -133,7 +133,10 @@ SIMPLE = {
     "block_backward": ("residual_block", {**ROWS, **NORM, **WALK, "partial": "*fp64"}),
     "block_backward, staged": ("residual_block", {
         **ROWS, **NORM, **WALK, "partial": "*fp64", "STAGES": 3}),
-    "norm_backward": ("residual_block", ROWS),
+    "norm_backward": ("residual_block", {**ROWS, "scale": None, "rounded": None}),
+    "norm_backward, float8": ("residual_block", {**ROWS, "rounded": "*fp8e5"}),
+    "unpack_filters": ("packed_conv2d_sign_backward", {
+        "words": "*i32", "signs": "*fp16", "BLOCK_W": 2, "BLOCK_K": 64}),
     "sign_backward": ("sign_backward", {**CHANNELS_LAST, **ROWS, **WALK, "partial": "*fp64",
                                         "ESTIMATOR": 1}),
     "sign_backward, staged": ("sign_backward", {
@@ -225,9 +228,36 @@ def test_pooling_moves_16_bytes_at_once(name, loads, stores, dtype):
     assert code.count(r"\bHSET2\.") == pairs
 
 
+# Of gradients through a convolution of 3 x 3: the tensor core's instruction by what they are in.
+THROUGH = {
+    ("sm90", "float8"): r"\bQGMMA\.", ("sm89", "float8"): r"\bQMMA\.",
+    ("sm100", "float8"): r"\bUTCQMMA", ("sm120", "float8"): r"\bQMMA\.",
+    ("sm90", "fp16"): r"\bHGMMA\.", ("sm80", "fp16"): r"\bHMMA\.", ("sm90", "bf16"): r"\bHGMMA\."}
+
+
+@pytest.mark.parametrize("channels", (64, 256))
+@pytest.mark.parametrize("gpu,kind", THROUGH, ids=str)
+def test_through_convolution_and_sign(gpu, kind, channels):
+    """16 bytes at once, not past the L1 cache, where an image's pixels wait for the next tap."""
+    real = "fp16" if kind == "float8" else kind
+    types = ("*fp8e5", "*fp8e4nv") if kind == "float8" else (f"*{kind}", f"*{kind}")
+    parts = channels // min(channels, 128 if kind == "float8" else 64)
+    code = build(gpu, load("packed_conv2d_sign_backward", "conv2d_sign_backward_kernel"), {
+        "grad": types[0], "signs": types[1], "partial": "*fp64", "outputs": "i32:16",
+        "channels": "i32:16", "top": 1, "left": 1, "dh": 1, "dw": 1, "TAPS": 9, "KW": 3,
+        **dict.fromkeys(("x", "add", "out"), f"*{real}"), "PARTS": parts, "WHOLE": True,
+        "ESTIMATOR": 2, "BLOCK_M": 128, "BLOCK_N": min(channels, 128),
+        "BLOCK_K": channels // parts}, num_warps=8, num_stages=3,
+        **({"maxnreg": 128} if channels == 64 else {}))
+    assert code.spilled == 0 and code.count(THROUGH[gpu, kind]) > 0
+    if gpu == "sm90":
+        assert code.count(r"\bLDGSTS\.E\.(LTC128B\.)?128\b") == code.count(r"\bLDGSTS\b") > 0
+        assert code.registers <= (128 if channels == 64 else 255) and code.shared <= 100 << 10
+
+
 WIDE = [name for name in SIMPLE
         if "," not in name and name not in ("reduce", "rprelu_reduce", "filter", "statistics",
-                                            "gradients")]
+                                            "gradients", "unpack_filters")]
 
 
 @pytest.mark.parametrize("name", [*WIDE, "popc"])

@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_interpret.py runs this file", allow_module_level=True)
 
 from bitkernels import reference
+from bitkernels.backends.triton import dispatch, plan
 from bitkernels.ops._record import OPERATORS
 from bitkernels_tests.backends.triton.test_interpret import (  # noqa: F401
     emulated_ptx,
@@ -87,3 +88,73 @@ def test_double_scales_are_cast_as_pytorch_casts():
     got, _ = kernel("latent_weight_grad")(*args)
     same(got, OPERATORS["latent_weight_grad"].reference(*args)[0])
     assert torch.equal(got, torch.ones(1, 4))
+
+
+def test_float8_is_rounded_as_pytorch_rounds():
+    """Every float16, and what the scale makes of some: ties, infinities, numbers below 2^-16."""
+    every = torch.arange(2**16, dtype=torch.int32).short().view(torch.half).view(1, 64, 32, 32)
+    every = torch.where(every.isnan(), 1.0, every).contiguous(memory_format=torch.channels_last)
+    dot, one, zero = torch.zeros(every.shape, dtype=torch.int16), torch.ones(64), torch.zeros(64)
+    op = "residual_block_norm_backward_float8"
+    for scale in (None, torch.full((64,), 0.3)):
+        args = (every, dot, one, zero, zero, zero, scale, False, torch.half)
+        out, rounded = kernel(op)(*args)
+        assert torch.equal(out, every)
+        scaled = out if scale is None else (out.float() * scale.half()[0].float()).half()
+        assert torch.equal(rounded.view(torch.uint8), scaled.to(torch.float8_e5m2).view(
+            torch.uint8).contiguous(memory_format=torch.channels_last))
+    every[0, 0, 0, 0] = NAN
+    _, rounded = kernel(op)(every, dot, one, zero, zero, zero, None, False, torch.half)
+    assert rounded.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("outputs,channels,kernel_size,size,padding,dilation", [
+    (16, 5, (1, 1), (3, 3), (0, 0, 0, 0), (1, 1)),
+    (48, 70, (3, 3), (9, 7), (1, 1, 1, 1), (1, 1)),  # two blocks of rows
+    (160, 33, (3, 2), (6, 6), (2, 0, 1, 3), (2, 1)),  # two parts, the last of 32
+    (128, 160, (2, 3), (4, 5), (0, 1, 2, 0), (1, 2))], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float8_e5m2, torch.half), ids=str)
+def test_through_convolution_and_sign(outputs, channels, kernel_size, size, padding, dilation,
+                                      dtype):
+    """Against PyTorch's own gradient in float64, and sign_backward's reference of that."""
+    generator = torch.Generator().manual_seed(outputs)
+    reach = [n + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1)
+             for i, n in enumerate(size)]
+    grad = torch.randint(-3, 4, (2, outputs, *reach), generator=generator).to(dtype)
+    words = words_of(outputs, *kernel_size, channels)
+    x, add = (torch.randint(-8, 9, (2, channels, *size), generator=generator).half() / 4
+              for _ in range(2))
+    shift, scale = dyadic(channels), None if dtype != torch.half else torch.full((outputs,), -2.0)
+    weight = reference.unpack(words, channels, torch.float64, 1)
+    if scale is not None:
+        weight = weight * -2.0
+    inside = torch.zeros(2, channels, *size, dtype=torch.float64, requires_grad=True)
+    top, bottom, left, right = padding
+    padded = torch.nn.functional.pad(inside, (left, right, top, bottom))
+    out = torch.nn.functional.conv2d(padded, weight, dilation=dilation)
+    product, = torch.autograd.grad(out, inside, grad.double())
+    call = grad, words, channels, scale, size
+    rest = padding, dilation, torch.half
+    op = kernel("packed_conv2d_sign_backward")
+    alone, none = op(*call, None, None, None, *rest, "identity", 1.0, 5.0)
+    assert torch.equal(alone.double(), product) and none.numel() == 0
+    for estimator, clip, offset, more in (("ste_sign", 1.0, shift, add),
+                                          ("identity", None, None, None),
+                                          ("approx_sign", None, shift, None)):
+        got = op(*call, x, offset, more, *rest, estimator, clip, 5.0)
+        same(got, reference.sign_backward(product.float(), x, offset, more, estimator, clip, 5.0))
+
+
+def test_which_gradients_go_through_in_one_pass():
+    op = "packed_conv2d_sign_backward"
+    for outputs, why in ((16, None), (24, "24 output channels, no multiple"), (0, "0 output")):
+        grad = torch.zeros(1, outputs, 2, 2, dtype=torch.float8_e5m2)
+        args = (grad, words_of(outputs, 1, 1, 5), 5, None, (2, 2), None, None, None, (0,) * 4,
+                (1, 1), torch.half, "identity", 1.0, 5.0)
+        found = plan.decide(op, args, {}, torch.device("cpu"))
+        assert found.inners == ((None,) if why is None else ())
+        assert (why or "the operator's kernel") in found.reason
+        same(dispatch.run(op, *args), OPERATORS[op].reference(*args))
+    for family in ("sm80", "sm86", "hip"):
+        assert "no tensor core on float8" in plan._no_tile(family, *args[:5])
+    assert plan._no_tile("sm80", grad.half().expand(1, 0, 2, 2), *args[1:5]).startswith("0 output")
