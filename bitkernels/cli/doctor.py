@@ -30,7 +30,8 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "BITKERNELS_CPU": (), "BITKERNELS_TRITON": ("0", "1"), "BITKERNELS_TRITON_INNER": (),
     "BITKERNELS_TRITON_AUTOTUNE": ("0", "1"), "BITKERNELS_CUDA": ("0", "1"),
     "BITKERNELS_CUDA_KERNEL": (), "BITKERNELS_ONE_PASS": ("0", "1"), "BITKERNELS_CACHE_DIR": (),
-    "BITKERNELS_WEIGHTS_DIR": (), "BITKERNELS_NO_EXT": ("0", "1"), "BITKERNELS_TEST_DEVICE": (), "BITKERNELS_TEST_SHARD": ()}
+    "BITKERNELS_WEIGHTS_DIR": (), "BITKERNELS_NO_EXT": ("0", "1"), "BITKERNELS_TEST_DEVICE": (),
+    "BITKERNELS_TEST_SHARD": ()}
 DESCRIPTION = """\
 What is installed here, which kernels would run and why, and what would help.
 

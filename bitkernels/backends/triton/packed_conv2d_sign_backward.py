@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitkernels.backends.triton import sums
+from bitkernels.backends.triton import configs, sums
 from bitkernels.backends.triton.jit import vector
 from bitkernels.backends.triton.launch import launch
 from bitkernels.backends.triton.plan import COLUMNS, ROWS
@@ -22,8 +22,11 @@ from bitkernels.backends.triton.sign_backward import ESTIMATORS, IDENTITY, estim
 from bitkernels.ops.packed_conv2d_sign_backward import fake
 
 WARPS, STAGES = 8, 3
-REGISTERS = 128  # of narrow tiles, at most: two programs on a multiprocessor of Hopper's
+REGISTERS = 128  # of narrow tiles on Hopper, at most: two programs on a multiprocessor
 BYTES = 128  # of a tile's row: output channels
+# Of Triton that lets copies of 16 bytes pass by the L1 cache whatever is asked for. There they are
+# of 8 bytes.
+OLD = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
 
 @triton.jit
@@ -55,6 +58,7 @@ def conv2d_sign_backward_kernel(grad, signs, x, shift, add, out, partial, clip, 
                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                                 BLOCK_K: tl.constexpr):
     """PARTS: of a tap, of BLOCK_K output channels; WHOLE: all are. x None: the product alone."""
+    EIGHT: tl.constexpr = 64 // grad.dtype.element_ty.primitive_bitwidth
     blocks = tl.cdiv(channels, BLOCK_N)
     tile = tl.program_id(0) // blocks
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,6 +79,8 @@ def conv2d_sign_backward_kernel(grad, signs, x, shift, add, out, partial, clip, 
             ok = ok & (k < outputs)[None, :]
             there = there & (k < outputs)[:, None]
         at = (((image + i) * ow + j) * outputs)[:, None] + k[None, :]
+        if OLD:
+            at = tl.multiple_of(tl.max_contiguous(at, (1, EIGHT)), (1, EIGHT))
         a = tl.load(grad + at, mask=ok, other=0.0, cache_modifier=".ca")
         at = ((tap * channels + c) * outputs)[None, :] + k[:, None]
         b = tl.load(signs + at, mask=there, other=0.0, cache_modifier=".ca")
@@ -121,7 +127,8 @@ def packed_conv2d_sign_backward(grad, weight_words, channels, scale, input_size,
             None if shift is None else shift.contiguous(), None if add is None else rows_of(add),
             out, partial, 0.0 if clip is None else float(clip), float(beta), rows, *input_size, oh,
             ow, pad[0], pad[2], *dilation, outputs, channels),
-           (WARPS, STAGES, REGISTERS if block_n <= 64 and torch.version.cuda else None),
+           (WARPS, STAGES,
+            REGISTERS if block_n <= 64 and configs.family(grad.device) == "sm90" else None),
            TAPS=taps, KW=weight_words.shape[2], PARTS=-(-outputs // block_k),
            WHOLE=outputs % block_k == 0, ESTIMATOR=ESTIMATORS[estimator], BLOCK_M=ROWS,
            BLOCK_N=block_n, BLOCK_K=block_k)
