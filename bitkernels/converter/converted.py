@@ -157,9 +157,9 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     verbose: print the report.
 
     Binary layers become products of packed bits, and so do real layers whose weights have one
-    magnitude a channel, within 0.5 %, and whose input is a sign. Batch norm, clamp, residual and
-    activation behind one move into its epilogue; a sign behind it is written by it as bits. Signs
-    move through max pooling, concatenation, batch norm and flattening. Factors are folded in
+    magnitude a channel, but for rounding, and whose input is a sign. Batch norm, clamp, residual
+    and activation behind one move into its epilogue; a sign behind it is written by it as bits.
+    Signs move through max pooling, concatenation, batch norm and flattening. Factors are folded in
     float64 and rounded once, so values differ from the model's by float32 rounding, and a sign
     where its real value is that close to its threshold. What is not recognised stays as it is;
     `report` names it.
