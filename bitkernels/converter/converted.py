@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from bitkernels import _onnx
+from bitkernels._arguments import flag
 from bitkernels.converter.capture import capture, neutral
 from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
@@ -176,8 +177,9 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if real not in REALS:
         raise ValueError(f"convert: real must be one of {', '.join(REALS)}, got {real!r}")
-    if sign_of_zero not in (None, 1):
+    if sign_of_zero is not None and (isinstance(sign_of_zero, bool) or sign_of_zero != 1):
         raise ValueError(f"convert: sign_of_zero must be 1 or None, got {sign_of_zero!r}")
+    flag("convert", "verbose", verbose)
     if example_inputs is None:
         raise ValueError("convert: example_inputs must be given: a tensor or a tuple of arguments "
                          "shaped as those of a call of the model")
