@@ -68,7 +68,7 @@ class _FlipOptimizer(Optimizer):
                    float("inf") if key == "threshold" else 1, finite=key != "threshold")
         for key in ("foreach", "unbiased"):
             value = group.get(key, self.defaults.get(key))
-            if value is not None:
+            if key in self.defaults and (value is not None or key != "foreach"):
                 flag(name, key, value)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
