@@ -30,7 +30,7 @@ class QuickNetBlock(BinaryResidualBlock):
         glorot_normal_(self.conv.weight)
 
     def read_earlier_packed(self, name: str, layers: dict[str, Any], state: dict[str, Any]) -> None:
-        """In files of 0.1 it is no block with options, but always the layers that it has now."""
+        """In earlier files it is no block with options, but always the layers that it has now."""
         if f"{name}.conv" in layers:
             layers.setdefault(name, self.arguments())
 

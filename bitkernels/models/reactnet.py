@@ -99,7 +99,7 @@ class ReActBlock(nn.Module):
 
     def read_earlier_packed(self, name: str, layers: dict[str, Any], state: dict[str, Tensor]
                             ) -> None:
-        """In files of 0.1 the layers lie side by side, the branches of a block that doubles the
+        """In earlier files the layers lie side by side, the branches of a block that doubles the
         channels too, whose filters are those of one convolution now."""
         own = f"{name}."
         branches = [layers[key] for key in (f"{own}conv2.0", f"{own}conv2.1") if key in layers]

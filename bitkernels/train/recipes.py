@@ -271,14 +271,14 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """Everything that changes the numbers, flat: "step1.method.lr": 0.00125.
 
-        What 0.1 did not have is left out where it is not used: checkpoints of 0.1 hold these too.
+        What was added later is left out where it is not used: earlier checkpoints go on.
         """
         flat: dict[str, Any] = {"name": self.name}
 
         def walk(prefix: str, value: Any) -> None:
             if dataclasses.is_dataclass(value):
                 for f in dataclasses.fields(value):
-                    if f.name in _SINCE_0_1 and getattr(value, f.name) == f.default:
+                    if f.name in _ADDED_LATER and getattr(value, f.name) == f.default:
                         continue
                     walk(f"{prefix}.{f.name}", getattr(value, f.name))
             else:
@@ -301,7 +301,7 @@ class Recipe:
         return "\n".join(lines + [f"  {line}" for line in self.notes.splitlines()])
 
 
-_SINCE_0_1 = ("gradient_clip", "teachers")
+_ADDED_LATER = ("gradient_clip", "teachers")
 _ALWAYS = ("activations", "weights", "loss", "augmentation")
 
 
