@@ -1,4 +1,4 @@
-"""Packed files of earlier versions, when blocks of QuickNet and ReActNet were layers side by side."""
+"""Packed files of earlier versions, when the blocks of two networks were layers side by side."""
 
 from __future__ import annotations
 

@@ -51,3 +51,6 @@ class NormSign(nn.Module):
         elif input.dim() == self.dims + 1:
             x = input.unsqueeze(0)
         return self.quantizer(self.norm(x).view(input.shape))
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}"
