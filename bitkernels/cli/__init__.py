@@ -71,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if sys.stdout is None:  # closed by the caller, as by >&-
         sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:  # print would take stdout for it
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # a name may have what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")

@@ -226,6 +226,12 @@ def test_output_that_cannot_be_written_is_one_line(command, unbuffered):
             "python -m bitkernels: cannot write the output: No space left on device\n")
 
 
+def test_errors_do_not_go_to_stdout_where_stderr_is_closed():
+    done = subprocess.run(f"{sys.executable} -m bitkernels models nonsense 2>&-", shell=True,
+                          executable="/bin/bash", cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+
+
 def test_names_that_the_terminal_cannot_show():
     done = subprocess.run(
         [sys.executable, "-m", "bitkernels", "summary", "caf\u00e9"], cwd=ROOT, text=True,
