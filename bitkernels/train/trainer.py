@@ -196,6 +196,8 @@ class Trainer:
                                  (logits.argmax(1) == labels).sum().double(),
                                  torch.tensor(len(labels), device=run.device).double()])
         loss, right, count = run.group.total(sums.tolist(), run.device)
+        if not math.isfinite(loss):  # then a class is none of the largest outputs
+            raise self._diverged(f"the loss on the held-out images is {loss}", self.total)
         return loss / count, right / count
 
     def save(self) -> None:
