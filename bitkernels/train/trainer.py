@@ -116,6 +116,10 @@ class Trainer:
                 0 <= int(labels.min()) and int(labels.max()) < data.classes):
             raise DataError(f"labels of {data.name} must be integers from 0 to {data.classes - 1}, "
                             f"got {labels.min().item()} to {labels.max().item()}")
+        kind = next(self.model.parameters()).dtype
+        if images.dtype != kind:
+            raise DataError(f"images of {data.name} must be {str(kind)[6:]} as the network's "
+                            f"parameters, got {str(images.dtype)[6:]}")
         layout = (torch.channels_last if self.run.options.channels_last
                   else torch.preserve_format)
         return (images.to(self.run.device, non_blocking=True, memory_format=layout),

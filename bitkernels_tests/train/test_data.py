@@ -205,6 +205,14 @@ def test_arguments_of_fit(given, message):
         fit(**{**whole, **given})
 
 
+def test_images_of_another_precision_are_refused():
+    """As of NumPy, whose real numbers have 64 bits."""
+    recipe = recipes.get("quicknet-digits").scaled(epochs=1, batch_size=32)
+    with pytest.raises(DataError, match="must be float32 as the network's parameters, got float64"):
+        fit(lambda: models.create("quicknet", blocks=(1,), filters=(32,)), recipe,
+            of_images(lambda x: x.double()))
+
+
 def test_a_held_out_image_that_is_no_number_ends_the_run():
     """The largest of NaN is the first class, which counted as right or wrong."""
     data = of_images(lambda x: x.index_fill(0, torch.tensor([3]), torch.nan), "held_out")
