@@ -117,7 +117,7 @@ class Trainer:
             raise DataError(f"labels of {data.name} must be integers from 0 to {data.classes - 1}, "
                             f"got {labels.min().item()} to {labels.max().item()}")
         kind = next(self.model.parameters()).dtype
-        if images.dtype != kind:
+        if images.dtype == torch.float64 != kind:  # as of NumPy; other networks cast them
             raise DataError(f"images of {data.name} must be {str(kind)[6:]} as the network's "
                             f"parameters, got {str(images.dtype)[6:]}")
         layout = (torch.channels_last if self.run.options.channels_last
