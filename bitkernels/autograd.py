@@ -1,4 +1,4 @@
-"""The differentiable operators, by the path that release 0.1.0 had; see `bitkernels.ops`."""
+"""The differentiable operators, by the path that they had first; see `bitkernels.ops`."""
 
 from bitkernels.ops import binary_conv2d, binary_linear, rprelu, rsign
 

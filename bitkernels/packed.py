@@ -5,7 +5,6 @@ Words alone cannot tell how many channels they hold, nor in which form a kernel 
 
 from __future__ import annotations
 
-import numbers
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from bitkernels._arguments import INT_MAX, integer
 from bitkernels.ops.geometry import word_count
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -52,14 +52,11 @@ class PackedTensor:
         if not isinstance(self.words, Tensor):
             raise ValueError("PackedTensor: words must be an int32 tensor, got "
                              f"{type(self.words).__name__}")
-        sizes = int, torch.SymInt, numbers.Integral
-        for name, kinds, takes in (("channels", sizes, "an integer"), ("dim", sizes, "an integer"),
-                                   ("dtype", torch.dtype, "a torch.dtype")):
-            value = getattr(self, name)
-            if not isinstance(value, kinds):
-                raise ValueError(f"PackedTensor: {name} must be {takes}, got {value!r}")
-        if self.channels < 1:
-            raise ValueError(f"PackedTensor: channels must be at least 1, got {self.channels}")
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"PackedTensor: dtype must be a torch.dtype, got {self.dtype!r}")
+        for name, least in (("channels", 1), ("dim", -INT_MAX)):
+            object.__setattr__(self, name, integer("PackedTensor", name, getattr(self, name),
+                                                   least))
         words, dims = self.words, self.words.dim()
         if words.dtype != torch.int32 or not dims or words.shape[-1] != word_count(self.channels):
             raise ValueError(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bitkernels._arguments import choice, flag, integer, number
 from bitkernels._dispatch import apply
 from bitkernels._estimators import EstimatedSign, Round, clamp, straight_through
 from bitkernels._fx import FxLeaf, traced_whole
@@ -66,9 +67,8 @@ class Quantizer(FxLeaf):
 
 
 def _checked_clip(name: str, clip_value: float | None) -> float | None:
-    if clip_value is not None and not clip_value >= 0:
-        raise ValueError(f"{name}: clip_value must be None or at least 0, got {clip_value!r}")
-    return None if clip_value is None else float(clip_value)
+    return clip_value if clip_value is None else number(name, "clip_value", clip_value, 0,
+                                                        finite=False)
 
 
 class SteSign(Quantizer):
@@ -123,9 +123,7 @@ class SwishSign(Quantizer):
     beta: float
 
     def __init__(self, beta: float = 5.0) -> None:
-        if not 0 < beta < float("inf"):
-            raise ValueError(f"SwishSign: beta must be above 0 and finite, got {beta!r}")
-        super().__init__(beta=float(beta))
+        super().__init__(beta=number("SwishSign", "beta", beta, above=0))
 
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
@@ -187,11 +185,9 @@ class SteTern(Quantizer):
 
     def __init__(self, threshold_value: float = 0.05, ternary_weight_networks: bool = False,
                  clip_value: float | None = 1.0) -> None:
-        if not threshold_value >= 0:
-            raise ValueError(
-                f"SteTern: threshold_value must be at least 0, got {threshold_value!r}")
-        super().__init__(threshold_value=float(threshold_value),
-                         ternary_weight_networks=bool(ternary_weight_networks),
+        super().__init__(threshold_value=number("SteTern", "threshold_value", threshold_value, 0),
+                         ternary_weight_networks=flag("SteTern", "ternary_weight_networks",
+                                                      ternary_weight_networks),
                          clip_value=_checked_clip("SteTern", clip_value))
 
     @traced_whole
@@ -211,7 +207,7 @@ class DoReFa(Quantizer):
     Rounding is half to even in float32 (float64 for float64), so a 2-bit weight of 0 becomes +1/3
     and a 1-bit one -1. Gradients: rounding passes them unchanged, clip and tanh have their own
     (clip's is 1 at 0 and 1), the maximum is a constant. Alias "dorefa_quantizer". Raises ValueError
-    for k_bit below 1 or another mode.
+    for k_bit out of 1 to 32 or another mode.
     """
 
     k_bit: int
@@ -219,11 +215,8 @@ class DoReFa(Quantizer):
 
     def __init__(self, k_bit: int = 2,
                  mode: Literal["activations", "weights"] = "activations") -> None:
-        if not (isinstance(k_bit, int) and k_bit >= 1):
-            raise ValueError(f"DoReFa: k_bit must be an integer of at least 1, got {k_bit!r}")
-        if mode not in ("activations", "weights"):
-            raise ValueError(f"DoReFa: mode must be 'activations' or 'weights', got {mode!r}")
-        super().__init__(k_bit=k_bit, mode=mode)
+        super().__init__(k_bit=integer("DoReFa", "k_bit", k_bit, 1, 32),
+                         mode=choice("DoReFa", "mode", mode, ("activations", "weights")))
 
     @property
     def precision(self) -> int:  # type: ignore[override]
@@ -253,9 +246,7 @@ class NoOp(Quantizer):
     precision: int
 
     def __init__(self, precision: int) -> None:
-        if not (isinstance(precision, int) and precision >= 1):
-            raise ValueError(f"NoOp: precision must be an integer of at least 1, got {precision!r}")
-        super().__init__(precision=precision)
+        super().__init__(precision=integer("NoOp", "precision", precision))
 
     @property
     def binary(self) -> bool:  # type: ignore[override]

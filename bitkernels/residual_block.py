@@ -1,4 +1,4 @@
-"""The operator of a residual block, by the path that release 0.1.0 had; see `bitkernels.ops`."""
+"""The operator of a residual block, by the path that it had first; see `bitkernels.ops`."""
 
 from bitkernels.ops import binary_residual_block
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bitkernels import reference
+from bitkernels._arguments import integer, number
 from bitkernels.ops._checks import INT_MAX, check_channel_vector, fail
 
 INT_MIN = -INT_MAX - 1
@@ -30,8 +31,15 @@ def fold_threshold(products: int, *, clamp_min: float | None = None, clamp_max: 
     is NaN.
     """
     op = "fold_threshold"
-    if type(products) is not int or not 1 <= products <= INT_MAX:
-        fail(op, "products", f"an integer from 1 to {INT_MAX}", products)
+    try:
+        products = integer(op, "products", products)
+        if out_channels is not None:
+            out_channels = integer(op, "out_channels", out_channels, 0)
+        bounds = [None if bound is None else number(op, name, bound, finite=False)
+                  for name, bound in (("clamp_min", clamp_min), ("clamp_max", clamp_max))]
+    except ValueError as error:
+        raise RuntimeError(f"bitkernels::{error}") from None
+    clamp_min, clamp_max = bounds
     vectors = {"scale": scale, "bias": bias, "sign_shift": sign_shift}
     given = [t for t in vectors.values() if t is not None]
     if out_channels is None:
@@ -42,9 +50,6 @@ def fold_threshold(products: int, *, clamp_min: float | None = None, clamp_max: 
         if vector is not None and not isinstance(vector, Tensor):
             fail(op, name, "a tensor", type(vector).__name__)
         check_channel_vector(op, name, vector, out_channels)
-    for name, bound in (("clamp_min", clamp_min), ("clamp_max", clamp_max)):
-        if bound is not None and bound != bound:
-            fail(op, name, "a number", "nan")
     device = given[0].device if given else torch.device("cpu")
 
     def positive(dot: Tensor) -> Tensor:

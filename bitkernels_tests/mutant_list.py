@@ -317,4 +317,26 @@ MUTANTS = (
            ("models/test_preprocessing.py",)),
     Mutant("nan-is-an-answer", "bitkernels/cli/zoo.py", "if values.isnan().any():", "if False:",
            ("cli/test_evaluate.py",)),
+
+    # What is taken without a word.
+    Mutant("nearly-one-magnitude", "bitkernels/converter/recognise.py", "TOLERANCE = 1e-5",
+           "TOLERANCE = 0.005", ("converter/test_recognise.py",)),
+    Mutant("straight-through-by-rounding", "bitkernels/converter/net.py",
+           "return a if same and", "return a if False and", ("converter/test_recognise.py",)),
+    Mutant("windows-larger-than-the-image", "bitkernels/converter/signs.py",
+           'if given["ceil_mode"] and not _has_whole_windows(given):', "if False:",
+           ("converter/test_spellings.py",)),
+    Mutant("any-word-is-true", "bitkernels/_arguments.py", "    if not _is_bool(value):\n"
+           '        refuse(where, name, "True or False", value)', "    if False:\n        pass",
+           ("test_arguments.py",)),
+    Mutant("true-is-one", "bitkernels/_arguments.py",
+           "    if _is_bool(value) or isinstance(value, Tensor):\n", "    if False:\n",
+           ("test_arguments.py",)),
+    Mutant("a-schedule-of-any-kind", "bitkernels/_arguments.py",
+           "    if not any(type(value) is type(option)", "    if not options and not any((option)",
+           ("test_arguments.py",)),
+    Mutant("nothing-held-out-is-finite", "bitkernels/train/trainer.py",
+           "if not math.isfinite(loss):", "if False:", ("train/test_data.py",)),
+    Mutant("an-empty-folder-name", "bitkernels/cli/__init__.py", 'if value == "" or', "if False or",
+           ("cli/test_cli.py::test_wrong_arguments_are_one_line",)),
 )

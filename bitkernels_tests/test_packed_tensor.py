@@ -147,7 +147,8 @@ def test_copies():
      r"torch.float32 of shape \(2, 3\)"),
     (torch.zeros(2, 3, dtype=torch.int32), 64, -1, r"shape \(\.\.\., 2\) for 64 channels, got "),
     (torch.zeros((), dtype=torch.int32), 1, -1, "words must be int32 of shape"),
-    (torch.zeros(2, 3, dtype=torch.int32), 0, -1, "channels must be at least 1, got 0"),
+    (torch.zeros(2, 3, dtype=torch.int32), 0, -1,
+     "channels must be an integer of at least 1, got 0"),
     (torch.zeros(2, 3, dtype=torch.int32), 70, 2, r"dim must be in \[-2, 2\).*got 2"),
     (torch.zeros(2, 3, dtype=torch.int32), 70, -3, r"dim must be in \[-2, 2\).*got -3"),
     ([1, 2], 70, -1, "words must be an int32 tensor, got list")])
@@ -157,8 +158,8 @@ def test_wrong_parts(words, channels, dim, text):
 
 
 @pytest.mark.parametrize("given, text", [
-    (dict(channels="70"), "channels must be an integer, got '70'"),
-    (dict(channels=70.0), "channels must be an integer, got 70.0"),
+    (dict(channels="70"), "channels must be an integer of at least 1, got '70'"),
+    (dict(channels=70.0), "channels must be an integer of at least 1, got 70.0"),
     (dict(dim=None), "dim must be an integer, got None"),
     (dict(dtype="float32"), "dtype must be a torch.dtype, got 'float32'")])
 def test_parts_of_other_types(given, text):

@@ -48,11 +48,19 @@ Binary neural networks in PyTorch on real 1-bit arithmetic. Without a command: d
 """
 
 
+def _int(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**32:  # beyond any size, and beyond what PyTorch takes for one
+        raise argparse.ArgumentTypeError(f"must be below 2**32, got {text}")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """Help as it is written; of an error one line, without the usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("type", int, _int)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help)\n")
@@ -63,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if sys.stdout is None:  # closed by the caller, as by >&-
         sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:  # print would take stdout for it
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # a name may have what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -98,6 +108,10 @@ def _run(arguments: list[str]) -> int:
             module = importlib.import_module(place)
             module.add_arguments(command)
     options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if value == "" or isinstance(value, list) and "" in value:  # as of a variable not set
+            commands.choices[chosen].error(f"argument --{name.replace('_', '-')}: must not be "
+                                           "empty")
     if options.version:
         import bitkernels
 

@@ -61,6 +61,9 @@ ARGUMENTS: dict[str, Callable[[int, int, int, int], tuple[tuple, dict]]] = {
 ARGUMENTS |= {f"{name}.packed": ARGUMENTS[name] for name in ("packed_conv2d", "packed_linear")}
 
 
+NETWORK, OPERATOR = ("packed", "train", "num_classes", "in_channels"), ("channels", "kernel")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("name", metavar="MODEL_OR_OP")
@@ -74,26 +77,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--packed", action="store_true", help="after bitkernels.nn.pack")
     network.add_argument("--train", action="store_true", help="in training, with gradients")
     network.add_argument("--num-classes", type=int, help="default: 10, of a published network 1000")
-    network.add_argument("--in-channels", type=int, default=3, help="of the images; default: 3")
+    network.add_argument("--in-channels", type=int, help="of the images; default: 3")
     operator = parser.add_argument_group("of an operator")
-    operator.add_argument("--channels", type=int, default=64, help="default: 64")
-    operator.add_argument("--kernel", type=int, default=3, help="side of the filters; default: 3")
+    operator.add_argument("--channels", type=int, help="default: 64")
+    operator.add_argument("--kernel", type=int, help="side of the filters; default: 3")
 
 
 def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
-    name, classes = options.name, options.num_classes
+    name, classes, channels = options.name, options.num_classes, options.in_channels or 3
     if name in models.names():
         size = options.size or 32
-        model = models.create(name, num_classes=classes or 10, in_channels=options.in_channels,
+        model = models.create(name, num_classes=classes or 10, in_channels=channels,
                               image_size=size)
     else:
         size = options.size or entry(name).image_size
-        model = models.create_model(name, num_classes=classes, in_channels=options.in_channels)
+        model = models.create_model(name, num_classes=classes, in_channels=channels)
     model.train(options.train)
     if options.packed:
         model = zoo.packed(model)
     device = "cuda" if target is None and torch.cuda.is_available() else "cpu"
-    images = torch.randn(options.batch, options.in_channels, size, size, device=device)
+    images = torch.randn(options.batch, channels, size, size, device=device)
     with nullcontext() if options.train else torch.no_grad():
         return bitkernels.explain(model.to(device), images, target=target)
 
@@ -107,9 +110,16 @@ def main(options: argparse.Namespace) -> int:
                 raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
         if options.train and options.packed:
             raise ValueError("--packed layers do not train: give one of --packed and --train")
-        if name in ARGUMENTS:
-            args, kw = ARGUMENTS[name](options.batch, options.channels, options.size or 56,
-                                       options.kernel)
+        operator = name in ARGUMENTS
+        known = operator or name in models.names() or name in models.list_models()
+        for option in () if not known else NETWORK if operator else OPERATOR:
+            if getattr(options, option):
+                raise ValueError(f"--{option.replace('_', '-')} is of "
+                                 f"{'networks' if operator else 'operators'}, {name} is "
+                                 f"{'an operator' if operator else 'a network'}")
+        if operator:
+            args, kw = ARGUMENTS[name](options.batch, options.channels or 64, options.size or 56,
+                                       options.kernel or 3)
             if target is None:
                 gpu = gpus.of(torch.device("cuda")) if torch.cuda.is_available() else None
                 target = "cpu" if gpu is None else gpu.architecture

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     try:
         zoo.check(options, "batch", "repeats")
+        if options.chart is not None and not _can_hold_a_file(options.chart):
+            raise ValueError(f"--chart must be a file in a folder that there is, got "
+                             f"{options.chart!r}")
         device = zoo.prepared(options)
         if os.path.exists(options.model):
             if options.size is not None:
@@ -58,13 +61,18 @@ def main(options: argparse.Namespace) -> int:
             model = create_model(options.model, **zoo.sized(options.model, side)).to(device)
             network = convert(model, inputs[0])
         found = profile(network, *inputs, repeats=options.repeats)
-        if options.chart:
+        if options.chart is not None:
             found.chart(options.chart)
     except zoo.MENDABLE as error:
         print(f"bitkernels profile: {first_line(error)}", file=sys.stderr)
         return 1
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
     return 0
+
+
+def _can_hold_a_file(path: str) -> bool:
+    return "\0" not in path and not os.path.isdir(path) and os.path.isdir(
+        os.path.dirname(path) or ".")
 
 
 def _example(known: Input, batch: int, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from bitkernels import _onnx
+from bitkernels._arguments import flag
 from bitkernels.converter.capture import capture, neutral
 from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
@@ -157,9 +158,9 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     verbose: print the report.
 
     Binary layers become products of packed bits, and so do real layers whose weights have one
-    magnitude a channel, within 0.5 %, and whose input is a sign. Batch norm, clamp, residual and
-    activation behind one move into its epilogue; a sign behind it is written by it as bits. Signs
-    move through max pooling, concatenation, batch norm and flattening. Factors are folded in
+    magnitude a channel, but for rounding, and whose input is a sign. Batch norm, clamp, residual
+    and activation behind one move into its epilogue; a sign behind it is written by it as bits.
+    Signs move through max pooling, concatenation, batch norm and flattening. Factors are folded in
     float64 and rounded once, so values differ from the model's by float32 rounding, and a sign
     where its real value is that close to its threshold. What is not recognised stays as it is;
     `report` names it.
@@ -176,8 +177,9 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if real not in REALS:
         raise ValueError(f"convert: real must be one of {', '.join(REALS)}, got {real!r}")
-    if sign_of_zero not in (None, 1):
+    if sign_of_zero is not None and (isinstance(sign_of_zero, bool) or sign_of_zero != 1):
         raise ValueError(f"convert: sign_of_zero must be 1 or None, got {sign_of_zero!r}")
+    flag("convert", "verbose", verbose)
     if example_inputs is None:
         raise ValueError("convert: example_inputs must be given: a tensor or a tuple of arguments "
                          "shaped as those of a call of the model")

@@ -17,6 +17,7 @@ PRODUCTS = (CONV, LINEAR)  # what the passes gather an epilogue in
 WITH_WORDS = (CONV, ops.packed_conv2d.packed, ops.packed_conv2d.both,
               LINEAR, ops.packed_linear.packed, ops.packed_linear.both)
 INT8 = (ops.int8_conv2d.default, ops.int8_linear.default)  # real layers, rounded
+ROUNDED = 0.05  # of a weight's magnitude: by more, rounding has changed what it is
 VECTORS = ("scale", "bias", "shift_in", "slope", "shift_out")
 
 
@@ -161,18 +162,53 @@ def norm_affine(net: Net, given: dict[str, Any]) -> tuple[Tensor, Tensor] | None
 
 
 def fold_constants(net: Net) -> None:
-    """Computes what depends on constants alone."""
+    """Computes what depends on constants alone, also with tensors that are made in the graph; what
+    is made of nothing else, as zeros, stays there, for it may be large.
+
+    A straight-through form (a - b) + b is a, which else would have another magnitude in each
+    value, by the rounding of both steps.
+    """
+    differences: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # what each is the difference of
+    filled: dict[fx.Node, Tensor] = {}  # what is made of nothing
+
+    def value(node: Any) -> Tensor | None:
+        return filled[node] if node in filled else net.value(node)
+
     for node in list(net.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         inputs = node.all_input_nodes
-        if (not inputs or node.target._schema.is_mutable
+        if (node.target._schema.is_mutable
                 or torch.Tag.nondeterministic_seeded in node.target.tags
-                or any(net.value(n) is None for n in inputs)):
+                or "empty" in node.target._schema.name
+                or any(value(n) is None for n in inputs)):
             continue
         with torch.no_grad():
-            made = node.target(*fx.map_arg(node.args, net.value),
-                               **fx.map_arg(node.kwargs, net.value))
-        if isinstance(made, Tensor):
-            net.replace(node, net.constant(made, net.origin(inputs[0])))
+            made = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+        if not isinstance(made, Tensor):
+            continue
+        constants = [n for n in inputs if n not in filled]
+        if not constants:
+            filled[node] = made
+            continue
+        given = [value(n) if isinstance(n, fx.Node) else None for n in node.args[:2]]
+        plain = node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
+        if node.target is aten.add.Tensor and plain:
+            for difference, other in zip(node.args, reversed(given), strict=True):
+                made = _straight_through(made, differences.get(difference), other)
+        constant = net.constant(made, net.origin(constants[0]))
+        if node.target is aten.sub.Tensor and plain and all(t is not None for t in given):
+            differences[constant] = given[0], given[1]  # type: ignore[assignment]
+        net.replace(node, constant)
+
+
+def _straight_through(made: Tensor, difference: tuple[Tensor, Tensor] | None,
+                      other: Tensor | None) -> Tensor:
+    """`made` is the sum of a difference a - b and another tensor; a, if that is b, and so small
+    that the sum is a but for rounding."""
+    if difference is None or other is None or made.shape != difference[0].shape:
+        return made
+    a, b = difference
+    same = made.dtype == a.dtype and b.shape == other.shape and torch.equal(b, other)
+    return a if same and bool(((made - a).abs() <= ROUNDED * a.abs()).all()) else made
 

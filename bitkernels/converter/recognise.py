@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops, shape
 
-TOLERANCE = 0.005  # of a weight's magnitude, as in Larq Compute Engine's converter
+# Of a channel's magnitude: what rounding in float32 leaves of straight-through forms whose result
+# was stored. Types that round more coarsely have the step between two of their numbers.
+TOLERANCE = 1e-5
 _PACK = ops.sign_pack.default
 _OF_SIGNS = (ops.binary_conv2d.default, ops.binary_conv2d.padding, ops.binary_linear.default,
              ops.binary_conv_transpose2d.default)  # which take the sign of their input
@@ -36,10 +39,13 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
             pack.args = (found[0], *pack.args[1:])
     for node in net.calls(aten.conv2d.default, aten.conv2d.padding, aten.linear.default):
         given = arguments(node)
-        weight = net.value(given["weight"])
-        scale = None if weight is None else _magnitudes(weight)
-        found = _sign(net, given["input"])
-        if weight is None or scale is None or found is None:
+        weight, found = net.value(given["weight"]), _sign(net, given["input"])
+        if weight is None or found is None or not weight.is_floating_point():
+            continue
+        scale = _magnitudes(weight)
+        if isinstance(scale, str):
+            if scale:
+                reasons[node] = scale
             continue
         source, at_zero = found
         if (not source.meta["val"].is_floating_point() or shape(source) != shape(given["input"])
@@ -76,14 +82,18 @@ def _replace(net: Net, node: fx.Node, given: dict[str, Any], source: fx.Node, we
     net.replace(node, made)
 
 
-def _magnitudes(weight: Tensor) -> Tensor | None:
-    """The magnitude of each output channel's weights, if they have but one."""
-    sizes = weight.float().abs().flatten(1)
-    mean = sizes.mean(1)
-    if not weight.is_floating_point() or not bool((mean > 0).all()) or not bool(
-            ((sizes - mean[:, None]).abs() <= TOLERANCE * mean[:, None]).all()):
-        return None
-    return mean
+def _magnitudes(weight: Tensor) -> Tensor | str:
+    """The magnitude of each output channel's weights, if they have but one; else why not, in words
+    where they look as if they should have."""
+    sizes = weight.double().abs().flatten(1)
+    least, most = sizes.amin(1), sizes.amax(1)
+    if bool((most - least <= max(TOLERANCE, torch.finfo(weight.dtype).eps) * most).all()):
+        return ((least + most) / 2).float()
+    if bool(((sizes == 0) | (sizes == most[:, None])).all()):
+        return "its weights are signs, but some are 0, which no bit can say"
+    spread = float(((most - least) / most.clamp_min(1e-300)).max())
+    return (f"its weights are near to one magnitude a channel, but differ by up to {spread:.1e} "
+            "of it" if spread <= 0.1 else "")
 
 
 def _through(node: Any) -> Any:

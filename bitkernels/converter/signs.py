@@ -165,6 +165,8 @@ def _only_signs(node: fx.Node) -> bool:
 def _through_pool(net: Net, pack: fx.Node, pool: fx.Node, shift: Any) -> bool:
     """sign(max(x) + c) = max(sign(x + c))."""
     given = arguments(pool)
+    if given["ceil_mode"] and not _has_whole_windows(given):
+        return False
     if not _only_signs(pool) or (isinstance(shift, fx.Node) and net.value(shift) is None):
         return False
     signs = _signs(net, pack, given["self"], shift)
@@ -174,6 +176,17 @@ def _through_pool(net: Net, pack: fx.Node, pool: fx.Node, shift: Any) -> bool:
             given["ceil_mode"]))
     net.replace(pack, made)
     return True
+
+
+def _has_whole_windows(pool: dict[str, Any]) -> bool:
+    """Whether no window is larger than the padded image, as one may be where sizes are rounded up;
+    `packed_max_pool2d` refuses those."""
+    def pair(name: str) -> list[int]:
+        return list(pool[name]) * (2 // len(pool[name]))
+
+    return all(isinstance(n, int) and n + 2 * p >= d * (k - 1) + 1 for n, k, p, d in zip(
+        shape(pool["self"])[2:], pair("kernel_size"), pair("padding"), pair("dilation"),
+        strict=True))
 
 
 def _through_cat(net: Net, pack: fx.Node, cat: fx.Node, shift: Any) -> bool:

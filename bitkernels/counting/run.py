@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bitkernels._arguments import integer
 from bitkernels.converter import Converted
 from bitkernels.counting.layers import WHOLE, Weights, bits_of, layer_bits
 from bitkernels.counting.operators import macs, multiplies_perhaps, of_signs
@@ -66,8 +67,7 @@ def summary(model: nn.Module, input_size: Size, *, depth: int | None = None) -> 
     """
     check_model("summary", model)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if depth is not None and (type(depth) is not int or depth < 1):
-        raise ValueError(f"summary: depth must be None or an integer of at least 1, got {depth!r}")
+    depth = None if depth is None else integer("summary", "depth", depth)
     scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)),
                     None)
     if scripted is not None:

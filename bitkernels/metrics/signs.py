@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitkernels._arguments import integer, number
 from bitkernels.metrics.base import (
     NAN,
     Metric,
@@ -133,10 +134,8 @@ class DeadWeights(_SignMetric):
     _state = ("size", "_reference", "_still", "_updates", "_dead")
 
     def __init__(self, window: int = 100, tolerance: float = 1e-2) -> None:
-        if type(window) is not int or window < 1 or not tolerance >= 0:
-            raise ValueError("DeadWeights: window must be an integer of at least 1 and tolerance "
-                             f"at least 0, got {window!r} and {tolerance!r}")
-        self.window, self.tolerance = window, tolerance
+        self.window = integer("DeadWeights", "window", window)
+        self.tolerance = number("DeadWeights", "tolerance", tolerance, 0)
         self._still: Tensor | None = None  # packed: not changed and not pushed in this window
         self._updates = 0
         self._dead: Tensor | None = None

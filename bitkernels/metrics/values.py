@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from bitkernels._arguments import integer, number
 from bitkernels.metrics.base import NAN, Metric, accumulate, packed_within, popcount
 
 __all__ = ["Histogram", "Saturation"]
@@ -24,9 +23,7 @@ class Saturation(Metric):
     _count: int
 
     def __init__(self, clip: float = 1.0) -> None:
-        if not clip >= 0:
-            raise ValueError(f"Saturation: clip must be at least 0, got {clip!r}")
-        self.clip = clip
+        self.clip = number("Saturation", "clip", clip, 0, finite=False)
         self.reset()
 
     def update(self, x: Tensor) -> None:
@@ -59,10 +56,11 @@ class Histogram(Metric):
     _CHUNK = 1 << 24  # histc counts in float32, which is exact to this many
 
     def __init__(self, bins: int = 64, low: float = -2.0, high: float = 2.0) -> None:
-        if type(bins) is not int or bins < 1 or not -math.inf < low < high < math.inf:
-            raise ValueError("Histogram: needs at least one bin and finite low < high, got "
-                             f"bins={bins!r}, low={low!r}, high={high!r}")
-        self.bins, self.low, self.high = bins, float(low), float(high)
+        self.bins = integer("Histogram", "bins", bins)
+        self.low = number("Histogram", "low", low)
+        self.high = number("Histogram", "high", high)
+        if not self.low < self.high:
+            raise ValueError(f"Histogram: high must be above low, got {self.high} and {self.low}")
         self.reset()
 
     def update(self, x: Tensor) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from bitkernels._arguments import flag, integer, refuse
+from bitkernels._arguments import module as module_of
 from bitkernels.metrics.base import NAN, packed_signs
 from bitkernels.metrics.signs import C2IRatio, DeadWeights, FlipRatio
 from bitkernels.metrics.values import Histogram, Saturation
@@ -90,8 +92,11 @@ class Watcher:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, *,
                  activations: bool = True, histograms: bool = False, every: int = 1,
                  window: int = 100, tolerance: float = 1e-2) -> None:
-        if every < 1:
-            raise ValueError(f"watch: every must be at least 1, got {every!r}")
+        module_of("watch", "model", model)
+        every = integer("watch", "every", every)
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            refuse("watch", "optimizer", "None or one of torch.optim", optimizer)
+        flag("watch", "activations", activations), flag("watch", "histograms", histograms)
         self._handles: list[Any] = []
         self._weights: dict[str, _Weight] = {}
         seen: set[int] = set()

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import (
     FlattenImage,
     SamePad2d,
@@ -21,6 +22,7 @@ from bitkernels.quantizers import NoOp
 LAYERS = ((64, 11, True), (192, 5, True), (384, 3, False), (384, 3, False), (256, 3, True))
 
 
+@checked
 class BinaryAlexNet(nn.Module):
     """Five convolutions and three linear layers, each followed by a batch norm without scale.
 

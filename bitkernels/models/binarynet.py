@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import (
     UnscaledBatchNorm1d,
     UnscaledBatchNorm2d,
@@ -17,6 +18,7 @@ from bitkernels.quantizers import NoOp
 EPS = 1e-3  # Keras's default
 
 
+@checked
 class BinaryNet(nn.Module):
     """Three pairs of 3x3 convolutions and three linear layers, all with binary weights.
 
@@ -48,10 +50,6 @@ class BinaryNet(nn.Module):
                  width: int = 128, stages: int | None = None, first_padding: int = 0,
                  norm_momentum: float = 0.01, binary_weights: bool = True) -> None:
         super().__init__()
-        if min(num_classes, in_channels, width) < 1 or first_padding < 0:
-            raise ValueError("BinaryNet: num_classes, in_channels and width must be at least 1 and "
-                             f"first_padding at least 0, got {num_classes}, {in_channels}, {width} "
-                             f"and {first_padding}")
         size = image_size - 2 + 2 * first_padding
         possible = max(size, 1).bit_length() - 1 if size > 0 else 0
         if stages is None:

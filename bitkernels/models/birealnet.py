@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import SamePad2d, glorot_normal_, same_max_pool, weight_options
 from bitkernels.models.published import Place, renamed
 from bitkernels.models.registry import register
@@ -18,6 +19,7 @@ from bitkernels.nn import MaxPool2d
 STYLES = ("larq", "pytorch")
 
 
+@checked
 class BiRealNet(nn.Module):
     """A real 7x7 convolution, binary residual layers and a real linear layer; no activations.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import weight_options
 from bitkernels.models.published import Place, renamed
 from bitkernels.models.registry import register
@@ -75,6 +76,7 @@ class BNextHalf(nn.Module):
         return self.scale.clamp(0, 1) if self.branch.conv.kernel_size == (1, 1) else self.scale
 
 
+@checked
 class BNextBlock(nn.Module):
     """A `BNextHalf` of 3x3, then one of 1x1, or two side by side where the channels double.
 
@@ -96,6 +98,7 @@ class BNextBlock(nn.Module):
         return torch.cat([half(x) for half in self.pointwise], 1)
 
 
+@checked
 class BNext(nn.Module):
     """A real 3x3 convolution, `BNextBlock`s, a PReLU and a real linear layer on channels' means.
 

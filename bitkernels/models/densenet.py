@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.concat import DenseSection, ImageInput, norm_of_concatenated
 from bitkernels.models.parts import SamePad2d, glorot_normal_, he_normal_, weight_options
 from bitkernels.models.registry import register
@@ -44,6 +45,7 @@ class DenseLayer(nn.Module):
         return self.conv(norm_of_concatenated(self.norm, parts))
 
 
+@checked
 class BinaryDenseNet(nn.Module):
     """A real stem, sections of `DenseLayer`s with real 1x1 convolutions between, a linear layer.
 

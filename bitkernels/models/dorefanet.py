@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bitkernels._dispatch import with_gradient_of
 from bitkernels._fx import traced_whole
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import (
     FlattenImage,
     UnscaledBatchNorm1d,
@@ -44,6 +45,7 @@ class Clip01(nn.Module):
         return clamp(input, 0, 1)
 
 
+@checked
 class DoReFaNet(nn.Module):
     """A real convolution, four convolutions and two linear layers of few bits, a real linear layer.
 

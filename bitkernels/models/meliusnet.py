@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.concat import DenseSection, ImageInput, norm_of_concatenated
 from bitkernels.models.densenet import GROWTH, normed_conv
 from bitkernels.models.parts import SamePad2d, glorot_normal_
@@ -34,6 +35,7 @@ class MeliusNetBlock(nn.Module):
         return new + self.conv2(norm_of_concatenated(self.norm2, [*parts, new]))
 
 
+@checked
 class MeliusNet(nn.Module):
     """A real stem of grouped convolutions, sections of `MeliusNetBlock`s, a linear layer.
 

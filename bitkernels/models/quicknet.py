@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import SamePad2d, glorot_normal_, he_normal_, weight_options
 from bitkernels.models.registry import register, register_class
 from bitkernels.nn import BinaryConv2d, BinaryResidualBlock, MaxPool2d
@@ -14,6 +15,7 @@ from bitkernels.quantizers import SteSign
 CLIP = 1.25  # of the straight-through estimators, and of the latent weights
 
 
+@checked
 class QuickNetBlock(BinaryResidualBlock):
     """y = x + BN(ReLU(conv3x3(sign(x)))), the padding +1, no factor on the weights.
 
@@ -28,11 +30,12 @@ class QuickNetBlock(BinaryResidualBlock):
         glorot_normal_(self.conv.weight)
 
     def read_earlier_packed(self, name: str, layers: dict[str, Any], state: dict[str, Any]) -> None:
-        """In files of 0.1 it is no block with options, but always the layers that it has now."""
+        """In earlier files it is no block with options, but always the layers that it has now."""
         if f"{name}.conv" in layers:
             layers.setdefault(name, self.arguments())
 
 
+@checked
 class QuickNetTransition(nn.Module):
     """ReLU, antialiased max pooling by 2, a real 1x1 convolution and a batch norm.
 
@@ -78,6 +81,7 @@ class QuickNetTransition(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
+@checked
 class QuickNet(nn.Module):
     """A cheap real stem, sections of `QuickNetBlock`s with transitions between, a linear layer.
 

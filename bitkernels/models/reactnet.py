@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import weight_options
 from bitkernels.models.published import Place, placed, renamed
 from bitkernels.models.registry import register, register_class
@@ -39,6 +40,7 @@ class RealDoubling(nn.Module):
         return self.act(self.norm(self.conv(input)) + self.shortcut(input))
 
 
+@checked
 class ReActBlock(nn.Module):
     """A binary 3x3 convolution, then a binary 1x1 one, each a `BinaryResidualBlock`.
 
@@ -97,7 +99,7 @@ class ReActBlock(nn.Module):
 
     def read_earlier_packed(self, name: str, layers: dict[str, Any], state: dict[str, Tensor]
                             ) -> None:
-        """In files of 0.1 the layers lie side by side, the branches of a block that doubles the
+        """In earlier files the layers lie side by side, the branches of a block that doubles the
         channels too, whose filters are those of one convolution now."""
         own = f"{name}."
         branches = [layers[key] for key in (f"{own}conv2.0", f"{own}conv2.1") if key in layers]
@@ -135,6 +137,7 @@ def _earlier(key: str, prefix: str, state: Mapping[str, Tensor]) -> Place | None
             int(branch) + 1 if halves else 0)
 
 
+@checked
 class ReActNet(nn.Module):
     """A real convolution, `ReActBlock`s and a real linear layer on the mean of each channel.
 

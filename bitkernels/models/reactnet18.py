@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import weight_options
 from bitkernels.models.published import Place, renamed
 from bitkernels.models.registry import register, register_class
@@ -31,6 +32,7 @@ def reactnet18_block(in_channels: int, out_channels: int, stride: int = 1, *,
                                act=RPReLU(out_channels), shortcut=shortcut)
 
 
+@checked
 class ReActNet18(nn.Module):
     """A real 7x7 convolution, 16 binary residual blocks and a real linear layer.
 

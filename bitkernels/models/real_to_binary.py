@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.concat import ImageInput
 from bitkernels.models.parts import (
     SamePad2d,
@@ -86,6 +87,7 @@ class RealToBinaryLayer(nn.Module):
         return layers
 
 
+@checked
 class RealToBinaryNet(nn.Module):
     """A real stem, blocks of two `RealToBinaryLayer`s, a real linear layer.
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from bitkernels._arguments import integer
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -129,11 +131,10 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
 def _made(maker: str, name: str, build: Callable[..., nn.Module], num_classes: int,
           in_channels: int, options: dict[str, Any]) -> nn.Module:
     """The model, which remembers how it was made. Raises ValueError for sizes below 1."""
-    sizes = {"num_classes": num_classes, "in_channels": in_channels}
-    for what, size in {**sizes, "image_size": options.get("image_size", 1)}.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{maker}: {what} of {name} must be an integer of at least 1, got "
-                             f"{size!r}")
+    num_classes = integer(maker, f"num_classes of {name}", num_classes)
+    in_channels = integer(maker, f"in_channels of {name}", in_channels)
+    if "image_size" in options:
+        options["image_size"] = integer(maker, f"image_size of {name}", options["image_size"])
     model = build(num_classes, in_channels, **options)
     vars(model)["pretrained_config"] = dict(
         maker=maker, model=name, num_classes=num_classes, in_channels=in_channels,

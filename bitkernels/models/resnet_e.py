@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import (
     SamePad2d,
     glorot_normal_,
@@ -21,6 +22,7 @@ from bitkernels.quantizers import SteSign
 CLIP = 1.25  # of the straight-through estimators, and of the latent weights
 
 
+@checked
 class BinaryResNetE(nn.Module):
     """A real stem, binary residual layers, a ReLU and a real linear layer.
 

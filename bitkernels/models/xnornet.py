@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitkernels.models.arguments import checked
 from bitkernels.models.parts import FlattenImage, SamePad2d, UnscaledBatchNorm2d, weight_options
 from bitkernels.models.registry import register
 from bitkernels.nn import BinaryConv2d, MaxPool2d
@@ -14,6 +15,7 @@ from bitkernels.nn import BinaryConv2d, MaxPool2d
 LAYERS = ((256, 5, 2, True), (384, 3, 1, False), (384, 3, 1, False), (256, 3, 1, True))
 
 
+@checked
 class XNORNet(nn.Module):
     """A real convolution, six binary ones, two of them AlexNet's linear layers, and a real layer.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import _onnx, quantizers
+from bitkernels._arguments import integer, number, real_dtype
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.options import QuantizerLike
 from bitkernels.quantizers import ApproxSign, SteSign, SwishSign
@@ -35,8 +36,9 @@ class RSign(FxLeaf):
     def __init__(self, num_features: int, quantizer: QuantizerLike = "approx_sign", device=None,
                  dtype=None) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.shift = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.num_features = integer("RSign", "num_features", num_features, 0)
+        self.shift = nn.Parameter(torch.zeros(self.num_features, device=device,
+                                              dtype=real_dtype("RSign", dtype)))
         sign = quantizers.get(quantizer)
         if not isinstance(sign, (SteSign, ApproxSign, SwishSign)):
             raise ValueError("RSign: quantizer must be ste_sign, approx_sign or swish_sign, got "
@@ -79,9 +81,11 @@ class RPReLU(FxLeaf):
 
     def __init__(self, num_features: int, init: float = 0.25, device=None, dtype=None) -> None:
         super().__init__()
-        self.num_features, self.init = num_features, init
+        self.num_features = integer("RPReLU", "num_features", num_features, 0)
+        self.init = number("RPReLU", "init", init)
         for name in ("shift_in", "slope", "shift_out"):
-            empty = torch.empty(num_features, device=device, dtype=dtype)
+            empty = torch.empty(self.num_features, device=device,
+                                dtype=real_dtype("RPReLU", dtype))
             setattr(self, name, nn.Parameter(empty))
         self.reset_parameters()
 

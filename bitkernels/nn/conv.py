@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels import _onnx
+from bitkernels._arguments import choice
 from bitkernels._fx import traced_whole
+from bitkernels.nn import arguments
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.options import quantized
 from bitkernels.nn.packed import PackedConv1d, PackedConv2d
@@ -21,21 +23,14 @@ _conv2d_padding = torch.ops.bitkernels.binary_conv2d.padding
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-def check_pad_value(name: str, pad_value: int, padding_mode: str) -> None:
-    """ValueError, with the layer's name, for a pad_value that it cannot have."""
-    if pad_value not in (-1, 0, 1):
-        raise ValueError(f"{name}: pad_value must be -1, 0 or 1, got {pad_value!r}")
-    if pad_value and padding_mode != "zeros":
-        raise ValueError(f"{name}: pad_value={pad_value} needs padding_mode='zeros', got "
-                         f"{padding_mode!r}")
-
-
 class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
     def __setattr__(self, name: str, value: Any) -> None:
+        where = type(self).__name__
         if name == "pad_value":
-            check_pad_value(type(self).__name__, value, self.padding_mode)
+            value = arguments.pad_value_of(where, value, self.padding_mode)
         elif name == "padding_mode":
-            check_pad_value(type(self).__name__, self.pad_value, value)
+            choice(where, name, value, arguments.PADDING_MODES)
+            arguments.pad_value_of(where, self.pad_value, value)
         super().__setattr__(name, value)
 
     @property
@@ -89,8 +84,9 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
                  input_quantizer: QuantizerLike = "ste_sign",
                  weight_quantizer: QuantizerLike = "ste_sign",
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                         bias, padding_mode, device, dtype)
+        super().__init__(*arguments.convolution(
+            type(self).__name__, 1, in_channels, out_channels, kernel_size, stride, padding,
+            dilation, groups, bias, padding_mode, device, dtype))
         self.pad_value = pad_value
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
@@ -145,8 +141,9 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
                  input_quantizer: QuantizerLike = "ste_sign",
                  weight_quantizer: QuantizerLike = "ste_sign",
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                         bias, padding_mode, device, dtype)
+        super().__init__(*arguments.convolution(
+            type(self).__name__, 2, in_channels, out_channels, kernel_size, stride, padding,
+            dilation, groups, bias, padding_mode, device, dtype))
         self.pad_value = pad_value
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
@@ -188,8 +185,9 @@ class BinaryConv3d(_BinaryConv, nn.Conv3d):
                  input_quantizer: QuantizerLike = "ste_sign",
                  weight_quantizer: QuantizerLike = "ste_sign",
                  weight_scale: WeightScale = None, pad_value: int = 0) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                         bias, padding_mode, device, dtype)
+        super().__init__(*arguments.convolution(
+            type(self).__name__, 3, in_channels, out_channels, kernel_size, stride, padding,
+            dilation, groups, bias, padding_mode, device, dtype))
         self.pad_value = pad_value
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._fx import traced_whole
+from bitkernels.nn import arguments
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.packed_transpose import PackedConvTranspose1d, PackedConvTranspose2d
 from bitkernels.ops.binary_conv_transpose2d import by_output, spread
@@ -49,8 +50,9 @@ class BinaryConvTranspose1d(_BinaryConvTranspose, nn.ConvTranspose1d):
                  dtype=None, *, input_quantizer: QuantizerLike = "ste_sign",
                  weight_quantizer: QuantizerLike = "ste_sign",
                  weight_scale: WeightScale = None) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, output_padding,
-                         groups, bias, dilation, padding_mode, device, dtype)
+        super().__init__(*arguments.transposed(
+            type(self).__name__, 1, in_channels, out_channels, kernel_size, stride, padding,
+            output_padding, groups, bias, dilation, padding_mode, device, dtype))
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     @traced_whole
@@ -108,8 +110,9 @@ class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
                  dtype=None, *, input_quantizer: QuantizerLike = "ste_sign",
                  weight_quantizer: QuantizerLike = "ste_sign",
                  weight_scale: WeightScale = None) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, output_padding,
-                         groups, bias, dilation, padding_mode, device, dtype)
+        super().__init__(*arguments.transposed(
+            type(self).__name__, 2, in_channels, out_channels, kernel_size, stride, padding,
+            output_padding, groups, bias, dilation, padding_mode, device, dtype))
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     @traced_whole

@@ -14,6 +14,7 @@ from bitkernels import _onnx, quantizers
 from bitkernels._dispatch import apply, with_gradient_of
 from bitkernels._fx import FxLeaf
 from bitkernels.nn import hooks, latent
+from bitkernels.nn.arguments import geometry
 from bitkernels.nn.looking import Looked, can_look_at, single_sign
 from bitkernels.nn.options import (
     Binarization,
@@ -146,8 +147,8 @@ class BinaryLayer(FxLeaf):
             return
         if name == "weight":
             self._check_weight(value)
-        elif name in _GEOMETRY and isinstance(value, int):  # as the constructor takes it
-            value = (value,) * len(self.kernel_size)
+        elif name in _GEOMETRY:
+            value = geometry(type(self).__name__, name, value, len(self.kernel_size))
         elif name == "binarization":
             self._register_quantizers(value)
         super().__setattr__(name, value)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels._fx import traced_whole
+from bitkernels.nn import arguments
 from bitkernels.nn.layer import BinaryLayer, QuantizerLike, WeightScale
 from bitkernels.nn.packed import PackedLinear
 
@@ -34,7 +35,8 @@ class BinaryLinear(BinaryLayer, nn.Linear):
                  dtype=None, *, input_quantizer: QuantizerLike = "ste_sign",
                  weight_quantizer: QuantizerLike = "ste_sign",
                  weight_scale: WeightScale = None) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(*arguments.linear(type(self).__name__, in_features, out_features, bias,
+                                           device, dtype))
         self._configure(input_quantizer, weight_quantizer, weight_scale)
 
     @traced_whole

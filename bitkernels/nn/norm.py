@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bitkernels._arguments import flag, integer, number, real_dtype
+
 
 def _alone() -> bool:
     return not dist.is_available() or not dist.is_initialized()
@@ -39,16 +41,29 @@ class SyncBatchNorm(_BatchNorm):
     buffers, momentum and evaluation are those of `torch.nn.BatchNorm2d`. Input (N, C, ...); N may
     differ among processes and be 0. Without a process group it is an ordinary batch norm.
 
-    process_group: whose processes take part; None for all.
+    process_group: whose processes take part; None for all. The other arguments are those of
+      `torch.nn.BatchNorm2d`.
 
     Two all-reduces of a few numbers a channel: the mean, then sums and sums of squares of the
     distances from it, all in float64. So a mean that is large against the deviation cancels
     nothing, and the statistics do not depend on how the batch is shared out.
 
-    Raises ValueError for training on a single value per channel, as torch's.
+    Raises ValueError for training on a single value per channel, as torch's, and for arguments that
+    are none.
     """
 
-    process_group: Any = None
+    process_group: Any = None  # of pickled ones that are older than it
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+                 affine: bool = True, track_running_stats: bool = True, device=None, dtype=None, *,
+                 process_group: Any = None, **options: Any) -> None:
+        where = "SyncBatchNorm"
+        super().__init__(
+            integer(where, "num_features", num_features, 0), number(where, "eps", eps, 0),
+            None if momentum is None else number(where, "momentum", momentum, 0, 1),
+            flag(where, "affine", affine), flag(where, "track_running_stats", track_running_stats),
+            device, real_dtype(where, dtype), **options)
+        self.process_group = process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

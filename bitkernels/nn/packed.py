@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels import _onnx
+from bitkernels._arguments import flag
 from bitkernels._fx import FxLeaf, traced_whole
+from bitkernels.nn import arguments
 from bitkernels.ops.geometry import wants_channels_last, word_count
 from bitkernels.packed import PackedTensor, WeightImage
 
@@ -60,6 +62,10 @@ class _Packed(FxLeaf):
 
     def _register(self, words_shape: tuple[int, ...], scale: bool, bias: bool, device,
                   input_quantizer) -> None:
+        where = type(self).__name__
+        flag(where, "bias", bias), flag(where, "scale", scale)
+        arguments.packed_quantizer(where, input_quantizer)
+
         def vector(wanted: bool, value: float) -> Tensor | None:
             if not wanted:
                 return None
@@ -230,14 +236,15 @@ class _PackedConv(_Packed):
                  device=None, *, pad_value: int = 0, scale: bool = False,
                  input_quantizer: nn.Module | None = None) -> None:
         super().__init__()
-        # The real layer checks the arguments and brings them to its normal form.
-        real: Any = self._real(in_channels, out_channels, kernel_size, stride, padding, dilation,
-                               groups, bias, padding_mode, device="meta")
-        if pad_value not in (-1, 0, 1):
-            raise ValueError(
-                f"{type(self).__name__}: pad_value must be -1, 0 or 1, got {pad_value!r}")
+        where, dims = type(self).__name__, 1 if self._real is nn.Conv1d else 2
+        # The real layer knows what fits together, and the padding by name.
+        real: Any = self._real(*arguments.convolution(
+            where, dims, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            bias, padding_mode, "meta"))
+        pad_value = arguments.pad_value_of(where, pad_value, padding_mode)
+        in_channels, out_channels, groups = real.in_channels, real.out_channels, real.groups
         self.in_channels, self.out_channels = in_channels, out_channels
-        self._channels, self._dims = in_channels, len(real.kernel_size)
+        self._channels, self._dims = in_channels, dims
         self.kernel_size, self.stride, self.padding = real.kernel_size, real.stride, real.padding
         self.dilation, self.groups, self.pad_value = real.dilation, groups, pad_value
         self.padding_mode = padding_mode
@@ -314,6 +321,8 @@ class PackedLinear(_Packed):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, *,
                  scale: bool = False, input_quantizer: nn.Module | None = None) -> None:
         super().__init__()
+        in_features, out_features, *_ = arguments.linear(type(self).__name__, in_features,
+                                                         out_features, bias)
         self.in_features, self.out_features = in_features, out_features
         self._channels = in_features
         self._register((out_features, word_count(in_features)), scale, bias, device,

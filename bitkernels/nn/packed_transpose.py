@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitkernels import _onnx
 from bitkernels._fx import traced_whole
+from bitkernels.nn import arguments
 from bitkernels.nn.packed import _Packed, _sign_pack, _tile_weight
 from bitkernels.ops._phases import transposed_geometry
 from bitkernels.ops.binary_conv_transpose2d import by_output
@@ -41,11 +42,14 @@ class _PackedConvTranspose(_Packed):
                  padding_mode: str = "zeros", device=None, *, scale: bool = False,
                  input_quantizer: nn.Module | None = None) -> None:
         super().__init__()
-        # The real layer checks the arguments and brings them to its normal form.
-        real: Any = self._real(in_channels, out_channels, kernel_size, stride, padding,
-                               output_padding, groups, bias, dilation, padding_mode, device="meta")
+        dims = 1 if self._real is nn.ConvTranspose1d else 2
+        # The real layer knows what fits together.
+        real: Any = self._real(*arguments.transposed(
+            type(self).__name__, dims, in_channels, out_channels, kernel_size, stride, padding,
+            output_padding, groups, bias, dilation, padding_mode, "meta"))
+        in_channels, out_channels, groups = real.in_channels, real.out_channels, real.groups
         self.in_channels, self.out_channels = in_channels, out_channels
-        self._channels, self._dims = in_channels, len(real.kernel_size)
+        self._channels, self._dims = in_channels, dims
         self.kernel_size, self.stride, self.padding = real.kernel_size, real.stride, real.padding
         self.output_padding, self.dilation = real.output_padding, real.dilation
         self.groups, self.padding_mode = groups, padding_mode

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels import _onnx
+from bitkernels._arguments import flag
+from bitkernels._arguments import module as module_of
 from bitkernels._dispatch import functional_transforms
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn.activations import RPReLU, RSign
@@ -100,8 +102,10 @@ class BinaryResidualBlock(FxLeaf):
             raise ValueError(f"BinaryResidualBlock: norm must have {conv.out_channels} features as "
                              f"conv has output channels, got {norm.num_features}")
         self.sign, self.conv, self.norm, self.act = sign, conv, norm, act
-        self.shortcut = shortcut
-        self.relu, self.recompute, self.fused = relu, recompute, True
+        where = "BinaryResidualBlock"
+        self.shortcut = None if shortcut is None else module_of(where, "shortcut", shortcut)
+        self.relu = flag(where, "relu", relu)
+        self.recompute, self.fused = flag(where, "recompute", recompute), True
         self.input_grad_dtype = input_grad_dtype
 
     def unfused(self, input: Tensor) -> str | None:

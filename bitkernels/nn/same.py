@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitkernels._arguments import choice
 from bitkernels.nn.conv import BinaryConv2d
 from bitkernels.nn.layer import QuantizerLike, WeightScale
 from bitkernels.nn.packed import PackedConv2d
@@ -36,7 +37,7 @@ class PackedSameConv2d(PackedConv2d):
                  padding_mode: str = "zeros", device=None, **options: Any) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias,
                          padding_mode, device, **options)
-        self.__dict__["padding"] = padding
+        self.__dict__["padding"] = choice(type(self).__name__, "padding", padding, ("same",))
 
     def pads_of(self, size: Sequence[int]) -> tuple[int, int, int, int]:
         return same_pads(size, self.kernel_size, self.stride, self.dilation)

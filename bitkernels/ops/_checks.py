@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
-REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INT_MAX = 2**31 - 1
+from bitkernels._arguments import INT_MAX as INT_MAX
+from bitkernels._arguments import REAL as REAL
+
 ESTIMATORS = ("ste_sign", "approx_sign", "swish_sign", "identity", "none")
 
 

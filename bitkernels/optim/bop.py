@@ -17,13 +17,14 @@ equality: it leaves +1, as in every sign of this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from bitkernels._arguments import flag, number, refuse
 from bitkernels.nn.latent import local
 
 __all__ = ["Bop", "Bop2ndOrder"]
@@ -38,6 +39,8 @@ class _FlipOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, gamma: float | None, lr: float | None, default: float,
                  foreach: bool | None, **hyperparameters: float | bool) -> None:
+        if not isinstance(params, Iterable):
+            refuse(type(self).__name__, "params", "parameters or groups of them", params)
         if gamma is not None and lr is not None:
             raise ValueError(f"{type(self).__name__}: gamma={gamma!r} and lr={lr!r} are the same "
                              "hyperparameter; give one")
@@ -59,11 +62,14 @@ class _FlipOptimizer(Optimizer):
             if key not in self.defaults:
                 continue
             value = group.get(key, self.defaults[key])
-            top = float("inf") if key == "threshold" else 1
-            if not 0 <= value <= top:
-                raise ValueError(f"{name}: {'gamma' if key == 'lr' else key} must be "
-                                 + ("at least 0" if key == "threshold" else "in [0, 1]")
-                                 + f", got {value!r}")
+            if isinstance(value, Tensor) and not value.dim():  # as torch's optimizers take rates
+                value = value.item()
+            number(name, "gamma" if key == "lr" else key, value, 0,
+                   float("inf") if key == "threshold" else 1, finite=key != "threshold")
+        for key in ("foreach", "unbiased"):
+            value = group.get(key, self.defaults.get(key))
+            if key in self.defaults and (value is not None or key != "foreach"):
+                flag(name, key, value)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
             for param in group["params"]:

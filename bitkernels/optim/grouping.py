@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from bitkernels._arguments import module, number, refuse
 from bitkernels.nn import BinaryLayer
 from bitkernels.nn.latent import latent_parameters, local
 from bitkernels.optim.bop import Bop, Bop2ndOrder
@@ -25,6 +26,7 @@ Factory = Callable[[NamedParameters], Optimizer]
 
 def binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
     """The layers of `bitkernels.nn` whose weights are 1 bit each, by name."""
+    module("binary_weights", "model", model)
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLayer)
             and (is_binary(layer.weight_quantizer)
                  or isinstance(layer.weight_quantizer, MagnitudeAwareSign))}
@@ -93,7 +95,10 @@ class CaseOptimizer(Optimizer):
 
     def __init__(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]],
                  *cases: tuple[Predicate, Factory], default: Factory | None = None) -> None:
-        named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+        named = _named(model)
+        for i, case in enumerate(cases):
+            if not isinstance(case, (tuple, list)) or len(case) != 2 or not callable(case[0]):
+                refuse("CaseOptimizer", f"case {i}", "a pair of a predicate and a factory", case)
         claimed: list[NamedParameters] = [[] for _ in cases]
         rest: NamedParameters = []
         for name, parameter in named:
@@ -223,6 +228,18 @@ def check_slopes(optimizer: Optimizer, model: nn.Module) -> None:
                 "layer NoOp(precision=1), None or 'ste_sign'")
 
 
+def _named(model: Any) -> NamedParameters:
+    """The parameters of a module, or what are pairs of a name and a parameter already."""
+    if isinstance(model, nn.Module):
+        return list(model.named_parameters())
+    named: list[Any] = list(model) if isinstance(model, Iterable) and not isinstance(
+        model, (str, Tensor)) else [None]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+               and isinstance(pair[1], Tensor) for pair in named):
+        refuse("CaseOptimizer", "model", "a module or its (name, parameter) pairs", model)
+    return named
+
+
 def clip_latent_weights(optimizer: Optimizer, model: nn.Module,
                         clip: float = 1.0) -> RemovableHandle:
     """Clamp the binary weights of a model to [-clip, clip] after each step of an optimizer.
@@ -234,8 +251,9 @@ def clip_latent_weights(optimizer: Optimizer, model: nn.Module,
     Raises ValueError for a clip that is not positive, and if the optimizer holds none of the
     model's binary weights.
     """
-    if not clip > 0:
-        raise ValueError(f"clip_latent_weights: clip must be positive, got {clip!r}")
+    clip = number("clip_latent_weights", "clip", clip, above=0, finite=False)
+    if not isinstance(optimizer, Optimizer):
+        refuse("clip_latent_weights", "optimizer", "one of torch.optim", optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     weights: list[Tensor] = [p for p in binary_weights(model).values() if id(p) in held]
     if not weights:

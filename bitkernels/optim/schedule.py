@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
+from bitkernels._arguments import refuse
+
 __all__ = ["ScheduledHyperparameter"]
 
 
@@ -52,12 +54,17 @@ class ScheduledHyperparameter(Optimizer):
     """
 
     def __init__(self, optimizer: Optimizer, name: str) -> None:
+        if not isinstance(optimizer, Optimizer):
+            refuse("ScheduledHyperparameter", "optimizer", "one of torch.optim", optimizer)
         if name in ("lr", "gamma"):
-            raise ValueError(f"{name} is the learning rate: give the scheduler the optimizer")
+            raise ValueError(f"ScheduledHyperparameter: name {name!r} is the learning rate: give "
+                             "the scheduler the optimizer")
         for i, group in enumerate(optimizer.param_groups):
             if name not in group:
-                raise ValueError(f"parameter group {i} of {type(optimizer).__name__} has no "
-                                 f"{name!r}, only {sorted(set(group) - {'params'})}")
+                raise ValueError(
+                    f"ScheduledHyperparameter: name must be that of a hyperparameter, parameter "
+                    f"group {i} of {type(optimizer).__name__} has no {name!r}, only "
+                    f"{sorted(set(group) - {'params'})}")
         self.target, self.name = optimizer, name
         self.defaults = {}
         # Schedulers warn when they step before the optimizer did.

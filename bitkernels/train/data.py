@@ -82,6 +82,23 @@ class Data:
                             f"{', '.join(['none', *self.augmented])}")
         return self.augmented[name]
 
+    def check(self) -> None:
+        """Raises DataError for parts without images, and for a first image that is none after the
+        transform; one that cannot be read is an error in its turn."""
+        for what, source in (("training", self.train), ("held-out", self.held_out)):
+            if not len(source):
+                raise DataError(f"{self.name} has no {what} images")
+            first = Pictures(source, self.plain)[0, 0]
+            image = None if isinstance(first, DataError) else first[0]
+            if image is not None and not (
+                    isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3
+                    and image.shape[0] == self.channels):
+                got = (f"{str(image.dtype)[6:]} of shape {tuple(image.shape)}"
+                       if isinstance(image, Tensor) else type(image).__name__)
+                raise DataError(f"{what} images of {self.name} must be real and of shape "
+                                f"({self.channels}, {self.size}, {self.size}) behind the "
+                                f"transform, got {got}")
+
 
 @contextmanager
 def _seeded(*numbers: int) -> Iterator[None]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitkernels._arguments import function, integer, refuse
 from bitkernels._files import locked
 from bitkernels.train import checkpoint
 from bitkernels.train.data import Batches, Data
@@ -49,13 +50,22 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
     Raises ValueError for arguments that do not fit, and the errors of `bitkernels.train.errors`:
     the last checkpoint then is as it was. A folder that another run is writing to is refused.
     """
-    options, group = options or Options(), group or Group()
+    options, group = Options() if options is None else options, group or Group()
+    if not isinstance(options, Options):
+        refuse("fit", "options", "an Options", options)
+    if not isinstance(recipe, Recipe):
+        refuse("fit", "recipe", "a Recipe, as recipes.get(name) gives", recipe)
+    if not isinstance(data, Data):
+        refuse("fit", "data", "a Data, as bitkernels.train.datasets makes", data)
+    function("fit", "build", build)
+    seed = integer("fit", "seed", seed, 0, 2**32 - 1)
     if resume and out is None:
         raise ValueError("resume needs the folder of the run, out")
     if any(stage.teacher == "given" for stage in recipe.stages) and teacher is None:
         raise ValueError(f"recipe {recipe.name} learns from a teacher that is given, and none is")
     if out is not None:
         checkpoint.safetensors()
+    data.check()
     for stage in recipe.stages:  # refused before anything is written or trained
         Batches(len(data.train), stage.batch_size, seed, group.rank, group.size)
         data.augmentation(stage.augmentation)

@@ -16,6 +16,19 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from bitkernels._arguments import integer
+from bitkernels.train.arguments import (
+    above_0,
+    check,
+    each,
+    instance,
+    numbers,
+    one_of,
+    optional,
+    text,
+    truth,
+)
+
 __all__ = ["Loss", "Method", "Recipe", "Schedule", "Stage", "get", "names"]
 
 
@@ -39,6 +52,11 @@ class Schedule:
     milestones: tuple[float, ...] = ()
     factor: float = 0.1
     warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, kind=one_of("constant", "linear", "cosine", "steps"),
+              per=one_of("step", "epoch"), final=numbers(), milestones=each(numbers()),
+              factor=numbers(), warmup=numbers())
 
     def at(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """The factor at a step of a stage, counted from 0."""
@@ -84,6 +102,12 @@ class Method:
     weight_decay: float = 0.0
     decay: Literal["filters", "others", "all"] = "filters"
 
+    def __post_init__(self) -> None:
+        check(self, name=one_of("adam", "adamw", "sgd", "bop"), lr=numbers(),
+              schedule=instance(Schedule), betas=each(numbers(0, 1), 2), eps=numbers(),
+              momentum=numbers(), threshold=numbers(), weight_decay=numbers(),
+              decay=one_of("filters", "others", "all"))
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -112,6 +136,9 @@ class Loss:
     teachers: float = 0.0
 
     def __post_init__(self) -> None:
+        check(self, labels=numbers(), label_smoothing=numbers(0, 1), distribution=numbers(),
+              matching=numbers(), temperature=above_0, attention=numbers(), points=each(text),
+              teacher_points=each(text), teachers=numbers())
         if self.teachers and (self.distribution or self.matching or self.attention):
             raise ValueError("Loss: teachers cannot be joined with the terms of a single teacher, "
                              "distribution, matching and attention")
@@ -156,6 +183,13 @@ class Stage:
     latent_clip: float | None = None
     gradient_clip: float | None = None
 
+    def __post_init__(self) -> None:
+        check(self, name=text, method=instance(Method), rest=optional(instance(Method)),
+              loss=instance(Loss), activations=one_of("binary", "tanh"),
+              weights=one_of("binary", "real"), augmentation=text, start=optional(text),
+              teacher=optional(text), signs_at_start=truth, latent_clip=optional(above_0),
+              gradient_clip=optional(above_0))
+
     def with_epochs(self, epochs: int) -> Stage:
         """The same with other epochs; warm-up and milestones keep their share of them."""
         ratio = epochs / self.epochs
@@ -190,6 +224,8 @@ class Recipe:
     model_options: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
+        check(self, name=text, stages=each(instance(Stage)), source=text, notes=text, model=text,
+              model_options=each(text))
         known: list[str] = []
         for stage in self.stages:
             where = f"recipe {self.name}, stage {stage.name}"
@@ -201,10 +237,7 @@ class Recipe:
             if stage.loss.needs_teacher != (stage.teacher is not None):
                 raise ValueError(f"{where}: a teacher and a loss that uses one need each other")
             for what in ("epochs", "batch_size"):
-                value = getattr(stage, what)
-                if not isinstance(value, int) or value < 1:
-                    raise ValueError(f"{where}: {what} must be an integer of at least 1, got "
-                                     f"{value!r}")
+                object.__setattr__(stage, what, integer(where, what, getattr(stage, what)))
             known.append(stage.name)
         if not self.stages:
             raise ValueError(f"recipe {self.name} has no stages")
@@ -238,14 +271,14 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """Everything that changes the numbers, flat: "step1.method.lr": 0.00125.
 
-        What 0.1 did not have is left out where it is not used: checkpoints of 0.1 hold these too.
+        What was added later is left out where it is not used: earlier checkpoints go on.
         """
         flat: dict[str, Any] = {"name": self.name}
 
         def walk(prefix: str, value: Any) -> None:
             if dataclasses.is_dataclass(value):
                 for f in dataclasses.fields(value):
-                    if f.name in _SINCE_0_1 and getattr(value, f.name) == f.default:
+                    if f.name in _ADDED_LATER and getattr(value, f.name) == f.default:
                         continue
                     walk(f"{prefix}.{f.name}", getattr(value, f.name))
             else:
@@ -268,7 +301,7 @@ class Recipe:
         return "\n".join(lines + [f"  {line}" for line in self.notes.splitlines()])
 
 
-_SINCE_0_1 = ("gradient_clip", "teachers")
+_ADDED_LATER = ("gradient_clip", "teachers")
 _ALWAYS = ("activations", "weights", "loss", "augmentation")
 
 

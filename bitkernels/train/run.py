@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitkernels.train import checkpoint
+from bitkernels.train.arguments import check, text, truth, whole
 from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group
 from bitkernels.train.logs import CsvLog
@@ -50,9 +51,8 @@ class Options:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.checkpoint_every < 1 or self.workers < 0:
-            raise ValueError("checkpoint_every must be at least 1 and workers at least 0, got "
-                             f"{self.checkpoint_every} and {self.workers}")
+        check(self, device=text, workers=whole(0), checkpoint_every=whole(1), **dict.fromkeys(
+            ("bf16", "channels_last", "compile", "watch", "tensorboard", "progress"), truth))
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,10 @@ class Trainer:
                 0 <= int(labels.min()) and int(labels.max()) < data.classes):
             raise DataError(f"labels of {data.name} must be integers from 0 to {data.classes - 1}, "
                             f"got {labels.min().item()} to {labels.max().item()}")
+        kind = next(self.model.parameters()).dtype
+        if images.dtype == torch.float64 != kind:  # as of NumPy; other networks cast them
+            raise DataError(f"images of {data.name} must be {str(kind)[6:]} as the network's "
+                            f"parameters, got {str(images.dtype)[6:]}")
         layout = (torch.channels_last if self.run.options.channels_last
                   else torch.preserve_format)
         return (images.to(self.run.device, non_blocking=True, memory_format=layout),
@@ -196,6 +200,8 @@ class Trainer:
                                  (logits.argmax(1) == labels).sum().double(),
                                  torch.tensor(len(labels), device=run.device).double()])
         loss, right, count = run.group.total(sums.tolist(), run.device)
+        if not math.isfinite(loss):  # then a class is none of the largest outputs
+            raise self._diverged(f"the loss on the held-out images is {loss}", self.total)
         return loss / count, right / count
 
     def save(self) -> None:

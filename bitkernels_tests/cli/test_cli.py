@@ -226,6 +226,12 @@ def test_output_that_cannot_be_written_is_one_line(command, unbuffered):
             "python -m bitkernels: cannot write the output: No space left on device\n")
 
 
+def test_errors_do_not_go_to_stdout_where_stderr_is_closed():
+    done = subprocess.run(f"{sys.executable} -m bitkernels models nonsense 2>&-", shell=True,
+                          executable="/bin/bash", cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+
+
 def test_names_that_the_terminal_cannot_show():
     done = subprocess.run(
         [sys.executable, "-m", "bitkernels", "summary", "caf\u00e9"], cwd=ROOT, text=True,
@@ -259,6 +265,13 @@ def test_explain_of_every_operator(capsys):
     (["models", "--size", "0"], "--size must be at least 1, got 0"),
     (["models", "--num-classes", "ten"], "--num-classes: invalid int value: 'ten'"),
     (["models", "binarynet", "--size", "1"], "binarynet with --in-channels 3 --size 1"),
+    (["models", "--size", 20 * "9"], "--size: must be below 2**32, got 99999999999999999999"),
+    (["train", "--recipe", "quicknet-digits", "--data", "digits", "--out", ""],
+     "--out: must not be empty"),
+    (["predict", "quicknet", "--weights", "w.h5", ""], "must not be empty"),
+    (["profile", "quicknet", "--chart", "no/folder/chart.png"], "--chart must be a file in a"),
+    (["explain", "quicknet", "--channels", "64"], "--channels is of operators, quicknet is a"),
+    (["explain", "sign_pack", "--train"], "--train is of networks, sign_pack is an operator"),
     (["explain"], "required: MODEL_OR_OP"),
     (["explain", "mask_grad"], "mask_grad takes more than sizes: give bitkernels.explain("),
     (["explain", "resnet"], "no network or operator is called 'resnet'; there are binarynet, "),

@@ -127,20 +127,79 @@ def test_another_sign_of_zero_is_said(name):
     assert len(both(Faked(sign, scaled=False), sign_of_zero=1).products) == 2
 
 
-def test_what_is_nearly_binary():
-    class Nearly(nn.Module):
-        def __init__(self, spread):
-            super().__init__()
-            generator = torch.Generator().manual_seed(0)
-            noise = 1 + spread * (2 * torch.rand(8, 32, 3, 3, generator=generator) - 1)
-            self.weight = nn.Parameter(noise * torch.randn(noise.shape).sign())
+class Of(nn.Module):
+    """A convolution of signs with the weight that a function makes of the latent one."""
 
-        def forward(self, x):
-            return F.conv2d(SIGNS["where"](x), self.weight)
+    def __init__(self, made, latent):
+        super().__init__()
+        self.made, self.weight = made, nn.Parameter(latent)
 
-    x = torch.randn(2, 32, 5, 5)
-    assert len(convert(Nearly(0.004), x).report.products) == 1
-    assert not convert(Nearly(0.02), x).report.products
+    def forward(self, x):
+        return F.conv2d(SIGNS["where"](x), self.made(self.weight))
+
+
+def latent(*sizes):
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+
+
+NEARLY = {  # (weight, products, what the report says)
+    "within rounding": (lambda w: w.sign() * (1 + 3e-6 * w.cos()), 1, ""),
+    "not within rounding": (lambda w: w.sign() * (1 + 3e-5 * w.cos()), 0, "near to one magnitude"),
+    "within half a percent": (lambda w: w.sign() * (1 + 4e-3 * w.cos()), 0,
+                              r"differ by up to [0-9.e-]+ of it"),
+    "some are 0": (lambda w: w.sign() * (w > -1), 0, "some are 0"),
+    "two magnitudes": (lambda w: w.sign() * (1 + (w > 0)), 0, "a real layer"),
+    "a channel of zeros": (lambda w: w.sign() * (torch.arange(8) > 0).view(-1, 1, 1, 1), 1, ""),
+    "not a number": (lambda w: w.sign().where(w > -1, torch.nan), 0, "a real layer"),
+    "a magnitude for each channel": (
+        lambda w: w.sign() * torch.linspace(1e-3, 9, 8).view(-1, 1, 1, 1), 1, ""),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_what_is_nearly_binary(name):
+    made, products, says = NEARLY[name]
+    model, x = Of(made, latent(8, 32, 3, 3)), torch.randn(2, 32, 5, 5)
+    network = convert(model, x)
+    assert len(network.report.products) == products
+    assert re.search(says, str(dict(network.report.real)))
+    assert_close(network(x), model(x), 1e-5)
+
+
+def assert_close(got, wanted, tolerance):
+    """Relative to the largest."""
+    wanted = wanted.detach().double()
+    most = float(wanted.nan_to_num().abs().max())
+    assert torch.allclose(got.double(), wanted, atol=tolerance * most, rtol=0, equal_nan=True)
+
+
+def scaled(w):
+    return w.abs().mean((1, 2, 3), keepdim=True) * w.sign()
+
+
+STRAIGHT_THROUGH = {
+    "as ReActNet's": lambda w: scaled(w).detach() - w.clamp(-1, 1).detach() + w.clamp(-1, 1),
+    "in front": lambda w: w + (scaled(w) - w).detach(), "unscaled": lambda w: w.sign() - w + w}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", STRAIGHT_THROUGH)
+def test_straight_through_weights_are_what_goes_through(name, dtype):
+    """Whatever rounding left of them: in half precision up to 1 % of the magnitude."""
+    model = Of(STRAIGHT_THROUGH[name], (0.1 * latent(8, 32, 3, 3)).to(dtype))
+    x = torch.randn(2, 32, 5, 5).to(dtype)
+    network = convert(model, x)
+    assert len(network.report.products) == 1
+    exact = Of(torch.sign if name == "unscaled" else scaled, model.weight.data)(x)
+    assert_close(network(x), exact, 4 * torch.finfo(dtype).eps)
+
+
+def test_other_sums_of_weights_stay_as_they_are():
+    for made in (lambda w: (w.sign() - w) + 2 * w, lambda w: torch.sub(w.sign(), w, alpha=2) + w,
+                 lambda w: (w.sign() - 1e9 * w) + 1e9 * w):
+        model, x = Of(made, latent(8, 32, 3, 3)), torch.randn(2, 32, 5, 5)
+        network = convert(model, x)
+        assert not network.report.products and torch.allclose(network(x), model(x), atol=1e-3)
 
 
 def test_signs_of_what_is_no_sign():

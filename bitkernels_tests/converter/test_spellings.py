@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bitkernels.nn as bnn
 from bitkernels.backends import cpu
 from bitkernels.converter import convert
 from bitkernels.converter.engine import Engine
@@ -79,3 +80,18 @@ def test_values_stay(name):
     if cpu.active() is not None and name in RESPELLED:
         engine = network.engine(x)
         assert needs in str(engine) if needs else isinstance(engine, Engine), engine
+
+
+@pytest.mark.parametrize("kernel, stride, padding, dilation, size", [
+    (2, 2, 0, 1, (1, 1)), (2, 3, 0, 2, (2, 1)), (3, 3, 0, 1, (1, 3)), ((2, 1), 2, 0, 1, (1, 4)),
+    (3, 2, 1, 1, (4, 4)), (2, 2, 0, 1, (3, 5))])
+def test_pools_that_round_up(kernel, stride, padding, dilation, size):
+    """A window may be larger than the image then, which words are not pooled by."""
+    model = nn.Sequential(bnn.BinaryConv2d(32, 32, 1), nn.MaxPool2d(
+        kernel, stride, padding, dilation, ceil_mode=True), bnn.BinaryConv2d(32, 32, 1)).eval()
+    x = torch.randn(3, 32, *size)
+    network = convert(model, x)
+    with torch.no_grad():
+        assert torch.equal(network(x), model(x))
+    pools = [n for n, _ in network.report.others if n.endswith("max_pool2d")]
+    assert pools == (["bitkernels.packed_max_pool2d"] if min(size) >= 3 else ["max_pool2d"])

@@ -163,12 +163,12 @@ def test_state_dict_continues(make, values, tmp_path):
 @pytest.mark.parametrize("call, match", [
     (lambda: [f.update(torch.ones(n)) for f in [FlipRatio()] for n in (3, 4)], "had 3 elements"),
     (lambda: DeadWeights(2.5), "window must be an integer"),
-    (lambda: Histogram(2.5), "got bins=2.5"),
-    (lambda: Histogram(4, -torch.inf), "finite low < high"),
+    (lambda: Histogram(2.5), "bins must be an integer of at least 1, got 2.5"),
+    (lambda: Histogram(4, -torch.inf), "low must be a finite number, got -inf"),
     (lambda: DeadWeights(0), "window must be"), (lambda: DeadWeights(5, -1.0), "tolerance"),
     (lambda: DeadWeights().update(torch.ones(3), torch.ones(1)), r"gradient of shape \(1,\)"),
-    (lambda: Saturation(-1.0), "clip"), (lambda: Histogram(0), "one bin"),
-    (lambda: Histogram(4, 1, 1), "low < high"),
+    (lambda: Saturation(-1.0), "clip"), (lambda: Histogram(0), "bins must be"),
+    (lambda: Histogram(4, 1, 1), "high must be above low"),
     (lambda: watch(nn.Linear(2, 2)), "no layer with binary weights"),
     (lambda: watch(BinaryLinear(2, 2), every=0), "every"),
     (lambda: watch(BinaryLinear(2, 2), torch.optim.SGD([torch.zeros(1)])), "holds none")])

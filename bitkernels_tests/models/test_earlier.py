@@ -1,4 +1,4 @@
-"""Packed files that 0.1 wrote, when blocks of QuickNet and ReActNet were layers side by side."""
+"""Packed files of earlier versions, when the blocks of two networks were layers side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bitkernels_tests.models.generated import image
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-# Written by bitkernels 0.1.0 of networks trained for three steps: a file, and its logits for
+# Written by a version before of networks trained for three steps: a file, and its logits for
 # image(1, (8, 8), 1), of each.
 RECORDED = np.load(Path(__file__).parents[1] / "data" / "packed_0_1.npz")
 OPTIONS = {"quicknet": dict(blocks=(1, 1), filters=(8, 40)),

@@ -376,7 +376,7 @@ def test_refusals(model, size, error, message, capfd):
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5, True])
 def test_a_depth_that_is_none(depth):
-    with pytest.raises(ValueError, match="depth must be None or an integer of at least 1"):
+    with pytest.raises(ValueError, match="depth must be an integer of at least 1"):
         bitkernels.summary(nn.Linear(3, 3), (3,), depth=depth)
 
 

@@ -18,7 +18,7 @@ from bitkernels_tests import ROOT, mutants
 TOY = "packed_min_pool2d"
 FILES = ROOT / "bitkernels_tests" / "data" / TOY
 # From below: a file imports from its own room and from those before it.
-ROOMS = ("_compile_cache _dispatch _files _fx _packages _tensor_file", "ops _onnx",
+ROOMS = ("_arguments _compile_cache _dispatch _files _fx _packages _tensor_file", "ops _onnx",
          "backends reference", "thresholds _estimators", "quantizers", "packed", "nn interop",
          "optim metrics explain counting converter", "models", "train", "cli __main__")
 # Each whole package is above its rooms, and so is what stands for it.

@@ -292,13 +292,13 @@ def test_grad_scaler():
 
 
 @pytest.mark.parametrize("call, match", [
-    (lambda p: Bop(p, gamma=-1), "gamma must be in"),
-    (lambda p: Bop(p, gamma=float("nan")), "gamma must be in"),
-    (lambda p: Bop(p, threshold=-1e-9), "threshold must be at least 0"),
-    (lambda p: Bop2ndOrder(p, sigma=2), "sigma must be in"),
+    (lambda p: Bop(p, gamma=-1), "gamma must be a number in"),
+    (lambda p: Bop(p, gamma=float("nan")), "gamma must be a number in"),
+    (lambda p: Bop(p, threshold=-1e-9), "threshold must be a number of at least 0"),
+    (lambda p: Bop2ndOrder(p, sigma=2), "sigma must be a number in"),
     (lambda p: Bop([{"params": p, "gamma": 1, "lr": 1}]), "both gamma and lr"),
     (lambda p: Bop(p, gamma=1e-4, lr=1e-4), "gamma=0.0001 and lr=0.0001 are the same"),
-    (lambda p: Bop2ndOrder(p, lr=2.0), r"gamma must be in \[0, 1\], got 2.0"),
+    (lambda p: Bop2ndOrder(p, lr=2.0), r"gamma must be a number in \[0, 1\], got 2.0"),
     (lambda p: Bop([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), "complex64"),
     (lambda p: ScheduledHyperparameter(Bop(p), "sigma"), "no 'sigma'"),
     (lambda p: ScheduledHyperparameter(Bop(p), "lr"), "give the scheduler the optimizer"),

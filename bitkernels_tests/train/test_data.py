@@ -1,11 +1,13 @@
 """Image sets: splits, order, shares of processes, augmentation, and pictures that are broken."""
 
 import builtins
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bitkernels.train import DataError, TrainError, datasets
+from bitkernels import models
+from bitkernels.train import DataError, DivergedError, TrainError, datasets, fit, recipes
 from bitkernels.train.data import Batches, Pictures, Shift, Tensors, held_out_batches, loader
 
 pytest.importorskip("sklearn")
@@ -163,3 +165,57 @@ def test_without_torchvision_one_message_says_what_to_do(monkeypatch, tmp_path, 
 def test_labels_that_do_not_fit(labels):
     with pytest.raises(DataError, match=r"labels must be integers of shape \(40,\).*got "):
         Tensors(torch.zeros(40, 1, 8, 8), labels)
+
+
+def of_images(change, part="train"):
+    data = datasets.generated()
+    small = {name: getattr(data, name).first(64) for name in ("train", "held_out")}
+    given = small[part]
+    return replace(data, **{**small, part: Tensors(change(given.images), given.labels)})
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+@pytest.mark.parametrize("change, got", [
+    (lambda x: (x * 9).to(torch.uint8), r"got uint8 of shape \(3, 32, 32\)"),
+    (lambda x: x[:, 0], r"got float32 of shape \(32, 32\)"),
+    (lambda x: x[:, :1], r"got float32 of shape \(1, 32, 32\)")])
+def test_images_of_another_kind_are_refused_before_the_first_step(part, change, got):
+    what = "training" if part == "train" else "held-out"
+    with pytest.raises(DataError, match=rf"{what} images of generated .*\(3, 32, 32\).*{got}"):
+        of_images(change, part).check()
+
+
+def test_a_part_without_images_is_refused():
+    data = of_images(lambda x: x)
+    empty = Tensors(data.held_out.images[:0], data.held_out.labels[:0])
+    with pytest.raises(DataError, match="generated has no held-out images"):
+        replace(data, held_out=empty).check()
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(seed="a"), "seed must be an integer from 0 to 4294967295, got 'a'"),
+    (dict(seed=-1), "seed must be an integer"), (dict(options={"workers": 1}), "options must be"),
+    (dict(recipe="adambnn-digits"), "recipe must be a Recipe"), (dict(data="digits"), "data must"),
+    (dict(build=None), "build must be a function")])
+def test_arguments_of_fit(given, message):
+    data = of_images(lambda x: x)
+    whole = dict(build=lambda: models.create("quicknet"), recipe=recipes.get("quicknet-digits"),
+                 data=data)
+    with pytest.raises(ValueError, match=f"fit: {message}"):
+        fit(**{**whole, **given})
+
+
+def test_images_of_another_precision_are_refused():
+    """As of NumPy, whose real numbers have 64 bits."""
+    recipe = recipes.get("quicknet-digits").scaled(epochs=1, batch_size=32)
+    with pytest.raises(DataError, match="must be float32 as the network's parameters, got float64"):
+        fit(lambda: models.create("quicknet", blocks=(1,), filters=(32,)), recipe,
+            of_images(lambda x: x.double()))
+
+
+def test_a_held_out_image_that_is_no_number_ends_the_run():
+    """The largest of NaN is the first class, which counted as right or wrong."""
+    data = of_images(lambda x: x.index_fill(0, torch.tensor([3]), torch.nan), "held_out")
+    recipe = recipes.get("quicknet-digits").scaled(epochs=1, batch_size=32)
+    with pytest.raises(DivergedError, match="the loss on the held-out images is nan"):
+        fit(lambda: models.create("quicknet", blocks=(1,), filters=(32,)), recipe, data)

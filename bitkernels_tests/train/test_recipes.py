@@ -204,7 +204,7 @@ KEYS_OF_0_1 = "45caa81852c4a31b54a124d9c1dfaa9b761392bb691e6031d5f6083c1a96f228"
 
 
 def test_settings_are_those_that_checkpoints_of_0_1_hold():
-    """The hash of the keys of all settings of these recipes, as 0.1.0 gave them."""
+    """The hash of the keys of all settings of these recipes, as they first were."""
     keys = sorted(key for name in EARLIER for key in recipes.get(name).settings())
     assert hashlib.sha256(" ".join(keys).encode()).hexdigest() == KEYS_OF_0_1
     (stage,) = recipes.get("quicknet").stages

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from bitkernels import quantizers
-from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d, check_pad_value
+from bitkernels._arguments import choice, flag, function
+from bitkernels.nn.arguments import pad_value_of
+from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from bitkernels.nn.conversion.activations import (
     ACTIVATIONS,
     Activation,
@@ -93,11 +95,20 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     check_model("binarize", model)
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise ValueError("cannot binarize a model compiled by torch.jit; binarize it first")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    options: dict[str, Any] = dict(input_quantizer=quantizers.get(input_quantizer),
-                                   weight_quantizer=quantizers.get(weight_quantizer),
-                                   weight_scale=weight_scale)
+    choice("binarize", "activation", activation, ACTIVATIONS)
+    for name, value in dict(
+            skip_first=skip_first, skip_last=skip_last, keep_downsample=keep_downsample,
+            keep_depthwise=keep_depthwise, keep_gates=keep_gates, keep_expansions=keep_expansions,
+            verbose=verbose).items():
+        flag("binarize", name, value)
+    for name, called in dict(filter=filter, report=report).items():
+        if called is not None:
+            function("binarize", name, called)
+    pad_value = pad_value_of("binarize", pad_value, "zeros")
+    checked = Binarization(input_quantizer, weight_quantizer, weight_scale)
+    options: dict[str, Any] = dict(input_quantizer=checked.input_quantizer,
+                                   weight_quantizer=checked.weight_quantizer,
+                                   weight_scale=checked.weight_scale)
     layers: dict[nn.Module, str] = {
         m: name for name, m in model.named_modules() if isinstance(m, LAYERS)}
     if isinstance(model, LAYERS):
@@ -281,7 +292,7 @@ def _plan(module: Any, options: dict[str, Any], pad_value: int, name: str = "") 
     cls: Any = twin_class(module)
     where = f"{name}: {cls.__name__}" if name else cls.__name__
     if issubclass(cls, _PADDED):
-        check_pad_value(where, pad_value, module.padding_mode)
+        pad_value_of(where, pad_value, module.padding_mode)
     try:
         return Binarization(**{key: copy.deepcopy(value) for key, value in options.items()})
     except ValueError as error:

@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from bitkernels import quantizers
+from bitkernels._arguments import integer, real_dtype
 from bitkernels.nn.options import QuantizerLike
 from bitkernels.quantizers import SteSign, is_binary
 
@@ -31,10 +32,9 @@ class NormSign(nn.Module):
     def __init__(self, num_features: int, dims: int, quantizer: QuantizerLike = "ste_sign",
                  device=None, dtype=None) -> None:
         super().__init__()
-        if type(dims) is not int or not 0 <= dims < len(_NORMS):
-            raise ValueError(f"NormSign: dims must be 0, 1, 2 or 3, got {dims!r}")
-        self.dims = dims
-        self.norm = _NORMS[dims](num_features, device=device, dtype=dtype)
+        self.dims = integer("NormSign", "dims", dims, 0, len(_NORMS) - 1)
+        self.norm = _NORMS[self.dims](integer("NormSign", "num_features", num_features, 0),
+                                      device=device, dtype=real_dtype("NormSign", dtype))
         if self.norm.running_mean is not None and self.norm.running_var is not None:
             # Those of the ReLU of a standard normal, so that an untrained network is not constant.
             nn.init.constant_(self.norm.running_mean, 1 / math.sqrt(2 * math.pi))
@@ -51,3 +51,6 @@ class NormSign(nn.Module):
         elif input.dim() == self.dims + 1:
             x = input.unsqueeze(0)
         return self.quantizer(self.norm(x).view(input.shape))
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}"

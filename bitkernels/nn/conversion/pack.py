@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from bitkernels._arguments import function
 from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.hooks import carry_forward_hooks
 from bitkernels.nn.latent import is_sharded
@@ -40,6 +41,8 @@ def pack(model: nn.Module, *,
     weight its parent reads, with the reason.
     """
     check_model("pack", model)
+    if filter is not None:
+        function("pack", "filter", filter)
     layers = [(name, m) for name, m in model.named_modules()
               if isinstance(m, (BinaryLayer, _Packed))]
     if not layers:

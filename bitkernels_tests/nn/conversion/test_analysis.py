@@ -420,5 +420,5 @@ def test_activations_in_a_row_all_give_way(first, second):
 
 @pytest.mark.parametrize("dims", [-1, 4, 1.0])
 def test_a_norm_before_a_sign_has_up_to_three_dimensions(dims):
-    with pytest.raises(ValueError, match=f"NormSign: dims must be 0, 1, 2 or 3, got {dims}"):
+    with pytest.raises(ValueError, match=f"dims must be an integer from 0 to 3, got {dims}"):
         NormSign(8, dims)
