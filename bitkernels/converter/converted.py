@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from bitkernels import _onnx
+from bitkernels._fx import FxLeaf
 from bitkernels.converter.capture import capture, neutral
 from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
@@ -22,6 +23,7 @@ from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
 from bitkernels.converter.recognise import recognise
 from bitkernels.converter.report import ConvertReport, report
 from bitkernels.converter.signs import move_signs, write_signs
+from bitkernels.nn.conversion.checks import check_shapes
 from bitkernels.packed import WeightImage
 
 REALS = ("float32", "bfloat16", "int8")
@@ -29,7 +31,7 @@ tile_weight = ops.tile_weight.default
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-class Converted(nn.Module):
+class Converted(FxLeaf):
     """A converted network: what the model computes in evaluation, without gradients.
 
     Called as the model was; RuntimeError for types and sizes that it was not made for. Its buffers
@@ -102,6 +104,10 @@ class Converted(nn.Module):
         return self._read[buffer][0] if buffer in self._read else buffer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(args, tuple):
+            raise fx.proxy.TraceError(
+                "Converted: torch.fx can trace the call of a converted network inside another "
+                "module, such as nn.Sequential(network); its own graph is network.graph_module")
         inputs, spec = tree_flatten((args, kwargs))
         if spec != self.in_spec:
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
@@ -174,6 +180,7 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_shapes("convert", model)
     if real not in REALS:
         raise ValueError(f"convert: real must be one of {', '.join(REALS)}, got {real!r}")
     if sign_of_zero not in (None, 1):

@@ -29,6 +29,7 @@ from bitkernels.nn.conversion.candidates import (
 from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.conversion.graph import LAYERS, is_depthwise
 from bitkernels.nn.conversion.norm_sign import NormSign
+from bitkernels.nn.conversion.pack import keep_off_fused_paths
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
 from bitkernels.nn.conversion.values import module_kind
 from bitkernels.nn.layer import BinaryLayer
@@ -87,8 +88,9 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     whose weight is read by the code of a parent, which would compute with the real weight, and
     kinds that have no binary layer. Another one names those that could not be analysed.
 
-    Raises ValueError for options that do not fit a layer, and for layers whose `forward` was
-    replaced on the instance, that were compiled or are not initialized, before anything is changed.
+    Raises ValueError for options that do not fit a layer, for layers whose `forward` was replaced
+    on the instance or that were compiled, and for lazy layers that have no shapes yet, before
+    anything is changed.
     """
     check_model("binarize", model)
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
@@ -140,12 +142,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
         _make_binary(module, own, pad_value)
     for module, new in activations.items():
         _become(module, new)
-    for parent in model.modules():
-        if isinstance(parent, nn.TransformerEncoderLayer) and any(
-                m in plans for m in parent.modules()):
-            # Its fused inference path reads linear1.weight and never calls linear1; 0 is what
-            # PyTorch itself sets to turn that path off.
-            parent.activation_relu_or_gelu = 0
+    keep_off_fused_paths(model, {id(m) for m in plans})
     said.binary |= {layers[m]: type(m).__name__ for m in plans}
     said.count(model)
     _warn("these layers stay real", unexpected)
