@@ -176,7 +176,13 @@ class BinaryLayer(FxLeaf):
             self._configure(**options)
 
     def _check_weight(self, value: Any) -> None:
-        """Refuse a batch norm that is folded into the latent weight; look at new weights' zeros."""
+        """Refuse a weight that others have quantized, and a batch norm that is folded into the
+        latent weight; look at new weights' zeros."""
+        if type(value).__module__.startswith("torchao."):
+            raise ValueError(
+                f"{type(self).__name__}: weight must be real, got {type(value).__name__} of "
+                "torchao, in which small weights are 0 and have lost their sign; pack(model) "
+                "first, or give quantize_ a filter_fn that leaves out bitkernels.nn.BinaryLayer")
         old = self._parameters.get("weight")
         if (old is not None and isinstance(value, nn.Parameter) and not self.training
                 and "_loading" not in self.__dict__ and latent.folded_factor(old, value)):

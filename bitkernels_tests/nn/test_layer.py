@@ -95,3 +95,16 @@ def test_a_method_of_another_instance_is_a_replacement():
     assert not is_patched(first) and first.pack_obstacle() is None
     first.forward = second.forward
     assert is_patched(first) and "replaced on the instance" in first.pack_obstacle()
+
+
+def test_weights_that_torchao_has_quantized_are_refused():
+    """Their rounding makes small weights 0, whose sign is +1."""
+    class Int8Tensor(torch.Tensor):
+        pass
+
+    Int8Tensor.__module__ = "torchao.quantization"
+    layer, x = bnn.BinaryLinear(8, 4), torch.randn(2, 8)
+    before = layer(x)
+    with pytest.raises(ValueError, match="weight must be real, got Int8Tensor of torchao"):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Int8Tensor))
+    assert torch.equal(layer(x), before)

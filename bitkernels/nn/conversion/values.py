@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import fx, nn
@@ -40,11 +41,25 @@ _KEEPING_MODULES = (
     nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
     MaxPool2d)
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_SIZES = ("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "dtype", "device")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def name_of(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).strip("_")
+
+
+def is_size(node: fx.Node, sizes: Container[fx.Node]) -> bool:
+    """Whether it says what a tensor is like, not what is in it; of what `sizes` are, which do."""
+    if node.op == "call_method":
+        return name_of(node) in _SIZES
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _SIZES
+    numbers = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
+    inputs = node.all_input_nodes
+    return numbers and bool(inputs) and all(n in sizes for n in inputs)
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
