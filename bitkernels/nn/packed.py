@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bitkernels import _onnx
 from bitkernels._fx import FxLeaf, traced_whole
+from bitkernels.nn.weight_facts import WeightFacts
 from bitkernels.ops.geometry import wants_channels_last, word_count
 from bitkernels.packed import PackedTensor, WeightImage
 
@@ -53,6 +54,7 @@ class _Packed(FxLeaf):
     groups = 1
     padding_mode = "zeros"
     _channels: int  # real input channels
+    _weight_dtype = torch.float32  # of the latent weight, as `to` has changed it since
     _dims = 0  # of the image
     _pads: tuple[int, ...]
     _arguments: tuple[str, ...]  # of the constructor, that are attributes
@@ -70,6 +72,7 @@ class _Packed(FxLeaf):
         self.register_buffer("scale", vector(scale, 1.0))
         self.register_buffer("bias", vector(bias, 0.0))
         self.input_quantizer = input_quantizer
+        self._weight_dtype = torch.get_default_dtype()
         self._image = WeightImage(self._image_of)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -96,6 +99,7 @@ class _Packed(FxLeaf):
         twin.weight_words = _sign_pack(weight, None, 1).view(twin.weight_words.shape)
         twin.scale = None if scale is None else scale.float()
         twin.bias = None if bias is None else bias.detach().float().clone()
+        twin._weight_dtype = layer.weight.dtype
         return twin.train(layer.training)
 
     def _apply(self, fn, recurse=True):
@@ -110,6 +114,7 @@ class _Packed(FxLeaf):
             if new.dtype != old.dtype:
                 new = new.to(old.dtype) if old.is_meta else old.to(new.device)
             self._buffers[name] = new.contiguous()
+        self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype, device="cpu")).dtype
         self._image.clear()
         return self
 
@@ -144,11 +149,14 @@ class _Packed(FxLeaf):
                     input_quantizer=None if quantizer is None else type(quantizer).__qualname__)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":  # parents that compute with it themselves
-            raise AttributeError(
-                f"{type(self).__name__} has no real weight: call the layer, or read its "
-                "binary_weight() (-1 and +1) or weight_words (packed)")
+        if name == "weight":
+            return WeightFacts(type(self).__name__, self._weight_shape(), self._weight_dtype,
+                               self.weight_words.device)
         return super().__getattr__(name)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.weight_words.shape[0], self._channels // self.groups,
+                *getattr(self, "kernel_size", ()))
 
     def _check(self, input: Tensor | PackedTensor) -> None:
         """Refuse what this layer has no output for."""

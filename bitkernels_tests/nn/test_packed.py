@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,6 +25,8 @@ from bitkernels.nn import (
     PackedConv2d,
     PackedLinear,
     SameConv2d,
+    binarize,
+    pack,
 )
 from bitkernels_tests import module_cases, oracles
 from bitkernels_tests.cases import reals
@@ -266,3 +269,50 @@ def test_a_quantizer_gets_the_input_as_it_is(cls, dims, options, batched):
         layer = cls(8, 5, 3, **options, input_quantizer=quantizer).eval()
         with torch.no_grad():
             assert torch.equal(layer.pack()(x), layer(x))
+
+
+@pytest.mark.parametrize("name", module_cases.PACKABLE)
+def test_parents_may_ask_what_the_weight_was_like(name):
+    """Its type, device and sizes, of which many cast their input; not its values."""
+    layer, x = module_cases.PACKABLE[name]()
+    packed = layer.pack()
+    real, facts = layer.weight, packed.weight
+    assert (facts.dtype, facts.device, facts.shape) == (real.dtype, real.device, real.shape)
+    assert (facts.size(), facts.size(1), facts.ndim, facts.dim(), facts.numel()) == (
+        real.size(), real.size(1), real.ndim, real.dim(), real.numel())
+    assert facts.is_floating_point() and not (facts.is_cuda or facts.requires_grad)
+    assert layer.double().pack().weight.dtype == torch.float64
+    for one in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        one = one.bfloat16().to("meta").weight
+        assert one.dtype == torch.bfloat16 and one.device.type == "meta"
+    said = "has no real weight: call the layer, or read its binary_weight"
+    for use in (lambda: F.linear(x, facts), lambda: x * facts, lambda: 2 * facts, lambda: facts[0],
+                lambda: torch.sign(facts)):
+        with pytest.raises(RuntimeError, match=said):
+            use()
+    with pytest.raises(AttributeError, match=f"{said}.*; abs needs its values"):
+        facts.abs()
+    with pytest.raises(AttributeError, match="no attribute 'weigth'"):
+        packed.weigth  # noqa: B018
+
+
+def test_a_parent_that_casts_to_the_type_of_a_weight():
+    class Casting(nn.Module):  # as T5's and CLIP's of transformers
+        def __init__(self):
+            super().__init__()
+            self.first, self.wo, self.last = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            if isinstance(self.wo.weight, torch.Tensor) and x.dtype != self.wo.weight.dtype:
+                x = x.to(self.wo.weight.dtype)
+            return self.last(self.wo(x.to(self.wo.weight.device, self.wo.weight.dtype)))
+
+    model, x = binarize(Casting()).eval(), torch.randn(2, 8)
+    packed = pack(model)
+    assert isinstance(packed.wo, PackedLinear)
+    assert torch.equal(packed(x), model(x))
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    half = copy.deepcopy(packed).bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
