@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_STRIDED = torch.strided
 INT_MAX = 2**31 - 1
 ESTIMATORS = ("ste_sign", "approx_sign", "swish_sign", "identity", "none")
 
@@ -25,6 +26,9 @@ def describe(t: Tensor) -> str:
 
 
 def check_real(op: str, arg: str, t: Tensor, ndim: int | None = None) -> None:
+    if t.layout is not _STRIDED or t.is_nested:
+        fail(op, arg, "a dense tensor",
+             "a nested one" if t.is_nested else f"one of layout {t.layout}")
     if t.dtype not in REAL:
         fail(op, arg, "float32, float16, bfloat16 or float64", describe(t))
     if ndim is not None and t.dim() != ndim:

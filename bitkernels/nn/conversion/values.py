@@ -154,8 +154,19 @@ def module_kind(module: nn.Module) -> str:
         return "source" if module.threshold >= 0 and module.value >= 0 else "any"
     if isinstance(module, _CONSTANT_PADS):
         return "keeps" if _at_least_zero(module.value) else "any"
-    pools = type(module).__module__ == nn.MaxPool2d.__module__
-    return "keeps" if pools or isinstance(module, _KEEPING_MODULES) else "any"
+    keeps = _is_pool(module) or type(module).__module__.startswith("einops.layers.")
+    return "keeps" if keeps or isinstance(module, _KEEPING_MODULES) else "any"
+
+
+def _is_pool(module: nn.Module) -> bool:
+    """Of torch, or of einops, which also only moves values by another class."""
+    return type(module).__module__ == nn.MaxPool2d.__module__ or _reduction(module) is not None
+
+
+def _reduction(module: nn.Module) -> Any:
+    """What `Reduce` of einops does, None for other modules."""
+    home = type(module).__module__
+    return getattr(module, "reduction", None) if home.startswith("einops.layers.") else None
 
 
 def is_gate(node: fx.Node, module: nn.Module | None) -> bool:
@@ -166,7 +177,7 @@ def is_gate(node: fx.Node, module: nn.Module | None) -> bool:
 
 def is_pool(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
-        return type(module).__module__ == nn.MaxPool2d.__module__
+        return _is_pool(module)
     return node.op in ("call_function", "call_method") and (
         name_of(node) in ("mean", "amax") or "pool" in name_of(node))
 
@@ -174,7 +185,7 @@ def is_pool(node: fx.Node, module: nn.Module | None) -> bool:
 def is_max(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether it lets only the largest of several values through."""
     if module is not None:
-        return "MaxPool" in type(module).__name__
+        return "MaxPool" in type(module).__name__ or _reduction(module) == "max"
     return name_of(node) in ("max", "amax", "topk") or "max_pool" in name_of(node)
 
 
