@@ -56,6 +56,7 @@ class Converted(FxLeaf):
                 self._give_image(node)
         graph_module.recompile()
         self.arrange()
+        self.register_load_state_dict_pre_hook(_check_types)
         self.register_load_state_dict_post_hook(_arrange)
 
     def _give_image(self, product: fx.Node) -> None:
@@ -137,6 +138,16 @@ class Converted(FxLeaf):
 
 def _tiles(words: Tensor, groups: int, _: str) -> Tensor | None:
     return tile_weight(words, groups) if words.is_cpu else None
+
+
+def _check_types(module: Converted, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """RuntimeError where a copy would round words, bounds or int8 weights to others."""
+    for name, own in module.state_dict(keep_vars=True).items():
+        given = state.get(prefix + name)
+        if (isinstance(given, Tensor) and given.dtype != own.dtype
+                and not own.dtype.is_floating_point):
+            raise RuntimeError(f"Converted: {prefix}{name} of the state must be {own.dtype}, got "
+                               f"{given.dtype}")
 
 
 def _arrange(module: Converted, _: Any) -> None:

@@ -118,13 +118,33 @@ class _Packed(FxLeaf):
         self._image.clear()
         return self
 
-    def _load_from_state_dict(self, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
+                              unexpected_keys, error_msgs) -> None:
+        key = f"{prefix}weight_words"
+        wrong = self._not_words(state_dict.get(key))
+        if wrong is not None:  # a copy would round to other words
+            error_msgs.append(f"{key} of {type(self).__name__} must be the packed words of "
+                              f"{self._channels // self.groups} channels in int32, {wrong}")
+            return
         self._image.clear()  # torch.utils.swap_tensors takes no tensor with weak references
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys,
+                                      unexpected_keys, error_msgs)
         for name in ("scale", "bias"):
             vector = self._buffers[name]
             if vector is not None and vector.dtype != torch.float32:  # by assign=True
                 self._buffers[name] = vector.float()
+
+    def _not_words(self, words: Any) -> str | None:
+        """Why words that are to be loaded are none of this layer, other sizes aside."""
+        if not isinstance(words, Tensor):
+            return None
+        if words.dtype != torch.int32:
+            return f"got {str(words.dtype)[6:]}"
+        used = self._channels // self.groups % 32
+        if (used and words.numel() and type(words) is Tensor and not words.is_meta
+                and bool((words[..., -1] >> used).any())):
+            return f"got bits behind channel {self._channels // self.groups}"
+        return None
 
     def binary_weight(self, scaled: bool = False) -> Tensor:
         """The weights -1 and +1, times alpha if scaled: float32, shaped as those of the layer that

@@ -344,3 +344,16 @@ def test_a_packed_linear_layer_behind_a_packed_one():
     network = convert(bnn.pack(model), rows)
     assert torch.equal(network(rows), model(rows))
     assert [p.reads for p in network.report.products] == ["signs", "words"]
+
+
+def test_words_of_another_type_are_not_loaded():
+    model = nn.Sequential(bnn.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8),
+                          bnn.BinaryConv2d(8, 4, 3)).eval()
+    x = torch.randn(2, 8, 7, 7)
+    network = nn.Sequential(convert(model, x))
+    before = network(x)
+    state = {key: value.half() for key, value in network.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"Converted: 0\.graph_module\.\w+ of the state must be "
+                       "torch.int32, got torch.float16"):
+        network.load_state_dict(state)
+    assert torch.equal(network(x), before)

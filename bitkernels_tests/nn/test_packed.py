@@ -316,3 +316,21 @@ def test_a_parent_that_casts_to_the_type_of_a_weight():
     assert torch.equal(compiled(x), model(x))
     half = copy.deepcopy(packed).bfloat16()
     assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", module_cases.PACKABLE)
+@pytest.mark.parametrize("assign", [False, True])
+def test_words_of_another_type_are_not_loaded(name, assign):
+    """As a state of which all tensors were made half or float: a copy would round them."""
+    layer, x = module_cases.PACKABLE[name]()
+    packed = nn.Sequential(layer.pack())
+    before = packed(x)
+    for dtype in (torch.float32, torch.float16, torch.int64):
+        state = {key: value.to(dtype) for key, value in packed.state_dict().items()}
+        with pytest.raises(RuntimeError, match=r"0\.weight_words of Packed\w+ must be the packed "
+                           rf"words of \d+ channels in int32, got {str(dtype)[6:]}"):
+            packed.load_state_dict(state, assign=assign)
+    words = packed[0].weight_words | (1 << 29)
+    with pytest.raises(RuntimeError, match=r"got bits behind channel \d+"):
+        packed.load_state_dict(packed.state_dict() | {"0.weight_words": words}, assign=assign)
+    assert packed[0].weight_words.dtype == torch.int32 and torch.equal(packed(x), before)

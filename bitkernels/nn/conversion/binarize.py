@@ -138,13 +138,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     if quantizers.is_binary(options["input_quantizer"]):
         activations = _prepare_inputs(model, plans, found, activation, said)
 
-    for module, own in plans.items():
-        _make_binary(module, own, pad_value)
-    for module, new in activations.items():
-        _become(module, new)
-    keep_off_fused_paths(model, {id(m) for m in plans})
-    said.binary |= {layers[m]: type(m).__name__ for m in plans}
-    said.count(model)
+    # Where warnings are errors, nothing is changed yet.
     _warn("these layers stay real", unexpected)
     _warn("torch.fx cannot trace the calls of these layers; give example_inputs, or check that no "
           "ReLU is before their sign and that their parents call them",
@@ -152,6 +146,13 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     if not plans and not unexpected and filter is None and not any(
             isinstance(m, (BinaryLayer, _Packed)) for m in layers):
         _warn("no layer became binary", said.kept or {type(model).__name__: "it has none to take"})
+    for module, own in plans.items():
+        _make_binary(module, own, pad_value)
+    for module, new in activations.items():
+        _become(module, new)
+    keep_off_fused_paths(model, {id(m) for m in plans})
+    said.binary |= {layers[m]: type(m).__name__ for m in plans}
+    said.count(model)
     _say(said, verbose, report)
     return model
 
