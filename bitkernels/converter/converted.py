@@ -208,6 +208,10 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
         if isinstance(part, Converted):
             raise ValueError(f"convert: {name or 'model'} is converted already; convert the model "
                              "that it was made of")
+    if on_meta := [name for name, t in (*model.named_parameters(), *model.named_buffers())
+                   if t.is_meta]:
+        raise ValueError(f"convert: {', '.join(on_meta[:3])} of the model have no values, on the "
+                         "meta device; load them first")
     with neutral():
         return _converted(model, tuple(example_inputs), real, sign_of_zero, dynamic_shapes, verbose)
 

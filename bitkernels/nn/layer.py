@@ -158,10 +158,11 @@ class BinaryLayer(FxLeaf):
             raise TypeError(f"{type(self).__name__}: binarization must be a Binarization, got "
                             f"{new!r}")
         for name in _QUANTIZERS:
-            self._modules.pop(name, None)
             quantizer = getattr(new, name)
-            if isinstance(quantizer, nn.Module):
+            if isinstance(quantizer, nn.Module):  # in its place: tools assign while they iterate
                 super().__setattr__(name, quantizer)
+            else:
+                self._modules.pop(name, None)
         if "_looked" not in self.__dict__:
             self._looked = Looked()
 

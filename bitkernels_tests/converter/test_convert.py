@@ -346,6 +346,12 @@ def test_a_packed_linear_layer_behind_a_packed_one():
     assert [p.reads for p in network.report.products] == ["signs", "words"]
 
 
+def test_a_model_without_values_is_refused():
+    model = nn.Sequential(bnn.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8)).to("meta")
+    with pytest.raises(ValueError, match="convert: 0.weight, 0.bias, 1.weight of the"):
+        convert(model, torch.randn(2, 8, 7, 7))
+
+
 def test_words_of_another_type_are_not_loaded():
     model = nn.Sequential(bnn.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8),
                           bnn.BinaryConv2d(8, 4, 3)).eval()
