@@ -265,14 +265,17 @@ def with_gradient_of(value: Tensor, linear: Tensor) -> Tensor:
 def apply(function: Any, *args: Any) -> Any:
     """`function.apply`, of the form with `setup_context` and with a name, `operator`.
 
-    `torch.export` keeps what a forward calls and no backward, so there it is `function.exported`:
-    the same values and gradients by PyTorch's own functions (`with_gradient_of`).
+    `torch.export` and `torch.jit.trace` keep what a forward calls and no backward, so there it is
+    `function.exported`: the same values and gradients by PyTorch's own functions
+    (`with_gradient_of`).
 
     Binding the arguments takes `Function.apply` 15 us, which only `torch.func` and Dynamo need.
     Raises where an input has a tangent: Dynamo takes no Function with a `jvp`, to say it there.
     """
     if is_compiling():
         return (function.exported if torch.compiler.is_exporting() else function.apply)(*args)
+    if torch.jit.is_tracing():
+        return function.exported(*args)
     if forward_ad._current_level >= 0:
         _refuse_tangents(function.operator, args)
     if functorch_active():

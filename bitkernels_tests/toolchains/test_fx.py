@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -306,3 +307,25 @@ def test_converted_networks_are_one_node():
         torch.fx.symbolic_trace(converted)
     with pytest.raises(RuntimeError, match="Converted: torch.jit.script cannot compile it"):
         torch.jit.script(whole)
+
+
+@pytest.mark.parametrize("name", cases.MODULES)
+def test_torch_jit_traces(name):
+    """With torch's own check, there and back through a file, with gradients where there are any."""
+    module, x = cases.MODULES[name]()
+    module.eval()
+    traced = torch.jit.trace(nn.Sequential(module), (x,))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert torch.equal(loaded(x), module(x))
+    for graph in (traced, loaded):
+        if any(p.requires_grad for p in module.parameters()):
+            wanted, got = (torch.autograd.grad(
+                m(x).square().sum(), list(m.parameters()), allow_unused=True)
+                for m in (module, graph))
+            for a, b in zip(got, wanted, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b)
