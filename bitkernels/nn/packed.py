@@ -95,7 +95,12 @@ class _Packed(FxLeaf):
         twin: Any = cls(
             **own, bias=bias is not None, device=layer.weight.device, scale=scale is not None,
             input_quantizer=layer.input_quantizer if options.input_first else None)
-        weight = twin._by_output(layer.weight_to_sign())
+        weight = layer.weight_to_sign()
+        if weight.shape != twin._weight_shape():
+            raise ValueError(f"{type(layer).__name__} cannot be packed: weight must be of shape "
+                             f"{twin._weight_shape()} as its attributes say, got "
+                             f"{tuple(weight.shape)}")
+        weight = twin._by_output(weight)
         twin.weight_words = _sign_pack(weight, None, 1).view(twin.weight_words.shape)
         twin.scale = None if scale is None else scale.float()
         twin.bias = None if bias is None else bias.detach().float().clone()

@@ -334,3 +334,14 @@ def test_words_of_another_type_are_not_loaded(name, assign):
     with pytest.raises(RuntimeError, match=r"got bits behind channel \d+"):
         packed.load_state_dict(packed.state_dict() | {"0.weight_words": words}, assign=assign)
     assert packed[0].weight_words.dtype == torch.int32 and torch.equal(packed(x), before)
+
+
+@pytest.mark.parametrize("attribute, value", [("in_channels", 7), ("kernel_size", (1, 1)),
+                                              ("out_channels", 3)])
+def test_a_weight_that_its_layer_does_not_describe_is_not_packed(attribute, value):
+    """As tools leave it that cut channels out of a weight alone. Words would be read wrongly."""
+    layer = BinaryConv2d(8, 4, 3)
+    setattr(layer, attribute, value)
+    with pytest.raises(ValueError, match=r"weight must be of shape \(.*\) as its attributes say, "
+                       r"got \(4, 8, 3, 3\)"):
+        pack(nn.Sequential(layer))
