@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from bitkernels import _onnx
+from bitkernels._dispatch import functorch_active
 from bitkernels._fx import FxLeaf
 from bitkernels.converter.capture import capture, neutral
 from bitkernels.converter.engine import Engine, Engines
@@ -118,11 +119,24 @@ class Converted(FxLeaf):
             return tree_unflatten(RealForm(self).run(*inputs), self.out_spec)
         if torch.compiler.is_compiling() or _dispatch_modes() or torch.jit.is_tracing():
             return tree_unflatten(self.graph_module(*inputs), self.out_spec)
+        if functorch_active():
+            return tree_unflatten(self._transformed(inputs), self.out_spec)
         engine = self.engines.of(self, inputs)
         if isinstance(engine, Engine):
             return tree_unflatten(engine(inputs), self.out_spec)
         self.arrange()  # costs little where no words were written to
         return tree_unflatten(self.graph_module(*inputs), self.out_spec)
+
+    def _transformed(self, inputs: list[Any]) -> Any:
+        """The graph within a transform of torch.func, whose operators have rules for vmap."""
+        try:
+            return self.graph_module(*inputs)
+        except RuntimeError as error:
+            if "inside of vmap" not in str(error):
+                raise
+            raise RuntimeError("Converted: torch.vmap has no memory formats, which the images of a "
+                               "converted network are in; give it the whole batch, or map over "
+                               "pack(model)") from None
 
     def engine(self, *args: Any, **kwargs: Any) -> Engine | str:
         """The C++ engine that runs the graph for these arguments, or why PyTorch does."""

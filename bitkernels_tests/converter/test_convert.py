@@ -363,3 +363,15 @@ def test_words_of_another_type_are_not_loaded():
                        "torch.int32, got torch.float16"):
         network.load_state_dict(state)
     assert torch.equal(network(x), before)
+
+
+def test_in_transforms_of_torch_func():
+    x = torch.randn(3, 8)
+    lines = nn.Sequential(bnn.BinaryLinear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).eval()
+    network = convert(lines, x)
+    mapped = torch.vmap(lambda row: network(row.unsqueeze(0)).squeeze(0))(x)
+    torch.testing.assert_close(mapped, network(x))
+    images = convert(nn.Sequential(bnn.BinaryConv2d(3, 4, 3), nn.BatchNorm2d(4),
+                                   nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 5, 5))
+    with pytest.raises(RuntimeError, match="Converted: torch.vmap has no memory formats"):
+        torch.vmap(lambda image: images(image.unsqueeze(0)))(torch.randn(2, 3, 5, 5))
