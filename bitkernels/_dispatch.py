@@ -27,6 +27,8 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _PLAIN = (_CPU | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)).raw_repr()
 functorch_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_OLD_VMAP = torch._C._parse_dispatch_key("VmapMode")
 
 
 def is_recorded(operator: str, *tensors: Tensor | None) -> bool:
@@ -46,9 +48,13 @@ def is_recorded(operator: str, *tensors: Tensor | None) -> bool:
 
 def _refuse_tangents(operator: str, values: Iterable[Any]) -> None:
     if any(map(_has_tangent, values)):
-        raise RuntimeError(
-            f"{operator} has no forward-mode derivative (jvp, jacfwd, hessian, forward_ad); it has "
-            "one in reverse mode (vjp, grad, jacrev, backward)")
+        _refuse_forward_mode(operator)
+
+
+def _refuse_forward_mode(operator: str) -> NoReturn:
+    raise RuntimeError(
+        f"{operator} has no forward-mode derivative (jvp, jacfwd, hessian, forward_ad); it has "
+        "one in reverse mode (vjp, grad, jacrev, backward)")
 
 
 def _has_tangent(value: Any) -> bool:
@@ -79,6 +85,24 @@ class _NoSecondDerivative(Function):
         raise RuntimeError(f"{ctx.name} has no second derivative: trying to differentiate twice")
 
 
+def _one_by_one(run, level: int, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A backward of each gradient of a batch, of all levels of batches.
+
+    `is_grads_batched` and `jacobian(vectorize=True)` batch by the vmap that was before
+    `torch.func`, for which operators have no rules.
+    """
+    if level == 0:
+        out = run(*grads)
+        return out if isinstance(out, tuple) else (out,)
+    # A tensor without this level is expanded to the size, which is else not read.
+    batches = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    size = max((len(b) for b in batches if b is not None), default=1)
+    each = [_one_by_one(run, level - 1, tuple(
+        None if b is None else b[i if len(b) > 1 else 0] for b in batches)) for i in range(size)]
+    return tuple(None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+                 for parts in zip(*each, strict=True))
+
+
 def _once(name: str, backward, is_operators: bool):
     """torch's `once_differentiable`, with a message that names the operator, and in torch.func.
 
@@ -87,11 +111,7 @@ def _once(name: str, backward, is_operators: bool):
     is_operators: of a Function of an operator, which Dynamo does not read.
     """
 
-    @functools.wraps(backward)
-    def once(ctx, *grads):
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(name, grads)
-        saved, recorded = ctx.saved_tensors, torch.is_grad_enabled()
+    def first_order(ctx, saved, recorded: bool, *grads):
         # The levels of torch.func find their tensors by the keys that are left out elsewhere, and
         # Dynamo does not know such a context.
         if functorch_active() or not is_operators and is_compiling():
@@ -116,6 +136,18 @@ def _once(name: str, backward, is_operators: bool):
         for i, t in zip(at, linked, strict=True):
             results[i] = t
         return tuple(results)
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, grads)
+        saved, recorded = ctx.saved_tensors, torch.is_grad_enabled()
+        if not is_compiling() and _is_included(_OLD_VMAP):
+            level = torch._C._vmapmode_increment_nesting() - 1
+            torch._C._vmapmode_decrement_nesting()
+            run = functools.partial(first_order, ctx, saved, recorded)
+            return _one_by_one(run, level, grads)
+        return first_order(ctx, saved, recorded, *grads)
 
     return once
 
@@ -233,18 +265,26 @@ def with_gradient_of(value: Tensor, linear: Tensor) -> Tensor:
 def apply(function: Any, *args: Any) -> Any:
     """`function.apply`, of the form with `setup_context` and with a name, `operator`.
 
-    `torch.export` keeps what a forward calls and no backward, so there it is `function.exported`:
-    the same values and gradients by PyTorch's own functions (`with_gradient_of`).
+    `torch.export` and `torch.jit.trace` keep what a forward calls and no backward, so there it is
+    `function.exported`: the same values and gradients by PyTorch's own functions
+    (`with_gradient_of`).
 
     Binding the arguments takes `Function.apply` 15 us, which only `torch.func` and Dynamo need.
     Raises where an input has a tangent: Dynamo takes no Function with a `jvp`, to say it there.
     """
     if is_compiling():
         return (function.exported if torch.compiler.is_exporting() else function.apply)(*args)
+    if torch.jit.is_tracing():
+        return function.exported(*args)
     if forward_ad._current_level >= 0:
         _refuse_tangents(function.operator, args)
     if functorch_active():
-        return function.apply(*args)
+        try:
+            return function.apply(*args)
+        except NotImplementedError as error:  # of a level below, whose tangents are not seen here
+            if "jvp" in str(error):
+                _refuse_forward_mode(function.operator)
+            raise
     return super(Function, function).apply(*args)
 
 

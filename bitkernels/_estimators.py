@@ -71,7 +71,8 @@ class StraightThrough(FirstOrder):
 
 
 def straight_through(x: Tensor, kind: str, clip: float | None, threshold: Tensor | None = None):
-    if is_recorded("a straight-through quantizer", x) or torch.compiler.is_exporting():
+    if (is_recorded("a straight-through quantizer", x) or torch.compiler.is_exporting()
+            or torch.jit.is_tracing()):
         return apply(StraightThrough, x, kind, clip, threshold)[0]
     return _value(x, kind, threshold)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from torch import nn
 from torch.fx import Proxy
@@ -45,6 +45,12 @@ class FxLeaf(nn.Module):
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
         return tracer.call_module(self, leaf, args, kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`, whose language has neither these operators' defaults nor
+        options that are quantizers."""
+        raise RuntimeError(f"{type(self).__name__}: torch.jit.script cannot compile it; use "
+                           "torch.jit.trace, torch.export or torch.compile")
 
     @property
     def itself(self) -> nn.Module:

@@ -24,7 +24,7 @@ class NoInteger:
 NO_INTEGERS = (None, True, 1.0, float("nan"), "3", b"3", -1, 2**40, torch.tensor(3), 1j, (1,) * 9,
                (n for n in range(2)), NoInteger(), int)
 NO_NUMBERS = (True, "0.5", float("nan"), -1.0, torch.ones(2), (0.5,), 1j, NoInteger())
-NO_FLAGS = (None, 0, 1, "no", [], float("nan"), torch.tensor(True), NoInteger())
+NO_FLAGS = (None, 2, 1.0, "no", [], float("nan"), torch.tensor(True), NoInteger())
 NO_TEXTS = (1, True, b"zeros", ("zeros",), "nonsense", NoInteger())
 WRONG = {"integer": NO_INTEGERS, "number": NO_NUMBERS, "flag": NO_FLAGS, "choice": NO_TEXTS,
          "module": (3, "x", nn.ReLU, len, torch.zeros(1)),

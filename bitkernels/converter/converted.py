@@ -10,6 +10,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from bitkernels import _onnx
 from bitkernels._arguments import flag
+from bitkernels._dispatch import functorch_active
+from bitkernels._fx import FxLeaf
 from bitkernels.converter.capture import capture, neutral
 from bitkernels.converter.engine import Engine, Engines
 from bitkernels.converter.epilogue import fuse_epilogues
@@ -23,6 +25,7 @@ from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
 from bitkernels.converter.recognise import recognise
 from bitkernels.converter.report import ConvertReport, report
 from bitkernels.converter.signs import move_signs, write_signs
+from bitkernels.nn.conversion.checks import check_shapes
 from bitkernels.packed import WeightImage
 
 REALS = ("float32", "bfloat16", "int8")
@@ -30,7 +33,7 @@ tile_weight = ops.tile_weight.default
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-class Converted(nn.Module):
+class Converted(FxLeaf):
     """A converted network: what the model computes in evaluation, without gradients.
 
     Called as the model was; RuntimeError for types and sizes that it was not made for. Its buffers
@@ -55,6 +58,7 @@ class Converted(nn.Module):
                 self._give_image(node)
         graph_module.recompile()
         self.arrange()
+        self.register_load_state_dict_pre_hook(_check_types)
         self.register_load_state_dict_post_hook(_arrange)
 
     def _give_image(self, product: fx.Node) -> None:
@@ -103,6 +107,10 @@ class Converted(nn.Module):
         return self._read[buffer][0] if buffer in self._read else buffer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(args, tuple):
+            raise fx.proxy.TraceError(
+                "Converted: torch.fx can trace the call of a converted network inside another "
+                "module, such as nn.Sequential(network); its own graph is network.graph_module")
         inputs, spec = tree_flatten((args, kwargs))
         if spec != self.in_spec:
             raise RuntimeError(f"Converted: the arguments must be those of the example_inputs of "
@@ -112,11 +120,24 @@ class Converted(nn.Module):
             return tree_unflatten(RealForm(self).run(*inputs), self.out_spec)
         if torch.compiler.is_compiling() or _dispatch_modes() or torch.jit.is_tracing():
             return tree_unflatten(self.graph_module(*inputs), self.out_spec)
+        if functorch_active():
+            return tree_unflatten(self._transformed(inputs), self.out_spec)
         engine = self.engines.of(self, inputs)
         if isinstance(engine, Engine):
             return tree_unflatten(engine(inputs), self.out_spec)
         self.arrange()  # costs little where no words were written to
         return tree_unflatten(self.graph_module(*inputs), self.out_spec)
+
+    def _transformed(self, inputs: list[Any]) -> Any:
+        """The graph within a transform of torch.func, whose operators have rules for vmap."""
+        try:
+            return self.graph_module(*inputs)
+        except RuntimeError as error:
+            if "inside of vmap" not in str(error):
+                raise
+            raise RuntimeError("Converted: torch.vmap has no memory formats, which the images of a "
+                               "converted network are in; give it the whole batch, or map over "
+                               "pack(model)") from None
 
     def engine(self, *args: Any, **kwargs: Any) -> Engine | str:
         """The C++ engine that runs the graph for these arguments, or why PyTorch does."""
@@ -132,6 +153,16 @@ class Converted(nn.Module):
 
 def _tiles(words: Tensor, groups: int, _: str) -> Tensor | None:
     return tile_weight(words, groups) if words.is_cpu else None
+
+
+def _check_types(module: Converted, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """RuntimeError where a copy would round words, bounds or int8 weights to others."""
+    for name, own in module.state_dict(keep_vars=True).items():
+        given = state.get(prefix + name)
+        if (isinstance(given, Tensor) and given.dtype != own.dtype
+                and not own.dtype.is_floating_point):
+            raise RuntimeError(f"Converted: {prefix}{name} of the state must be {own.dtype}, got "
+                               f"{given.dtype}")
 
 
 def _arrange(module: Converted, _: Any) -> None:
@@ -175,6 +206,7 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_shapes("convert", model)
     if real not in REALS:
         raise ValueError(f"convert: real must be one of {', '.join(REALS)}, got {real!r}")
     if sign_of_zero is not None and (isinstance(sign_of_zero, bool) or sign_of_zero != 1):
@@ -192,6 +224,10 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
         if isinstance(part, Converted):
             raise ValueError(f"convert: {name or 'model'} is converted already; convert the model "
                              "that it was made of")
+    if on_meta := [name for name, t in (*model.named_parameters(), *model.named_buffers())
+                   if t.is_meta]:
+        raise ValueError(f"convert: {', '.join(on_meta[:3])} of the model have no values, on the "
+                         "meta device; load them first")
     with neutral():
         return _converted(model, tuple(example_inputs), real, sign_of_zero, dynamic_shapes, verbose)
 

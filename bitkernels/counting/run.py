@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -78,9 +77,6 @@ def summary(model: nn.Module, input_size: Size, *, depth: int | None = None) -> 
         raise TypeError(f"summary: {converted or 'the model'} is a converted network, a graph "
                         "without layers; its report says what it is made of, or give the model "
                         "that was converted")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise ValueError(f"summary: {name} has no shape yet; run the lazy model once first")
     inputs = _inputs(model, input_size)
     weights, rows = Weights(), {}
     with _plainly(), FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -53,12 +53,16 @@ class _BinaryConv(BinaryLayer, nn.modules.conv._ConvNd):
     def _reversed_padding_repeated_twice(self, pads: list[int]) -> None:
         """By torch's constructor."""
 
+    def _pads_for(self, input: Tensor) -> Sequence[int]:
+        """The padding of this input as `F.pad` takes it."""
+        return self._reversed_padding_repeated_twice
+
     def _real_forward(self, input: Tensor, convolution) -> Tensor:
         """The PyTorch convolution of the quantized tensors, padded after quantization."""
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if not self.pad_value:
                 return self._conv_forward(x, weight, bias)
-            x = F.pad(x, self._reversed_padding_repeated_twice, value=float(self.pad_value))
+            x = F.pad(x, self._pads_for(x), value=float(self.pad_value))
             return convolution(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
         signs = self.binarization.input_is_sign and self.binarization.weight_is_sign

@@ -159,10 +159,11 @@ class BinaryLayer(FxLeaf):
             raise TypeError(f"{type(self).__name__}: binarization must be a Binarization, got "
                             f"{new!r}")
         for name in _QUANTIZERS:
-            self._modules.pop(name, None)
             quantizer = getattr(new, name)
-            if isinstance(quantizer, nn.Module):
+            if isinstance(quantizer, nn.Module):  # in its place: tools assign while they iterate
                 super().__setattr__(name, quantizer)
+            else:
+                self._modules.pop(name, None)
         if "_looked" not in self.__dict__:
             self._looked = Looked()
 
@@ -177,7 +178,13 @@ class BinaryLayer(FxLeaf):
             self._configure(**options)
 
     def _check_weight(self, value: Any) -> None:
-        """Refuse a batch norm that is folded into the latent weight; look at new weights' zeros."""
+        """Refuse a weight that others have quantized, and a batch norm that is folded into the
+        latent weight; look at new weights' zeros."""
+        if type(value).__module__.startswith("torchao."):
+            raise ValueError(
+                f"{type(self).__name__}: weight must be real, got {type(value).__name__} of "
+                "torchao, in which small weights are 0 and have lost their sign; pack(model) "
+                "first, or give quantize_ a filter_fn that leaves out bitkernels.nn.BinaryLayer")
         old = self._parameters.get("weight")
         if (old is not None and isinstance(value, nn.Parameter) and not self.training
                 and "_loading" not in self.__dict__ and latent.folded_factor(old, value)):

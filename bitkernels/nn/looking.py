@@ -12,9 +12,11 @@ _FEW = 16  # values that may have one sign by chance
 
 
 def can_look_at(x: Tensor) -> bool:
-    """Not while a compiler, tracer, transform or CUDA graph runs the code, or without values."""
+    """Not while a compiler, tracer, transform or CUDA graph runs the code, or without values. What
+    no operator takes is left to its error."""
     return (type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-            and not x.is_meta and torch._C._functorch.peek_interpreter_stack() is None
+            and not x.is_meta and x.is_floating_point() and x.layout == torch.strided
+            and not x.is_nested and torch._C._functorch.peek_interpreter_stack() is None
             and torch._C._len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
             and not (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 

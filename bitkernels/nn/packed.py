@@ -29,6 +29,7 @@ from bitkernels import _onnx
 from bitkernels._arguments import flag
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn import arguments
+from bitkernels.nn.weight_facts import WeightFacts
 from bitkernels.ops.geometry import wants_channels_last, word_count
 from bitkernels.packed import PackedTensor, WeightImage
 
@@ -55,6 +56,7 @@ class _Packed(FxLeaf):
     groups = 1
     padding_mode = "zeros"
     _channels: int  # real input channels
+    _weight_dtype = torch.float32  # of the latent weight, as `to` has changed it since
     _dims = 0  # of the image
     _pads: tuple[int, ...]
     _arguments: tuple[str, ...]  # of the constructor, that are attributes
@@ -76,6 +78,7 @@ class _Packed(FxLeaf):
         self.register_buffer("scale", vector(scale, 1.0))
         self.register_buffer("bias", vector(bias, 0.0))
         self.input_quantizer = input_quantizer
+        self._weight_dtype = torch.get_default_dtype()
         self._image = WeightImage(self._image_of)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -98,10 +101,16 @@ class _Packed(FxLeaf):
         twin: Any = cls(
             **own, bias=bias is not None, device=layer.weight.device, scale=scale is not None,
             input_quantizer=layer.input_quantizer if options.input_first else None)
-        weight = twin._by_output(layer.weight_to_sign())
+        weight = layer.weight_to_sign()
+        if weight.shape != twin._weight_shape():
+            raise ValueError(f"{type(layer).__name__} cannot be packed: weight must be of shape "
+                             f"{twin._weight_shape()} as its attributes say, got "
+                             f"{tuple(weight.shape)}")
+        weight = twin._by_output(weight)
         twin.weight_words = _sign_pack(weight, None, 1).view(twin.weight_words.shape)
         twin.scale = None if scale is None else scale.float()
         twin.bias = None if bias is None else bias.detach().float().clone()
+        twin._weight_dtype = layer.weight.dtype
         return twin.train(layer.training)
 
     def _apply(self, fn, recurse=True):
@@ -116,16 +125,37 @@ class _Packed(FxLeaf):
             if new.dtype != old.dtype:
                 new = new.to(old.dtype) if old.is_meta else old.to(new.device)
             self._buffers[name] = new.contiguous()
+        self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype, device="cpu")).dtype
         self._image.clear()
         return self
 
-    def _load_from_state_dict(self, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
+                              unexpected_keys, error_msgs) -> None:
+        key = f"{prefix}weight_words"
+        wrong = self._not_words(state_dict.get(key))
+        if wrong is not None:  # a copy would round to other words
+            error_msgs.append(f"{key} of {type(self).__name__} must be the packed words of "
+                              f"{self._channels // self.groups} channels in int32, {wrong}")
+            return
         self._image.clear()  # torch.utils.swap_tensors takes no tensor with weak references
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys,
+                                      unexpected_keys, error_msgs)
         for name in ("scale", "bias"):
             vector = self._buffers[name]
             if vector is not None and vector.dtype != torch.float32:  # by assign=True
                 self._buffers[name] = vector.float()
+
+    def _not_words(self, words: Any) -> str | None:
+        """Why words that are to be loaded are none of this layer, other sizes aside."""
+        if not isinstance(words, Tensor):
+            return None
+        if words.dtype != torch.int32:
+            return f"got {str(words.dtype)[6:]}"
+        used = self._channels // self.groups % 32
+        if (used and words.numel() and type(words) is Tensor and not words.is_meta
+                and bool((words[..., -1] >> used).any())):
+            return f"got bits behind channel {self._channels // self.groups}"
+        return None
 
     def binary_weight(self, scaled: bool = False) -> Tensor:
         """The weights -1 and +1, times alpha if scaled: float32, shaped as those of the layer that
@@ -150,11 +180,14 @@ class _Packed(FxLeaf):
                     input_quantizer=None if quantizer is None else type(quantizer).__qualname__)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":  # parents that compute with it themselves
-            raise AttributeError(
-                f"{type(self).__name__} has no real weight: call the layer, or read its "
-                "binary_weight() (-1 and +1) or weight_words (packed)")
+        if name == "weight":
+            return WeightFacts(type(self).__name__, self._weight_shape(), self._weight_dtype,
+                               self.weight_words.device)
         return super().__getattr__(name)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.weight_words.shape[0], self._channels // self.groups,
+                *getattr(self, "kernel_size", ()))
 
     def _check(self, input: Tensor | PackedTensor) -> None:
         """Refuse what this layer has no output for."""

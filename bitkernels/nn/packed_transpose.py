@@ -60,6 +60,9 @@ class _PackedConvTranspose(_Packed):
         self._register((out_channels, *kernel, word_count(in_channels // groups)), scale, bias,
                        device, input_quantizer)
 
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.in_channels, self.out_channels // self.groups, *self.kernel_size
+
     def _by_output(self, weight: Tensor) -> Tensor:
         return by_output(weight, self.groups)
 

@@ -142,8 +142,9 @@ class BinaryResidualBlock(FxLeaf):
         if input.dim() != 4:
             return "the input is not a batch"
         if not norm.training and norm.running_mean is not None:
-            # A graph exported without gradients may be called with them.
-            recorded = torch.is_grad_enabled() or torch.compiler.is_exporting()
+            # A graph made without gradients may be called with them.
+            recorded = (torch.is_grad_enabled() or torch.compiler.is_exporting()
+                        or torch.jit.is_tracing())
             if recorded and (self._trains(input) or functional_transforms()):
                 return "gradients with running statistics"
             return "float64 with running statistics" if input.dtype == torch.float64 else None

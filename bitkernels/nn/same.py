@@ -69,13 +69,20 @@ class SameConv2d(BinaryConv2d):
                          weight_quantizer=weight_quantizer, weight_scale=weight_scale)
         self.padding = "same"
 
+    # No padding but that of each image. The property of the base class raises for a stride, and
+    # torch.jit.trace and inspect.getmembers read all attributes.
+    _reversed_padding_repeated_twice: Any = (0, 0, 0, 0)
+
     def pads_of(self, size: Sequence[int]) -> tuple[int, int, int, int]:
         return same_pads(size, self.kernel_size, self.stride, self.dilation)
 
     def _padding_of(self, input: Tensor) -> tuple[int, int, int, int]:
         return self.pads_of(input.shape[-2:])
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _pads_for(self, input: Tensor) -> tuple[int, int, int, int]:
         top, bottom, left, right = self._padding_of(input)
-        return F.conv2d(F.pad(input, (left, right, top, bottom)), weight, bias, self.stride, 0,
+        return left, right, top, bottom
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(input, self._pads_for(input)), weight, bias, self.stride, 0,
                         self.dilation, self.groups)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from bitkernels._arguments import INT_MAX as INT_MAX
 from bitkernels._arguments import REAL as REAL
 
+_STRIDED = torch.strided
 ESTIMATORS = ("ste_sign", "approx_sign", "swish_sign", "identity", "none")
 
 
@@ -25,6 +27,9 @@ def describe(t: Tensor) -> str:
 
 
 def check_real(op: str, arg: str, t: Tensor, ndim: int | None = None) -> None:
+    if t.layout is not _STRIDED or t.is_nested:
+        fail(op, arg, "a dense tensor",
+             "a nested one" if t.is_nested else f"one of layout {t.layout}")
     if t.dtype not in REAL:
         fail(op, arg, "float32, float16, bfloat16 or float64", describe(t))
     if ndim is not None and t.dim() != ndim:

@@ -30,6 +30,7 @@ from bitkernels.nn.latent import local
 __all__ = ["Bop", "Bop2ndOrder"]
 
 EPSILON = 1e-10  # of Bop2ndOrder's published code
+_ABSENT = ("maximize", "weight_decay", "fused", "capturable", "differentiable")
 
 
 class _FlipOptimizer(Optimizer):
@@ -50,14 +51,16 @@ class _FlipOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, a dict with "params" and options; "gamma" is stored under "lr".
 
-        Raises ValueError for a hyperparameter out of range, a group with both "gamma" and "lr", and
-        a parameter that is not real.
+        Raises ValueError for a hyperparameter out of range, a group with both "gamma" and "lr", an
+        option of torch's optimizers that these do not have, and a parameter that is not real.
         """
         name, group = type(self).__name__, dict(param_group)
         if "gamma" in group:
             if "lr" in group:
                 raise ValueError(f"{name}: a group has both gamma and lr, which are the same")
             group["lr"] = group.pop("gamma")
+        if absent := [f"{key}={group[key]!r}" for key in _ABSENT if group.get(key)]:
+            raise ValueError(f"{name}: a group has {', '.join(absent)}, which {name} does not have")
         for key in ("lr", "sigma", "threshold"):
             if key not in self.defaults:
                 continue
@@ -95,6 +98,12 @@ class _FlipOptimizer(Optimizer):
                                    "schedulers drive it; set that instead of group['gamma'], and "
                                    "give lr= instead of gamma= to an optimizer around this one")
             params = [p for p in group["params"] if p.grad is not None]
+            if float(group["lr"]) == 0:
+                # torch.distributed.checkpoint makes an optimizer's state by such a step, which
+                # leaves the weights of every optimizer of torch as they are.
+                params, new = [p for p in params if self.state[p]], [
+                    p for p in params if not self.state[p]]
+                self._gradients_and_moments(new)
             if not params:
                 continue
             grads, moments = self._gradients_and_moments(params)
@@ -184,7 +193,8 @@ class Bop(_FlipOptimizer):
 
     params: weights of any shape and real dtype, named or not, or groups with their own gamma and
       threshold. The first step sets real weights to -1 and +1, with the real w in the test;
-      layers of `bitkernels.nn` compute with signs before that too.
+      layers of `bitkernels.nn` compute with signs before that too. A first step with gamma = 0,
+      by which `torch.distributed.checkpoint` makes the state, leaves the weights as they are.
     gamma: the adaptivity rate in [0, 1]; None: 1e-4, Larq's default. It is the group's "lr", which
       all schedulers of `torch.optim.lr_scheduler` drive. Threshold: see `ScheduledHyperparameter`.
     threshold: at least 0.

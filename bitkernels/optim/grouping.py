@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -86,7 +87,8 @@ class CaseOptimizer(Optimizer):
     themselves.
 
     Raises ValueError for a parameter that several predicates claim, a predicate that claims none,
-    a factory that leaves out or adds parameters, and Bop on weights of a layer of the model whose
+    a factory that leaves out or adds parameters, an optimizer that cannot step without a closure
+    (LBFGS), and Bop on weights of a layer of the model whose
     weight quantizer passes no gradient at -1 and +1, or a reversed one; TypeError for a factory
     that makes no optimizer. As `larq.optimizers.CaseOptimizer`, where the predicates see variables.
     """
@@ -201,6 +203,11 @@ def _made(what: str, factory: Factory, parameters: NamedParameters) -> Optimizer
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{what}: the function returned {type(optimizer).__name__}, not a "
                         "torch.optim.Optimizer")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"{what}: a step of {type(optimizer).__name__} evaluates the closure "
+                         "itself, and the one of CaseOptimizer runs once, before all of them; give "
+                         f"{type(optimizer).__name__} a step of its own")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held != {id(p) for _, p in parameters}:
         left = [name for name, p in parameters if id(p) not in held]

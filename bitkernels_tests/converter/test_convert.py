@@ -344,3 +344,34 @@ def test_a_packed_linear_layer_behind_a_packed_one():
     network = convert(bnn.pack(model), rows)
     assert torch.equal(network(rows), model(rows))
     assert [p.reads for p in network.report.products] == ["signs", "words"]
+
+
+def test_a_model_without_values_is_refused():
+    model = nn.Sequential(bnn.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8)).to("meta")
+    with pytest.raises(ValueError, match="convert: 0.weight, 0.bias, 1.weight of the"):
+        convert(model, torch.randn(2, 8, 7, 7))
+
+
+def test_words_of_another_type_are_not_loaded():
+    model = nn.Sequential(bnn.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8),
+                          bnn.BinaryConv2d(8, 4, 3)).eval()
+    x = torch.randn(2, 8, 7, 7)
+    network = nn.Sequential(convert(model, x))
+    before = network(x)
+    state = {key: value.half() for key, value in network.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"Converted: 0\.graph_module\.\w+ of the state must be "
+                       "torch.int32, got torch.float16"):
+        network.load_state_dict(state)
+    assert torch.equal(network(x), before)
+
+
+def test_in_transforms_of_torch_func():
+    x = torch.randn(3, 8)
+    lines = nn.Sequential(bnn.BinaryLinear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).eval()
+    network = convert(lines, x)
+    mapped = torch.vmap(lambda row: network(row.unsqueeze(0)).squeeze(0))(x)
+    torch.testing.assert_close(mapped, network(x))
+    images = convert(nn.Sequential(bnn.BinaryConv2d(3, 4, 3), nn.BatchNorm2d(4),
+                                   nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 5, 5))
+    with pytest.raises(RuntimeError, match="Converted: torch.vmap has no memory formats"):
+        torch.vmap(lambda image: images(image.unsqueeze(0)))(torch.randn(2, 3, 5, 5))

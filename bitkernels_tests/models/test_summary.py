@@ -364,7 +364,7 @@ class Looks(nn.Module):
      r"shape \(1, 2, 6, 9\): .*; three numbers are one image, with 1 before them: give an input"),
     (nn.Linear(3, 3), (), ValueError, "must be a shape or tensors"),
     (nn.Linear(3, 3), 3, ValueError, "must be a shape or tensors, got 3"),
-    (nn.LazyLinear(3), (3,), ValueError, "weight has no shape yet"),
+    (nn.LazyLinear(3), (3,), ValueError, "weight, bias of the model has no shape yet"),
     (nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 4)), (1, 3), RuntimeError,
      r"Sequential in 1 does not run on an input of shape \(1, 3\)"),
     (Looks(), (3, 8, 8), RuntimeError, "looks at values")])

@@ -9,6 +9,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.nn.utils import prune
 
 import bitkernels.nn as bnn
@@ -95,3 +98,33 @@ def test_a_method_of_another_instance_is_a_replacement():
     assert not is_patched(first) and first.pack_obstacle() is None
     first.forward = second.forward
     assert is_patched(first) and "replaced on the instance" in first.pack_obstacle()
+
+
+def test_weights_that_torchao_has_quantized_are_refused():
+    """Their rounding makes small weights 0, whose sign is +1."""
+    class Int8Tensor(torch.Tensor):
+        pass
+
+    Int8Tensor.__module__ = "torchao.quantization"
+    layer, x = bnn.BinaryLinear(8, 4), torch.randn(2, 8)
+    before = layer(x)
+    with pytest.raises(ValueError, match="weight must be real, got Int8Tensor of torchao"):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Int8Tensor))
+    assert torch.equal(layer(x), before)
+
+
+def test_children_may_be_assigned_while_they_are_listed():
+    """As tools do that wrap modules: activation checkpoints, FSDP's policies."""
+    def wrap(module):
+        for name, child in module.named_children():
+            wrap(child)
+            setattr(module, name, child)
+
+    model, x = nn.Sequential(bnn.BinaryConv2d(8, 4, 3), bnn.BinaryLinear(4, 4)), torch.randn(
+        2, 8, 3, 6)
+    before, names = model(x), [name for name, _ in model.named_modules()]
+    wrap(model)
+    assert torch.equal(model(x), before)
+    assert [name for name, _ in model.named_modules()] == names and model[0].on_bits
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, bnn.BinaryLayer))
+    assert torch.equal(model(x), before) and torch.equal(bnn.pack(model)(x), before)

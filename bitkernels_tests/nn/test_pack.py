@@ -352,17 +352,6 @@ def test_tools_that_fuse_by_class_leave_binary_layers():
     assert torch.equal(fused(x), model(x))
 
 
-@pytest.mark.parametrize("make", [lambda: BinaryConv2d(4, 4, 3), lambda: BinaryConv1d(4, 4, 3),
-                                  lambda: BinaryLinear(4, 4)])
-def test_packed_layers_say_that_they_have_no_weight(make):
-    twin = make().pack()
-    assert not hasattr(twin, "weight") and getattr(twin, "weight", None) is None
-    with pytest.raises(AttributeError, match=rf"{type(twin).__name__}.*binary_weight"):
-        twin.weight  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'weigth'"):
-        twin.weigth  # noqa: B018
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("options", [
     {}, dict(weight_quantizer=None), dict(weight_quantizer="swish_sign", weight_scale="xnor"),

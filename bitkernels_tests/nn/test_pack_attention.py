@@ -36,6 +36,9 @@ def test_packed_transformers_call_their_layers(by):
         assert isinstance(one.layers[0].linear1, PackedLinear)
         with torch.no_grad():
             torch.testing.assert_close(one(x, src_key_padding_mask=mask), h)
+    if by == "binarize":
+        with torch.no_grad():
+            torch.testing.assert_close(model(x, src_key_padding_mask=mask), h)
 
 
 def test_a_projection_that_attention_reads_is_refused():

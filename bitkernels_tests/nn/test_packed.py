@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,6 +25,8 @@ from bitkernels.nn import (
     PackedConv2d,
     PackedLinear,
     SameConv2d,
+    binarize,
+    pack,
 )
 from bitkernels_tests import module_cases, oracles
 from bitkernels_tests.cases import reals
@@ -266,3 +269,79 @@ def test_a_quantizer_gets_the_input_as_it_is(cls, dims, options, batched):
         layer = cls(8, 5, 3, **options, input_quantizer=quantizer).eval()
         with torch.no_grad():
             assert torch.equal(layer.pack()(x), layer(x))
+
+
+@pytest.mark.parametrize("name", module_cases.PACKABLE)
+def test_parents_may_ask_what_the_weight_was_like(name):
+    """Its type, device and sizes, of which many cast their input; not its values."""
+    layer, x = module_cases.PACKABLE[name]()
+    packed = layer.pack()
+    real, facts = layer.weight, packed.weight
+    assert (facts.dtype, facts.device, facts.shape) == (real.dtype, real.device, real.shape)
+    assert (facts.size(), facts.size(1), facts.ndim, facts.dim(), facts.numel()) == (
+        real.size(), real.size(1), real.ndim, real.dim(), real.numel())
+    assert facts.is_floating_point() and not (facts.is_cuda or facts.requires_grad)
+    assert layer.double().pack().weight.dtype == torch.float64
+    for one in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        one = one.bfloat16().to("meta").weight
+        assert one.dtype == torch.bfloat16 and one.device.type == "meta"
+    said = "has no real weight: call the layer, or read its binary_weight"
+    for use in (lambda: F.linear(x, facts), lambda: x * facts, lambda: 2 * facts, lambda: facts[0],
+                lambda: torch.sign(facts)):
+        with pytest.raises(RuntimeError, match=said):
+            use()
+    with pytest.raises(AttributeError, match=f"{said}.*; abs needs its values"):
+        facts.abs()
+    with pytest.raises(AttributeError, match="no attribute 'weigth'"):
+        packed.weigth  # noqa: B018
+
+
+def test_a_parent_that_casts_to_the_type_of_a_weight():
+    class Casting(nn.Module):  # as T5's and CLIP's of transformers
+        def __init__(self):
+            super().__init__()
+            self.first, self.wo, self.last = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            if isinstance(self.wo.weight, torch.Tensor) and x.dtype != self.wo.weight.dtype:
+                x = x.to(self.wo.weight.dtype)
+            return self.last(self.wo(x.to(self.wo.weight.device, self.wo.weight.dtype)))
+
+    model, x = binarize(Casting()).eval(), torch.randn(2, 8)
+    packed = pack(model)
+    assert isinstance(packed.wo, PackedLinear)
+    assert torch.equal(packed(x), model(x))
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    half = copy.deepcopy(packed).bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", module_cases.PACKABLE)
+@pytest.mark.parametrize("assign", [False, True])
+def test_words_of_another_type_are_not_loaded(name, assign):
+    """As a state of which all tensors were made half or float: a copy would round them."""
+    layer, x = module_cases.PACKABLE[name]()
+    packed = nn.Sequential(layer.pack())
+    before = packed(x)
+    for dtype in (torch.float32, torch.float16, torch.int64):
+        state = {key: value.to(dtype) for key, value in packed.state_dict().items()}
+        with pytest.raises(RuntimeError, match=r"0\.weight_words of Packed\w+ must be the packed "
+                           rf"words of \d+ channels in int32, got {str(dtype)[6:]}"):
+            packed.load_state_dict(state, assign=assign)
+    words = packed[0].weight_words | (1 << 29)
+    with pytest.raises(RuntimeError, match=r"got bits behind channel \d+"):
+        packed.load_state_dict(packed.state_dict() | {"0.weight_words": words}, assign=assign)
+    assert packed[0].weight_words.dtype == torch.int32 and torch.equal(packed(x), before)
+
+
+@pytest.mark.parametrize("attribute, value", [("in_channels", 7), ("kernel_size", (1, 1)),
+                                              ("out_channels", 3)])
+def test_a_weight_that_its_layer_does_not_describe_is_not_packed(attribute, value):
+    """As tools leave it that cut channels out of a weight alone. Words would be read wrongly."""
+    layer = BinaryConv2d(8, 4, 3)
+    setattr(layer, attribute, value)
+    with pytest.raises(ValueError, match=r"weight must be of shape \(.*\) as its attributes say, "
+                       r"got \(4, 8, 3, 3\)"):
+        pack(nn.Sequential(layer))

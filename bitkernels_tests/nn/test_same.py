@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,3 +99,20 @@ def test_packed_file_round_trip(tmp_path):
         assert torch.equal(other(x), model.eval()(x))
     with pytest.raises(ValueError, match="padding"):
         bnn.load_packed(tmp_path / "m", nn.Sequential(bnn.BinaryConv2d(3, 4, 3, 2, 1)))
+
+
+def test_every_attribute_can_be_read():
+    """As inspect.getmembers and torch.jit.trace do."""
+    layer, x = bnn.SameConv2d(4, 5, 3, 2).eval(), torch.randn(2, 4, 7, 8)
+    for one in (layer, layer.pack()):
+        assert dict(inspect.getmembers(one))["stride"] == (2, 2)
+        traced = torch.jit.trace(nn.Sequential(one), (x,))
+        assert torch.equal(traced(x), layer(x))
+
+
+def test_real_values_are_padded_with_the_signs_asked_for():
+    layer = bnn.SameConv2d(4, 5, 3, 2, input_quantizer="dorefa_quantizer")
+    layer.pad_value, x = -1, torch.randn(2, 4, 8, 7)
+    padded = F.pad(layer.input_quantizer(x), (1, 1, 0, 1), value=-1.0)
+    wanted = F.conv2d(padded, layer.binary_weight(), layer.bias, 2)
+    torch.testing.assert_close(layer(x), wanted)

@@ -71,3 +71,23 @@ def test_a_whole_network_names_the_operator():
     with pytest.raises(RuntimeError, match=r"binary_conv2d: input must be 16 channels wide for a "
                        r"weight of shape \(8, 16, 3, 3\), got 12 channels in float32"):
         net(torch.randn(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv2d same", "linear", "rsign", "rprelu", "block",
+                                  "packed conv2d", "packed linear"])
+def test_tensors_that_are_not_dense_are_named(name):
+    make, shape = LAYERS[name]
+    x = torch.randn(2, 16, *shape[2:])
+    with pytest.raises(RuntimeError, match="input must be a dense tensor, got one of layout "
+                       "torch.sparse_coo"):
+        make()(x.to_sparse())
+    with pytest.raises(RuntimeError, match="input must be float32, float16, .*got complex64 of"):
+        make()(x.to(torch.complex64))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "linear", "rsign"])
+def test_nested_tensors_are_named(name):
+    make, shape = LAYERS[name]
+    x = torch.nested.nested_tensor([torch.randn(16, *shape[2:])] * 2)
+    with pytest.raises(RuntimeError, match="input must be a dense tensor, got a nested one"):
+        make()(x)

@@ -128,6 +128,8 @@ def sgd(params):
 @pytest.mark.parametrize("make_it, error, match", [
     (lambda m: CaseOptimizer(m, (lambda n, p: True, sgd), (lambda n, p: n == "2.weight", sgd)),
      ValueError, "'2.weight' is claimed by the predicates of cases 0 and 1"),
+    (lambda m: CaseOptimizer(m, (is_binary_weight(m), Bop), default=lambda p: torch.optim.LBFGS(
+        [q for _, q in p])), ValueError, "the default: a step of LBFGS evaluates the closure"),
     (lambda m: CaseOptimizer(m, (lambda n, p: False, sgd), default=sgd), ValueError,
      "case 0 claims no parameter"),
     (lambda m: CaseOptimizer(m, (lambda n, p: True, sgd(m.parameters()))), TypeError,

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 
 from bitkernels.nn import BinaryLinear
 from bitkernels.optim import (
     Bop,
     Bop2ndOrder,
+    CaseOptimizer,
     ScheduledHyperparameter,
 )
 from bitkernels.quantizers import NoOp
@@ -246,6 +248,29 @@ def test_unbiased_with_gamma_zero_leaves_weights():
     assert w.tolist() == [1, -1]
 
 
+@pytest.mark.parametrize("make", [
+    lambda ps: Bop(ps, gamma=0.5, threshold=0.0),
+    lambda ps: Bop2ndOrder(ps, gamma=0.5, threshold=0.0, foreach=True),
+    lambda ps: CaseOptimizer([("w", ps[0])], (lambda *_: True, lambda p: Bop(p, threshold=0.0)))])
+def test_checkpoints_make_the_state_and_leave_the_weights(make):
+    """torch.distributed.checkpoint steps with gradients and a learning rate of 0 for it."""
+    layer = BinaryLinear(6, 2, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = make([layer.weight])
+    state = get_optimizer_state_dict(layer, optimizer)["state"]
+    assert torch.equal(layer.weight, before)
+    assert state["weight"]["momentum"].tolist() == [[0.0] * 6] * 2
+    rate = optimizer.param_groups[0]["lr"]
+    assert rate > 0
+    layer.weight.grad = -torch.sign(before)  # grows them: no weight flips
+    optimizer.step()
+    assert torch.equal(layer.weight, torch.sign(before))
+    optimizer.param_groups[0]["lr"] = 0.0  # the moments stay, and so the test
+    layer.weight.grad = torch.sign(before)
+    optimizer.step()
+    assert torch.equal(layer.weight, torch.sign(before))
+
+
 @pytest.mark.parametrize("quantizer, learns", [
     (None, True), (NoOp(precision=1), True), ("ste_sign", True), ("approx_sign", False)])
 def test_weight_quantizers_that_pass_gradients_at_one(quantizer, learns):
@@ -300,6 +325,10 @@ def test_grad_scaler():
     (lambda p: Bop(p, gamma=1e-4, lr=1e-4), "gamma=0.0001 and lr=0.0001 are the same"),
     (lambda p: Bop2ndOrder(p, lr=2.0), r"gamma must be a number in \[0, 1\], got 2.0"),
     (lambda p: Bop([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), "complex64"),
+    (lambda p: Bop(p, threshold="0"), "threshold must be at least 0, got '0'"),
+    (lambda p: Bop([{"params": p, "maximize": True}]), "a group has maximize=True, which Bop does"),
+    (lambda p: Bop2ndOrder([{"params": p, "weight_decay": 0.1, "fused": None}]),
+     "a group has weight_decay=0.1, which"),
     (lambda p: ScheduledHyperparameter(Bop(p), "sigma"), "no 'sigma'"),
     (lambda p: ScheduledHyperparameter(Bop(p), "lr"), "give the scheduler the optimizer"),
     (lambda p: Bop(p).load_state_dict(torch.optim.SGD(p).state_dict()), "not a state of Bop"),

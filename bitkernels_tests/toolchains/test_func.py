@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._vmap_internals import _vmap
 from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
@@ -337,3 +338,52 @@ def test_vmap_of_quantizers_over_images_that_are_not_contiguous(name):
         want = torch.stack([quantizer(t) for t in x]), torch.stack([grad(loss)(t) for t in x])
         assert torch.equal(vmap(quantizer)(x), want[0])
         torch.testing.assert_close(vmap(grad(loss))(x), want[1])
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in cases.PACKED])
+def test_gradients_in_batches(name):
+    """By the vmap that was before torch.func: is_grads_batched, jacobian(vectorize=True)."""
+    module, x = MODULES[name]()
+    x = x[:1].requires_grad_()
+    y = module(x)
+    inputs = [x, *module.parameters()]
+    batch = torch.randn(2, 3, *y.shape)
+
+    def pull(g, **kw):
+        return torch.autograd.grad(y, inputs, g, retain_graph=True, allow_unused=True, **kw)
+
+    got = pull(batch[0], is_grads_batched=True)
+    for i in range(3):
+        for g, wanted in zip(got, pull(batch[0, i]), strict=True):
+            assert (g is None) == (wanted is None)
+            if g is not None:
+                assert_close(g[i], wanted, 1e-6)
+    nested = _vmap(_vmap(lambda g: pull(g)[0]))(batch)
+    for i in range(2):
+        for j in range(3):
+            assert_close(nested[i, j], pull(batch[i, j])[0], 1e-6)
+
+
+def test_a_jacobian_at_once_is_the_jacobian():
+    module, x = MODULES["conv2d"]()
+    jacobian = torch.autograd.functional.jacobian
+    assert torch.equal(jacobian(module, x[:1], vectorize=True), jacobian(module, x[:1]))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "linear", "conv transpose2d", "rsign", "rprelu",
+                                  "approx_sign", "block of reactnet"])
+def test_gradients_in_batches_have_no_second_derivative(name):
+    module, x = MODULES[name]()
+    y = module(x.requires_grad_())
+    batch = torch.randn(3, *y.shape, requires_grad=True)
+    g, = torch.autograd.grad(y, x, batch, is_grads_batched=True, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (g.square().sum() + x.sum()).backward()
+
+
+@pytest.mark.parametrize("name", cases.QUANTIZERS)
+def test_quantizers_have_no_hessian(name):
+    """Where the level of the tangents is below that of the gradient."""
+    quantizer, x = cases.QUANTIZERS[name]()
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        hessian(lambda x: quantizer(x).square().sum())(x)

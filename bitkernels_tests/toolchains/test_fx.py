@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import bitkernels.nn as bnn
-from bitkernels import metrics, models
+from bitkernels import convert, metrics, models
 from bitkernels_tests import module_cases as cases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -278,9 +279,53 @@ def test_feature_extraction(torchvision, packed):
 def test_other_tracers_see_tensors(name):
     """`torch.jit.trace` and `make_fx` run the modules."""
     module, x = LEAVES[name]()
-    module.eval()
+    module.eval().requires_grad_(False)  # a traced block that trains is its layers
     with torch.no_grad():
         expected = module(x)
         assert torch.equal(torch.jit.trace(module, (x,))(x), expected)
         graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: module(x))(x)
         assert torch.equal(graph(x), expected)
+
+
+@pytest.mark.parametrize("name", cases.MODULES)
+def test_scripts_are_refused_in_words(name):
+    module, _ = cases.MODULES[name]()
+    for root in (module, nn.Sequential(nn.Identity(), module)):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile it; use torch"):
+            torch.jit.script(root)
+
+
+def test_converted_networks_are_one_node():
+    model, x = nn.Sequential(bnn.BinaryConv2d(8, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(
+        2, 8, 5, 5)
+    converted = convert(model, x)
+    whole = nn.Sequential(converted, nn.Flatten())
+    traced = torch.fx.symbolic_trace(whole)
+    assert [n.op for n in traced.graph.nodes].count("call_module") == 2
+    assert torch.equal(traced(x), whole(x))
+    with pytest.raises(torch.fx.proxy.TraceError, match="own graph is network.graph_module"):
+        torch.fx.symbolic_trace(converted)
+    with pytest.raises(RuntimeError, match="Converted: torch.jit.script cannot compile it"):
+        torch.jit.script(whole)
+
+
+@pytest.mark.parametrize("name", cases.MODULES)
+def test_torch_jit_traces(name):
+    """With torch's own check, there and back through a file, with gradients where there are any."""
+    module, x = cases.MODULES[name]()
+    module.eval()
+    traced = torch.jit.trace(nn.Sequential(module), (x,))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert torch.equal(loaded(x), module(x))
+    for graph in (traced, loaded):
+        if any(p.requires_grad for p in module.parameters()):
+            wanted, got = (torch.autograd.grad(
+                m(x).square().sum(), list(m.parameters()), allow_unused=True)
+                for m in (module, graph))
+            for a, b in zip(got, wanted, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b)

@@ -15,6 +15,7 @@ from bitkernels.nn.conversion.values import (
     is_max,
     is_norm,
     is_pool,
+    is_size,
     kind,
     module_kind,
     name_of,
@@ -104,6 +105,7 @@ class _Flow:
         self.sources: dict[fx.Node, frozenset[Source]] = {}
         self.raw: dict[fx.Node, frozenset[nn.Module]] = {}
         self.channels: dict[fx.Node, int | None] = {}
+        self.inputs: dict[fx.Node, list[fx.Node]] = {}  # whose values it takes, not sizes alone
         self.before: dict[fx.Node, int] = {}  # all nodes that a node depends on, as bits
         self.modules: dict[fx.Node, nn.Module | None] = {}
         self.analysed = set(result.sources)  # in a part around this one
@@ -111,15 +113,19 @@ class _Flow:
 
     def run(self) -> None:
         nodes = list(self.part.graph.nodes)
+        sizes: set[fx.Node] = set()
         for i, node in enumerate(nodes):
             module = self.part.module(node) if node.op == "call_module" else None
             self.modules[node] = module
+            if is_size(node, sizes):
+                sizes.add(node)
+            self.inputs[node] = [n for n in node.all_input_nodes if n not in sizes]
             self.before[node] = 1 << i
-            for origin in node.all_input_nodes:
+            for origin in self.inputs[node]:
                 self.before[node] |= self.before[origin]
             self.sources[node] = self._sources(node, module)
             self.raw[node] = frozenset() if is_norm(node, module) else frozenset().union(
-                *(self.raw[n] for n in node.all_input_nodes))
+                *(self.raw[n] for n in self.inputs[node]))
             self.channels[node] = self._channels(node, module)
             if module is not None:
                 self._called(node, module)
@@ -140,17 +146,17 @@ class _Flow:
             self.result.channels[module].add(self.channels[node])
         if any(isinstance(m, LAYERS) for m in module.modules()):
             self.layers.append(node)
-        if not isinstance(module, LAYERS) or not node.all_input_nodes:
+        if not isinstance(module, LAYERS) or not self.inputs[node]:
             return
         self.result.raw[module] |= self.raw[node]
         self.raw[node] = frozenset([module])
         if module not in self.analysed:
             known = self.result.sources.get(module, frozenset())
-            self.result.sources[module] = known | self.sources[node.all_input_nodes[0]]
+            self.result.sources[module] = known | self.sources[self.inputs[node][0]]
 
     def _sources(self, node: fx.Node, module: nn.Module | None) -> frozenset[Source]:
         """Not of a layer's input but of the node's own values."""
-        inputs = [self.sources[n] for n in node.all_input_nodes]
+        inputs = [self.sources[n] for n in self.inputs[node]]
         if node.op == "placeholder":
             return frozenset([UNKNOWN] if self.part.name else [])
         if node.op == "call_module" and module is not None and not inputs:
@@ -185,7 +191,7 @@ class _Flow:
         return joined
 
     def _channels(self, node: fx.Node, module: nn.Module | None) -> int | None:
-        inputs = [self.channels[n] for n in node.all_input_nodes]
+        inputs = [self.channels[n] for n in self.inputs[node]]
         if isinstance(module, nn.modules.conv._ConvNd):
             return module.out_channels
         if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -219,24 +225,24 @@ class _Flow:
 
     def _back(self, node: fx.Node, norms: bool) -> fx.Node:
         """Back over what only moves or scales values, to what made them."""
-        while node.all_input_nodes and (
+        while self.inputs[node] and (
                 kind(node, self.modules[node]) == "keeps"
                 or norms and is_norm(node, self.modules[node])):
-            node = node.all_input_nodes[0]
+            node = self.inputs[node][0]
         return node
 
     def _find_shortcut(self, addition: fx.Node) -> None:
         """A 1x1 convolution that brings the input of a residual block to the shape of its output:
         from where the block begins to the addition, and something else is between the two."""
-        sides = addition.all_input_nodes
+        sides = self.inputs[addition]
         for side, other in zip(sides, reversed(sides), strict=True) if len(sides) == 2 else ():
             node = self._back(side, norms=True)
             conv = self.modules[node]
             if (isinstance(conv, nn.modules.conv._ConvNd) and not conv.transposed
                     and set(conv.kernel_size) == {1} and conv.groups == 1
                     and (set(conv.stride) != {1} or conv.in_channels != conv.out_channels)
-                    and node.all_input_nodes):
-                start = self._back(node.all_input_nodes[0], norms=False)
+                    and self.inputs[node]):
+                start = self._back(self.inputs[node][0], norms=False)
                 beside = not self.before[other] & self._bit(node)
                 if beside and any(
                         self.before[other] & self._bit(n) and self.before[n] & self._bit(start)
@@ -247,8 +253,8 @@ class _Flow:
         """The 1x1 convolution of few channels to more that a depthwise one works on, as in the
         inverted residuals of MobileNetV2."""
         node = depthwise
-        while len(node.all_input_nodes) == 1:
-            node = node.all_input_nodes[0]
+        while len(self.inputs[node]) == 1:
+            node = self.inputs[node][0]
             module = self.modules[node]
             if isinstance(module, LAYERS):
                 if is_expansion(module):
@@ -260,11 +266,11 @@ class _Flow:
 
     def _find_gate(self, product: fx.Node) -> None:
         """Layers between a pooled image and the gate in [0, 1] that multiplies its channels."""
-        for side in product.all_input_nodes:
+        for side in self.inputs[product]:
             node = self._back(side, norms=False)
             if not is_gate(node, self.modules[node]):
                 continue
-            layers, pooled, waiting = set(), False, list(node.all_input_nodes)
+            layers, pooled, waiting = set(), False, list(self.inputs[node])
             while waiting:
                 node = waiting.pop()
                 module = self.modules[node]
@@ -276,7 +282,7 @@ class _Flow:
                 if node.op == "placeholder" or len(layers) > 3:
                     layers.clear()
                     break
-                waiting += [n for n in node.all_input_nodes if n.op != "get_attr"]
+                waiting += [n for n in self.inputs[node] if n.op != "get_attr"]
             if pooled:
                 self.result.gates |= layers
 

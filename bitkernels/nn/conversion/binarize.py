@@ -31,6 +31,7 @@ from bitkernels.nn.conversion.candidates import (
 from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.conversion.graph import LAYERS, is_depthwise
 from bitkernels.nn.conversion.norm_sign import NormSign
+from bitkernels.nn.conversion.pack import keep_off_fused_paths
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
 from bitkernels.nn.conversion.values import module_kind
 from bitkernels.nn.layer import BinaryLayer
@@ -89,8 +90,9 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     whose weight is read by the code of a parent, which would compute with the real weight, and
     kinds that have no binary layer. Another one names those that could not be analysed.
 
-    Raises ValueError for options that do not fit a layer, and for layers whose `forward` was
-    replaced on the instance, that were compiled or are not initialized, before anything is changed.
+    Raises ValueError for options that do not fit a layer, for layers whose `forward` was replaced
+    on the instance or that were compiled, and for lazy layers that have no shapes yet, before
+    anything is changed.
     """
     check_model("binarize", model)
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
@@ -147,18 +149,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     if quantizers.is_binary(options["input_quantizer"]):
         activations = _prepare_inputs(model, plans, found, activation, said)
 
-    for module, own in plans.items():
-        _make_binary(module, own, pad_value)
-    for module, new in activations.items():
-        _become(module, new)
-    for parent in model.modules():
-        if isinstance(parent, nn.TransformerEncoderLayer) and any(
-                m in plans for m in parent.modules()):
-            # Its fused inference path reads linear1.weight and never calls linear1; 0 is what
-            # PyTorch itself sets to turn that path off.
-            parent.activation_relu_or_gelu = 0
-    said.binary |= {layers[m]: type(m).__name__ for m in plans}
-    said.count(model)
+    # Where warnings are errors, nothing is changed yet.
     _warn("these layers stay real", unexpected)
     _warn("torch.fx cannot trace the calls of these layers; give example_inputs, or check that no "
           "ReLU is before their sign and that their parents call them",
@@ -166,6 +157,13 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
     if not plans and not unexpected and filter is None and not any(
             isinstance(m, (BinaryLayer, _Packed)) for m in layers):
         _warn("no layer became binary", said.kept or {type(model).__name__: "it has none to take"})
+    for module, own in plans.items():
+        _make_binary(module, own, pad_value)
+    for module, new in activations.items():
+        _become(module, new)
+    keep_off_fused_paths(model, {id(m) for m in plans})
+    said.binary |= {layers[m]: type(m).__name__ for m in plans}
+    said.count(model)
     _say(said, verbose, report)
     return model
 

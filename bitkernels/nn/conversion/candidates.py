@@ -58,9 +58,6 @@ def is_quantized(module: nn.Module) -> bool:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a layer cannot be made binary as it is, with what to do, or None."""
-    cls = type(module)
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return f"{cls.__name__} is not initialized; run one batch through the model first"
     if not is_patched(module):
         return None
     if vars(module).get("_compiled_call_impl") is not None:

@@ -62,7 +62,7 @@ def pack(model: nn.Module, *,
     packed: nn.Module = copy.deepcopy(model, memo)
     for layer, twin in twins:
         carry_forward_hooks(layer, twin, memo)
-    _keep_off_fused_paths(packed, {id(twin) for _, twin in twins})
+    keep_off_fused_paths(packed, {id(twin) for _, twin in twins})
     return packed.eval().requires_grad_(False)
 
 
@@ -90,10 +90,14 @@ def _sharded(model: nn.Module) -> list[str]:
     return []
 
 
-def _keep_off_fused_paths(packed: nn.Module, twins: set[int]) -> None:
-    """PyTorch's fused inference of transformer layers reads linear1.weight and never calls it."""
-    for module in packed.modules():
-        if not any(id(m) in twins for m in module.modules()):
+def keep_off_fused_paths(model: nn.Module, layers: set[int]) -> None:
+    """PyTorch's fused inference of transformer layers reads linear1.weight and never calls it; the
+    nested tensors that it makes of padded batches fit nothing else.
+
+    layers: the ids of those that are to be called.
+    """
+    for module in model.modules():
+        if not any(id(m) in layers for m in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # what PyTorch itself sets to turn the path off

@@ -130,7 +130,10 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     if on_meta:
         state = {key: value.clone() if target[key].is_meta else value.to(target[key].device)
                  for key, value in state.items()}
-    packed.load_state_dict(state, assign=on_meta)
+    try:
+        packed.load_state_dict(state, assign=on_meta)
+    except RuntimeError as error:
+        raise ValueError(f"load_packed: {path} is broken: {error}") from None
     left = [name for name, t in packed.named_buffers() if t.is_meta]
     if left:
         raise ValueError(f"load_packed: {', '.join(left)} of {type(model).__name__} are on the "

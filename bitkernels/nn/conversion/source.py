@@ -67,6 +67,8 @@ def _reads(cls: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
         seen.add(name)
         nodes = [n for n in ast.walk(methods[name]) if isinstance(n, ast.Attribute)]
         harmless = {id(n.value) for n in nodes if n.attr in _HARMLESS}
+        harmless |= {id(n.args[0]) for n in ast.walk(methods[name]) if isinstance(n, ast.Call)
+                     and ast.unparse(n.func) == "isinstance"}
         for node in nodes:
             owner = ast.unparse(node.value)
             if owner == "self":

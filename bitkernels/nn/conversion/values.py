@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import fx, nn
@@ -40,11 +41,25 @@ _KEEPING_MODULES = (
     nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
     MaxPool2d)
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_SIZES = ("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "dtype", "device")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def name_of(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).strip("_")
+
+
+def is_size(node: fx.Node, sizes: Container[fx.Node]) -> bool:
+    """Whether it says what a tensor is like, not what is in it; of what `sizes` are, which do."""
+    if node.op == "call_method":
+        return name_of(node) in _SIZES
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _SIZES
+    numbers = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
+    inputs = node.all_input_nodes
+    return numbers and bool(inputs) and all(n in sizes for n in inputs)
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -139,8 +154,19 @@ def module_kind(module: nn.Module) -> str:
         return "source" if module.threshold >= 0 and module.value >= 0 else "any"
     if isinstance(module, _CONSTANT_PADS):
         return "keeps" if _at_least_zero(module.value) else "any"
-    pools = type(module).__module__ == nn.MaxPool2d.__module__
-    return "keeps" if pools or isinstance(module, _KEEPING_MODULES) else "any"
+    keeps = _is_pool(module) or type(module).__module__.startswith("einops.layers.")
+    return "keeps" if keeps or isinstance(module, _KEEPING_MODULES) else "any"
+
+
+def _is_pool(module: nn.Module) -> bool:
+    """Of torch, or of einops, which also only moves values by another class."""
+    return type(module).__module__ == nn.MaxPool2d.__module__ or _reduction(module) is not None
+
+
+def _reduction(module: nn.Module) -> Any:
+    """What `Reduce` of einops does, None for other modules."""
+    home = type(module).__module__
+    return getattr(module, "reduction", None) if home.startswith("einops.layers.") else None
 
 
 def is_gate(node: fx.Node, module: nn.Module | None) -> bool:
@@ -151,7 +177,7 @@ def is_gate(node: fx.Node, module: nn.Module | None) -> bool:
 
 def is_pool(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
-        return type(module).__module__ == nn.MaxPool2d.__module__
+        return _is_pool(module)
     return node.op in ("call_function", "call_method") and (
         name_of(node) in ("mean", "amax") or "pool" in name_of(node))
 
@@ -159,7 +185,7 @@ def is_pool(node: fx.Node, module: nn.Module | None) -> bool:
 def is_max(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether it lets only the largest of several values through."""
     if module is not None:
-        return "MaxPool" in type(module).__name__
+        return "MaxPool" in type(module).__name__ or _reduction(module) == "max"
     return name_of(node) in ("max", "amax", "topk") or "max_pool" in name_of(node)
 
 

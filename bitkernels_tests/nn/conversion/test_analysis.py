@@ -271,6 +271,21 @@ def test_activations_that_reach_no_sign_are_kept():
     sees_its_input(model)
 
 
+def test_the_size_of_an_image_is_not_its_values():
+    """Efficient channel attention: the gate is shaped as the image that it multiplies."""
+    def eca(s, x):
+        x = s.relu(x)
+        y = s.gate(x.mean((2, 3)).view(x.shape[0], 1, -1))
+        return s.conv(x * torch.sigmoid(y).view(x.size(0), x.shape[1] // 1, 1, 1).expand_as(x))
+
+    reports: list = []
+    model = Net(Code(eca, relu=nn.ReLU(), gate=nn.Conv1d(1, 1, 3, padding=1), conv=conv()))
+    binarize(model, report=reports.append)
+    assert reports[0].kept["body.gate"] == "layer of a gate (keep_gates)"
+    assert type(model.body.conv) is bnn.BinaryConv2d and type(model.body.relu) is nn.PReLU
+    sees_its_input(model)
+
+
 def test_one_module_called_with_different_channels():
     body = Code(lambda s, x: s.b(s.relu(s.a(s.relu(x)))), a=block(C, 2 * C), b=block(2 * C, C),
                 relu=nn.ReLU())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import bitkernels.nn as bnn
-from bitkernels.nn import BinaryConv2d, BinaryLayer, BinaryLinear, binarize
+from bitkernels import convert, summary
+from bitkernels.nn import BinaryConv2d, BinaryLayer, BinaryLinear, binarize, pack, save_packed
 
 C = 8
 
@@ -59,11 +61,25 @@ def test_refused_by_name_and_unchanged(spoil, said):
 
 def test_lazy_layers_are_refused():
     model = stack(nn.LazyLinear(C))
-    with pytest.raises(ValueError, match=r"cannot binarize 1 \(LazyLinear is not initialized"):
+    with pytest.raises(ValueError, match=r"binarize: 1\.weight, 1\.bias of the model has no shape"):
         binarize(model)
     assert type(model[1]) is nn.LazyLinear
     model(torch.randn(2, C))
     assert type(binarize(model)[1]) is BinaryLinear
+
+
+@pytest.mark.parametrize("call", [
+    binarize, pack, lambda model: convert(model, torch.randn(2, C)),
+    lambda model: save_packed(model, "unwritten"), lambda model: summary(model, (2, C))],
+    ids=["binarize", "pack", "convert", "save_packed", "summary"])
+@pytest.mark.parametrize("lazy", [nn.LazyLinear, nn.LazyBatchNorm1d])
+def test_models_with_a_lazy_module_are_not_changed(call, lazy):
+    """One that stays real too: a last layer, a norm."""
+    model = nn.Sequential(nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C),
+                          lazy(*[3] * (lazy is nn.LazyLinear)))
+    with pytest.raises(ValueError, match=r"3\.weight.* of the model has no shape yet"):
+        call(model)
+    assert [type(m) for m in model][:3] == [nn.Linear] * 3 and not os.path.exists("unwritten")
 
 
 def test_all_refused_layers_are_in_one_line():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -303,3 +304,17 @@ def test_a_lone_layer_is_reported():
     binarize(nn.Linear(40, 3), report=reports.append)
     assert reports[0].binary == {"": "BinaryLinear"} and reports[0].binary_weights == 120
     assert "1 layers became binary" in str(reports[0])
+
+
+def test_warnings_that_are_errors_leave_the_model_as_it_was():
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(2)), nn.ReLU(), nn.Conv2d(3, 3, 1),
+                          Own(3, 3, 1), nn.Conv2d(3, 3, 1))
+    before = [type(m) for m in model]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="these layers stay real: 4"):
+            binarize(model)
+    assert [type(m) for m in model] == before

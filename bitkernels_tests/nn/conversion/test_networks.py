@@ -54,3 +54,29 @@ def test_the_output_depends_on_the_image(name, torchvision, one_thread):
     assert len(layers) >= 8
     if name in ("mobilenet_v2", "mnasnet"):
         assert not any(m.groups > 1 for m in layers)
+
+
+def test_layers_of_einops_move_values_and_reduce_them():
+    class Rearrange(nn.Module):
+        def forward(self, x):
+            return _opaque(x).flatten(2).transpose(1, 2)
+
+    class Reduce(nn.Module):
+        reduction = "max"
+
+        def forward(self, x):
+            return _opaque(x).amax(1)
+
+    def _opaque(x):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError("no tensor")  # as einops does at a proxy
+        return x
+
+    for cls in (Rearrange, Reduce):
+        cls.__module__ = "einops.layers.torch"
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Rearrange(), nn.Linear(8, 8), nn.ReLU(),
+                          Reduce(), nn.Linear(8, 8), nn.Linear(8, 2))
+    reports: list = []
+    bnn.binarize(model, report=reports.append)
+    assert type(model[1]) is type(model[4]) is nn.PReLU and not reports[0].not_analysed
+    assert list(reports[0].normalized) == ["6"] and "max pooling" in reports[0].normalized["6"]
