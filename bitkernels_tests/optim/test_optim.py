@@ -325,7 +325,7 @@ def test_grad_scaler():
     (lambda p: Bop(p, gamma=1e-4, lr=1e-4), "gamma=0.0001 and lr=0.0001 are the same"),
     (lambda p: Bop2ndOrder(p, lr=2.0), r"gamma must be a number in \[0, 1\], got 2.0"),
     (lambda p: Bop([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), "complex64"),
-    (lambda p: Bop(p, threshold="0"), "threshold must be at least 0, got '0'"),
+    (lambda p: Bop(p, threshold="0"), "threshold must be a number of at least 0, got '0'"),
     (lambda p: Bop([{"params": p, "maximize": True}]), "a group has maximize=True, which Bop does"),
     (lambda p: Bop2ndOrder([{"params": p, "weight_decay": 0.1, "fused": None}]),
      "a group has weight_decay=0.1, which"),
