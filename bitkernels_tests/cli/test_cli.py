@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -206,24 +207,35 @@ def test_explain_of_a_network(capsys):
     assert layers["sections.0.0"]["calls"][0]["backend"] == "triton"
 
 
-def test_a_reader_that_stops_early_is_no_error():
+FULL = "python -m bitkernels: cannot write the output: No space left on device"
+
+
+@pytest.mark.parametrize("command", ("--version", "summary quicknet_small --json",
+                                     "summary quicknet_small"))
+@pytest.mark.parametrize("unbuffered", (False, True))
+def test_output_that_cannot_be_written_is_one_line(monkeypatch, command, unbuffered):
+    """Little and much of it, kept in a buffer and not; where nobody reads on it is no error to
+    speak of, and where there is none no error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for where, status in ("/dev/full", FULL), (writer, 1), (None, 0):
+        stream = where and (io.TextIOWrapper(io.FileIO(where, "w"), write_through=True)
+                            if unbuffered else open(where, "w"))
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as stop:
+            main(command.split())
+        assert (stop.value.code or 0) == status
+        sys.stdout.close()  # as at the end of a process: with what is left in it
+
+
+@pytest.mark.parametrize("where, status, said", [
+    ("> /dev/full", 1, f"{FULL}\n"), (">&-", 0, ""), ("| true", 0, "")])
+def test_streams_of_the_shell(where, status, said):
+    """As above, from a start of Python to its end."""
     done = subprocess.run(
-        f"set -o pipefail; {sys.executable} -m bitkernels models quicknet | true", shell=True,
-        executable="/bin/bash", cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == ""
-
-
-@pytest.mark.parametrize("command, unbuffered", [
-    ("--version", ""), ("summary quicknet_small --json", ""), ("summary quicknet_small", "1")])
-def test_output_that_cannot_be_written_is_one_line(command, unbuffered):
-    for where, status in (("> /dev/full", 1), (">&-", 0)):
-        done = subprocess.run(
-            f"{sys.executable} -m bitkernels {command} {where}", shell=True, text=True, cwd=ROOT,
-            executable="/bin/bash", capture_output=True,
-            env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
-        assert done.returncode == status, done.stderr
-        assert not status or done.stderr == (
-            "python -m bitkernels: cannot write the output: No space left on device\n")
+        f"{sys.executable} -m bitkernels --version {where}", shell=True, text=True, cwd=ROOT,
+        executable="/bin/bash", capture_output=True)
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 def test_errors_do_not_go_to_stdout_where_stderr_is_closed():
@@ -233,16 +245,15 @@ def test_errors_do_not_go_to_stdout_where_stderr_is_closed():
 
 
 def test_names_that_the_terminal_cannot_show():
+    code = ("import sys\nfrom bitkernels.cli import main\nimport bitkernels.cli.doctor as d\n"
+            "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 1\n"
+            "d.report = lambda: [('caf\u00e9', '')]\nmain(['doctor'])")
     done = subprocess.run(
-        [sys.executable, "-m", "bitkernels", "summary", "caf\u00e9"], cwd=ROOT, text=True,
+        [sys.executable, "-c", code, "summary", "caf\u00e9"], cwd=ROOT, text=True,
         capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 1 and "no model is called 'caf\\xe9'" in done.stderr
-    printed = subprocess.run(
-        [sys.executable, "-c", "from bitkernels.cli import COMMANDS, main\n"
-         "import bitkernels.cli.doctor as d\n"
-         "d.report = lambda: [('caf\u00e9', '')]\nmain(['doctor'])"], cwd=ROOT, text=True,
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert printed.returncode == 0 and printed.stdout.startswith("caf\\xe9"), printed.stderr
+    assert done.returncode == 0, done.stderr
+    assert "no model is called 'caf\\xe9'" in done.stderr
+    assert done.stdout.startswith("caf\\xe9"), done.stdout
 
 
 def test_explain_of_every_operator(capsys):

@@ -48,7 +48,7 @@ def built(target: str, *options: str, folder: str = "") -> Path:
 
 def quickly_built() -> Path:
     """Apart from the user's, and at a level that costs less to compile; aarch64 has -O3."""
-    return built("engine", "OPTIMIZE=-Os", "ENGINE_FOLDER=engine-tested", folder="engine-tested")
+    return built("engine", "OPTIMIZE=-O0", "ENGINE_FOLDER=engine-tested", folder="engine-tested")
 
 
 def logits_of(text: str) -> dict[int, float]:
@@ -88,7 +88,7 @@ def check(command, folder: Path) -> None:
 @pytest.mark.long
 def test_classify(folder):
     program = quickly_built()
-    assert program.stat().st_size < 1_870_000  # with -O3 7 % more
+    assert program.stat().st_size < 3_280_000  # with -O3, which .ci/run looks at, 60 %
     check([program], folder)
     for arguments, message in (((folder / "missing", folder / "image.ppm"), "cannot be read"),
                                ((folder / "network.safetensors", __file__), "no binary PPM"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -30,11 +32,16 @@ def converted(name: str, seed: int = 0):
     return convert(model, x), x
 
 
+# Those of which more is asked than their logits; to convert them takes 2 s each.
+again = functools.cache(converted)
+AGAIN = ("quicknet", "binary_densenet28", "birealnet18")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_logits(name, tmp_path):
     """A sign whose value is at its threshold may fall either way: then nearly all of the images
     still agree."""
-    network, x = converted(name)
+    network, x = (again if name in AGAIN else converted)(name)
     save_converted(network, tmp_path / "n")
     engine = Engine(tmp_path / "n")
     images = torch.cat([x, torch.randn(4, *x.shape[1:])])
@@ -49,11 +56,11 @@ def test_logits(name, tmp_path):
 
 def test_what_becomes_one_step(tmp_path):
     """Padding, bounds and concatenation cost no step of their own."""
-    network, x = converted("quicknet_small")
+    network, x = again("quicknet")
     save_converted(network, tmp_path / "n")
     calls = [call for _, call, _, _ in Engine(tmp_path / "n").steps(x)]
     assert "aten.pad.default" not in calls and "aten.relu.default" not in calls
-    network, x = converted("binary_densenet28")
+    network, x = again("binary_densenet28")
     save_converted(network, tmp_path / "n")
     steps = Engine(tmp_path / "n").steps(x)
     assert len(steps) < sum(n.op == "call_function" for n in network.graph_module.graph.nodes)
@@ -61,7 +68,7 @@ def test_what_becomes_one_step(tmp_path):
 
 
 def test_memory_is_used_again(tmp_path):
-    network, x = converted("birealnet18")
+    network, x = again("birealnet18")
     save_converted(network, tmp_path / "n")
     engine = Engine(tmp_path / "n")
     constants, one = engine.memory(x[:1])

@@ -11,7 +11,6 @@ import importlib
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -22,17 +21,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not INTERPRETED:
 
     @pytest.mark.long
-    @pytest.mark.parametrize("file", ("", "_b1", "_empty", "_odd", "_offsets", "_pool"))
-    def test_kernels_in_the_interpreter(file):
+    @pytest.mark.parametrize("files", (("",), ("_b1", "_empty", "_odd", "_offsets", "_pool")))
+    def test_kernels_in_the_interpreter(files):
+        """Two processes: each imports all that the tests need, for seconds."""
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-             __file__.replace(".py", f"{file}.py")],
+             *(__file__.replace(".py", f"{file}.py") for file in files)],
             env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 else:
     import triton.language as tl
-    from triton.runtime import interpreter
 
     from bitkernels import reference
     from bitkernels.backends.triton import configs, dispatch, passes, plan, selfcheck, tuning
@@ -51,6 +50,7 @@ else:
         reals,
         words_of,
     )
+    from bitkernels_tests.triton_interpreter import language_patched_once  # noqa: F401
 
     kernel = dispatch.kernel
     CPU = torch.device("cpu")
@@ -73,26 +73,6 @@ else:
         if case.groups > 1 and case not in WHOLE_GROUPS:
             return ("popc",)
         return configs.INNER if case.kernel[0] * case.kernel[1] < 32 else ("int8", "popc")
-
-    @pytest.fixture(scope="module", autouse=True)
-    def language_patched_once():
-        """The interpreter patches triton.language at every call of a device function, which is
-        most of its time. Here it does so once for each set of modules, undone at the end."""
-        patch, scopes = interpreter._patch_lang, {}
-
-        def once(fn):
-            modules = frozenset(id(v) for v in fn.__globals__.values() if v is tl or v is tl.core)
-            if modules not in scopes:
-                scopes[modules] = patch(fn)
-                # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
-                tl.tensor.__index__ = lambda self: self.handle.data.item()
-            return types.SimpleNamespace(restore=lambda: None)
-
-        with pytest.MonkeyPatch.context() as context:
-            context.setattr(interpreter, "_patch_lang", once)
-            yield
-        for scope in reversed(scopes.values()):
-            scope.restore()
 
     @pytest.fixture(autouse=True)
     def emulated_ptx(monkeypatch):

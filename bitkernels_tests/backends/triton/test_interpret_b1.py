@@ -17,10 +17,10 @@ from bitkernels_tests.backends.triton.test_interpret import (  # noqa: F401
     as_interpreted,
     emulated_ptx,
     kernel,
-    language_patched_once,
     same,
 )
 from bitkernels_tests.cases import LAYOUTS, ConvCase, reals
+from bitkernels_tests.triton_interpreter import language_patched_once  # noqa: F401
 
 
 @pytest.mark.parametrize("dtype,columns", [

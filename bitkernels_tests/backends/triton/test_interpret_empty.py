@@ -15,10 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from bitkernels.backends.triton import dispatch, plan
 from bitkernels.ops._record import OPERATORS, OUTPUTS
 from bitkernels.ops._samples import Values
-from bitkernels_tests.backends.triton.test_interpret import (  # noqa: F401
-    kernel,
-    language_patched_once,
-)
+from bitkernels_tests.backends.triton.test_interpret import kernel
+from bitkernels_tests.triton_interpreter import language_patched_once  # noqa: F401
 from bitkernels_tests.zero_sizes import variants
 
 # Orders of memory that need more than two strides of rows.

@@ -17,10 +17,10 @@ from bitkernels.ops._record import OPERATORS
 from bitkernels_tests.backends.triton.test_interpret import (  # noqa: F401
     emulated_ptx,
     kernel,
-    language_patched_once,
     same,
 )
 from bitkernels_tests.cases import dyadic, reals, words_of
+from bitkernels_tests.triton_interpreter import language_patched_once  # noqa: F401
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,10 +18,10 @@ from bitkernels_tests.backends.triton.test_interpret import (  # noqa: F401
     CPU,
     emulated_ptx,
     kernel,
-    language_patched_once,
     same,
 )
 from bitkernels_tests.cases import LAYOUTS, dyadic, reals, words_of
+from bitkernels_tests.triton_interpreter import language_patched_once  # noqa: F401
 
 
 @pytest.fixture(scope="module")

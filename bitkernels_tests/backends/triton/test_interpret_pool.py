@@ -18,10 +18,10 @@ from bitkernels_tests.backends.triton.test_interpret import (  # noqa: F401
     FLOATS,
     as_interpreted,
     emulated_ptx,
-    language_patched_once,
     same,
 )
 from bitkernels_tests.cases import LAYOUTS, PoolCase, reals
+from bitkernels_tests.triton_interpreter import language_patched_once  # noqa: F401
 
 FORWARD, BACKWARD = "max_pool2d_with_offsets", "max_pool2d_with_offsets_backward"
 # Windows of padding alone and of more taps than are unrolled, strides beyond windows.
