@@ -47,7 +47,7 @@ def test_constant_signs_and_defaults():
 @pytest.mark.parametrize("arguments, message", [
     (dict(products=0, scale=torch.ones(2)), "products must be an integer of at least 1, got 0"),
     (dict(products=9.5, out_channels=2), "products must be an integer of at least 1, got 9.5"),
-    (dict(products=2**31, out_channels=2), "at least 1 and below"),
+    (dict(products=2**31, out_channels=2), "products must be an integer of at least 1 and below"),
     (dict(products=3), "out_channels must be given"),
     (dict(products=3, scale=torch.ones(2), bias=torch.ones(3)), r"bias must be of shape \(2,\)"),
     (dict(products=3, scale=torch.ones(2).int()), "scale must be float32"),

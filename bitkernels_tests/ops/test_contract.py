@@ -61,8 +61,10 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, device):
     op, args, kw = samples(device)[name]
-    checks = dict(test_utils=CHECKS) if name in LATER else {}
-    torch.library.opcheck(op, args, kw, raise_exception=True, **checks)
+    checks = CHECKS if name in LATER else (*CHECKS, "test_aot_dispatch_dynamic")
+    if any(isinstance(t, torch.Tensor) and t.dtype == torch.float8_e5m2 for t in args):
+        checks = checks[1:]  # PyTorch (2.13) cannot look whether such an argument was changed
+    torch.library.opcheck(op, args, kw, raise_exception=True, test_utils=checks)
 
 
 @pytest.mark.every
