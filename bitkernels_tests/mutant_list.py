@@ -339,6 +339,8 @@ MUTANTS = (
     Mutant("windows-larger-than-the-image", "bitkernels/converter/signs.py",
            'if given["ceil_mode"] and not _has_whole_windows(given):', "if False:",
            ("converter/test_spellings.py",)),
+    Mutant("fused-inference-stays-on", "bitkernels/nn/parents.py",
+           "parent.activation_relu_or_gelu = 0  #", "pass  #", ("nn/test_parents.py",)),
     Mutant("any-word-is-true", "bitkernels/_arguments.py",
            "    if not _is_bool(value) and not (type(value) is int and value in (0, 1)):",
            "    if False:",

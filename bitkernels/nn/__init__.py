@@ -1,5 +1,6 @@
 """Binary layers with the constructors and state_dict keys of `torch.nn`, and their packed twins."""
 
+from bitkernels.nn import parents as parents  # which looks at what binary layers are put into
 from bitkernels.nn.activations import RPReLU, RSign
 from bitkernels.nn.conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from bitkernels.nn.conv_transpose import BinaryConvTranspose1d, BinaryConvTranspose2d

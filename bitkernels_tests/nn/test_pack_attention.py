@@ -39,10 +39,3 @@ def test_packed_transformers_call_their_layers(by):
     if by == "binarize":
         with torch.no_grad():
             torch.testing.assert_close(model(x, src_key_padding_mask=mask), h)
-
-
-def test_a_projection_that_attention_reads_is_refused():
-    model = nn.Sequential(nn.MultiheadAttention(4, 2))
-    model[0].out_proj = BinaryLinear(4, 4)
-    with pytest.raises(ValueError, match=r"cannot pack 0\.out_proj: its parent, nn\.Multihead"):
-        pack(model)

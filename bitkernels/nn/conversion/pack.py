@@ -37,8 +37,8 @@ def pack(model: nn.Module, *,
     (backward, state_dict) and of weights that are 0, which count as +1.
 
     Raises ValueError that names each binary layer which has no packed twin (three-dimensional, with
-    a quantizer that is not binary, with a forward of its own class or instance, sharded), or whose
-    weight its parent reads, with the reason.
+    a quantizer that is not binary, with a forward of its own class or instance, sharded), with the
+    reason.
     """
     check_model("pack", model)
     if filter is not None:
@@ -51,7 +51,6 @@ def pack(model: nn.Module, *,
     binary = [(name, m) for name, m in layers if isinstance(m, BinaryLayer)
               and (filter is None or filter(name, m))]
     reasons = [(name or type(m).__name__, m.pack_obstacle()) for name, m in binary]
-    reasons += _readers(model, {id(m) for _, m in binary})
     obstacles = _sharded(model) + [f"{name}: {why}" for name, why in reasons if why is not None]
     if obstacles:
         raise ValueError("cannot pack " + "; ".join(obstacles))
@@ -64,17 +63,6 @@ def pack(model: nn.Module, *,
         carry_forward_hooks(layer, twin, memo)
     keep_off_fused_paths(packed, {id(twin) for _, twin in twins})
     return packed.eval().requires_grad_(False)
-
-
-def _readers(model: nn.Module, binary: set[int]) -> list[tuple[str, str]]:
-    """Attention layers that multiply by the weight of their projection and never call it."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in binary:
-            prefix = f"{name}." if name else ""
-            found.append((f"{prefix}out_proj", "its parent, nn.MultiheadAttention, reads its "
-                          "weight and does not call it, so it never was binary"))
-    return found
 
 
 def _sharded(model: nn.Module) -> list[str]:

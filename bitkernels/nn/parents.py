@@ -1,0 +1,28 @@
+"""Modules of PyTorch that read the weight of a child and never call it: a binary layer would run on
+its real weight there, in silence.
+
+A child cannot know that it is not called, so this looks when it is assigned, by torch's own hook.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from bitkernels.nn.layer import BinaryLayer
+from bitkernels.nn.packed import _Packed
+
+
+def _assigned(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if not isinstance(child, (BinaryLayer, _Packed)):
+        return
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # by which PyTorch itself turns its fused inference off
+    elif (isinstance(parent, nn.MultiheadAttention)
+            and type(parent).forward is nn.MultiheadAttention.forward):
+        raise ValueError(f"{type(parent).__name__}: {name} must be a real layer, got "
+                         f"{type(child).__name__}: the attention reads its weight and never calls "
+                         "it")
+
+
+register_module_module_registration_hook(_assigned)
