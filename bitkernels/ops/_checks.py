@@ -14,6 +14,7 @@ from torch import Tensor
 from bitkernels._arguments import INT_MAX as INT_MAX
 from bitkernels._arguments import REAL as REAL
 
+HALVES = (torch.float16, torch.bfloat16)
 _STRIDED = torch.strided
 ESTIMATORS = ("ste_sign", "approx_sign", "swish_sign", "identity", "none")
 

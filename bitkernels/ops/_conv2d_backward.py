@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitkernels._dispatch import in_memory_format
+from bitkernels.ops._checks import HALVES
 from bitkernels.ops._record import inside
 from bitkernels.ops.geometry import ConvSpec
 
@@ -53,7 +54,7 @@ def in_one_pass(grad: Tensor, rounded: Tensor | None, conv: ConvSpec) -> bool:
     `sign_backward`: one that is rounded to float8, on tensor cores that take it, and any of 16 bits
     where it is asked for, since no GPU has timed it."""
     if (not grad.is_cuda or conv.groups != 1 or conv.stride != (1, 1) or grad.shape[1] % 16
-            or grad.dtype not in (torch.float16, torch.bfloat16)):
+            or grad.dtype not in HALVES):
         return False
     if rounded is not None:
         return torch.cuda.get_device_capability(grad.device) >= (8, 9)

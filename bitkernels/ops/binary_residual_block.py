@@ -21,13 +21,20 @@ from torch import Tensor
 
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
 from bitkernels.ops import _training as training
-from bitkernels.ops._checks import check_real, check_same_device, check_vectors, describe, fail
+from bitkernels.ops._checks import (
+    HALVES,
+    check_real,
+    check_same_device,
+    check_vectors,
+    describe,
+    fail,
+)
 from bitkernels.ops._conv2d_backward import conv2d_backward, in_one_pass
 from bitkernels.ops._record import Call, Operator, Sample, define, each, inside, remembered, traced
 from bitkernels.ops.binary_conv2d import check_conv
 from bitkernels.ops.geometry import ConvSpec, empty_real
 from bitkernels.ops.packed_conv2d_moments import dot_dtype
-from bitkernels.ops.residual_block_float8 import FLOAT8, HALVES
+from bitkernels.ops.residual_block_float8 import FLOAT8
 from bitkernels.ops.residual_block_vectors import Statistics, gradients, statistics
 
 ops = torch.ops.bitkernels
@@ -322,12 +329,12 @@ def _sign_backward(ctx, grad, kept, mask, shift, add) -> tuple[Tensor, Tensor | 
 def _sign_backward_in_one(ctx, grad, weight_words, channels: int, scale, size, kept, mask, shift,
                           add, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`_sign_backward` of what is also to go through the convolution."""
-    of_sign = None, None, None, ctx.conv.pad, ctx.conv.dilation, dtype, "identity", None, 1.0
+    operands, slope = (None, None, None), ("identity", None, 1.0)
     if kept is not None:
-        of_sign = (kept, shift, add, *of_sign[3:6], ctx.estimator, ctx.train.input_clip,
-                   ctx.train.beta)
+        operands = kept, shift, add
+        slope = ctx.estimator, ctx.train.input_clip, ctx.train.beta
     out, total = inside(grad)("packed_conv2d_sign_backward", grad, weight_words, channels, scale,
-                              size, *of_sign)
+                              size, *operands, ctx.conv.pad, ctx.conv.dilation, dtype, *slope)
     if kept is None:
         return _sign_backward(ctx, out, None, mask, shift, add)
     wants_shift = PerTensor(*ctx.needs_input_grad[:len(PerTensor._fields)]).sign_shift

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from bitkernels.ops._checks import check_channel_vector, check_same_device, describe, fail
+from bitkernels.ops._checks import (
+    HALVES,
+    check_channel_vector,
+    check_same_device,
+    describe,
+    fail,
+)
 from bitkernels.ops._contract import as_rows
 from bitkernels.ops._record import Call, Operator, Sample, channels_last, define, each
 from bitkernels.ops.geometry import check_words, conv_output_size, empty_real, padding4, pair
 from bitkernels.ops.packed_conv2d_grads import reference_input
-from bitkernels.ops.residual_block_float8 import FLOAT8, HALVES, check_half
+from bitkernels.ops.residual_block_float8 import FLOAT8, check_half
 from bitkernels.ops.sign_backward import check as check_sign_backward
 from bitkernels.ops.sign_backward import reference as sign_backward
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from bitkernels.ops._checks import describe, fail
+from bitkernels.ops._checks import HALVES, describe, fail
 from bitkernels.ops._contract import as_rows, per_channel
 from bitkernels.ops._record import Call, Operator, Sample, define, each
 from bitkernels.ops.geometry import empty_real
@@ -21,7 +21,6 @@ from bitkernels.ops.residual_block import (
 )
 
 FLOAT8 = torch.float8_e5m2
-HALVES = torch.float16, torch.bfloat16
 
 
 def check_half(op: str, dtype: torch.dtype) -> None:
