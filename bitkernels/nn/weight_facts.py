@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 class WeightFacts:
@@ -46,9 +47,11 @@ class WeightFacts:
         layer = self.__dict__.get("_layer", "a packed layer")
         raise AttributeError(f"{_text(layer)}; {name} needs its values")
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
                            ) -> NoReturn:
-        raise RuntimeError(f"{_text(self._layer)}; {getattr(func, '__name__', func)} needs its "
+        facts = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
+        raise RuntimeError(f"{_text(facts._layer)}; {getattr(func, '__name__', func)} needs its "
                            "values")
 
     def _refuse(self, *_: Any) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -64,3 +65,35 @@ def test_an_attention_refuses_them():
     own, x = Own(32, 4), torch.randn(3, 32)
     own.out_proj = bnn.BinaryLinear(32, 32)
     assert torch.equal(own(x), own.out_proj(x))
+
+
+class Reads(nn.Module):
+    """Code as in torchvision's Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = bnn.BinaryLinear(8, 8)
+        self.called = bnn.BinaryLinear(8, 8)
+
+    def forward(self, x):
+        x = self.called(x) + self.called.weight.mean()
+        return self.attend(x.to(self.called.weight.dtype))
+
+    def attend(self, x):
+        return nn.functional.linear(x, self.proj.weight, self.proj.bias)
+
+
+def test_code_that_reads_a_weight_alone_is_named():
+    with pytest.warns(UserWarning, match=r"^Reads: its code reads proj\.weight and never calls "
+                                         "proj, a BinaryLinear: it computes with the real") as said:
+        net = Reads()
+    assert [warning.filename for warning in said] == [__file__]
+    with pytest.warns(UserWarning, match="proj.weight"):
+        net.proj = bnn.BinaryLinear(8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.proj = nn.Linear(8, 8)
+        net.called = bnn.BinaryLinear(8, 8)
+        net.proj = bnn.pack(bnn.BinaryLinear(8, 8))
+    with pytest.raises(RuntimeError, match="PackedLinear has no real weight: call the layer"):
+        net(torch.randn(2, 8))

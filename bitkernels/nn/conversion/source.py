@@ -40,6 +40,13 @@ def read_by_source(module: nn.Module) -> set[nn.Module]:
     return found
 
 
+def reads_alone(cls: Any, name: str) -> bool:
+    """Whether forward, or a method that it calls, reads self.name.weight and none calls self.name.
+    """
+    paths, _, called = _reads(cls)
+    return name in paths and name not in called
+
+
 @functools.cache
 def _reads(cls: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
     """(a.0.b for each self.a[0].b.weight in the methods, whether they also read the weight of
