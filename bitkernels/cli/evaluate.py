@@ -13,17 +13,17 @@ import torch
 
 from bitkernels._packages import needs
 from bitkernels.cli import zoo
-from bitkernels.models.registry import entry
 from bitkernels.train import datasets
 from bitkernels.train.data import Pictures, loader
 from bitkernels.train.errors import DataError, TrainError, first_line
 
 DESCRIPTION = """\
-Top-1 and top-5 accuracy on held-out images, preprocessed as the network was published with.
+Top-1 and top-5 accuracy on held-out images, preprocessed as those were that the network learned on.
 
   python -m bitkernels evaluate quicknet --weights quicknet_weights.h5 --data imagenet --root /data
   python -m bitkernels evaluate reactnet_a --weights model_best.pth.tar --data imagenet \\
       --root /data --packed --limit 5000 --workers 4
+  python -m bitkernels evaluate run --data folder --root pictures     --out of a training
 
 imagenet and folder are pictures in ROOT/val/CLASS/; the classes count in the order of their names.
 --limit takes so many images, spread evenly over the set.
@@ -47,15 +47,19 @@ def main(options: argparse.Namespace) -> int:
         zoo.check(options, "batch_size", "limit")
         if options.workers < 0:
             raise ValueError(f"--workers must be at least 0, got {options.workers}")
-        published = entry(options.model)
+        asked = zoo.asked(options)
         if not options.quiet and importlib.util.find_spec("tqdm") is None:
             raise TrainError(needs("progress bars (or --quiet)", "tqdm"))
-        source, classes = datasets.held_out(options.data, options.root)
-        outputs = options.num_classes or published.num_classes
-        if classes != outputs:
-            raise DataError(f"{options.data} in {options.root} has {classes} classes and "
-                            f"{options.model} {outputs}: --num-classes says how many it has")
-        pictures = Pictures(source, zoo.rule(options).transform())
+        source, labels = datasets.held_out(options.data, options.root)
+        if len(labels) != asked.classes:
+            hint = ": --num-classes says how many it has" if asked.published else ""
+            raise DataError(f"{options.data} in {options.root} has {len(labels)} classes and "
+                            f"{options.model} {asked.classes}{hint}")
+        if asked.labels is not None and list(asked.labels) != list(labels):
+            other = sorted({*asked.labels} ^ {*labels})[:5]
+            raise DataError(f"{options.data} in {options.root} does not have the classes that "
+                            f"{options.model} learned: only one of them has {', '.join(other)}")
+        pictures = Pictures(source, asked.rule.transform())
         model = zoo.network(options)
         start = time.perf_counter()
         right, count = evaluate(model, pictures, options.batch_size, limit=options.limit,
@@ -72,7 +76,8 @@ def main(options: argparse.Namespace) -> int:
         return 0
     print(f"{options.model}{' packed' if options.packed else ''}: top-1 {top1:.2f} %, top-5 "
           f"{top5:.2f} % of {count:,} images")
-    if published.top1 is not None and options.data == "imagenet":
+    published = asked.published
+    if published is not None and published.top1 is not None and options.data == "imagenet":
         second = "" if published.top5 is None else f", top-5 {published.top5} %"
         print(f"published: top-1 {published.top1} %{second}")
     return 0

@@ -13,18 +13,19 @@ import torch
 from bitkernels._packages import needs
 from bitkernels.cli import zoo
 from bitkernels.models.preprocessing import Preprocessing
-from bitkernels.models.registry import entry
 from bitkernels.train.errors import DataError, TrainError, first_line
 
 DESCRIPTION = """\
-The most probable classes of pictures, preprocessed as the network was published with.
+The most probable classes of pictures, preprocessed as those were that the network learned on.
 
   python -m bitkernels predict quicknet --weights quicknet_weights.h5 cat.jpg dog.jpg
   python -m bitkernels predict reactnet_a --weights model_best.pth.tar --top 1 --packed *.jpg
   python -m bitkernels predict quicknet --weights mine.safetensors --num-classes 3 \\
       --labels labels.txt picture.png
+  python -m bitkernels predict run picture.png     --out of a training on pictures
 
-A network of 1,000 classes has ImageNet's labels; --labels is a file with one a line.
+A network of 1,000 classes has ImageNet's labels, one trained on a folder the names in it; --labels
+is a file with one a line.
 """
 
 
@@ -39,13 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     try:
         zoo.check(options, "top")
-        classes = options.num_classes or entry(options.model).num_classes
-        names = labels(options.labels, classes)
+        asked = zoo.asked(options)
+        classes = asked.classes
+        names = asked.labels if asked.labels and options.labels is None else labels(
+            options.labels, classes)
         for path in options.pictures:
             if not Path(path).is_file():
                 raise DataError(f"there is no picture {path}")
-        rule = zoo.rule(options)
-        images = torch.stack([read(path, rule) for path in options.pictures])
+        images = torch.stack([read(path, asked.rule) for path in options.pictures])
         found = predict(zoo.network(options), images.to(options.device), min(options.top, classes))
     except zoo.MENDABLE as error:
         print(f"bitkernels predict: {first_line(error)}", file=sys.stderr)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +15,9 @@ from bitkernels import models
 from bitkernels import nn as bnn
 from bitkernels.backends import cpu
 from bitkernels.models import preprocessing
-from bitkernels.models.registry import entry, takes_image_size
+from bitkernels.models.preprocessing import Preprocessing, recorded
+from bitkernels.models.registry import Entry, entry, takes_image_size
+from bitkernels.models.weights.hub import HUB, described
 from bitkernels.train.errors import TrainError, first_line
 
 # What ends a command with one line: files, sizes, names and packages that the user can mend.
@@ -21,10 +26,11 @@ MENDABLE = (TrainError, ValueError, OSError, ImportError, RuntimeError)
 
 def add_network(parser: argparse.ArgumentParser) -> None:
     """MODEL --weights and how it runs."""
-    parser.add_argument("model", metavar="MODEL", help="a published network, as of "
-                                                       "python -m bitkernels models")
-    parser.add_argument("--weights", required=True, metavar="FILE",
-                        help="a file of weights, hf-hub:owner/name, or the name of public weights")
+    parser.add_argument("model", metavar="MODEL", help="a published network, as of python -m "
+                        "bitkernels models; or the folder of a training or of save_pretrained, "
+                        "or hf-hub:owner/name")
+    parser.add_argument("--weights", metavar="FILE", help="of a published network: a file of "
+                        "weights, hf-hub:owner/name, or the name of public weights")
     parser.add_argument("--num-classes", type=int, help="default: as published")
     parser.add_argument("--size", type=int, help="the side of an image; default: as published")
     parser.add_argument("--packed", action="store_true", help="run it on packed 1-bit weights")
@@ -59,15 +65,62 @@ def prepared(options: argparse.Namespace) -> torch.device:
 def ordered(values: torch.Tensor) -> torch.Tensor:
     """The values. Raises ValueError for NaN among them: none of them is then the largest."""
     if values.isnan().any():
-        raise ValueError("the network gives NaN or infinity for a picture: its weights (--weights) "
-                         "are not usable")
+        raise ValueError("the network gives NaN or infinity for a picture: its weights are not "
+                         "usable")
     return values
 
 
-def rule(options: argparse.Namespace) -> preprocessing.Preprocessing:
-    """What the network's pictures go through."""
+@dataclass(frozen=True)
+class Network:
+    """What MODEL and --weights are, before weights are read.
+
+    rule: what the network's pictures go through. published: where it is one by name.
+    """
+
+    classes: int
+    rule: Preprocessing
+    labels: Sequence[str] | None = None
+    published: Entry | None = None
+
+
+def asked(options: argparse.Namespace) -> Network:
+    """Of a published network by name with --weights, or of what `save_pretrained` and a training
+    wrote. Raises ValueError for options that do not fit, and as `from_pretrained`."""
+    if not _has_config(options.model):
+        found = _published(options)
+    else:
+        for name in ("weights", "num_classes"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for published networks; "
+                                 f"{options.model} has its own")
+        config = described(options.model)
+        if config["in_channels"] != 3:
+            raise ValueError(f"{options.model} takes images of {config['in_channels']} channels, "
+                             "and pictures have 3")
+        if config["preprocessing"] is None:
+            raise ValueError(f"config.json of {options.model} does not say what the network's "
+                             "pictures go through: it was not trained on pictures")
+        found = Network(config["num_classes"], config["preprocessing"], config.get("labels"))
+    return replace(found, rule=found.rule.at(options.size)) if options.size else found
+
+
+def _published(options: argparse.Namespace) -> Network:
     published = entry(options.model)
-    return preprocessing.get(published.preprocessing).at(options.size or published.image_size)
+    if options.weights is None:
+        raise ValueError(f"--weights is needed for {options.model}, a published network")
+    rule = labels = None
+    if _has_config(options.weights):
+        config = described(options.weights)
+        rule, labels = config["preprocessing"], config.get("labels")
+    elif os.path.isfile(options.weights):
+        rule = recorded(options.weights)
+    return Network(options.num_classes or published.num_classes,
+                   rule or preprocessing.get(published.preprocessing).at(published.image_size),
+                   labels, published)
+
+
+def _has_config(name: str) -> bool:
+    return os.path.isdir(name) or name.startswith(HUB)
 
 
 def sized(name: str, side: int | None) -> dict[str, Any]:
@@ -84,7 +137,10 @@ def packed(model: nn.Module) -> nn.Module:
 def network(options: argparse.Namespace) -> nn.Module:
     """The network that was asked for, with its weights, in evaluation on its device."""
     device = prepared(options)
-    model = models.create_model(options.model, num_classes=options.num_classes,
-                                weights=options.weights,
-                                **sized(options.model, options.size)).eval()
+    if _has_config(options.model):
+        model = models.from_pretrained(options.model)
+    else:
+        model = models.create_model(options.model, num_classes=options.num_classes,
+                                    weights=options.weights,
+                                    **sized(options.model, options.size)).eval()
     return (packed(model) if options.packed else model).to(device)

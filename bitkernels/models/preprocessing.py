@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -229,6 +230,24 @@ PREPROCESSING = {rule.name: rule for rule in (
                   augmentation=("resized-crop", "flip", "randaugment")),
     Preprocessing("cifar", "Helwegen et al. 2019 (Bop)", "resize", "bilinear", size=32,
                   mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), augmentation=("shift", "flip")))}
+
+
+def described(rule: Preprocessing | None) -> dict[str, str]:
+    """What the metadata of a file of weights say of its network's pictures, for `recorded`."""
+    return {} if rule is None else {"preprocessing": rule.name, "size": str(rule.size)}
+
+
+def recorded(path: str | os.PathLike[str]) -> Preprocessing | None:
+    """What the pictures went through that the weights of a safetensors file were trained on; None
+    for another file, and where it does not say."""
+    try:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+    except Exception:  # each its own; who reads the weights says what is wrong
+        return None
+    return get(about["preprocessing"]).at(int(about["size"])) if "preprocessing" in about else None
 
 
 def get(name: str) -> Preprocessing:

@@ -7,7 +7,7 @@ matter how many workers load it, which process does, or whether the run was inte
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from bitkernels.models.preprocessing import Preprocessing
 from bitkernels.train.errors import DataError, first_line
 
 __all__ = ["Batches", "Data", "Pictures", "Source", "loader"]
@@ -62,6 +63,9 @@ class Data:
     train, held_out: images with labels from 0 to classes - 1, before any transform.
     plain: the transform for evaluation, to a tensor (channels, size, size).
     augmented: transforms for training by the names that `Stage.augmentation` takes.
+    preprocessing: what `plain` is of pictures, one of `bitkernels.models.preprocessing` at some
+      size; None: the images are no pictures, or go through something else.
+    labels: names of the classes.
     """
 
     name: str
@@ -72,6 +76,8 @@ class Data:
     held_out: Source
     plain: Transform
     augmented: Mapping[str, Transform]
+    preprocessing: Preprocessing | None = None
+    labels: Sequence[str] | None = None
 
     def augmentation(self, name: str) -> Transform:
         """Raises DataError for one that this set does not have."""

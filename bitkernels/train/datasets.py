@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def cifar(root: Path, classes: int) -> Data:
     moved = t.RandomCrop(32, padding=4)
     return Data(f"cifar{classes}", classes, 3, 32, train, held_out, t.Compose(scaled), {
         "shift": t.Compose([moved, *scaled]),
-        "shift-flip": t.Compose([moved, t.RandomHorizontalFlip(), *scaled])})
+        "shift-flip": t.Compose([moved, t.RandomHorizontalFlip(), *scaled])},
+        preprocessing.get("cifar"), train.classes)
 
 
 def _cifar(vision: Any, root: Path, classes: int, train: bool) -> Any:
@@ -145,8 +147,8 @@ def _cifar(vision: Any, root: Path, classes: int, train: bool) -> Any:
                         f"{str(error).split('. You can')[0]}") from None
 
 
-def held_out(name: str, root: str) -> tuple[Source, int]:
-    """The held-out pictures of one of `HELD_OUT`, before any transform, and how many classes.
+def held_out(name: str, root: str) -> tuple[Source, Sequence[str]]:
+    """The held-out pictures of one of `HELD_OUT`, before any transform, and the classes' names.
 
     The training images need not be there. Raises DataError and TrainError as `load`.
     """
@@ -156,9 +158,10 @@ def held_out(name: str, root: str) -> tuple[Source, int]:
         raise DataError(f"there is no folder {root}")
     vision = _torchvision()
     if name.startswith("cifar"):
-        return _cifar(vision, Path(root), int(name[5:]), train=False), int(name[5:])
-    pictures = _image_folder(vision, Path(root) / "val")
-    return pictures, len(pictures.classes)
+        pictures = _cifar(vision, Path(root), int(name[5:]), train=False)
+    else:
+        pictures = _image_folder(vision, Path(root) / "val")
+    return pictures, pictures.classes
 
 
 def folder(root: Path, size: int = 224, name: str = "folder") -> Data:
@@ -183,14 +186,14 @@ def folder(root: Path, size: int = 224, name: str = "folder") -> Data:
     def resized_crop(how: Any) -> Any:
         return t.Compose([t.RandomResizedCrop(size, interpolation=how), mirror, *scaled])
 
-    whole = t.Resize((size, size))
+    whole, rule = t.Resize((size, size)), preprocessing.get("imagenet").at(size)
     moved = t.RandomCrop(size, padding=size // 8)
     return Data(name, len(train.classes), 3, size, train, held_out,
-                preprocessing.get("imagenet").at(size).transform(), {
+                rule.transform(), {
                     "shift": t.Compose([whole, moved, *scaled]),
                     "shift-flip": t.Compose([whole, moved, mirror, *scaled]),
                     "resized-crop": resized_crop(bilinear),
-                    "resized-crop-bicubic": resized_crop(bicubic)})
+                    "resized-crop-bicubic": resized_crop(bicubic)}, rule, train.classes)
 
 
 def _image_folder(vision: Any, path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import nn
 
 from bitkernels._arguments import function, integer, refuse
 from bitkernels._files import locked
+from bitkernels.models.preprocessing import described
+from bitkernels.models.weights import save_pretrained
 from bitkernels.train import checkpoint
 from bitkernels.train.data import Batches, Data
 from bitkernels.train.distributed import Group, synchronised
@@ -37,7 +40,9 @@ def fit(build: Callable[[], nn.Module], recipe: Recipe, data: Data,
     build: makes the network, with binary weights and activations; called once or twice a stage.
       Layers are made real where a stage wants that.
     out: folder for checkpoint.pt, metrics.csv, a .safetensors file for each stage, and the files
-      of TensorBoard; made if it is not there. None writes nothing.
+      of TensorBoard; made if it is not there. None writes nothing. At the end it is also what
+      `models.save_pretrained` writes, of a network of `bitkernels.models`: `from_pretrained` makes
+      the network again, and its `pretrained_config` says what its pictures go through.
     seed: of weights, order and augmentation. On a CPU the same seed gives the same bits, also when
       the run was killed and resumed, with any number of workers.
     teacher: where a stage has teacher="given"; used in evaluation mode.
@@ -100,7 +105,29 @@ def _fit(run: Run, initial: Weights | None, saved: dict[str, Any] | None) -> Res
         model = _stage(run, index, initial if index == 0 else None,
                        saved if saved is not None and saved["stage"] == index else None)
     assert model is not None
+    _save_network(run, model)
     return Result(model.eval(), run.rows)
+
+
+def _save_network(run: Run, model: nn.Module) -> None:
+    """What `from_pretrained` reads, for a network of this package that the last stage left binary;
+    a warning where it was changed since it was made."""
+    made, stage = getattr(model, "pretrained_config", None), run.recipe.stages[-1]
+    if made is None or (stage.activations, stage.weights) != ("binary", "binary"):
+        return
+    rule, labels = run.data.preprocessing, run.data.labels
+    if rule is not None:
+        made["preprocessing"] = {"name": rule.name, "size": rule.size}
+    if labels is not None:
+        made["labels"] = list(labels)
+    if run.out is None:
+        return
+    try:
+        save_pretrained(model, run.out)
+    except ValueError as error:
+        warnings.warn(f"fit: {run.out} is no folder for from_pretrained: {error}", stacklevel=4)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {run.out}: {error.strerror}") from None
 
 
 def _opened(run: Run, resume: bool, held: ExitStack) -> dict[str, Any] | None:
@@ -171,7 +198,7 @@ def _stage(run: Run, index: int, initial: Weights | None,
     if run.out is not None:
         checkpoint.export(_weights_path(run, stage), weights, {
             "model": run.identity["model"], "recipe": run.recipe.name, "stage": stage.name,
-            "data": run.data.name})
+            "data": run.data.name, **described(run.data.preprocessing)})
     return model
 
 

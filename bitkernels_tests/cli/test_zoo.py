@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import bitkernels
 from bitkernels import models
+from bitkernels.cli import zoo as cli_zoo
 from bitkernels.models import preprocessing
 from bitkernels_tests.cli.test_cli import call
 
@@ -141,6 +143,87 @@ def test_predict(zoo, logits, capsys, tmp_path, keeps_threads):
     assert status == 0 and lines[0] == str(paths[0]) and len(lines) == 3
     best = int(shares[0].argmax())
     assert lines[1] == f"  {100 * float(shares[0, best]):5.1f} %  animal {best}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, torchvision):
+    """(folder of pictures, folder of a training on them, share of the held-out that was right)."""
+    pytest.importorskip("safetensors")
+    from PIL import Image
+
+    from bitkernels.train import datasets, fit, recipes
+
+    root, run = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("trained") / "run"
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 5)):
+        for i, name in enumerate(("black", "grey", "white")):
+            (root / part / name).mkdir(parents=True)
+            for j in range(count):
+                shades = rng.integers(0, 120, (20, 25, 3)) + 65 * i
+                Image.fromarray(shades.astype(np.uint8)).save(root / part / name / f"{j}.png")
+    recipe = recipes.get("quicknet-digits").scaled(epochs=3, batch_size=8, augmentation="none")
+    result = fit(lambda: models.create("quicknet", num_classes=3, image_size=16, blocks=(1, 1),
+                                       filters=(32, 32)), recipe, datasets.folder(root, 16), run)
+    return root, run, result.accuracy
+
+
+def test_a_training_is_evaluated_by_its_folder(trained, capsys, keeps_threads):
+    """Its pictures went through ReActNet's preprocessing, not through QuickNet's."""
+    import PIL.Image
+
+    root, run, accuracy = trained
+    assert 1 / 3 < accuracy
+    for packed in ((), ("--packed",)):
+        status, out, err = call(capsys, "evaluate", run, "--data", "folder", "--root", root,
+                                "--json", "--quiet", "--threads", 1, *packed)
+        assert status == 0 and not err
+        assert json.loads(out)["top1"] == pytest.approx(100 * accuracy)
+    picture = root / "val" / "white" / "0.png"
+    status, out, err = call(capsys, "predict", run, picture, "--json")
+    assert status == 0 and not err
+    found = json.loads(out)[0]["classes"]
+    with PIL.Image.open(picture) as file:
+        data = preprocessing.get("imagenet").at(16).array(np.array(file))
+    with torch.no_grad():
+        shares = models.from_pretrained(run)(data[None])[0].softmax(0)
+    assert {row["label"]: row["probability"] for row in found} == {
+        name: pytest.approx(float(share), rel=1e-4)
+        for name, share in zip(("black", "grey", "white"), shares, strict=True)}
+
+
+def test_weights_of_a_training_bring_their_preprocessing(trained):
+    file = trained[1] / "quicknet.safetensors"
+    for weights, rule in ((file, preprocessing.get("imagenet").at(16)),
+                          (trained[1], preprocessing.get("imagenet").at(16)),
+                          ("quicknet.larq", preprocessing.get("larq"))):
+        options = Namespace(model="quicknet", weights=str(weights), num_classes=3, size=None)
+        assert cli_zoo.asked(options).rule == rule
+        options.size = 32
+        assert cli_zoo.asked(options).rule == rule.at(32)
+
+
+def test_folders_that_do_not_fit_are_one_line(trained, capsys, tmp_path, keeps_threads):
+    root, run, _ = trained
+    config = json.loads((run / "config.json").read_text())
+    for name, change in (("grey", {"in_channels": 1}), ("unknown", {"preprocessing": None}),
+                         ("others", {"labels": ["black", "grey", "blue"]}),
+                         ("fewer", {"num_classes": 2, "labels": ["black", "grey"]})):
+        (tmp_path / name).mkdir()
+        written = {key: value for key, value in {**config, **change}.items() if value is not None}
+        (tmp_path / name / "config.json").write_text(json.dumps(written))
+    folder, picture = ("--data", "folder", "--root", root, "--quiet"), root / "val/grey/0.png"
+    for given, message in (
+            (("evaluate", "quicknet", *folder), "--weights is needed for quicknet, a published"),
+            (("evaluate", run, "--weights", "x", *folder), "--weights is for published networks; "),
+            (("predict", run, "--num-classes", 3, picture), "--num-classes is for published"),
+            (("predict", tmp_path / "grey", picture), "takes images of 1 channels, and pictures"),
+            (("predict", tmp_path / "unknown", picture), "config.json of "),
+            (("predict", tmp_path, picture), "has no config.json"),
+            (("evaluate", tmp_path / "others", *folder), "only one of them has blue, white"),
+            (("evaluate", tmp_path / "fewer", *folder), "has 3 classes and ")):
+        status, out, err = call(capsys, *given)
+        assert status == 1 and not out and err.count("\n") == 1, (given, err)
+        assert message in err and err.startswith(f"bitkernels {given[0]}: "), (given, err)
 
 
 def test_imagenet_has_its_labels(torchvision):

@@ -13,6 +13,8 @@ from torch import nn
 
 from bitkernels import _files, models
 from bitkernels import nn as bnn
+from bitkernels.models import preprocessing
+from bitkernels.models.weights import hub
 
 pytest.importorskip("safetensors")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,6 +109,36 @@ def test_models_that_cannot_be_made_again_are_refused(tmp_path):
         assert not (tmp_path / "folder").exists()
 
 
+def test_code_that_is_not_in_the_state_is_compared_too(tmp_path):
+    """Other quantizers, or another activation, have the same tensors."""
+    gelu, quantizer = made(), made()
+    gelu.relu = nn.GELU()
+    quantizer.sections[0][0].conv.weight_scale = "xnor"
+    for model, match in ((gelu, r"relu is GELU\(approximate='none'\), made as ReLU\(\)"),
+                         (quantizer, r"sections\.0\.0\.conv is .*xnor.*, made as BinaryConv2d")):
+        with pytest.raises(ValueError, match=f"quicknet is not as create made it: {match}"):
+            models.save_pretrained(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_pictures_go_through(tmp_path):
+    """As recorded, else as published; small networks have none of their own."""
+    model = made()
+    models.save_pretrained(model, tmp_path)
+    assert hub.described(str(tmp_path))["preprocessing"] is None
+    model.pretrained_config |= {"preprocessing": {"name": "cifar", "size": 16},
+                                "labels": ["tea", "caf\u00e9", "milk", "water"]}
+    for form in (model, packed(model)):
+        models.save_pretrained(form, tmp_path)
+        assert models.from_pretrained(tmp_path).pretrained_config == model.pretrained_config
+        found = hub.described(str(tmp_path))
+        assert found["preprocessing"] == preprocessing.get("cifar").at(16)
+        assert found["labels"] == model.pretrained_config["labels"]
+    models.save_pretrained(models.create_model("quicknet_small", blocks=(1,), filters=(32,)),
+                           tmp_path)
+    assert hub.described(str(tmp_path))["preprocessing"] == preprocessing.get("larq")
+
+
 @pytest.mark.parametrize("fails", [1, 2, 3])
 def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fails):
     models.save_pretrained(made(), tmp_path)
@@ -139,6 +171,12 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fails):
     (lambda c: c.update(num_classes=-9), "config.json: .*at least 1, got -9"),
     (lambda c: c.update(num_classes=9), r"classifier\.weight \(4, 64\), not \(9, 64\)"),
     (lambda c: c.update(packed=True), "not one of save_packed"),
+    (lambda c: c.update(preprocessing="larq"), "preprocessing in .* must have a name, of larq, .*"
+     "and a size of at least 1, got larq"),
+    (lambda c: c.update(preprocessing={"name": ["larq"], "size": 8}), "must have a name"),
+    (lambda c: c.update(preprocessing={"name": "larq", "size": 0}), "a size of at least 1"),
+    (lambda c: c.update(labels=["a", "b", "c"]), "must be 4 strings, one a class"),
+    (lambda c: c.update(labels=[1, 2, 3, 4]), "must be 4 strings"),
 ])
 def test_folders_of_something_else_are_refused(tmp_path, change, match):
     models.save_pretrained(made(), tmp_path)

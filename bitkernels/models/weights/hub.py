@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitkernels._files import replace_file
 from bitkernels._packages import needs
+from bitkernels.models import preprocessing
 from bitkernels.models.registry import create, create_model, entry
 from bitkernels.models.weights.checkpoint import differences, listed, load, read, unwrapped
 from bitkernels.nn import load_packed, pack, save_packed
@@ -52,6 +54,12 @@ def _save(model: nn.Module, folder: Path, repository: str) -> None:
     if changed := differences(twin, model.state_dict(), True):
         raise ValueError(f"save_pretrained: {config['model']} is not as {config['maker']} made it: "
                          + listed(changed))
+    now, then = _structure(model), _structure(twin)
+    if other := sorted(name for name in now.keys() | then.keys()
+                       if now.get(name) != then.get(name)):
+        name = other[0]
+        raise ValueError(f"save_pretrained: {config['model']} is not as {config['maker']} made it: "
+                         f"{name or 'it'} is {now.get(name)}, made as {then.get(name)}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as place:
         new = Path(place)
@@ -84,6 +92,8 @@ def from_pretrained(name_or_folder: str | os.PathLike[str]) -> nn.Module:
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"from_pretrained: {config_path}: {error}") from None
     model = model.to(getattr(torch, config["dtype"])).eval()
+    vars(model)["pretrained_config"] |= {key: config[key] for key in ("preprocessing", "labels")
+                                         if key in config}
     path = _part(origin, WEIGHTS)
     if config["packed"]:
         packed = load_packed(path, model)
@@ -91,6 +101,23 @@ def from_pretrained(name_or_folder: str | os.PathLike[str]) -> nn.Module:
         return packed
     load(model, read(path), origin)
     return model
+
+
+def described(origin: str) -> dict[str, Any]:
+    """The config of a folder, or of a repository of the Hugging Face Hub, of `save_pretrained`.
+
+    Its "preprocessing" is a `Preprocessing` or None, what the network's pictures go through: as
+    recorded, else as the network was published with. Raises as `from_pretrained`.
+    """
+    config = _read_config(_part(origin, CONFIG))
+    rule = config.get("preprocessing")
+    if rule is not None:
+        rule = preprocessing.get(rule["name"]).at(rule["size"])
+    elif config["maker"] == "create_model":
+        published = entry(config["model"])
+        rule = preprocessing.get(published.preprocessing).at(
+            config["options"].get("image_size", published.image_size))
+    return {**config, "preprocessing": rule}
 
 
 def push_to_hub(model: nn.Module, name: str, *, private: bool | None = None,
@@ -160,6 +187,12 @@ def _config(model: nn.Module) -> dict[str, Any]:
             "packed": any(isinstance(m, _Packed) for m in model.modules())}
 
 
+def _structure(model: nn.Module) -> dict[str, str]:
+    """What each module prints of itself; synchronised batch norms as the others."""
+    return {name: f"{'BatchNorm' if isinstance(m, _BatchNorm) else type(m).__name__}"
+                  f"({m.extra_repr()})" for name, m in model.named_modules()}
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     types = {"maker": str, "model": str, "num_classes": int, "in_channels": int, "options": dict,
              "dtype": str, "packed": bool}
@@ -173,6 +206,17 @@ def _read_config(path: Path) -> dict[str, Any]:
             "float32", "float16", "bfloat16", "float64"):
         raise ValueError(f"from_pretrained: {path} is no config.json of save_pretrained, or a "
                          f"broken one ({', '.join(wrong) or 'maker or dtype'})")
+    rule, labels = config.get("preprocessing"), config.get("labels")
+    if "preprocessing" in config and not (
+            isinstance(rule, dict) and rule.get("name") in [*preprocessing.PREPROCESSING]
+            and type(rule.get("size")) is int and rule["size"] > 0):
+        raise ValueError(f"from_pretrained: preprocessing in {path} must have a name, of "
+                         f"{', '.join(preprocessing.PREPROCESSING)}, and a size of at least 1, got "
+                         f"{rule}")
+    if "labels" in config and not (isinstance(labels, list) and all(
+            isinstance(label, str) for label in labels) and len(labels) == config["num_classes"]):
+        raise ValueError(f"from_pretrained: labels in {path} must be {config['num_classes']} "
+                         "strings, one a class")
     config["options"] = {key: _tuples(value) for key, value in config["options"].items()}
     return config
 
