@@ -17,6 +17,7 @@ from bitkernels.backends import gpus
 from bitkernels.cli import zoo
 from bitkernels.explain import Explanation
 from bitkernels.models.registry import entry
+from bitkernels.train.errors import first_line
 
 DESCRIPTION = """\
 Which backend and kernel a call of an operator, or each layer of a network, gets, and why.
@@ -26,9 +27,10 @@ Which backend and kernel a call of an operator, or each layer of a network, gets
   python -m bitkernels explain quicknet --train
   python -m bitkernels explain packed_conv2d --channels 256 --size 14 --target sm_80
 
-A network is one of `python -m bitkernels models`, or a published one by name. It is called once on
-random images, in evaluation without gradients. An operator gets tensors without memory: --channels
-in and out, images of --size, filters of --kernel, padded to keep the size.
+A network is one of `python -m bitkernels models` by name, or the folder of a training or of
+save_pretrained. It is called once on random images, in evaluation without gradients. An operator
+gets tensors without memory: --channels in and out, images of --size, filters of --kernel, padded to
+keep the size.
 """
 
 
@@ -85,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
     name, classes, channels = options.name, options.num_classes, options.in_channels or 3
-    if name in models.names():
+    if zoo.has_config(name):
+        model, (channels, size, _) = zoo.saved(name, options.size, num_classes=classes,
+                                               in_channels=options.in_channels)
+    elif name in models.names():
         size = options.size or 32
         model = models.create(name, num_classes=classes or 10, in_channels=channels,
                               image_size=size)
@@ -111,8 +116,9 @@ def main(options: argparse.Namespace) -> int:
         if options.train and options.packed:
             raise ValueError("--packed layers do not train: give one of --packed and --train")
         operator = name in ARGUMENTS
-        known = operator or name in models.names() or name in models.list_models()
-        for option in () if not known else NETWORK if operator else OPERATOR:
+        network = (zoo.has_config(name) or name in models.names()
+                   or name in models.list_models())
+        for option in NETWORK if operator else OPERATOR if network else ():
             if getattr(options, option):
                 raise ValueError(f"--{option.replace('_', '-')} is of "
                                  f"{'networks' if operator else 'operators'}, {name} is "
@@ -124,7 +130,7 @@ def main(options: argparse.Namespace) -> int:
                 gpu = gpus.of(torch.device("cuda")) if torch.cuda.is_available() else None
                 target = "cpu" if gpu is None else gpu.architecture
             found = bitkernels.explain(name, *args, target=target, **kw)
-        elif name in models.names() or name in models.list_models():
+        elif network:
             found = _of_network(options, target)
         elif name.partition(".")[0] in bitkernels.ops.__all__:
             raise ValueError(f"{name} takes more than sizes: give bitkernels.explain({name!r}) "
@@ -133,8 +139,8 @@ def main(options: argparse.Namespace) -> int:
             raise ValueError(f"no network or operator is called {name!r}; there are "
                              f"{', '.join((*models.names(), *models.list_models()))}; "
                              f"{', '.join(ARGUMENTS)}")
-    except (ValueError, RuntimeError) as error:
-        said = str(error).splitlines()[0].removeprefix("bitkernels.explain: ")
+    except zoo.MENDABLE as error:
+        said = first_line(error).removeprefix("bitkernels.explain: ")
         print(f"bitkernels explain: {said}", file=sys.stderr)
         return 1
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)

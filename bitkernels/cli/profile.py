@@ -31,7 +31,8 @@ A published network has the weights it starts with, which do not change its time
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("model", metavar="MODEL", help="a published network, or a file")
+    parser.add_argument("model", metavar="MODEL", help="a published network, a file, or the folder "
+                        "of a training or of save_pretrained")
     parser.add_argument("--batch", type=int, default=1, help="default: 1")
     parser.add_argument("--size", type=int, help="the side of an image; default: as published")
     parser.add_argument("--repeats", type=int, default=20, help="default: 20")
@@ -48,7 +49,11 @@ def main(options: argparse.Namespace) -> int:
             raise ValueError(f"--chart must be a file in a folder that there is, got "
                              f"{options.chart!r}")
         device = zoo.prepared(options)
-        if os.path.exists(options.model):
+        if zoo.has_config(options.model):
+            model, shape = zoo.saved(options.model, options.size)
+            inputs = [torch.randn(options.batch, *shape, device=device)]
+            network = convert(model.to(device), inputs[0])
+        elif os.path.exists(options.model):
             if options.size is not None:
                 raise ValueError("--size is for published networks; a file has its own")
             network = load_converted(options.model, device)

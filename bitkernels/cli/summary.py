@@ -27,9 +27,10 @@ From Python, of any model: print(bitkernels.summary(model, (3, 224, 224))).
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("model", metavar="NAME", help="of python -m bitkernels models")
+    parser.add_argument("model", metavar="NAME", help="of python -m bitkernels models, or the "
+                        "folder of a training or of save_pretrained")
     parser.add_argument("--num-classes", type=int, help="default: as published")
-    parser.add_argument("--in-channels", type=int, default=3, help="of the images; default: 3")
+    parser.add_argument("--in-channels", type=int, help="of the images; default: 3")
     parser.add_argument("--size", type=int, help="the side of an image; default: as published")
     parser.add_argument("--depth", type=int, help="join what lies deeper than so many names")
     parser.add_argument("--packed", action="store_true", help="of the packed network")
@@ -39,10 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     try:
         zoo.check(options, "in_channels", "depth")
-        model, size = build(options.model, options.num_classes, options.in_channels, options.size)
+        if zoo.has_config(options.model):
+            model, shape = zoo.saved(options.model, options.size, num_classes=options.num_classes,
+                                     in_channels=options.in_channels)
+        else:
+            channels = options.in_channels or 3
+            model, side = build(options.model, options.num_classes, channels, options.size)
+            shape = channels, side, side
         if options.packed:
             model = zoo.packed(model)
-        found = summary(model, (1, options.in_channels, size, size), depth=options.depth)
+        found = summary(model, (1, *shape), depth=options.depth)
     except zoo.MENDABLE as error:
         print(f"bitkernels summary: {first_line(error)}", file=sys.stderr)
         return 1

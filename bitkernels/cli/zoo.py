@@ -86,7 +86,7 @@ class Network:
 def asked(options: argparse.Namespace) -> Network:
     """Of a published network by name with --weights, or of what `save_pretrained` and a training
     wrote. Raises ValueError for options that do not fit, and as `from_pretrained`."""
-    if not _has_config(options.model):
+    if not has_config(options.model):
         found = _published(options)
     else:
         for name in ("weights", "num_classes"):
@@ -109,7 +109,7 @@ def _published(options: argparse.Namespace) -> Network:
     if options.weights is None:
         raise ValueError(f"--weights is needed for {options.model}, a published network")
     rule = labels = None
-    if _has_config(options.weights):
+    if has_config(options.weights):
         config = described(options.weights)
         rule, labels = config["preprocessing"], config.get("labels")
     elif os.path.isfile(options.weights):
@@ -119,8 +119,25 @@ def _published(options: argparse.Namespace) -> Network:
                    labels, published)
 
 
-def _has_config(name: str) -> bool:
+def has_config(name: str) -> bool:
+    """Whether it is a folder or a repository of the Hub, which say themselves what they are."""
     return os.path.isdir(name) or name.startswith(HUB)
+
+
+def saved(name: str, size: int | None, **own: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The network of such a folder, and an image's (channels, side, side).
+
+    own: options that it decides itself. Raises ValueError where one is given, and as
+    `from_pretrained`.
+    """
+    for option, value in own.items():
+        if value is not None:
+            raise ValueError(f"--{option.replace('_', '-')} is for networks by name; {name} has "
+                             "its own")
+    config = described(name)
+    rule = config["preprocessing"]
+    side = size or (rule.size if rule else config["options"].get("image_size", 32))
+    return models.from_pretrained(name), (config["in_channels"], side, side)
 
 
 def sized(name: str, side: int | None) -> dict[str, Any]:
@@ -137,7 +154,7 @@ def packed(model: nn.Module) -> nn.Module:
 def network(options: argparse.Namespace) -> nn.Module:
     """The network that was asked for, with its weights, in evaluation on its device."""
     device = prepared(options)
-    if _has_config(options.model):
+    if has_config(options.model):
         model = models.from_pretrained(options.model)
     else:
         model = models.create_model(options.model, num_classes=options.num_classes,

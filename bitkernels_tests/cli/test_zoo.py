@@ -39,6 +39,31 @@ def test_summary_as_published_and_of_other_channels(capsys):
     assert data["input_shapes"] == [[1, 1, 8, 8]]
 
 
+@pytest.mark.parametrize("form", ["latent", "packed"])
+def test_commands_take_the_folder_of_a_network(capsys, tmp_path, form, keeps_threads):
+    pytest.importorskip("safetensors")
+    model = models.create("reactnet", in_channels=1, image_size=8, channels=(32, 64)).eval()
+    if form == "packed":
+        model = cli_zoo.packed(model)
+    models.save_pretrained(model, tmp_path)
+    expected = bitkernels.summary(model, (1, 8, 8))
+    status, out, err = call(capsys, "summary", tmp_path, "--size", 8)
+    assert status == 0 and not err and out == f"{expected}\n"
+    for command in ("explain", "profile"):
+        status, out, err = call(capsys, command, tmp_path, "--json", "--size", 8, *(
+            ("--threads", 1) if command == "profile" else ()))
+        assert status == 0 and not err and json.loads(out)
+    for command in ("explain", "summary"):
+        for option in ("--num-classes", "--in-channels"):
+            status, out, err = call(capsys, command, tmp_path, option, 3)
+            assert status == 1 and not out and err == (
+                f"bitkernels {command}: {option} is for networks by name; {tmp_path} has its own\n")
+    (tmp_path / "config.json").unlink()
+    for command in ("explain", "profile", "summary", "predict"):
+        status, out, err = call(capsys, command, tmp_path, *(["x.png"] * (command == "predict")))
+        assert status == 1 and not out and "has no config.json" in err and err.count("\n") == 1
+
+
 def test_models_lists_all_of_the_registry(capsys):
     status, out, err = call(capsys, "models", "quicknet*")
     assert status == 0 and not err
