@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                       "first where both have it, or module:function; default: the "
                                       "one that the recipe is for")
     what.add_argument("--model-option", action="append", default=[], metavar="NAME=VALUE",
-                      help="an argument of the model; may be given several times")
+                      help="an argument of the model, beside the recipe's for its own model; may "
+                      "be given several times")
     what.add_argument("--data", choices=datasets.NAMES, help="the image set")
     what.add_argument("--root", help="the folder of its files")
     what.add_argument("--size", type=int, help="the side of an image, for folder and imagenet")
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
         if args.show:
             print(recipe)
             return 0
-        if args.model is None and recipe.model:
+        if recipe.model and args.model in (None, recipe.model):
             args.model = recipe.model
             args.model_option = [*recipe.model_options, *args.model_option]
         networks = dict.fromkeys([*models.names(), *models.list_models()])

@@ -136,6 +136,12 @@ def test_a_recipe_brings_its_model(tmp_path, monkeypatch, capsys):
     assert "sections.2.2.conv.weight" not in weights  # blocks=(1, 1, 1) is of the recipe
     with safe_open(tmp_path / "quicknet.safetensors", "pt") as file:
         assert file.metadata()["model"].startswith("quicknet blocks=(1, 1, 1) filters=")
+    for model in ("quicknet", "reactnet"):  # named: the recipe's own has its options, others not
+        out = tmp_path / model
+        assert call(monkeypatch, *run[:-2], "--model", model, "--out", out) == 0
+        options = " blocks=(1, 1, 1) filters=(32, 64, 128)" if model == "quicknet" else ""
+        with safe_open(out / "quicknet.safetensors", "pt") as file:
+            assert file.metadata()["model"] == model + options
     assert call(monkeypatch, "--recipe", "bop-imagenet", "--data", "digits", "--out", tmp_path) == 1
     assert "--model is needed" in capsys.readouterr().err
 
