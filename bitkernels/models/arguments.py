@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bitkernels._arguments import flag, integer, integers, number, refuse
+from bitkernels._arguments import choice, flag, integer, integers, number, refuse
 
 # The least of each.
 _INTEGERS = {"num_classes": 1, "in_channels": 1, "out_channels": 1, "image_size": 1, "hidden": 1,
@@ -51,6 +51,8 @@ def _checked(where: str, name: str, value: Any, parameter: inspect.Parameter) ->
         return integer(where, name, value, _INTEGERS[name])
     if name in _FLAGS:
         return flag(where, name, value)
+    if name == "stem":
+        return choice(where, name, value, ("imagenet", "cifar"))
     if name == "norm_momentum":
         return number(where, name, value, 0, 1)
     if name == "reduction":

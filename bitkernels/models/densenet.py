@@ -82,8 +82,6 @@ class BinaryDenseNet(nn.Module):
         if min(*layers, *dilation) < 1 or any(r <= 0 for r in reduction):
             raise ValueError("BinaryDenseNet: layers and dilation must be at least 1 and reduction "
                              f"above 0, got {layers}, {dilation} and {reduction}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"BinaryDenseNet: stem must be 'imagenet' or 'cifar', got {stem!r}")
         least = 2 ** sum(rate == 1 for rate in dilation[1:])  # side of the map after the stem
         self.images = ImageInput("BinaryDenseNet", least if stem == "cifar" else 4 * least - 3)
         self.stem = _stem(in_channels, stem)

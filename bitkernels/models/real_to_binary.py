@@ -120,8 +120,6 @@ class RealToBinaryNet(nn.Module):
         if any(c % REDUCTION or c < 1 for c in channels) or len(set(channels)) < len(channels):
             raise ValueError("RealToBinaryNet: channels must be different multiples of "
                              f"{REDUCTION}, got {channels}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"RealToBinaryNet: stem must be 'imagenet' or 'cifar', got {stem!r}")
         first = nn.Conv2d(in_channels, channels[0], *((7, 2) if stem == "imagenet" else (3, 1)),
                           bias=False)
         glorot_normal_(first.weight)
