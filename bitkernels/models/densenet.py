@@ -45,8 +45,38 @@ class DenseLayer(nn.Module):
         return self.conv(norm_of_concatenated(self.norm, parts))
 
 
+class DenseNetwork(nn.Module):
+    """Images, a stem, `DenseSection`s and a linear layer."""
+
+    images: ImageInput
+    stem: nn.Module
+
+    def _finish(self, sections: list[DenseSection], channels: int, num_classes: int) -> None:
+        self.sections = nn.Sequential(*sections)
+        self.attention_layers = tuple(f"sections.{i}" for i in range(len(sections)))
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.sections(self.stem(self.images(input)))
+        return self.classifier(self.pool(self.relu(self.norm(x))).flatten(1))
+
+    def keras_layers(self) -> list[tuple[str, nn.Module]]:
+        """The layers with weights in the order of Larq Zoo's Keras model, each with its kind.
+
+        A grouped convolution, which has a layer a group there, is named once for each of them.
+        """
+        kinds = {nn.Conv2d: "conv", BinaryConv2d: "conv", nn.BatchNorm2d: "norm",
+                 nn.Linear: "dense"}
+        return [(kinds[type(part)], part) for part in self.modules() if type(part) in kinds
+                for _ in range(getattr(part, "groups", 1))]
+
+
 @checked
-class BinaryDenseNet(nn.Module):
+class BinaryDenseNet(DenseNetwork):
     """A real stem, sections of `DenseLayer`s with real 1x1 convolutions between, a linear layer.
 
     Input (N, in_channels, H, W); output (N, num_classes).
@@ -99,24 +129,8 @@ class BinaryDenseNet(nn.Module):
                 parts.append(DenseLayer(channels, rate, binary_weights=binary_weights))
                 channels += GROWTH
             sections.append(DenseSection(*parts))
-        self.sections = nn.Sequential(*sections)
-        self.attention_layers = tuple(f"sections.{i}" for i in range(len(sections)))
-        self.norm = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
+        self._finish(sections, channels, num_classes)
         he_normal_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = self.sections(self.stem(self.images(input)))
-        return self.classifier(self.pool(self.relu(self.norm(x))).flatten(1))
-
-    def keras_layers(self) -> list[tuple[str, nn.Module]]:
-        """The layers with weights in the order of Larq Zoo's Keras model, each with its kind."""
-        kinds = {nn.Conv2d: "conv", BinaryConv2d: "conv", nn.BatchNorm2d: "norm",
-                 nn.Linear: "dense"}
-        return [(kinds[type(part)], part) for part in self.modules() if type(part) in kinds]
 
 
 def _stem(in_channels: int, kind: str) -> nn.Sequential:
