@@ -300,11 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "notes"))
     for name, reason in notes.items():
         print(f"{name}: {reason}")
-    if device.busy():
-        print("other programs kept this machine busy: measure again when it is idle")
-    if record["kernel"] == "reference":
-        print("bitkernels ran its reference implementation here, which is written to be read: "
-              "these speeds say nothing about a compiled backend")
+    common.print_caveats(device)
     complete = compiled and (tuple(names), size, tuple(batches)) == (
         MODELS, SIZE, BATCHES[device.type])
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
