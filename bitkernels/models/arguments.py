@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
-from bitkernels._arguments import choice, flag, integer, integers, number, refuse
+from bitkernels._arguments import choice, each, flag, integer, integers, number
 
 # The least of each.
 _INTEGERS = {"num_classes": 1, "in_channels": 1, "out_channels": 1, "image_size": 1, "hidden": 1,
@@ -56,9 +55,5 @@ def _checked(where: str, name: str, value: Any, parameter: inspect.Parameter) ->
     if name == "norm_momentum":
         return number(where, name, value, 0, 1)
     if name == "reduction":
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            refuse(where, name, "a sequence of numbers", value)
-        for n in value:
-            number(where, name, n)
-        return tuple(value)
+        return each(number)(where, name, value)
     return value  # a name, which the class itself knows
