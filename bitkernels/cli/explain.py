@@ -104,10 +104,7 @@ def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
 def main(options: argparse.Namespace) -> int:
     target, name = options.target, options.name
     try:
-        for option in ("batch", "size", "channels", "kernel", "num_classes", "in_channels"):
-            value = getattr(options, option)
-            if value is not None and value < 1:
-                raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+        zoo.check(options, "batch", "channels", "kernel", "in_channels")
         if options.train and options.packed:
             raise ValueError("--packed layers do not train: give one of --packed and --train")
         operator = name in ARGUMENTS
