@@ -15,7 +15,7 @@ _INTEGERS = {"num_classes": 1, "in_channels": 1, "out_channels": 1, "image_size"
              "width": 1, "stages": 1, "first_padding": 0, "activation_bits": 1, "stem_stride": 1,
              "stride": 1, "real_groups": 1}
 _SEQUENCES = {"blocks": 0, "channels": 1, "filters": 1, "layers": 0, "features": 1, "strides": 1,
-              "stem_strides": 1}
+              "stem_strides": 1, "dilation": 1}
 _FLAGS = ("binary_weights", "modulated")
 
 Network = TypeVar("Network", bound=type[nn.Module])
@@ -23,7 +23,7 @@ Network = TypeVar("Network", bound=type[nn.Module])
 
 def checked(cls: Network) -> Network:
     """A class whose constructor refuses, by ValueError with the argument's name, what is none, and
-    gets integers of NumPy as plain ones, which files of settings can hold."""
+    gets plain integers, which files of settings can hold, and tuples for sequences."""
     init: Any = cls.__init__
     signature = inspect.signature(init)
 
@@ -41,11 +41,12 @@ def checked(cls: Network) -> Network:
 
 
 def _checked(where: str, name: str, value: Any, parameter: inspect.Parameter) -> Any:
-    sequence = name in _SEQUENCES or name == "dilation"
     if name == "channels" and "Sequence" not in str(parameter.annotation):  # of one block
         return integer(where, name, value)
-    if sequence:
-        return integers(where, name, value, _SEQUENCES.get(name, 1))
+    if name == "features" and isinstance(value, (tuple, list)) and not value:  # of one section
+        return ()
+    if name in _SEQUENCES:
+        return integers(where, name, value, _SEQUENCES[name])
     if name in _INTEGERS:
         return integer(where, name, value, _INTEGERS[name])
     if name in _FLAGS:

@@ -57,7 +57,7 @@ class BiRealNet(nn.Module):
                  style: str = "larq", binary_weights: bool = True) -> None:
         super().__init__()
         choice("BiRealNet", "style", style, STYLES)
-        self.style, self.blocks_of = style, tuple(blocks)
+        self.style, self.blocks_of = style, blocks
         same = style == "larq"
         norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.2) if same else nn.BatchNorm2d
         body = residual_body(blocks, channels, partial(

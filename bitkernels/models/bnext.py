@@ -128,7 +128,6 @@ class BNext(nn.Module):
                  channels: Sequence[int] = CHANNELS["t"], stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        channels = tuple(channels)
         pairs = list(zip(channels, channels[1:], strict=False))
         if not pairs or min(channels) < 8 or any(b not in (a, 2 * a) for a, b in pairs):
             raise ValueError("BNext: channels of a stem and at least one block, at least 8, each "

@@ -104,12 +104,11 @@ class BinaryDenseNet(DenseNetwork):
                  dilation: Sequence[int] = (1, 1, 1, 1), stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        layers, reduction, dilation = tuple(layers), tuple(reduction), tuple(dilation)
-        if not layers or len(dilation) != len(layers) or len(reduction) != len(layers) - 1:
+        if len(dilation) != len(layers) or len(reduction) != len(layers) - 1:
             raise ValueError("BinaryDenseNet: each section has a number of layers and a dilation, "
                              f"and each but the last a reduction; got layers={layers}, "
                              f"dilation={dilation} and reduction={reduction}")
-        if min(*layers, *dilation) < 1 or any(r <= 0 for r in reduction):
+        if min(layers) < 1 or any(r <= 0 for r in reduction):
             raise ValueError("BinaryDenseNet: layers and dilation must be at least 1 and reduction "
                              f"above 0, got {layers}, {dilation} and {reduction}")
         least = 2 ** sum(rate == 1 for rate in dilation[1:])  # side of the map after the stem

@@ -59,8 +59,7 @@ class MeliusNet(DenseNetwork):
                  blocks: Sequence[int] = (4, 5, 4, 4), features: Sequence[int] = (160, 224, 256),
                  binary_weights: bool = True) -> None:
         super().__init__()
-        blocks, features = tuple(blocks), tuple(features)
-        if not blocks or len(features) != len(blocks) - 1 or min(*blocks, *features, 1) < 1:
+        if len(features) != len(blocks) - 1 or min(blocks) < 1:
             raise ValueError("MeliusNet: each section has a number of blocks, at least 1, and "
                              f"each but the last the features after it; got blocks={blocks} and "
                              f"features={features}")

@@ -61,8 +61,7 @@ class ReActNet18(nn.Module):
                  channels: Sequence[int] = (64, 128, 256, 512), stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        blocks, channels = tuple(blocks), tuple(channels)
-        if not channels or len(blocks) != len(channels):
+        if len(blocks) != len(channels):
             raise ValueError("ReActNet18: each section has a number of blocks and of channels, "
                              f"got blocks={blocks} and channels={channels}")
         small = stem == "cifar"
