@@ -15,8 +15,8 @@ import bitkernels
 from bitkernels import models
 from bitkernels.backends import gpus
 from bitkernels.cli import zoo
+from bitkernels.cli.summary import build
 from bitkernels.explain import Explanation
-from bitkernels.models.registry import entry
 
 DESCRIPTION = """\
 Which backend and kernel a call of an operator, or each layer of a network, gets, and why.
@@ -84,14 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
-    name, classes, channels = options.name, options.num_classes, options.in_channels or 3
-    if name in models.names():
-        size = options.size or 32
-        model = models.create(name, num_classes=classes or 10, in_channels=channels,
-                              image_size=size)
-    else:
-        size = options.size or entry(name).image_size
-        model = models.create_model(name, num_classes=classes, in_channels=channels)
+    channels = options.in_channels or 3
+    model, size = build(options.name, options.num_classes, channels, options.size,
+                        options.name not in models.names(), "cpu")
     model.train(options.train)
     if options.packed:
         model = zoo.packed(model)
