@@ -339,11 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "not_available"))
     for name, reason in notes.items():
         print(f"{name} n/a: {reason}")
-    if device.busy():
-        print("other programs kept this machine busy: measure again when it is idle")
-    if record["kernel"] == "reference":
-        print("bitkernels ran its reference implementation here, which is written to be read: "
-              "these speeds say nothing about a compiled backend")
+    common.print_caveats(device)
     complete = not args.quick and (
         shapes, batches, threads, args.mode, args.depth) == (
         [Shape.parse(name) for name in BLOCKS], list(device.batches), device.threads, list(MODES),

@@ -300,12 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
                     if key not in ("not_available", "popcount_rate", "peak")))
     for name, reason in notes.items():
         print(f"{name} n/a: {reason}")
-    if device.busy():
-        print("other programs kept this machine busy: they interrupt long calls more often than "
-              "short ones, which flatters the faster side; measure again when it is idle")
-    if record["kernel"] == "reference":
-        print("bitkernels ran its reference implementation here, which is written to be read: "
-              "these speeds say nothing about a compiled backend")
+    common.print_caveats(device)
     everything = len(layers) * len(batches) * len(threads) == len(rows)
     complete = everything and not args.quick and (layers, batches, threads) == (
         [Layer.parse(name) for name in LAYERS], list(device.batches), device.threads)

@@ -175,8 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     record = common.environment(device) | {"min_run_time": args.min_run_time}
     print(table(rows))
     print(", ".join(f"{key} {value}" for key, value in record.items()))
-    if device.busy():
-        print("other programs kept this machine busy: measure again when it is idle")
+    common.print_caveats(device)
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)
     if output is not None:
         common.write_csv(output / "grad.csv", list(csv_rows(rows, record)))

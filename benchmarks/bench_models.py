@@ -120,7 +120,7 @@ def measure(networks: Sequence[Network], batch: int, threads: int, device: commo
     found: dict[tuple[str, str], Candidate] = {}
     with contextlib.ExitStack() as stack, tqdm(desc="calls", disable=None) as progress:
         for network in networks:
-            calls = model_providers.candidates(network, batch, compiled, device, notes,
+            calls = model_providers.candidates(network, batch, compiled, notes,
                                                lambda: time.monotonic() > compile_end)
             calls |= stack.enter_context(model_providers.larq(larq, network.name, folder, threads,
                                                               batch, notes))
@@ -161,17 +161,12 @@ def run(names: Sequence[str], size: int, batches: Sequence[int], threads: Sequen
     return rows
 
 
-def base_of(rows: Sequence[Row], row: Row) -> Row | None:
-    """The emulation of the same network, the fastest that was timed: precisions and compilers."""
-    return min((one for one in rows if one.provider.startswith(BASE) and (
-        one.network, one.batch, one.threads) == (row.network, row.batch, row.threads)),
-        key=lambda one: one.times.p50, default=None)
-
-
 def speedup(rows: Sequence[Row], row: Row) -> float | None:
-    """Over the fastest emulation of the same network."""
-    base = base_of(rows, row)
-    return None if base is None else base.times.p50 / row.times.p50
+    """Over the fastest emulation of the same network: precisions and compilers."""
+    base = min((one.times.p50 for one in rows if one.provider.startswith(BASE) and (
+        one.network, one.batch, one.threads) == (row.network, row.batch, row.threads)),
+        default=None)
+    return None if base is None else base / row.times.p50
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -300,11 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "notes"))
     for name, reason in notes.items():
         print(f"{name}: {reason}")
-    if device.busy():
-        print("other programs kept this machine busy: measure again when it is idle")
-    if record["kernel"] == "reference":
-        print("bitkernels ran its reference implementation here, which is written to be read: "
-              "these speeds say nothing about a compiled backend")
+    common.print_caveats(device)
     complete = compiled and (tuple(names), size, tuple(batches)) == (
         MODELS, SIZE, BATCHES[device.type])
     output = args.output or (common.RESULTS / common.slug(device.name) if complete else None)

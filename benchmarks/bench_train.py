@@ -332,11 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
     print(table(rows), "\n")
     print(", ".join(f"{key} {value}" for key, value in record.items()))
-    if device.busy():
-        print("other programs kept this machine busy: measure again when it is idle")
-    if record["kernel"] == "reference":
-        print("bitkernels ran its reference implementation here, which is written to be read: "
-              "these speeds say nothing about a compiled backend")
+    common.print_caveats(device)
     complete = not args.quick and not args.checkpoint_stem and (
         args.networks, args.precision, threads, batch, size) == (
         list(DEFAULT), list(PRECISIONS), device.threads[-1:], BATCH[device.type], SIZE)

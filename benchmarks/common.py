@@ -288,6 +288,16 @@ def environment(device: Device) -> dict[str, object]:
     }
 
 
+def print_caveats(device: Device) -> None:
+    """Why the times are not to be trusted, if so."""
+    if device.busy():
+        print("other programs kept this machine busy: they interrupt long calls more often than "
+              "short ones, which flatters the faster side; measure again when it is idle")
+    if device.kernel() == cpu.REFERENCE:
+        print("bitkernels ran its reference implementation here, which is written to be read: "
+              "these speeds say nothing about a compiled backend")
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

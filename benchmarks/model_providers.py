@@ -127,8 +127,8 @@ def _place(network: Network, device: common.Device) -> None:
         module.to(device.type)
 
 
-def candidates(network: Network, batch: int, compiled: bool, device: common.Device,
-               notes: dict[str, str], late: Callable[[], bool]) -> dict[str, Candidate]:
+def candidates(network: Network, batch: int, compiled: bool, notes: dict[str, str],
+               late: Callable[[], bool]) -> dict[str, Candidate]:
     """By provider. late: whether there is no time to compile any more."""
     found: dict[str, Candidate] = {}
     for form, module in network.forms.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 INT_MAX = 2**31 - 1
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Check = Callable[[str, str, Any], Any]  # of these: where, the argument's name, its value
 
 
 def refuse(where: str, name: str, takes: str, got: Any) -> NoReturn:
@@ -74,6 +75,16 @@ def integers(where: str, name: str, value: Any, least: int = 1, count: int | Non
         refuse(where, name, "a sequence of integers" if count is None else
                f"a sequence of {count} integers", value)
     return tuple(integer(where, name, n, least) for n in value)
+
+
+def each(inner: Check, count: int | None = None) -> Check:
+    """A sequence of what `inner` takes, `count` of them where that is given."""
+    def checked(where: str, name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or (
+                count is not None and len(value) != count):
+            refuse(where, name, "a tuple" if count is None else f"{count} numbers", value)
+        return tuple(inner(where, name, part) for part in value)
+    return checked
 
 
 def number(where: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf, *,

@@ -226,12 +226,10 @@ class _OneLevel(Function):
 
 
 def record(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any) -> Any:
-    """An operator's Function, of the combined form, applied in its kernel of the Autograd key.
+    """An operator's Function, of the combined form, applied on one level of `torch.func`.
 
     Its arguments are the tensors and the rest; `function.call` is the operator with the same ones.
     """
-    if not functorch_active():
-        return super(Function, function).apply(*tensors, *rest)
     if any(t is not None and t.requires_grad for t in tensors):
         from torch._functorch.utils import enable_single_level_autograd_function
 
@@ -248,9 +246,9 @@ def differentiate(function: Any, tensors: tuple[Tensor | None, ...], *rest: Any)
     else `function.below`, with the same arguments, whose result is the operator's.
     """
     if is_recorded(function.operator, *tensors):
-        if not functorch_active():  # as in `record`: a call less
-            return super(Function, function).apply(*tensors, *rest)
-        return record(function, tensors, *rest)
+        if functorch_active():
+            return record(function, tensors, *rest)
+        return super(Function, function).apply(*tensors, *rest)
     if is_traced():
         return unrecorded(function, tensors, *rest)
     with below_autograd():

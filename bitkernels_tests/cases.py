@@ -34,6 +34,10 @@ def dyadic(*shape: int, dtype=torch.float32, device="cpu") -> Tensor:
     return (torch.randint(-16, 17, shape) / 4).to(device, dtype)
 
 
+def signed(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+
+
 def words_of(*shape: int, device="cpu") -> Tensor:
     """Random words of bits (..., channels), tail bits 0."""
     return reference.pack_bits(torch.rand(shape) < 0.5).to(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bitkernels
 from bitkernels import nn as bnn
+from bitkernels.cli import zoo
 
 DESCRIPTION = """\
 How fast a few layers are on this machine, in less than a minute: PyTorch's convolution in float32
@@ -100,11 +101,7 @@ def main(options: argparse.Namespace) -> int:
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             raise ValueError("--device must be cpu, or cuda where there is a GPU, got "
                              f"{options.device!r}")
-        for name, value in (("batch", options.batch), ("threads", threads)):
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if threads > cpu.MOST_THREADS:
-            raise ValueError(f"--threads must be at most {cpu.MOST_THREADS}, got {threads}")
+        zoo.check(options, "batch")
         if not 0 < options.seconds < 60:
             raise ValueError(f"--seconds must be above 0 and below 60, got {options.seconds}")
         for layer in options.layers:

@@ -15,8 +15,8 @@ import bitkernels
 from bitkernels import models
 from bitkernels.backends import gpus
 from bitkernels.cli import zoo
+from bitkernels.cli.summary import build
 from bitkernels.explain import Explanation
-from bitkernels.models.registry import entry
 from bitkernels.train.errors import first_line
 
 DESCRIPTION = """\
@@ -86,17 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
-    name, classes, channels = options.name, options.num_classes, options.in_channels or 3
+    name, classes, channels = options.name, options.num_classes, options.in_channels
     if zoo.has_config(name):
         model, (channels, size, _) = zoo.saved(name, options.size, num_classes=classes,
-                                               in_channels=options.in_channels)
-    elif name in models.names():
-        size = options.size or 32
-        model = models.create(name, num_classes=classes or 10, in_channels=channels,
-                              image_size=size)
+                                               in_channels=channels)
     else:
-        size = options.size or entry(name).image_size
-        model = models.create_model(name, num_classes=classes, in_channels=channels)
+        channels = channels or 3
+        model, size = build(name, classes, channels, options.size, name not in models.names(),
+                            "cpu")
     model.train(options.train)
     if options.packed:
         model = zoo.packed(model)
@@ -109,10 +106,7 @@ def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
 def main(options: argparse.Namespace) -> int:
     target, name = options.target, options.name
     try:
-        for option in ("batch", "size", "channels", "kernel", "num_classes", "in_channels"):
-            value = getattr(options, option)
-            if value is not None and value < 1:
-                raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+        zoo.check(options, "batch", "channels", "kernel", "in_channels")
         if options.train and options.packed:
             raise ValueError("--packed layers do not train: give one of --packed and --train")
         operator = name in ARGUMENTS

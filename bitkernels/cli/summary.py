@@ -58,18 +58,15 @@ def main(options: argparse.Namespace) -> int:
 
 
 def build(name: str, num_classes: int | None, in_channels: int, size: int | None,
-          published: bool | None = None) -> tuple[torch.nn.Module, int]:
-    """A network without values, and its image's side.
+          published: bool | None = None, device: str = "meta") -> tuple[torch.nn.Module, int]:
+    """A network, without values unless the device has some, and its image's side.
 
     published: of `create_model`, else of `create`; None: the first of the two that has the name.
     Raises ValueError for a name that there is not, and as the network's class does.
     """
     if published is None:
         published = name in models.list_models()
-        if not published and name not in models.names():
-            raise ValueError(f"no model is called {name!r}; there are "
-                             f"{', '.join(sorted({*models.list_models(), *models.names()}))}")
-    with torch.device("meta"):
+    with torch.device(device):
         if not published:
             return models.create(name, num_classes=num_classes or 10, in_channels=in_channels,
                                  image_size=size or 32), size or 32

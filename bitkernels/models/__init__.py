@@ -1,8 +1,6 @@
-"""Binary networks for small images, with the exact block structure of the published ones.
+"""Binary networks with the exact structure of the published ones, which `create_model` makes.
 
-`BinaryNet`, `ReActNet` and `QuickNet` take the sizes of the published networks as arguments; their
-defaults suit images of 8 to 64 pixels. `ReActNet18` has the published size. `create` makes one by
-name.
+The defaults of `BinaryNet`, `ReActNet` and `QuickNet` suit images of 8 to 64 pixels: `create`.
 
 Each has the option binary_weights. False keeps the activations binary and the weights real, with
 the same state_dict keys: the first step of ReActNet's training, whose result the second step loads

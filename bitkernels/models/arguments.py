@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
-from bitkernels._arguments import flag, integer, integers, number, refuse
+from bitkernels._arguments import choice, each, flag, integer, integers, number
 
 # The least of each.
 _INTEGERS = {"num_classes": 1, "in_channels": 1, "out_channels": 1, "image_size": 1, "hidden": 1,
              "width": 1, "stages": 1, "first_padding": 0, "activation_bits": 1, "stem_stride": 1,
              "stride": 1, "real_groups": 1}
 _SEQUENCES = {"blocks": 0, "channels": 1, "filters": 1, "layers": 0, "features": 1, "strides": 1,
-              "stem_strides": 1}
+              "stem_strides": 1, "dilation": 1}
 _FLAGS = ("binary_weights", "modulated")
 
 Network = TypeVar("Network", bound=type[nn.Module])
@@ -24,7 +23,7 @@ Network = TypeVar("Network", bound=type[nn.Module])
 
 def checked(cls: Network) -> Network:
     """A class whose constructor refuses, by ValueError with the argument's name, what is none, and
-    gets integers of NumPy as plain ones, which files of settings can hold."""
+    gets plain integers, which files of settings can hold, and tuples for sequences."""
     init: Any = cls.__init__
     signature = inspect.signature(init)
 
@@ -42,21 +41,20 @@ def checked(cls: Network) -> Network:
 
 
 def _checked(where: str, name: str, value: Any, parameter: inspect.Parameter) -> Any:
-    sequence = name in _SEQUENCES or name == "dilation"
     if name == "channels" and "Sequence" not in str(parameter.annotation):  # of one block
         return integer(where, name, value)
-    if sequence:
-        return integers(where, name, value, _SEQUENCES.get(name, 1))
+    if name == "features" and isinstance(value, (tuple, list)) and not value:  # of one section
+        return ()
+    if name in _SEQUENCES:
+        return integers(where, name, value, _SEQUENCES[name])
     if name in _INTEGERS:
         return integer(where, name, value, _INTEGERS[name])
     if name in _FLAGS:
         return flag(where, name, value)
+    if name == "stem":
+        return choice(where, name, value, ("imagenet", "cifar"))
     if name == "norm_momentum":
         return number(where, name, value, 0, 1)
     if name == "reduction":
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            refuse(where, name, "a sequence of numbers", value)
-        for n in value:
-            number(where, name, n)
-        return tuple(value)
+        return each(number)(where, name, value)
     return value  # a name, which the class itself knows

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitkernels._arguments import choice
 from bitkernels.models.arguments import checked
 from bitkernels.models.parts import SamePad2d, glorot_normal_, same_max_pool, weight_options
 from bitkernels.models.published import Place, renamed
@@ -55,11 +56,8 @@ class BiRealNet(nn.Module):
                  channels: Sequence[int] = (64, 128, 256, 512), stem: str = "imagenet",
                  style: str = "larq", binary_weights: bool = True) -> None:
         super().__init__()
-        for name, value, known in (("stem", stem, ("imagenet", "cifar")), ("style", style, STYLES)):
-            if value not in known:
-                raise ValueError(f"BiRealNet: {name} must be {' or '.join(map(repr, known))}, got "
-                                 f"{value!r}")
-        self.style, self.blocks_of = style, tuple(blocks)
+        choice("BiRealNet", "style", style, STYLES)
+        self.style, self.blocks_of = style, blocks
         same = style == "larq"
         norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.2) if same else nn.BatchNorm2d
         body = residual_body(blocks, channels, partial(

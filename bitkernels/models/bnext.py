@@ -128,13 +128,10 @@ class BNext(nn.Module):
                  channels: Sequence[int] = CHANNELS["t"], stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        channels = tuple(channels)
         pairs = list(zip(channels, channels[1:], strict=False))
         if not pairs or min(channels) < 8 or any(b not in (a, 2 * a) for a, b in pairs):
             raise ValueError("BNext: channels of a stem and at least one block, at least 8, each "
                              f"as many as before or twice as many; got {channels}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"BNext: stem must be 'imagenet' or 'cifar', got {stem!r}")
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, channels[0], 3, 2 if stem == "imagenet" else 1, 1, bias=False),
             nn.BatchNorm2d(channels[0]))

@@ -45,8 +45,38 @@ class DenseLayer(nn.Module):
         return self.conv(norm_of_concatenated(self.norm, parts))
 
 
+class DenseNetwork(nn.Module):
+    """Images, a stem, `DenseSection`s and a linear layer."""
+
+    images: ImageInput
+    stem: nn.Module
+
+    def _finish(self, sections: list[DenseSection], channels: int, num_classes: int) -> None:
+        self.sections = nn.Sequential(*sections)
+        self.attention_layers = tuple(f"sections.{i}" for i in range(len(sections)))
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.sections(self.stem(self.images(input)))
+        return self.classifier(self.pool(self.relu(self.norm(x))).flatten(1))
+
+    def keras_layers(self) -> list[tuple[str, nn.Module]]:
+        """The layers with weights in the order of Larq Zoo's Keras model, each with its kind.
+
+        A grouped convolution, which has a layer a group there, is named once for each of them.
+        """
+        kinds = {nn.Conv2d: "conv", BinaryConv2d: "conv", nn.BatchNorm2d: "norm",
+                 nn.Linear: "dense"}
+        return [(kinds[type(part)], part) for part in self.modules() if type(part) in kinds
+                for _ in range(getattr(part, "groups", 1))]
+
+
 @checked
-class BinaryDenseNet(nn.Module):
+class BinaryDenseNet(DenseNetwork):
     """A real stem, sections of `DenseLayer`s with real 1x1 convolutions between, a linear layer.
 
     Input (N, in_channels, H, W); output (N, num_classes).
@@ -74,16 +104,13 @@ class BinaryDenseNet(nn.Module):
                  dilation: Sequence[int] = (1, 1, 1, 1), stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        layers, reduction, dilation = tuple(layers), tuple(reduction), tuple(dilation)
-        if not layers or len(dilation) != len(layers) or len(reduction) != len(layers) - 1:
+        if len(dilation) != len(layers) or len(reduction) != len(layers) - 1:
             raise ValueError("BinaryDenseNet: each section has a number of layers and a dilation, "
                              f"and each but the last a reduction; got layers={layers}, "
                              f"dilation={dilation} and reduction={reduction}")
-        if min(*layers, *dilation) < 1 or any(r <= 0 for r in reduction):
+        if min(layers) < 1 or any(r <= 0 for r in reduction):
             raise ValueError("BinaryDenseNet: layers and dilation must be at least 1 and reduction "
                              f"above 0, got {layers}, {dilation} and {reduction}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"BinaryDenseNet: stem must be 'imagenet' or 'cifar', got {stem!r}")
         least = 2 ** sum(rate == 1 for rate in dilation[1:])  # side of the map after the stem
         self.images = ImageInput("BinaryDenseNet", least if stem == "cifar" else 4 * least - 3)
         self.stem = _stem(in_channels, stem)
@@ -101,24 +128,8 @@ class BinaryDenseNet(nn.Module):
                 parts.append(DenseLayer(channels, rate, binary_weights=binary_weights))
                 channels += GROWTH
             sections.append(DenseSection(*parts))
-        self.sections = nn.Sequential(*sections)
-        self.attention_layers = tuple(f"sections.{i}" for i in range(len(sections)))
-        self.norm = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
+        self._finish(sections, channels, num_classes)
         he_normal_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = self.sections(self.stem(self.images(input)))
-        return self.classifier(self.pool(self.relu(self.norm(x))).flatten(1))
-
-    def keras_layers(self) -> list[tuple[str, nn.Module]]:
-        """The layers with weights in the order of Larq Zoo's Keras model, each with its kind."""
-        kinds = {nn.Conv2d: "conv", BinaryConv2d: "conv", nn.BatchNorm2d: "norm",
-                 nn.Linear: "dense"}
-        return [(kinds[type(part)], part) for part in self.modules() if type(part) in kinds]
 
 
 def _stem(in_channels: int, kind: str) -> nn.Sequential:

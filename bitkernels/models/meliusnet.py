@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from bitkernels.models.arguments import checked
 from bitkernels.models.concat import DenseSection, ImageInput, norm_of_concatenated
-from bitkernels.models.densenet import GROWTH, normed_conv
+from bitkernels.models.densenet import GROWTH, DenseNetwork, normed_conv
 from bitkernels.models.parts import SamePad2d, glorot_normal_
 from bitkernels.models.registry import register
-from bitkernels.nn import BinaryConv2d, MaxPool2d
+from bitkernels.nn import MaxPool2d
 
 
 class MeliusNetBlock(nn.Module):
@@ -36,7 +36,7 @@ class MeliusNetBlock(nn.Module):
 
 
 @checked
-class MeliusNet(nn.Module):
+class MeliusNet(DenseNetwork):
     """A real stem of grouped convolutions, sections of `MeliusNetBlock`s, a linear layer.
 
     Input (N, in_channels, H, W); output (N, num_classes). The stem divides the sides by 4, each
@@ -59,8 +59,7 @@ class MeliusNet(nn.Module):
                  blocks: Sequence[int] = (4, 5, 4, 4), features: Sequence[int] = (160, 224, 256),
                  binary_weights: bool = True) -> None:
         super().__init__()
-        blocks, features = tuple(blocks), tuple(features)
-        if not blocks or len(features) != len(blocks) - 1 or min(*blocks, *features, 1) < 1:
+        if len(features) != len(blocks) - 1 or min(blocks) < 1:
             raise ValueError("MeliusNet: each section has a number of blocks, at least 1, and "
                              f"each but the last the features after it; got blocks={blocks} and "
                              f"features={features}")
@@ -83,32 +82,12 @@ class MeliusNet(nn.Module):
                 parts.append(MeliusNetBlock(channels, binary_weights=binary_weights))
                 channels += GROWTH
             sections.append(DenseSection(*parts))
-        self.sections = nn.Sequential(*sections)
-        self.attention_layers = tuple(f"sections.{i}" for i in range(len(sections)))
-        self.norm = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
+        self._finish(sections, channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # of a group, each of which is a layer there
                 for filters in module.weight.chunk(module.groups):
                     glorot_normal_(filters)
         glorot_normal_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = self.sections(self.stem(self.images(input)))
-        return self.classifier(self.pool(self.relu(self.norm(x))).flatten(1))
-
-    def keras_layers(self) -> list[tuple[str, nn.Module]]:
-        """The layers with weights in the order of Larq Zoo's Keras model, each with its kind.
-
-        A grouped convolution, which has a layer a group there, is named once for each of them.
-        """
-        kinds = {nn.Conv2d: "conv", BinaryConv2d: "conv", nn.BatchNorm2d: "norm",
-                 nn.Linear: "dense"}
-        return [(kinds[type(part)], part) for part in self.modules() if type(part) in kinds
-                for _ in range(getattr(part, "groups", 1))]
 
 
 register("meliusnet22", MeliusNet, "Bethge et al. 2020, arXiv 2001.05936", top1=62.4, top5=83.9,

@@ -106,8 +106,7 @@ class QuickNet(nn.Module):
                  blocks: Sequence[int] = (2, 2, 2), filters: Sequence[int] = (64, 128, 256),
                  stem_strides: tuple[int, int] = (1, 1), binary_weights: bool = True) -> None:
         super().__init__()
-        blocks, filters = tuple(blocks), tuple(filters)
-        if not filters or len(blocks) != len(filters):
+        if len(blocks) != len(filters):
             raise ValueError(f"QuickNet: each section has a number of blocks and of filters, got "
                              f"blocks={blocks} and filters={filters}")
         if filters[0] % 4:

@@ -168,7 +168,6 @@ class ReActNet(nn.Module):
                  strides: Sequence[int] | None = None, stem_stride: int = 1,
                  real_groups: int | None = None, binary_weights: bool = True) -> None:
         super().__init__()
-        channels = tuple(channels)
         if len(channels) < 2:
             raise ValueError(f"ReActNet: channels of a stem and at least one block, got {channels}")
         pairs = list(zip(channels, channels[1:], strict=False))
@@ -178,8 +177,8 @@ class ReActNet(nn.Module):
         if len(strides) != len(pairs):
             raise ValueError(f"ReActNet: {len(pairs)} blocks need as many strides, got "
                              f"{tuple(strides)}")
-        if real_groups is not None and (real_groups < 1 or any(
-                before % real_groups for before, after in pairs if before != after)):
+        if real_groups is not None and any(
+                before % real_groups for before, after in pairs if before != after):
             raise ValueError("ReActNet: real_groups must divide the channels of the blocks that "
                              f"double them, got {real_groups} for channels={channels}")
         self.stem = nn.Sequential(

@@ -61,12 +61,9 @@ class ReActNet18(nn.Module):
                  channels: Sequence[int] = (64, 128, 256, 512), stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        blocks, channels = tuple(blocks), tuple(channels)
-        if not channels or len(blocks) != len(channels):
+        if len(blocks) != len(channels):
             raise ValueError("ReActNet18: each section has a number of blocks and of channels, "
                              f"got blocks={blocks} and channels={channels}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"ReActNet18: stem must be 'imagenet' or 'cifar', got {stem!r}")
         small = stem == "cifar"
         window = (3, 1, 1) if small else (7, 2, 3)
         self.stem = nn.Sequential(nn.Conv2d(in_channels, channels[0], *window, bias=False),

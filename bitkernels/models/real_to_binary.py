@@ -113,15 +113,12 @@ class RealToBinaryNet(nn.Module):
                  channels: Sequence[int] = (64, 128, 256, 512), stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        blocks, channels = tuple(blocks), tuple(channels)
-        if not channels or len(blocks) != len(channels) or min(blocks) < 1:
+        if len(blocks) != len(channels) or min(blocks) < 1:
             raise ValueError("RealToBinaryNet: each section has a number of blocks, at least 1, "
                              f"and of channels; got blocks={blocks} and channels={channels}")
-        if any(c % REDUCTION or c < 1 for c in channels) or len(set(channels)) < len(channels):
+        if any(c % REDUCTION for c in channels) or len(set(channels)) < len(channels):
             raise ValueError("RealToBinaryNet: channels must be different multiples of "
                              f"{REDUCTION}, got {channels}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"RealToBinaryNet: stem must be 'imagenet' or 'cifar', got {stem!r}")
         first = nn.Conv2d(in_channels, channels[0], *((7, 2) if stem == "imagenet" else (3, 1)),
                           bias=False)
         glorot_normal_(first.weight)

@@ -45,9 +45,9 @@ def residual_body(blocks: Sequence[int], channels: Sequence[int],
 
     Raises ValueError where blocks and channels do not have the same length.
     """
-    if not channels or len(blocks) != len(channels):
+    if len(blocks) != len(channels):
         raise ValueError("each section has a number of blocks and of channels, got "
-                         f"blocks={tuple(blocks)} and channels={tuple(channels)}")
+                         f"blocks={blocks} and channels={channels}")
     body, before = [], channels[0]
     for section, (count, width) in enumerate(zip(blocks, channels, strict=True)):
         for i in range(count):

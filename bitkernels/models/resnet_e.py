@@ -48,8 +48,6 @@ class BinaryResNetE(nn.Module):
                  channels: Sequence[int] = (64, 128, 256, 512), stem: str = "imagenet",
                  binary_weights: bool = True) -> None:
         super().__init__()
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"BinaryResNetE: stem must be 'imagenet' or 'cifar', got {stem!r}")
         body = residual_body(blocks, channels, partial(
             residual_layer, norm=nn.BatchNorm2d, input_quantizer=SteSign(CLIP),
             **weight_options(binary_weights, SteSign(CLIP))))

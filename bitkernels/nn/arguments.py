@@ -75,10 +75,3 @@ def pad_value_of(where: str, pad_value: Any, padding_mode: str) -> int:
         raise ValueError(f"{where}: pad_value={value} needs padding_mode='zeros', got "
                          f"{padding_mode!r}")
     return value
-
-
-def packed_quantizer(where: str, quantizer: Any) -> Any:
-    """What runs before the packing: a module or another callable, or None."""
-    if quantizer is not None and (not callable(quantizer) or isinstance(quantizer, type)):
-        refuse(where, "input_quantizer", "None or a module", quantizer)
-    return quantizer

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,12 +108,6 @@ def zeros_warning(weight: Tensor, name: str) -> str | None:
         return None
     return (f"{name}: {share:.0%} of the weights are 0 (pruned?), and a bit cannot be 0: the sign "
             "of 0 is +1, so these weights count as +1")
-
-
-def warn_of_zeros(layer: nn.Module, weight: Tensor) -> None:
-    text = zeros_warning(weight.detach(), type(layer).__name__)
-    if text is not None:
-        warnings.warn(text, stacklevel=5)
 
 
 def folded_factor(old: Tensor, new: Tensor) -> bool:

@@ -269,7 +269,9 @@ class BinaryLayer(FxLeaf):
         weight = self.weight
         if can_look_at(weight) and "_is_replica" not in self.__dict__:
             self._looked.weight = True
-            latent.warn_of_zeros(self, weight)
+            text = latent.zeros_warning(weight.detach(), type(self).__name__)
+            if text is not None:
+                warnings.warn(text, stacklevel=4)
 
     def binary_weight(self, scaled: bool = False) -> Tensor:
         """The weights that the layer computes with: -1 and +1, times alpha if scaled.

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitkernels import _onnx
-from bitkernels._arguments import flag
+from bitkernels._arguments import flag, refuse
 from bitkernels._fx import FxLeaf, traced_whole
 from bitkernels.nn import arguments
 from bitkernels.nn.weight_facts import WeightFacts
@@ -66,7 +66,9 @@ class _Packed(FxLeaf):
                   input_quantizer) -> None:
         where = type(self).__name__
         flag(where, "bias", bias), flag(where, "scale", scale)
-        arguments.packed_quantizer(where, input_quantizer)
+        if input_quantizer is not None and (not callable(input_quantizer)
+                                            or isinstance(input_quantizer, type)):
+            refuse(where, "input_quantizer", "None or a module", input_quantizer)
 
         def vector(wanted: bool, value: float) -> Tensor | None:
             if not wanted:

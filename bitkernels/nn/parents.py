@@ -11,16 +11,29 @@ import warnings
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from bitkernels.nn.conversion.source import reads_alone
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.packed import _Packed
+from bitkernels.nn.source import reads_alone
+
+_NOT_REAL = (BinaryLayer, _Packed)
+
+
+def keep_off_fused_paths(model: nn.Module) -> None:
+    """Turns PyTorch's fused inference off in transformer layers that have such a child, and the
+    nested tensors that it makes of padded batches, which fit nothing else."""
+    for module in model.modules():
+        if any(isinstance(m, _NOT_REAL) for m in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0  # by which PyTorch itself turns it off
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
 
 
 def _assigned(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if not isinstance(child, (BinaryLayer, _Packed)):
+    if not isinstance(child, _NOT_REAL):
         return
     if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # by which PyTorch itself turns its fused inference off
+        parent.activation_relu_or_gelu = 0
     elif (isinstance(parent, nn.MultiheadAttention)
             and type(parent).forward is nn.MultiheadAttention.forward):
         raise ValueError(f"{type(parent).__name__}: {name} must be a real layer, got "

@@ -179,25 +179,18 @@ class BinaryResidualBlock(FxLeaf):
         if input.dim() == 4 and input.shape[1] != self.conv.in_channels:
             raise RuntimeError(f"BinaryResidualBlock: input must be (N, {self.conv.in_channels}, "
                                f"H, W), got shape {tuple(input.shape)}")
-        if type(self.shortcut) is NoShortcut:
-            return self._alone(input)
-        residual = None if self.shortcut is None else self.shortcut(input)
+        alone = type(self.shortcut) is NoShortcut
+        residual = None if alone or self.shortcut is None else self.shortcut(input)
+        added = None if alone else input if residual is None else residual
         if (self.unfused(input) is not None
                 or (residual is not None and residual.dtype != input.dtype)):
-            return self._layers(input, input if residual is None else residual)
-        if self.norm.training or self.norm.running_mean is None:
-            return self._fused_train(input, residual)
-        return self._fused_infer(input, input if residual is None else residual)
-
-    def _alone(self, input: Tensor) -> Tensor:
-        """Without a shortcut."""
-        if self.unfused(input) is not None:
-            return self._layers(input, None)
-        if self.norm.training or self.norm.running_mean is None:
-            # One zero, that takes no memory until the backward.
-            return self._fused_train(input, input.new_zeros(()).expand(
-                input.shape[0], self.conv.out_channels, *self._size(input)))
-        return self._fused_infer(input, None)
+            return self._layers(input, added)
+        if not self.norm.training and self.norm.running_mean is not None:
+            return self._fused_infer(input, added)
+        if alone:  # one zero, that takes no memory until the backward
+            residual = input.new_zeros(()).expand(
+                input.shape[0], self.conv.out_channels, *self._size(input))
+        return self._fused_train(input, residual)
 
     def _layers(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if (self.input_grad_dtype is not None and torch.is_grad_enabled()

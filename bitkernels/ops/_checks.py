@@ -107,9 +107,16 @@ def check_beta(op: str, beta: float, *estimators: str) -> None:
         fail(op, "beta", "above 0 and finite", f"{beta:g}")
 
 
-def check_estimator(op: str, arg: str, name: str) -> None:
-    if name not in ESTIMATORS:
-        fail(op, arg, f"one of {', '.join(ESTIMATORS)}", repr(name))
+def check_estimator(op: str, arg: str, name: str, among: tuple[str, ...] = ESTIMATORS) -> None:
+    if name not in among:
+        fail(op, arg, f"one of {', '.join(among)}", repr(name))
+
+
+def check_slope(op: str, estimator: str, clip: float | None, beta: float,
+                among: tuple[str, ...] = ESTIMATORS) -> None:
+    check_estimator(op, "estimator", estimator, among)
+    check_clip(op, "clip", clip)
+    check_beta(op, beta, estimator)
 
 
 def check_grad_like(op: str, grad: Tensor, input: Tensor) -> None:

@@ -90,12 +90,15 @@ def _sees_every_tap(pixels: int, windows: int, kernel: int, stride: int, padding
 
 def library_backward(grad, x, weight, stride, padding, dilation, groups, mask, transposed=False,
                      output_padding=(0, 0)):
-    """PyTorch's gradients of (x, weight), as `mask` asks, without two faults that it has on CPUs.
+    """PyTorch's gradients of (x, weight), as `mask` asks; 0 where it refuses sums of nothing, and
+    without two faults that it has on CPUs.
 
     In bfloat16 (torch 2.13) the gradients of taps that meet padding alone are memory that nothing
     was written to, so these run in float32. And to one output channel a transposed convolution's
     gradient of x is wrong in memory formats that differ, so there all are contiguous.
     """
+    if weight.shape[0] == 0 or 0 in x.shape[2:]:
+        return torch.zeros_like(x), torch.zeros_like(weight)
     dtype = grad.dtype
     if grad.device.type == "cpu" and dtype == torch.bfloat16 and mask[1]:
         image, windows = (grad, x) if transposed else (x, grad)
@@ -111,12 +114,6 @@ def library_backward(grad, x, weight, stride, padding, dilation, groups, mask, t
     return found if grad.dtype == dtype else [None if t is None else t.to(dtype) for t in found]
 
 
-def _library_backward(grad, x, weight, conv, padding, mask):
-    if weight.shape[0] == 0 or 0 in x.shape[2:]:  # sums of nothing, which the library refuses
-        return torch.zeros_like(x), torch.zeros_like(weight)
-    return library_backward(grad, x, weight, conv.stride, padding, conv.dilation, conv.groups, mask)
-
-
 def _input_grad(grad, words, weight, weight_words, scale, conv) -> Tensor:
     """Of the input's signs, by PyTorch's convolution backward; the same for any pad_value."""
     top, bottom, left, right = conv.pad
@@ -129,8 +126,8 @@ def _input_grad(grad, words, weight, weight_words, scale, conv) -> Tensor:
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device,
                         memory_format=torch.channels_last)
     scaled = scaled_signs(weight, weight_words, scale, grad.dtype)
-    grad_input = _library_backward(grad, x, scaled, conv, (0, 0) if uneven else (top, left),
-                                   (True, False))[0]
+    grad_input = library_backward(grad, x, scaled, conv.stride, (0, 0) if uneven else (top, left),
+                                  conv.dilation, conv.groups, (True, False))[0]
     if uneven:
         height, width = words.shape[1:3]
         grad_input = grad_input[:, :, top : top + height, left : left + width]
@@ -144,5 +141,6 @@ def _weight_grad(grad, words, weight, conv) -> Tensor:
     explicit = conv.pad_value != 0 or top != bottom or left != right
     if explicit:
         x = F.pad(x, (left, right, top, bottom), value=float(conv.pad_value))
-    return _library_backward(grad, x, grad.new_empty(weight.shape), conv,
-                             (0, 0) if explicit else (top, left), (False, True))[1]
+    return library_backward(grad, x, grad.new_empty(weight.shape), conv.stride,
+                            (0, 0) if explicit else (top, left), conv.dilation, conv.groups,
+                            (False, True))[1]

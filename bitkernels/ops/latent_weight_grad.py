@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from bitkernels.ops._checks import (
-    check_beta,
     check_channel_vector,
-    check_clip,
-    check_estimator,
     check_real,
     check_same_device,
+    check_slope,
     describe,
     fail,
 )
@@ -27,9 +25,7 @@ def check(grad, weight, scale=None, *, estimator="ste_sign", clip=1.0, beta=5.0,
         fail(op, "weight", "(Cout, ...)", describe(weight))
     check_same_device(op, weight, grad=grad, scale=scale)
     check_channel_vector(op, "scale", scale, weight.shape[0])
-    check_estimator(op, "estimator", estimator)
-    check_clip(op, "clip", clip)
-    check_beta(op, beta, estimator)
+    check_slope(op, estimator, clip, beta)
     double = torch.float64
     if grad.shape != weight.shape or (grad.dtype == double) != (weight.dtype == double):
         fail(op, "grad", describe(weight), describe(grad))

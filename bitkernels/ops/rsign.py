@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from bitkernels._dispatch import FirstOrder, below_autograd, differentiate, in_memory_format
-from bitkernels.ops._checks import (
-    check_beta,
-    check_channels,
-    check_clip,
-    check_estimator,
-    check_shift,
-)
+from bitkernels.ops._checks import check_channels, check_shift, check_slope
 from bitkernels.ops._contract import shifted, sign
 from bitkernels.ops._record import (
     Call,
@@ -33,9 +27,7 @@ ops = torch.ops.bitkernels
 def _check(input, shift, estimator, clip, beta):
     check_channels("rsign", input, **({"shift": shift} if shift.dim() == 1 else {}))
     check_shift("rsign", input, shift, 1)
-    check_estimator("rsign", "estimator", estimator)
-    check_clip("rsign", "clip", clip)
-    check_beta("rsign", beta, estimator)
+    check_slope("rsign", estimator, clip, beta)
 
 
 def check(input, shift, *, estimator="approx_sign", clip=1.0, beta=5.0):

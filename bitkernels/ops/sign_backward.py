@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from bitkernels.ops._checks import (
-    check_beta,
-    check_clip,
+    ESTIMATORS,
     check_real,
     check_same_device,
+    check_slope,
     check_vectors,
     describe,
     fail,
@@ -25,11 +25,7 @@ def check(grad, input, shift=None, add=None, *, estimator="ste_sign", clip=1.0, 
     if input.dim() < 2:
         fail(op, "input", "(N, C, ...)", describe(input))
     check_vectors(op, input, input.shape[1], shift=shift)
-    check_clip(op, "clip", clip)
-    check_beta(op, beta, estimator)
-    if estimator not in ("ste_sign", "approx_sign", "swish_sign", "identity"):
-        fail(op, "estimator", "one of ste_sign, approx_sign, swish_sign, identity",
-             repr(estimator))
+    check_slope(op, estimator, clip, beta, ESTIMATORS[:-1])  # "none" has no slope
     check_same_device(op, input, grad=grad, add=add)
     wide = torch.float64
     if grad.shape != input.shape or (grad.dtype == wide) != (input.dtype == wide):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from bitkernels._arguments import choice, flag, integer, number, refuse
-
-Check = Callable[[str, str, Any], Any]
+from bitkernels._arguments import Check, choice, integer, number, refuse
 
 
 def check(owner: Any, **checks: Check) -> None:
@@ -43,16 +40,6 @@ def optional(inner: Check) -> Check:
     return lambda where, name, value: None if value is None else inner(where, name, value)
 
 
-def each(inner: Check, count: int | None = None) -> Check:
-    """A sequence of what `inner` takes, `count` of them where that is given."""
-    def checked(where: str, name: str, value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or (
-                count is not None and len(value) != count):
-            refuse(where, name, "a tuple" if count is None else f"{count} numbers", value)
-        return tuple(inner(where, name, part) for part in value)
-    return checked
-
-
 def text(where: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         refuse(where, name, "a string", value)
@@ -65,6 +52,3 @@ def instance(cls: type) -> Check:
             refuse(where, name, f"a {cls.__name__}", value)
         return value
     return checked
-
-
-truth: Check = flag

@@ -16,18 +16,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from bitkernels._arguments import integer
-from bitkernels.train.arguments import (
-    above_0,
-    check,
-    each,
-    instance,
-    numbers,
-    one_of,
-    optional,
-    text,
-    truth,
-)
+from bitkernels._arguments import each, flag, integer
+from bitkernels.train.arguments import above_0, check, instance, numbers, one_of, optional, text
 
 __all__ = ["Loss", "Method", "Recipe", "Schedule", "Stage", "get", "names"]
 
@@ -187,7 +177,7 @@ class Stage:
         check(self, name=text, method=instance(Method), rest=optional(instance(Method)),
               loss=instance(Loss), activations=one_of("binary", "tanh"),
               weights=one_of("binary", "real"), augmentation=text, start=optional(text),
-              teacher=optional(text), signs_at_start=truth, latent_clip=optional(above_0),
+              teacher=optional(text), signs_at_start=flag, latent_clip=optional(above_0),
               gradient_clip=optional(above_0))
 
     def with_epochs(self, epochs: int) -> Stage:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitkernels._arguments import flag
 from bitkernels.train import checkpoint
-from bitkernels.train.arguments import check, text, truth, whole
+from bitkernels.train.arguments import check, text, whole
 from bitkernels.train.data import Data
 from bitkernels.train.distributed import Group
 from bitkernels.train.logs import CsvLog
@@ -52,7 +53,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self, device=text, workers=whole(0), checkpoint_every=whole(1), **dict.fromkeys(
-            ("bf16", "channels_last", "compile", "watch", "tensorboard", "progress"), truth))
+            ("bf16", "channels_last", "compile", "watch", "tensorboard", "progress"), flag))
 
 
 @dataclass(frozen=True)

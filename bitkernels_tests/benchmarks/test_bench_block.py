@@ -1,27 +1,20 @@
 """benchmarks/bench_block.py end to end on one tiny block: files written, outputs correct."""
 
 import csv
+import functools
 import json
-import os
-from pathlib import Path
 
 import pytest
 
-import bitkernels
 from bitkernels.backends.cuda import launch
-from bitkernels_tests import forked, pretended_gpu
+from bitkernels_tests import pretended_gpu
+from bitkernels_tests.benchmarks import program
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-BENCH = pretended_gpu.BENCHMARKS / "bench_block.py"
-
-
-def bench(*options):
-    env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    return forked.run(str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu", *options,
-                      env=env)
+bench = functools.partial(program, "bench_block.py", "--quick", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -2,32 +2,27 @@
 
 import csv
 import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import bitkernels
 from bitkernels.backends.cuda import launch
-from bitkernels_tests import forked, pretended_gpu
+from bitkernels_tests import pretended_gpu
+from bitkernels_tests.benchmarks import program
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-BENCH = pretended_gpu.BENCHMARKS / "bench_conv.py"
 LAYERS = ("3x3/2:40@9",)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench_conv")
-    env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    run = forked.run(str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu",
-                     "--layers", *LAYERS, "--batch", "1", "2", "--threads", "1",
-                     "--output", str(output), env=env)
+    run = program("bench_conv.py", "--quick", "--device", "cpu", "--layers", *LAYERS, "--batch",
+                  "1", "2", "--threads", "1", "--output", str(output))
     assert run.returncode == 0, run.stderr
     return output, run.stdout
 

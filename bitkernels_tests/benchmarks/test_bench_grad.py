@@ -1,14 +1,13 @@
 """benchmarks/bench_grad.py end to end on a small layer: files written, outputs correct."""
 
 import csv
+import functools
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 import bitkernels
-from bitkernels_tests import ROOT, forked
+from bitkernels_tests.benchmarks import program
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -16,12 +15,7 @@ pytest.importorskip("tqdm")
 if bitkernels.backends.cpu.active() is None:
     pytest.skip("no C++ engine", allow_module_level=True)
 
-BENCH = ROOT / "benchmarks" / "bench_grad.py"
-
-
-def bench(*options):
-    env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    return forked.run(str(BENCH), "--min-run-time", "0.01", *options, env=env)
+bench = functools.partial(program, "bench_grad.py")
 
 
 def test_table_csv_and_json(tmp_path):

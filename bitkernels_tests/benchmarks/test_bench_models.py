@@ -77,9 +77,8 @@ def test_all_providers_and_files(tmp_path, capsys):
 
 def test_what_is_late_is_not_compiled(monkeypatch):
     notes: dict[str, str] = {}
-    device = bench_models.common.CpuDevice()
-    network = model_providers.binary("quicknet", 32, 2, device)
-    found = model_providers.candidates(network, 1, True, device, notes, lambda: True)
+    network = model_providers.binary("quicknet", 32, 2, bench_models.common.CpuDevice())
+    found = model_providers.candidates(network, 1, True, notes, lambda: True)
     assert list(found) == ["converted", "model", "emulation", "emulation bf16"]
     assert "quicknet emulation bf16 batch 1" in notes["not compiled for lack of time"]
 
@@ -178,7 +177,7 @@ def test_a_gpu_replays_graphs(monkeypatch):
 
     monkeypatch.setattr(bench_models.gpu_time, "captured", captured)
     device = bench_models.common.CpuDevice()
-    calls = model_providers.candidates(network, 2, False, device, notes, lambda: False)
+    calls = model_providers.candidates(network, 2, False, notes, lambda: False)
     found = bench_models.as_graphs(calls, device, notes)
     assert list(found) == ["converted", "model", "emulation", "emulation bf16"]
     assert torch.equal(found["converted"].call(), calls["converted"].call())

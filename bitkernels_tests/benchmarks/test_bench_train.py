@@ -1,29 +1,22 @@
 """benchmarks/bench_train.py end to end on small images: files written, outputs correct."""
 
 import csv
+import functools
 import json
-import os
 import sys
-from pathlib import Path
 
 import pytest
 
-import bitkernels
-from bitkernels_tests import ROOT, forked
+from bitkernels_tests import ROOT
+from bitkernels_tests.benchmarks import program
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-BENCH = ROOT / "benchmarks" / "bench_train.py"
-sys.path.insert(0, str(BENCH.parent))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+bench = functools.partial(program, "bench_train.py", "--quick", "--device", "cpu")
 PROVIDERS = ("published", "lean", "layers", "bitkernels")
-
-
-def bench(*options):
-    env = os.environ | {"PYTHONPATH": str(Path(bitkernels.__file__).parents[1])}
-    return forked.run(str(BENCH), "--quick", "--min-run-time", "0.01", "--device", "cpu", *options,
-                      env=env)
 
 
 @pytest.fixture(scope="module")

@@ -205,6 +205,8 @@ def test_explain_of_a_network(capsys):
     layers = {layer["name"]: layer for layer in json.loads(out)["layers"]}
     assert status == 0 and layers["sections.0.0"]["form"] == "packed"
     assert layers["sections.0.0"]["calls"][0]["backend"] == "triton"
+    status, out, err = call(capsys, "explain", "binary_alexnet", "--size", 57)  # made for it
+    assert status == 0 and not err and "classifier.0" in out
 
 
 FULL = "python -m bitkernels: cannot write the output: No space left on device"

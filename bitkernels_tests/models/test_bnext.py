@@ -176,7 +176,7 @@ def test_a_small_one_does_what_every_network_must():
 @pytest.mark.parametrize("options, message", [
     (dict(channels=(8, 24)), "as many as before or twice as many; got .8, 24."),
     (dict(channels=(4, 8)), "at least 8"), (dict(channels=(8,)), "at least one block"),
-    (dict(stem="mnist"), "stem must be 'imagenet' or 'cifar', got 'mnist'")])
+    (dict(stem="mnist"), "stem must be one of 'imagenet', 'cifar', got 'mnist'")])
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         models.BNext(**options)

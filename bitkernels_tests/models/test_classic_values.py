@@ -111,6 +111,22 @@ CASES = {
 }
 
 
+def check_logits(model, images, forward):
+    """By a plain forward of (images, signs), of which no sign may be one that rounding decides: it
+    changes logits by percents."""
+    compared = 0
+    for x in images:
+        signs = plain.Signs()
+        wanted = forward(x, signs)
+        if signs.margin < 3e-6:
+            continue
+        compared += 1
+        with torch.no_grad():
+            logits = model(x)
+        assert (logits - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    assert compared
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_file_and_images_give_the_plain_logits(case, tmp_path):
     options, layout, size, arguments = CASES[case]
@@ -119,18 +135,10 @@ def test_file_and_images_give_the_plain_logits(case, tmp_path):
     path = tmp_path / "weights"
     write_h5(path, layout.layers, 5)
     load_weights(model, path)
-    file, compared = plain.read(path), 0
-    for seed in range(4):
-        x = torch.from_numpy(generated.image(seed, size)).permute(0, 3, 1, 2)
-        signs = plain.Signs()
-        wanted = getattr(plain, name)(file, x, signs, **arguments)
-        if signs.margin < 3e-6:  # a sign that rounding decides changes logits by percents
-            continue
-        compared += 1
-        with torch.no_grad():
-            logits = model(x)
-        assert (logits - wanted).abs().max() <= 2e-5 * wanted.abs().max()
-    assert compared
+    file = plain.read(path)
+    check_logits(model, (torch.from_numpy(generated.image(seed, size)).permute(0, 3, 1, 2)
+                         for seed in range(4)),
+                 lambda x, signs: getattr(plain, name)(file, x, signs, **arguments))
 
 
 def authors_state(seed: int) -> dict[str, torch.Tensor]:
@@ -173,18 +181,9 @@ def test_authors_checkpoints_give_the_plain_logits(prefix, flat, tmp_path):
     torch.save({"epoch": 7, "state_dict": saved}, tmp_path / "model_best.pth.tar")
     model = create_model("birealnet34", num_classes=CLASSES, **RESIDUAL).eval()
     load_weights(model, tmp_path / "model_best.pth.tar")
-    compared = 0
-    for seed in range(4):
-        x = torch.from_numpy(generated.uniform(seed, 9, (2, 3, 64, 32), -2, 2))
-        signs = plain.Signs()
-        wanted = plain.birealnet_pytorch(state, x, signs, BLOCKS)
-        if signs.margin < 3e-6:
-            continue
-        compared += 1
-        with torch.no_grad():
-            logits = model(x)
-        assert (logits - wanted).abs().max() <= 2e-5 * wanted.abs().max()
-    assert compared
+    check_logits(model, (torch.from_numpy(generated.uniform(seed, 9, (2, 3, 64, 32), -2, 2))
+                         for seed in range(4)),
+                 lambda x, signs: plain.birealnet_pytorch(state, x, signs, BLOCKS))
 
 
 def test_a_style_refuses_the_others_files(tmp_path):

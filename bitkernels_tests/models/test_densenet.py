@@ -70,9 +70,9 @@ def test_images_too_small_are_named():
 @pytest.mark.parametrize("options, message", [
     (dict(layers=(1, 1)), r"layers=\(1, 1\), dilation=\(1, 1, 1, 1\) and reduction=\(2.7"),
     (dict(layers=(6, 0, 6, 5)), r"at least 1 .* got \(6, 0, 6, 5\)"),
-    (dict(reduction=(2.7, 0, 2.2)), r"above 0, got .* and \(2.7, 0, 2.2\)"),
-    (dict(stem="large"), "'imagenet' or 'cifar', got 'large'"),
-    (dict(reduction=(2.7, 99, 2.2)), r"reduction\[1\]=99 leaves none of 544 channels")])
+    (dict(reduction=(2.7, 0, 2.2)), r"above 0, got .* and \(2.7, 0.0, 2.2\)"),
+    (dict(stem="large"), "'imagenet', 'cifar', got 'large'"),
+    (dict(reduction=(2.7, 99, 2.2)), r"reduction\[1\]=99.0 leaves none of 544 channels")])
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         BinaryDenseNet(**options)

@@ -62,6 +62,8 @@ def test_every_size_works():
     model = MeliusNet(3, 1, blocks=(1, 1, 1), features=(32, 32)).eval()
     for size in ((1, 1), (2, 5), (17, 3)):
         assert model(torch.zeros(1, 1, *size)).shape == (1, 3)
+    one = MeliusNet(3, 1, blocks=(1,), features=()).eval()
+    assert one(torch.zeros(1, 1, 5, 5)).shape == (1, 3)
 
 
 def test_options_that_do_not_fit():

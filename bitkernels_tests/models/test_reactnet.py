@@ -242,7 +242,7 @@ def test_real_doubling_is_the_formula():
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match="real_groups must divide .* got 3"):
         models.ReActNet(channels=SMALL, real_groups=3)
-    with pytest.raises(ValueError, match="stem must be 'imagenet' or 'cifar', got 'mnist'"):
+    with pytest.raises(ValueError, match="stem must be one of 'imagenet', 'cifar', got 'mnist'"):
         models.create_model("reactnet34", stem="mnist")
 
 

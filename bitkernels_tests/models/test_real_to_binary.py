@@ -80,7 +80,7 @@ def test_the_recipe_makes_its_signs_real():
     (dict(blocks=(1, 0), channels=(8, 16)), "at least 1"),
     (dict(blocks=(1, 1), channels=(16, 20)), r"multiples of 8, got \(16, 20\)"),
     (dict(blocks=(1, 1), channels=(16, 16)), r"different multiples of 8, got \(16, 16\)"),
-    (dict(stem="large"), "'imagenet' or 'cifar', got 'large'")])
+    (dict(stem="large"), "'imagenet', 'cifar', got 'large'")])
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         RealToBinaryNet(**options)

@@ -16,7 +16,7 @@ from bitkernels import quantizers
 from bitkernels.nn import BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLayer
 from bitkernels.nn.options import OPERATOR_DEFAULTS
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import dyadic, reals
+from bitkernels_tests.cases import dyadic, reals, signed
 
 LAYERS = {1: (BinaryConv1d, nn.Conv1d, F.conv1d), 2: (BinaryConv2d, nn.Conv2d, F.conv2d),
           3: (BinaryConv3d, nn.Conv3d, F.conv3d)}
@@ -37,13 +37,9 @@ SCALES = (None, "detached", "magnitude_aware", "xnor")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def signed(x):
-    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
-
-
-def layer_of(dims, dtype=torch.float32, device="cpu", **options):
+def layer_of(dims, dtype=torch.float32, device="cpu", layers=LAYERS, **options):
     """A layer whose weight has exact zeros and clip values, and whose bias is dyadic."""
-    layer = LAYERS[dims][0](36, 12, dtype=dtype, device=device, **options)
+    layer = layers[dims][0](36, 12, dtype=dtype, device=device, **options)
     with torch.no_grad():
         layer.weight.copy_(reals(*layer.weight.shape, device=device))
         if layer.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -22,11 +23,13 @@ from bitkernels.nn import (
     pack,
 )
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import dyadic, reals
-from bitkernels_tests.nn.test_conv import SCALES, Centred, signed
+from bitkernels_tests.cases import reals, signed
+from bitkernels_tests.nn import test_conv
+from bitkernels_tests.nn.test_conv import SCALES, Centred
 
 LAYERS = {1: (BinaryConvTranspose1d, nn.ConvTranspose1d, F.conv_transpose1d),
           2: (BinaryConvTranspose2d, nn.ConvTranspose2d, F.conv_transpose2d)}
+layer_of = functools.partial(test_conv.layer_of, layers=LAYERS)
 TWINS = {1: PackedConvTranspose1d, 2: PackedConvTranspose2d}
 SIZE = (5, 6)
 GEOMETRIES = (
@@ -40,16 +43,6 @@ GEOMETRIES = (
 
 # Tensors too small for threads, which would cost more than all the rest.
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def layer_of(dims, dtype=torch.float32, device="cpu", **options):
-    """A layer whose weight has exact zeros and clip values, and whose bias is dyadic."""
-    layer = LAYERS[dims][0](36, 12, dtype=dtype, device=device, **options)
-    with torch.no_grad():
-        layer.weight.copy_(reals(*layer.weight.shape, device=device))
-        if layer.bias is not None:
-            layer.bias.copy_(dyadic(12, device=device))
-    return layer
 
 
 def emulate(layer, x, weight, bias):

@@ -13,11 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bitkernels import quantizers
 from bitkernels.nn import BinaryLayer, BinaryLinear
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import dyadic, reals
-
-
-def signed(x):
-    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+from bitkernels_tests.cases import dyadic, reals, signed
 
 
 def layer_of(device="cpu", **options):

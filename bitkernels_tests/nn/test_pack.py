@@ -24,7 +24,7 @@ from bitkernels.nn import (
     pack,
 )
 from bitkernels.nn.layer import BinaryLayer
-from bitkernels_tests.cases import reals
+from bitkernels_tests.cases import reals, signed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,10 +43,6 @@ SIZES = {cls: (33, 8, 3) for cls in LAYERS} | {
 def layer_and_input(request):
     make, shape = LAYERS[request.param]
     return make(weight_scale="magnitude_aware").eval(), reals(*shape)
-
-
-def signs(x):
-    return torch.where(x < 0, -1.0, 1.0)
 
 
 # Subclasses, instances
@@ -363,7 +359,7 @@ def test_binary_weight(layer_and_input, options, scaled):
     with torch.no_grad():
         layer.weight.copy_(reals(*layer.weight.shape))
     found = layer.binary_weight(scaled)
-    expected = signs(layer.weight)
+    expected = signed(layer.weight)
     if scaled and layer.scale() is not None:
         expected = expected * layer._factor(layer.scale().detach())
     assert torch.equal(found, expected) and not found.requires_grad
@@ -371,18 +367,18 @@ def test_binary_weight(layer_and_input, options, scaled):
     assert torch.equal(twin.binary_weight(scaled), found)
     assert torch.equal(twin.binary_weight(scaled=scaled), expected)
     assert layer.double().binary_weight(scaled).dtype == torch.float64
-    assert torch.equal(layer.signs_of_weight(), signs(layer.weight))
+    assert torch.equal(layer.signs_of_weight(), signed(layer.weight))
     assert layer.half().binary_weight().dtype == torch.float16
 
 
 def test_binary_weight_of_groups_and_other_dimensions():
     layer = BinaryConv2d(66, 8, (3, 2), groups=2)
-    assert torch.equal(layer.binary_weight(), signs(layer.weight))
-    assert torch.equal(layer.pack().binary_weight(), signs(layer.weight))
+    assert torch.equal(layer.binary_weight(), signed(layer.weight))
+    assert torch.equal(layer.pack().binary_weight(), signed(layer.weight))
     solid = BinaryConv3d(4, 4, 2)
-    assert torch.equal(solid.binary_weight(), signs(solid.weight))
+    assert torch.equal(solid.binary_weight(), signed(solid.weight))
     centred = BinaryLinear(9, 4, weight_quantizer=Centred())
-    assert torch.equal(centred.binary_weight(), signs(centred.weight - centred.weight.mean()))
+    assert torch.equal(centred.binary_weight(), signed(centred.weight - centred.weight.mean()))
     assert torch.equal(centred.pack().binary_weight(), centred.binary_weight())
     for quantizer in ("ste_tern", "dorefa_quantizer", quantizers.NoOp(precision=32)):
         with pytest.raises(ValueError, match="BinaryLinear.*weight_quantizer=.*does not return"):
@@ -393,7 +389,7 @@ class Centred(nn.Module):
     precision = 1
 
     def forward(self, x):
-        return signs(x - x.mean())
+        return signed(x - x.mean())
 
 
 def test_a_quantizer_is_copied_with_its_layer():

@@ -19,6 +19,7 @@ from bitkernels_tests.cases import (
     ConvCase,
     dyadic,
     reals,
+    signed,
 )
 
 ops = torch.ops.bitkernels
@@ -26,10 +27,6 @@ CASE = ConvCase(channels=37, out_channels=10, size=(6, 5))
 ESTIMATORS = (("ste_sign", 1.0), ("ste_sign", 1.25), ("ste_sign", None), ("approx_sign", 1.0),
               ("swish_sign", None), ("identity", None), ("none", None))
 NAMES = ("input", "weight", "bias", "scale")
-
-
-def signed(x):
-    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
 def grads_of(op, case, tensors, grad, **kw):

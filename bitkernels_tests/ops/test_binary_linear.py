@@ -8,16 +8,12 @@ import torch.nn.functional as F
 
 from bitkernels import reference
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import DTYPES, LINEAR_CASES, LinearCase, dyadic, reals
+from bitkernels_tests.cases import DTYPES, LINEAR_CASES, LinearCase, dyadic, reals, signed
 
 ops = torch.ops.bitkernels
 CASE = LinearCase(37, 11, (2, 5))
 ESTIMATORS = (("ste_sign", 1.0), ("ste_sign", 1.25), ("ste_sign", None), ("approx_sign", 1.0),
               ("swish_sign", None), ("identity", None), ("none", None))
-
-
-def signed(x):
-    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
 def tensors_of(case, device, dtype=torch.float32, scaled=True):

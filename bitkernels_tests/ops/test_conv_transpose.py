@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bitkernels import reference
 from bitkernels.ops._phases import phases
 from bitkernels_tests import oracles
-from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, dyadic, reals, words_of
+from bitkernels_tests.cases import DTYPES, FORMATS, LAYOUTS, dyadic, reals, signed, words_of
 from bitkernels_tests.properties import given, settings, st
 
 ops = torch.ops.bitkernels
@@ -38,10 +38,6 @@ CASES = (
     ((1, 1, 4, 4), (1, 1, 3, 3), (2,), (1,), (0,), 1, (1,)),
     ((0, 6, 5, 4), (6, 4, 3, 3), (2,), (1,), (0,), 2, (1,)),
 )
-
-
-def signed(x):
-    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
 def tensors_of(case, device, dtype=torch.float32):

@@ -67,6 +67,7 @@ def test_two_processes_equal_one_in_float32(tmp_path):
     options = dict(filters=(8, 16), blocks=(1, 1))
     ends = torchrun(tmp_path, "--model", "quicknet", "--data", "digits", "--recipe", "quicknet",
                     "--model-option", "filters=(8, 16)", "--model-option", "blocks=(1, 1)",
+                    "--model-option", "stem_strides=(1, 1)",
                     "--epochs", "1", "--batch-size", "70", "--augmentation", "shift", "--quiet")
     assert [code for *_, code in ends] == [0, 0], ends
     recipe = recipes.get("quicknet").scaled(1, 70, augmentation="shift")

@@ -262,9 +262,8 @@ struct Kernel {
   int64_t (*popcount_loop)(int64_t iterations, uint32_t* sink);
 };
 
-// The functions of a Kernel that go by the field's name in each instruction set's namespace: all
-// but tables of several. isa_common.inc fills a row by these lists, so that no function can come to
-// another's place. BK_INFERENCE_ONLY leaves the first out, of a library that runs networks alone.
+// The functions of a Kernel, but for tables of several. An instruction set has the same names, by
+// which isa_table.inc fills a row. BK_INFERENCE_ONLY leaves out what networks alone do not need.
 #define BK_TRAINING_FUNCTIONS(DO)                                                            \
   DO(mask_rows), DO(mask_planes), DO(rprelu_backward), DO(sign_backward), DO(block_forward), \
       DO(block_backward), DO(norm_backward), DO(subset_offsets), DO(table_sums),             \

@@ -31,7 +31,7 @@ def make(name: str, device: common.Device, notes: dict[str, str]) -> model_provi
 def one(name: str, device: common.Device) -> dict:
     notes: dict[str, str] = {}
     network = make(name, device, notes)
-    calls = model_providers.candidates(network, BATCH, True, device, notes, lambda: False)
+    calls = model_providers.candidates(network, BATCH, True, notes, lambda: False)
     ms, errors = gpu_time.in_turns({label: (lambda _, call=candidate.call: call(), COPIES)
                                     for label, candidate in calls.items()})
     wrong = {label: f"{one.close} images close to the model's" for label, one in calls.items()
@@ -52,5 +52,5 @@ def run(folder: Path) -> None:
 def warm(name: str) -> None:
     """Compiles what this part gives torch.compile."""
     device = common.GpuDevice()
-    model_providers.candidates(make(name, device, {}), BATCH, True, device, {}, lambda: False)
+    model_providers.candidates(make(name, device, {}), BATCH, True, {}, lambda: False)
     torch.cuda.synchronize()

@@ -203,18 +203,16 @@ def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in vectors]
 
 
-def _elementwise(name: str, kernel, dot: Tensor, real: Tensor, vectors, dtype: torch.dtype,
+def _elementwise(name: str, kernel, operands: tuple[Tensor, Tensor], vectors, dtype: torch.dtype,
                  relu: bool, *more: Tensor | None):
-    """A kernel from (two of dot and real in its order, vectors) to a tensor of dtype, and `more`.
-    """
-    out = empty_real(dot, dot.shape, dtype, True)
-    rows, channels = size_of(dot)
+    """A kernel from (operands, vectors) to a tensor of dtype, and `more`."""
+    out = empty_real(operands[0], operands[0].shape, dtype, True)
+    rows, channels = size_of(out)
     if rows and channels:
-        dot, real = rows_of(dot), rows_of(real)
-        pair = (dot, real) if name == "block_forward" else (real, dot)
         walk = passes.walk(name, 1, rows, channels, elementwise.wide(out))
         launch(kernel, (walk.programs, walk.blocks),
-               (*pair, *_vectors(*vectors), out, *more, rows, channels, walk.tiles),
+               (*map(rows_of, operands), *_vectors(*vectors), out, *more, rows, channels,
+                walk.tiles),
                (passes.PASSES[name].warps,), RELU=relu, BLOCK_R=walk.block_r, BLOCK_C=walk.block_c,
                WIDE=walk.wide)
     return out
@@ -222,14 +220,14 @@ def _elementwise(name: str, kernel, dot: Tensor, real: Tensor, vectors, dtype: t
 
 def residual_block_forward(dot, residual, scale, bias, shift_in, slope, shift_out, relu):
     vectors = (scale, bias, shift_in, slope, shift_out)
-    return _elementwise("block_forward", block_forward_kernel, dot, residual, vectors,
+    return _elementwise("block_forward", block_forward_kernel, (dot, residual), vectors,
                         residual.dtype, relu)
 
 
 def residual_block_norm_backward(grad, dot, p, q, r, center, relu, dtype, scale=None,
                                  rounded=None):
-    return _elementwise("norm_backward", norm_backward_kernel, dot, grad, (p, q, r, center, scale),
-                        dtype, relu, rounded)
+    return _elementwise("norm_backward", norm_backward_kernel, (grad, dot),
+                        (p, q, r, center, scale), dtype, relu, rounded)
 
 
 def residual_block_backward(grad, dot, residual, scale, bias, shift_in, slope, center, relu):

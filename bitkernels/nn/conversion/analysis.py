@@ -9,7 +9,6 @@ from typing import Any
 from torch import fx, nn
 
 from bitkernels.nn.conversion.graph import LAYERS, Part, is_depthwise, is_expansion, parts
-from bitkernels.nn.conversion.source import read_by_source
 from bitkernels.nn.conversion.values import (
     is_gate,
     is_max,
@@ -20,6 +19,7 @@ from bitkernels.nn.conversion.values import (
     module_kind,
     name_of,
 )
+from bitkernels.nn.source import read_by_source
 
 _SAME_CHANNELS = ("relu", "relu6", "dropout", "add", "iadd", "mul", "imul", "contiguous", "clone")
 
@@ -68,7 +68,7 @@ def analyse(model: nn.Module, example_inputs: Any = None) -> Analysis:
     for module in model.modules():
         # nn.TransformerEncoder* reads weights on its fused path only, which `binarize` turns off.
         if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder, *LAYERS)):
-            result.read |= read_by_source(module)
+            result.read |= read_by_source(module, LAYERS)
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             _look_into_transformer(name, module, result)

@@ -31,12 +31,12 @@ from bitkernels.nn.conversion.candidates import (
 from bitkernels.nn.conversion.checks import check_model
 from bitkernels.nn.conversion.graph import LAYERS, is_depthwise
 from bitkernels.nn.conversion.norm_sign import NormSign
-from bitkernels.nn.conversion.pack import keep_off_fused_paths
 from bitkernels.nn.conversion.report import BinarizeReport, by_value
 from bitkernels.nn.conversion.values import module_kind
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.options import Binarization, QuantizerLike, WeightScale
 from bitkernels.nn.packed import _Packed
+from bitkernels.nn.parents import keep_off_fused_paths
 
 _PADDED = (BinaryConv1d, BinaryConv2d, BinaryConv3d)
 
@@ -161,7 +161,7 @@ def binarize(model: nn.Module, *, skip_first: bool = True, skip_last: bool = Tru
         _make_binary(module, own, pad_value)
     for module, new in activations.items():
         _become(module, new)
-    keep_off_fused_paths(model, {id(m) for m in plans})
+    keep_off_fused_paths(model)
     said.binary |= {layers[m]: type(m).__name__ for m in plans}
     said.count(model)
     _say(said, verbose, report)

@@ -16,6 +16,7 @@ from bitkernels.nn.hooks import carry_forward_hooks
 from bitkernels.nn.latent import is_sharded
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.packed import _Packed
+from bitkernels.nn.parents import keep_off_fused_paths
 
 
 def pack(model: nn.Module, *,
@@ -61,7 +62,7 @@ def pack(model: nn.Module, *,
     packed: nn.Module = copy.deepcopy(model, memo)
     for layer, twin in twins:
         carry_forward_hooks(layer, twin, memo)
-    keep_off_fused_paths(packed, {id(twin) for _, twin in twins})
+    keep_off_fused_paths(packed)
     return packed.eval().requires_grad_(False)
 
 
@@ -76,18 +77,3 @@ def _sharded(model: nn.Module) -> list[str]:
                     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) "
                     "into an unsharded model and pack that"]
     return []
-
-
-def keep_off_fused_paths(model: nn.Module, layers: set[int]) -> None:
-    """PyTorch's fused inference of transformer layers reads linear1.weight and never calls it; the
-    nested tensors that it makes of padded batches fit nothing else.
-
-    layers: the ids of those that are to be called.
-    """
-    for module in model.modules():
-        if not any(id(m) in layers for m in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # what PyTorch itself sets to turn the path off
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False

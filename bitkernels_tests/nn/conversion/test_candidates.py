@@ -9,12 +9,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import bitkernels.nn as bnn
 from bitkernels import convert, summary
 from bitkernels.nn import BinaryConv2d, BinaryLayer, BinaryLinear, binarize, pack, save_packed
+from bitkernels_tests.cases import signed
 
 C = 8
 
@@ -22,10 +23,6 @@ C = 8
 def stack(layer: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(C, C), nn.Linear(C, C) if layer is None else layer,
                          nn.Linear(C, C))
-
-
-def signs(x: Tensor) -> Tensor:
-    return torch.where(x < 0, -1.0, 1.0)
 
 
 def state(model: nn.Module) -> list:
@@ -123,7 +120,7 @@ def test_parametrized_layers_are_binary_with_the_weight_of_now(name, make):
         for parameter in layer.parametrizations.parameters():
             parameter.add_(torch.randn_like(parameter))
         real = F.linear if isinstance(layer, nn.Linear) else F.conv2d
-        assert torch.equal(layer(x), real(signs(x), signs(layer.weight)) + layer.bias.view(
+        assert torch.equal(layer(x), real(signed(x), signed(layer.weight)) + layer.bias.view(
             -1, *[1] * (len(shape) - 2)))
     layer(x).sum().backward()
     assert all(p.grad is not None for p in layer.parametrizations.parameters() if p.requires_grad)
@@ -146,7 +143,7 @@ def test_hooks_that_make_the_weight_are_kept(reparametrize):
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter))
         y = layer(x)
-        assert torch.equal(y, signs(x) @ signs(layer.weight).t() + layer.bias)
+        assert torch.equal(y, signed(x) @ signed(layer.weight).t() + layer.bias)
 
 
 def test_handles_of_hooks_stay_valid():

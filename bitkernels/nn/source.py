@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from bitkernels.nn.conversion.graph import LAYERS
-
 _HARMLESS = ("dtype", "device", "shape", "size", "dim", "numel", "ndim", "requires_grad")
 
 
-def read_by_source(module: nn.Module) -> set[nn.Module]:
-    """Layers below the module whose weight its forward, or a method that this calls, reads."""
+def read_by_source(module: nn.Module, layers: tuple[type[nn.Module], ...]) -> set[nn.Module]:
+    """Layers, of these classes, below the module whose weight its forward, or a method that this
+    calls, reads."""
     found: set[nn.Module] = set()
     cls: Any = type(module)
     paths, by_name, called = _reads(cls)
@@ -29,13 +28,13 @@ def read_by_source(module: nn.Module) -> set[nn.Module]:
             lists = isinstance(child, (nn.ModuleList, nn.ModuleDict))
             held = list(child.children()) if lists else [child]
             if name not in called:
-                found |= {layer for layer in held if isinstance(layer, LAYERS)}
+                found |= {layer for layer in held if isinstance(layer, layers)}
     for path in paths:
         try:
             layer = module.get_submodule(path)
         except AttributeError:
             continue
-        if isinstance(layer, LAYERS):
+        if isinstance(layer, layers):
             found.add(layer)
     return found
 
