@@ -59,9 +59,6 @@ def build(name: str, num_classes: int | None, in_channels: int, size: int | None
     """
     if published is None:
         published = name in models.list_models()
-        if not published and name not in models.names():
-            raise ValueError(f"no model is called {name!r}; there are "
-                             f"{', '.join(sorted({*models.list_models(), *models.names()}))}")
     with torch.device(device):
         if not published:
             return models.create(name, num_classes=num_classes or 10, in_channels=in_channels,
