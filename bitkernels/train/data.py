@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from bitkernels.models.preprocessing import Preprocessing
+from bitkernels.ops._checks import describe
 from bitkernels.train.errors import DataError, first_line
 
 __all__ = ["Batches", "Data", "Pictures", "Source", "loader"]
@@ -42,7 +43,7 @@ class Tensors:
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         if labels.shape != images.shape[:1] or labels.is_floating_point():
             raise DataError(f"labels must be integers of shape ({len(images)},), one for each "
-                            f"image, got {str(labels.dtype)[6:]} of shape {tuple(labels.shape)}")
+                            f"image, got {describe(labels)}")
         self.images, self.labels = images, labels
 
     def __len__(self) -> int:
@@ -99,8 +100,7 @@ class Data:
             if image is not None and not (
                     isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3
                     and image.shape[0] == self.channels):
-                got = (f"{str(image.dtype)[6:]} of shape {tuple(image.shape)}"
-                       if isinstance(image, Tensor) else type(image).__name__)
+                got = describe(image) if isinstance(image, Tensor) else type(image).__name__
                 raise DataError(f"{what} images of {self.name} must be real and of shape "
                                 f"({self.channels}, {self.size}, {self.size}) behind the "
                                 f"transform, got {got}")

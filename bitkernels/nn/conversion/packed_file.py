@@ -24,6 +24,7 @@ from bitkernels.nn.latent import is_sharded
 from bitkernels.nn.layer import BinaryLayer
 from bitkernels.nn.packed import _Packed
 from bitkernels.nn.residual_block import BinaryResidualBlock
+from bitkernels.ops._checks import describe
 
 FORMAT = "bitkernels.packed"
 _KIND = Kind("packed models", "save_packed", "load_packed", FORMAT, 1)
@@ -121,7 +122,7 @@ def load_packed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     found += [f"not in the model: {key}" for key in state if key not in target]
     for key, tensor in target.items():
         if key in state and isinstance(tensor, Tensor):
-            there, here = _kind(state[key]), _kind(tensor)
+            there, here = describe(state[key]), describe(tensor)
             if there != here:
                 found.append(f"{key} is {there} in the file, {here} in the model")
     found += _torn(target, state)
@@ -160,7 +161,7 @@ def _torn(target: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     found = []
     for key, tensor in target.items():
         kept = first.setdefault(id(tensor), key)
-        if kept != key and kept in state and key in state and _kind(state[kept]) == _kind(
+        if kept != key and kept in state and key in state and describe(state[kept]) == describe(
                 state[key]) and not torch.equal(state[kept], state[key]):
             found.append(f"{kept} and {key} are one tensor in the model, two in the file")
     return found
@@ -171,10 +172,6 @@ def _refuse(path: str | os.PathLike, model: nn.Module, found: list[str]) -> None
         more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
         raise ValueError(f"load_packed: {path} is not of this {type(model).__name__}: "
                          + "; ".join(found[:LISTED]) + more)
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 def _a(name: str) -> str:
