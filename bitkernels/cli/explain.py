@@ -27,10 +27,10 @@ Which backend and kernel a call of an operator, or each layer of a network, gets
   python -m bitkernels explain quicknet --train
   python -m bitkernels explain packed_conv2d --channels 256 --size 14 --target sm_80
 
-A network is one of `python -m bitkernels models` by name, or the folder of a training or of
-save_pretrained. It is called once on random images, in evaluation without gradients. An operator
-gets tensors without memory: --channels in and out, images of --size, filters of --kernel, padded to
-keep the size.
+A network is one of `python -m bitkernels models` by name, the published one where two have it, or
+the folder of a training or of save_pretrained. It is called once on random images, in evaluation
+without gradients. An operator gets tensors without memory: --channels in and out, images of --size,
+filters of --kernel, padded to keep the size.
 """
 
 
@@ -92,8 +92,7 @@ def _of_network(options: argparse.Namespace, target: str | None) -> Explanation:
                                                in_channels=channels)
     else:
         channels = channels or 3
-        model, size = build(name, classes, channels, options.size, name not in models.names(),
-                            "cpu")
+        model, size = build(name, classes, channels, options.size, device="cpu")
     model.train(options.train)
     if options.packed:
         model = zoo.packed(model)
