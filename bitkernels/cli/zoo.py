@@ -17,7 +17,7 @@ from bitkernels.backends import cpu
 from bitkernels.models import preprocessing
 from bitkernels.models.preprocessing import Preprocessing, recorded
 from bitkernels.models.registry import Entry, entry, takes_image_size
-from bitkernels.models.weights.hub import HUB, described
+from bitkernels.models.weights.hub import HUB, config_of
 from bitkernels.train.errors import TrainError, first_line
 
 # What ends a command with one line: files, sizes, names and packages that the user can mend.
@@ -93,7 +93,7 @@ def asked(options: argparse.Namespace) -> Network:
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for published networks; "
                                  f"{options.model} has its own")
-        config = described(options.model)
+        config = config_of(options.model)
         if config["in_channels"] != 3:
             raise ValueError(f"{options.model} takes images of {config['in_channels']} channels, "
                              "and pictures have 3")
@@ -110,7 +110,7 @@ def _published(options: argparse.Namespace) -> Network:
         raise ValueError(f"--weights is needed for {options.model}, a published network")
     rule = labels = None
     if has_config(options.weights):
-        config = described(options.weights)
+        config = config_of(options.weights)
         rule, labels = config["preprocessing"], config.get("labels")
     elif os.path.isfile(options.weights):
         rule = recorded(options.weights)
@@ -134,7 +134,7 @@ def saved(name: str, size: int | None, **own: int | None) -> tuple[nn.Module, tu
         if value is not None:
             raise ValueError(f"--{option.replace('_', '-')} is for networks by name; {name} has "
                              "its own")
-    config = described(name)
+    config = config_of(name)
     rule = config["preprocessing"]
     side = size or (rule.size if rule else config["options"].get("image_size", 32))
     return models.from_pretrained(name), (config["in_channels"], side, side)

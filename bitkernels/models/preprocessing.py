@@ -232,7 +232,7 @@ PREPROCESSING = {rule.name: rule for rule in (
                   mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), augmentation=("shift", "flip")))}
 
 
-def described(rule: Preprocessing | None) -> dict[str, str]:
+def metadata(rule: Preprocessing | None) -> dict[str, str]:
     """What the metadata of a file of weights say of its network's pictures, for `recorded`."""
     return {} if rule is None else {"preprocessing": rule.name, "size": str(rule.size)}
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from bitkernels._arguments import function, integer, refuse
 from bitkernels._files import locked
-from bitkernels.models.preprocessing import described
+from bitkernels.models.preprocessing import metadata
 from bitkernels.models.weights import save_pretrained
 from bitkernels.train import checkpoint
 from bitkernels.train.data import Batches, Data
@@ -198,7 +198,7 @@ def _stage(run: Run, index: int, initial: Weights | None,
     if run.out is not None:
         checkpoint.export(_weights_path(run, stage), weights, {
             "model": run.identity["model"], "recipe": run.recipe.name, "stage": stage.name,
-            "data": run.data.name, **described(run.data.preprocessing)})
+            "data": run.data.name, **metadata(run.data.preprocessing)})
     return model
 
 

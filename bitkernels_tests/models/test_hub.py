@@ -125,18 +125,18 @@ def test_what_pictures_go_through(tmp_path):
     """As recorded, else as published; small networks have none of their own."""
     model = made()
     models.save_pretrained(model, tmp_path)
-    assert hub.described(str(tmp_path))["preprocessing"] is None
+    assert hub.config_of(str(tmp_path))["preprocessing"] is None
     model.pretrained_config |= {"preprocessing": {"name": "cifar", "size": 16},
                                 "labels": ["tea", "caf\u00e9", "milk", "water"]}
     for form in (model, packed(model)):
         models.save_pretrained(form, tmp_path)
         assert models.from_pretrained(tmp_path).pretrained_config == model.pretrained_config
-        found = hub.described(str(tmp_path))
+        found = hub.config_of(str(tmp_path))
         assert found["preprocessing"] == preprocessing.get("cifar").at(16)
         assert found["labels"] == model.pretrained_config["labels"]
     models.save_pretrained(models.create_model("quicknet_small", blocks=(1,), filters=(32,)),
                            tmp_path)
-    assert hub.described(str(tmp_path))["preprocessing"] == preprocessing.get("larq")
+    assert hub.config_of(str(tmp_path))["preprocessing"] == preprocessing.get("larq")
 
 
 @pytest.mark.parametrize("fails", [1, 2, 3])

@@ -103,7 +103,7 @@ def from_pretrained(name_or_folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def described(origin: str) -> dict[str, Any]:
+def config_of(origin: str) -> dict[str, Any]:
     """The config of a folder, or of a repository of the Hugging Face Hub, of `save_pretrained`.
 
     Its "preprocessing" is a `Preprocessing` or None, what the network's pictures go through: as
