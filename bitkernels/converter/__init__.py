@@ -5,7 +5,7 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
 
   capture   the model as a graph of operators, by torch.export
   spellings other spellings of one computation become one
-  recognise products of signs in code that computes on real numbers
+  recognise products of signs in code that computes on real numbers; sign_forms: what is a sign
   lower     binary operators to products of packed bits; weights to words
   epilogue  batch norm, clamp, residual, activation into the product before them
   joins     steps behind a concatenation of products, in front of it

@@ -184,7 +184,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
       are approximate then, by a few tenths of a percent of a layer's largest, and signs that are
       near their thresholds may change; `bitkernels.converter.compare` counts them.
     sign_of_zero: 1 takes signs of 0 in code that computes on real numbers as +1, where it has 0
-      (torch.sign) or -1. None: what has another sign of 0 stays real, and the report says so.
+      (torch.sign) or -1, also those of weights; but not where a value is exactly 0 for many inputs,
+      as behind a ReLU. None: what has another sign of 0 stays real, and the report says so.
     dynamic_shapes: as of `torch.export.export`, for other sizes that may change.
     verbose: print the report.
 
