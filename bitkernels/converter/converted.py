@@ -24,6 +24,7 @@ from bitkernels.converter.onnx import RealForm
 from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
 from bitkernels.converter.recognise import recognise
 from bitkernels.converter.report import ConvertReport, report
+from bitkernels.converter.sequences import lift_sequences
 from bitkernels.converter.signs import move_signs, write_signs
 from bitkernels.nn.conversion.checks import check_shapes
 from bitkernels.packed import WeightImage
@@ -255,6 +256,7 @@ def passes(net: Net, real: str, sign_of_zero: int | None,
     """All passes, in their order; why some real layers are not products of bits."""
     reasons = recognise(net, sign_of_zero)
     lower(net)
+    lift_sequences(net)
     fuse_epilogues(net)
     while split_joins(net):
         fuse_epilogues(net)

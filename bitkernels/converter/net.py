@@ -190,7 +190,8 @@ def fold_constants(net: Net) -> None:
             continue
         made, parts = _folded(node, value, differences)
         constants = [n for n in inputs if n not in filled]
-        name = next((origins.get(n) or net.origin(n) for n in constants), node.name)
+        largest = max(constants, key=lambda n: getattr(value(n), "nbytes", 0), default=node)
+        name = origins.get(largest) or net.origin(largest)
         if not isinstance(made, Tensor):
             if constants:
                 others[node], origins[node] = made, name
@@ -203,7 +204,7 @@ def fold_constants(net: Net) -> None:
             differences[constant] = parts
         if is_call(node, aten.sign.default) or any(n in net.zeros_as_one for n in inputs):
             ones, parts = _folded(node, one_value, differences | with_ones)
-            if is_call(node, aten.sign.default):
+            if is_call(node, aten.sign.default) and _are_by_chance(one_value(node.args[0])):
                 ones = torch.where(ones == 0, 1, ones)
             if isinstance(ones, Tensor) and not torch.equal(ones, made):
                 net.zeros_as_one[constant] = ones
@@ -231,6 +232,13 @@ def _folded(node: fx.Node, value: Any, differences: dict[fx.Node, tuple[Tensor, 
     elif node.target is aten.sub.Tensor and isinstance(a, Tensor) and isinstance(b, Tensor):
         return made, (a, b)
     return made, None
+
+
+def _are_by_chance(tensor: Tensor) -> bool:
+    """Whether the zeros of a tensor are a few among many values, as in latent weights, and not one
+    of a few steps, as where signs are added for ternary weights."""
+    zeros = tensor == 0
+    return float(zeros.double().mean()) <= 0.01 and len(tensor[~zeros].abs().unique()) >= 16
 
 
 def _can_fold(node: fx.Node) -> bool:

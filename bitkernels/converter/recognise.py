@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, fx
 
 from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops, shape
-from bitkernels.converter.sign_forms import PADS, Sign, often_zero, sign_of, through
+from bitkernels.converter.sign_forms import OF_SIGNS, PADS, Sign, often_zero, sign_of, through
 
 # Of a channel's magnitude: what rounding in float32 leaves of straight-through forms whose result
 # was stored. Types that round more coarsely have the step between two of their numbers.
 TOLERANCE = 1e-5
 _PACK = ops.sign_pack.default
-_OF_SIGNS = (ops.binary_conv2d.default, ops.binary_conv2d.padding, ops.binary_linear.default,
-             ops.binary_conv_transpose2d.default)  # which take the sign of their input
+_TAKE_SIGNS = (ops.binary_conv2d.default, ops.binary_conv2d.padding, ops.binary_linear.default,
+               ops.binary_conv_transpose2d.default)  # of their input
+_CONVS = (aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default)
 _TAKE = "convert(..., sign_of_zero=1) takes it as +1"
 ZERO_IS_0 = f"torch.sign(0) is 0, which no bit can say; {_TAKE}"
 ZERO_IS_MINUS = f"its sign of 0 is -1, that of bits +1; {_TAKE}"
@@ -31,13 +32,13 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
     what a sign is of.
     """
     reasons: dict[fx.Node, str] = {}
-    for pack in net.calls(*_OF_SIGNS):
+    for pack in net.calls(*_TAKE_SIGNS):
         input: Any = pack.args[0]
         found = sign_of(net, input)
         if found is not None and found.at_zero == 1 and found.factor > 0 and (
                 shape(found.source) == shape(input) and dtype(found.source) == dtype(input)):
             pack.args = (found.source, *pack.args[1:])
-    for node in net.calls(aten.conv2d.default, aten.conv2d.padding, aten.linear.default):
+    for node in net.calls(*_CONVS, aten.linear.default):
         given = arguments(node)
         weight = net.value(given["weight"])
         if weight is None or not weight.is_floating_point():
@@ -67,10 +68,10 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
             reasons[node] = scale
             continue
         if (not sign.source.meta["val"].is_floating_point() or shape(sign.source) != shape(input)
-                or node.target is not aten.linear.default and len(shape(sign.source)) != 4):
+                or node.target in _CONVS and len(shape(input)) != weight.dim()):
             continue
         if sign.at_zero != 1:
-            zeros = often_zero(sign.source)
+            zeros = often_zero(net, sign.source)
             if zeros is not None and sign_of_zero is not None:
                 reasons[node] = (f"its input is the sign of what {_name(zeros)} gives, which is "
                                  "exactly 0 for many inputs, and no bit can say that")
@@ -104,27 +105,31 @@ def _padding(input: fx.Node, conv: dict[str, Any]) -> _Padding | None:
     other, and the convolution's own padding with 0."""
     node = through(input)
     own = conv.get("padding")
-    if not is_call(node, *PADS) or len(shape(node)) != 4 or isinstance(own, str) or own is None:
+    rank = len(shape(node)) - 2
+    if not is_call(node, *PADS) or rank not in (1, 2) or isinstance(own, str) or own is None:
         return None
-    given, own = arguments(node), [int(n) for n in own] * (2 // len(own))
+    given, own = arguments(node), [int(n) for n in own] * (rank // len(own))
     value, sizes = float(given["value"] or 0), list(given["pad"])
-    if given.get("mode", "constant") != "constant" or len(sizes) not in (2, 4) or not all(
+    if given.get("mode", "constant") != "constant" or len(sizes) > 2 * rank or not all(
             isinstance(n, int) and n >= 0 for n in sizes):
         return None
     left, right, top, bottom = (*sizes, 0, 0)[:4]
     if left != right or top != bottom or value != 0 and any(own):
         return None
-    return _Padding(given["self"], [top + own[0], left + own[1]], value)
+    return _Padding(given["self"], [n + m for n, m in zip((top, left)[2 - rank:], own,
+                                                          strict=True)], value)
 
 
 def _name(node: fx.Node) -> str:
+    if is_call(node, *OF_SIGNS):
+        return "a product of signs"
     return str(node.target.overloadpacket).removeprefix("aten.")  # type: ignore[union-attr]
 
 
 def _replace(net: Net, node: fx.Node, given: dict[str, Any], sign: Sign,
              padding: _Padding | None, weight: Tensor, scale: Tensor) -> None:
-    source = sign.source
-    conv = node.target is aten.conv2d.default
+    source, row = sign.source, node.target is aten.conv1d.default
+    conv = node.target in _CONVS
     dim, name = 1 if conv else -1, net.origin(given["weight"])
     kept: dict[str, Any] = {}
     if conv:
@@ -132,14 +137,27 @@ def _replace(net: Net, node: fx.Node, given: dict[str, Any], sign: Sign,
         kept |= dict(pad_value=0, channels_last=False)
     if padding is not None:
         kept |= dict(padding=padding.sizes, pad_value=int(padding.value / sign.factor))
+    if row:  # a sequence is an image of one row
+        weight = weight.unsqueeze(2)
+        for key, along in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            kept[key] = [along, kept[key][-1]]
     scale = (scale * sign.factor).float()
     factor = None if bool((scale == 1).all()) else net.constant(scale, f"{name}.scale")
     with net.graph.inserting_before(node):
+        if row:
+            image = net.graph.call_function(aten.unsqueeze.default, (source, 2))
+            with source.meta["val"].fake_mode:
+                image.meta["val"] = source.meta["val"].unsqueeze(2)
+            source = image
         signs = net.graph.call_function(_PACK, (source, None, dim))
         made = net.graph.call_function(CONV if conv else LINEAR, (), dict(
             words=signs, weight_words=net.constant(_PACK(weight, None, 1), name),
             channels=int(source.meta["val"].shape[dim]), out_channels=weight.shape[0],
             scale=factor, bias=given["bias"], dtype=dtype(node), **kept))
+        if row:
+            with source.meta["val"].fake_mode:
+                made.meta["val"] = node.meta["val"].unsqueeze(2)
+            made = net.graph.call_function(aten.squeeze.dim, (made, 2))
     with source.meta["val"].fake_mode:
         signs.meta["val"] = _PACK(source.meta["val"], None, dim)
     net.replace(node, made)

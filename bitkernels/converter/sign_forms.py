@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from bitkernels.converter.net import Net, arguments, aten, dtype, is_call
+from bitkernels.converter.net import PRODUCTS, Net, arguments, aten, dtype, is_call, ops
 
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
          aten.lift_fresh_copy.default)
@@ -16,8 +16,10 @@ _SIGNS = (aten.sign.default, aten.sgn.default)
 _WHERE = (aten.where.self, aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther)
 _MASKED = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _CLAMPS = (aten.clamp.default, aten.hardtanh.default)
+OF_SIGNS = (*PRODUCTS, ops.binary_conv2d.default, ops.binary_conv2d.padding,
+            ops.binary_linear.default, ops.binary_conv_transpose2d.default)
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
-_PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
+_SCALES = (aten.mul.Tensor, aten.div.Tensor)
 _FULL = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
 _ARRANGED = (aten.reshape.default, aten.view.default, aten.flatten.using_ints,
              aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim,
@@ -68,7 +70,7 @@ def sign_of(net: Net, node: Any) -> Sign | None:
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
         return (_straight_through(net, node) or _of_comparison(net, node)
                 or _difference(node) or _zeros_added(net, node))
-    if is_call(node, aten.neg.default, *_PRODUCTS):
+    if is_call(node, aten.neg.default, *_SCALES):
         return _of_comparison(net, node) or _scaled(net, node)
     return None
 
@@ -82,24 +84,29 @@ def through(node: Any) -> Any:
     return node
 
 
-def often_zero(node: Any) -> fx.Node | None:
-    """The call that makes a value exactly 0 for many inputs, as a ReLU does, or None."""
+def often_zero(net: Net, node: Any) -> fx.Node | None:
+    """The call that makes a value exactly 0 for many inputs, or None: a ReLU and its like,
+    rounding, a border of zeros, the sum of two signs and of products of signs."""
     while is_call(node, *_KEEP_ZEROS):
         node = node.args[0]
     if is_call(node, *_ROUNDED_TO_ZERO):
         return node
+    if is_call(node, *OF_SIGNS):
+        return node if arguments(node)["bias"] is None else None
     if is_call(node, *PADS):
         given = arguments(node)
         zeros = given.get("mode", "constant") == "constant" and not given["value"]
-        return node if zeros else often_zero(given["self"])
+        return node if zeros else often_zero(net, given["self"])
     if is_call(node, *_CLAMPS, aten.clamp_min.default):
-        return node if 0 in (_bounds(node) or ()) else often_zero(node.args[0])
-    if is_call(node, aten.cat.default, *_PRODUCTS):
+        return node if 0 in (_bounds(node) or ()) else often_zero(net, node.args[0])
+    if is_call(node, aten.cat.default, *_SCALES):
         parts = node.args[0] if node.target is aten.cat.default else node.args[:2]
-        return next((found for part in parts if (found := often_zero(part))), None)
-    if is_call(node, aten.add.Tensor):
-        first = often_zero(node.args[0])
-        return first if first is not None and often_zero(node.args[1]) is not None else None
+        return next((found for part in parts if (found := often_zero(net, part))), None)
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor):
+        if all(sign_of(net, part) is not None for part in node.args[:2]):
+            return node
+        first = often_zero(net, node.args[0])
+        return None if first is None or often_zero(net, node.args[1]) is None else first
     return None
 
 
@@ -282,12 +289,12 @@ def _of_comparison(net: Net, node: fx.Node) -> Sign | None:
         if is_call(value, aten.neg.default):
             factor, value = -factor, value.args[0]  # type: ignore[assignment]
             continue
-        if not is_call(value, aten.add.Tensor, aten.sub.Tensor, *_PRODUCTS):
+        if not is_call(value, aten.add.Tensor, aten.sub.Tensor, *_SCALES):
             return None
         given = number(net, value.args[1])
         if given is None or arguments(value).get("alpha", 1) != 1:
             return None
-        if value.target in _PRODUCTS:
+        if value.target in _SCALES:
             factor *= given if value.target is aten.mul.Tensor else 1 / (given or float("nan"))
         else:
             offset += factor * (given if value.target is aten.add.Tensor else -given)

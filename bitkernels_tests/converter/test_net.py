@@ -41,6 +41,7 @@ def standardized(w, tau):
 
 FOLDED = {
     "a number": clipped,
+    "a number first": lambda w, tau: tau.abs() * w.sign(),
     "arithmetic on a number": lambda w, tau: w.sign() * (1 - 2 * tau.item()),
     "two results": standardized,
     "one of two results": lambda w, tau: w.sign() * w.flatten(1).max(1)[0].view(-1, 1, 1, 1),

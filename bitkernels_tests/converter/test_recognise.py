@@ -228,6 +228,9 @@ LATENT_ZEROS = {
     "sign": torch.sign, "scaled": scaled, **STRAIGHT_THROUGH,
     "centred": lambda w: (w - w.mean().round()).sign() * w.abs().mean()}
 TERNARY = {
+    "two signs": lambda w: ((w + 0.5).sign() + (w - 0.5).sign()).sign(),
+    "few are 0": lambda w: ((w + 0.01).sign() + (w - 0.01).sign()).sign() * w.abs().mean(),
+    "many are 0": lambda w: (w * (w.abs() > 0.5)).sign(),
     "a threshold": lambda w: w.sign() * (w.abs() > 0.5),
     "rounded": lambda w: w.round().clamp(-1, 1) / 3,
     "two comparisons": lambda w: (w > 0.5).float() - (w < -0.5).float()}

@@ -16,6 +16,7 @@ from bitkernels.converter.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(3, 32, 6, 8, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+EYE = torch.eye(32).mul(2).sub(1).view(32, 32, 1, 1)
 
 
 class Binary(nn.Module):
@@ -130,6 +131,10 @@ OTHERS = {  # what stays real, whatever sign_of_zero is
     "of two ReLUs": (lambda x: (x.relu() + (x - 1).relu()).sign(), OFTEN_0),
     "of parts": (lambda x: torch.cat([x[:, :16], x[:, 16:].relu()], 1).sign(), OFTEN_0),
     "of a border on one side": (lambda x: F.pad(x, (1, 0, 1, 1)).sign(), f"pad gives.*{OFTEN_0}"),
+    "of two signs": (lambda x: ((x - 0.5).sign() + (x + 0.5).sign()).sign(),
+                     f"of what add gives, which is {OFTEN_0}"),
+    "of a product of signs": (lambda x: F.hardtanh(F.conv2d(indexed(x), EYE)).sign(),
+                              f"of what a product of signs gives, which is {OFTEN_0}"),
     "padded between": (padded(indexed, 0.3), "a sign padded with 0.3"),
     "padded with 0 on one side": (padded(indexed, 0.0, 0, 1, 0, 1), "0 on one side more"),
     "another zero": (lambda x: x.sign().masked_fill(x == 0, 0.5), "a real layer"),
@@ -147,7 +152,7 @@ OTHERS = {  # what stays real, whatever sign_of_zero is
 def test_is_no_sign(name):
     function, says = OTHERS[name]
     report = converted(function, {}, sign_of_zero=1).report
-    assert not report.products
+    assert len(report.products) == (name == "of a product of signs")
     assert re.search(says, dict(report.real)["weight"])
 
 
