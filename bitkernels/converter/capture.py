@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bitkernels.converter.net import Net, aten, fold_constants, shape
-from bitkernels.converter.spellings import respell
+from bitkernels.converter.spellings import clamps_by_where, respell
 
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
@@ -111,6 +111,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     for name, _ in (*net.module.named_parameters(), *net.module.named_buffers()):
         net.names[name] = name
     fold_constants(net)
+    clamps_by_where(net)
     return net
 
 

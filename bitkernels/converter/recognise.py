@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, fx
 
 from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops, shape
-from bitkernels.converter.sign_forms import OF_SIGNS, PADS, Sign, often_zero, sign_of, through
+from bitkernels.converter.sign_forms import (
+    OF_SIGNS,
+    PADS,
+    Sign,
+    factor_of,
+    often_zero,
+    sign_of,
+    through,
+)
 
 # Of a channel's magnitude: what rounding in float32 leaves of straight-through forms whose result
 # was stored. Types that round more coarsely have the step between two of their numbers.
@@ -49,6 +57,10 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
         if sign is None:
             if is_call(input, *PADS) and sign_of(net, input.args[0]) is not None:
                 reasons[node] = "its input is a sign, padded with 0 on one side more than another"
+            elif (factor := factor_of(net, input)) is not None:
+                reasons[node] = "its input is a sign times a factor " + (
+                    "that is computed from the input" if net.value(factor) is None
+                    else "for each channel or place, not for each output")
             continue
         inner = _padding(sign.source, given) if padding is None else None
         if inner is not None:  # padded first, then the sign taken

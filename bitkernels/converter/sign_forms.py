@@ -24,6 +24,7 @@ _FULL = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
 _ARRANGED = (aten.reshape.default, aten.view.default, aten.flatten.using_ints,
              aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim,
              aten.squeeze.dims, aten.slice.Tensor)
+_LARGEST = (aten.max_pool2d.default, aten.max_pool1d.default)
 _ROUNDED_TO_ZERO = (aten.relu.default, aten.relu6.default, aten.hardsigmoid.default,
                     aten.hardswish.default, aten.threshold.default, aten.hardshrink.default,
                     aten.softshrink.default, aten.round.default, aten.trunc.default,
@@ -65,6 +66,9 @@ def sign_of(net: Net, node: Any) -> Sign | None:
             bounds[1] >= abs(inner.factor)) else None
     if is_call(node, *_ARRANGED):
         return _arranged(net, node)
+    if is_call(node, *_LARGEST):
+        pooled = _arranged(net, node)  # the largest of signs is the sign of the largest
+        return pooled if pooled is not None and pooled.factor > 0 else None
     if is_call(node, *PADS):
         return _padded(net, node)
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
@@ -253,8 +257,21 @@ def _scaled(net: Net, node: fx.Node) -> Sign | None:
     return replace(found, factor=found.factor * factor)
 
 
-def _straight_through(net: Net, node: fx.Node) -> Sign | None:
-    """(sign(x) - y) + y or sign(x) + (y - y), in either order."""
+def factor_of(net: Net, node: Any) -> Any:
+    """The tensor that a sign is multiplied by, also within a straight-through form; or None."""
+    node = through(node)
+    if is_call(node, aten.add.Tensor):
+        return _straight_through(net, node, factor_of)
+    if not is_call(node, aten.mul.Tensor):
+        return None
+    for sign, factor in (node.args[:2], node.args[1::-1]):
+        if isinstance(factor, fx.Node) and sign_of(net, sign) is not None:
+            return factor
+    return None
+
+
+def _straight_through(net: Net, node: fx.Node, of: Any = sign_of) -> Any:
+    """What is found `of` the b in (b - y) + y or b + (y - y), in either order."""
     if node.target is not aten.add.Tensor or arguments(node)["alpha"] != 1:
         return None
     for first, second in (node.args[:2], node.args[1::-1]):
@@ -262,9 +279,9 @@ def _straight_through(net: Net, node: fx.Node) -> Sign | None:
         if not is_call(inner, aten.sub.Tensor) or arguments(inner)["alpha"] != 1:
             continue
         if _equal(*inner.args[:2]):
-            return sign_of(net, second)
+            return of(net, second)
         if _equal(inner.args[1], second):
-            return sign_of(net, inner.args[0])
+            return of(net, inner.args[0])
     return None
 
 

@@ -81,6 +81,9 @@ SIGNS = {
         lambda x: 0.5 * indexed(x) - x.clamp(-1, 1) + x.clamp(-1, 1), {"padding": 1}),
     "turned": (lambda x: indexed(x).transpose(2, 3), {"padding": 1}),
     "shuffled": (lambda x: shuffled(indexed(x)), {"padding": 1}),
+    "the largest": (lambda x: F.max_pool2d(0.5 * indexed(x), 3, 2, 1), {"padding": 1}),
+    "a number of another type": (
+        lambda x: ((x >= 0).type_as(x) * 2 - 1) * torch.full((1,), 0.3).type_as(x), {}),
     "of a ReLU": (lambda x: torch.where(x.relu() >= 0, 1.0, -1.0), {}),
     "padded with -1": (padded(indexed, -1.0), {"stride": 2}),
     "padded with 1": (padded(indexed, 1.0), {"dilation": 2}),
@@ -104,7 +107,8 @@ def test_is_a_sign(name):
     network = converted(function, options)
     assert len(network.report.products) == 1
     assert dict(network.report.others).keys() <= {
-        "contiguous", "bitkernels.sign_pack", "pad", "transpose", "reshape", "sym_size", "relu"}
+        "contiguous", "bitkernels.sign_pack", "bitkernels.packed_max_pool2d", "pad", "transpose",
+        "reshape", "sym_size", "relu"}
     if cpu.active() is not None and name not in IN_PYTORCH:
         assert isinstance(network.engine(X), Engine), network.engine(X)
 
@@ -140,9 +144,14 @@ OTHERS = {  # what stays real, whatever sign_of_zero is
     "another zero": (lambda x: x.sign().masked_fill(x == 0, 0.5), "a real layer"),
     "where others are 0": (lambda x: x.sign() + (x == 1).float(), "a real layer"),
     "where not 0": (lambda x: x.sign().masked_fill(x != 0, 1), "a real layer"),
+    "the least": (lambda x: F.max_pool2d(-indexed(x), 3, 1, 1), "a real layer"),
     "half clamped": (lambda x: indexed(x).clamp(-0.5, 1), "a real layer"),
     "a factor for each image": (lambda x: x.sign() * x.abs().mean((1, 2, 3), keepdim=True),
-                                "a real layer"),
+                                "a sign times a factor that is computed from the input"),
+    "a factor for each pixel": (
+        lambda x: x.abs().mean(1, keepdim=True) * x.sign() - x.clamp(-1, 1) + x.clamp(-1, 1),
+        "a sign times a factor that is computed from the input"),
+    "a factor for each channel": (lambda x: x.sign() * EYE[0], "a sign times a factor for each"),
     "0 and 1": (lambda x: (x >= 0).float(), "a real layer"),
     "turned around": (lambda x: (x < 0).float() - (x > 0).float(), "a real layer"),
 }
