@@ -21,8 +21,7 @@ _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_drop
 _HINTS = {  # for a user of the model, by what torch.export's reason has in it
     "fake tensor": "; the model may keep what it computes in its attributes or write to .data of "
                    "its weights or input",
-    "is mutated in the forward": "; what the model counts or keeps has to be a buffer, or to be "
-                                 "left out in evaluation",
+    "is mutated in the forward": "; leave out in evaluation what the model counts or keeps",
     "Could not guard on data-dependent": "; the model may branch on values of a tensor, as in `if "
                                          "self.temperature < 1e-7`, or count by them: a graph has "
                                          "one way, so leave the one that evaluation takes",

@@ -217,7 +217,7 @@ REFUSED = {
     "a branch on a buffer": (lambda: image(_branch, k=nn.Buffer(torch.ones(1))),
                              "may branch on values of a tensor, .* leave the one that evaluation"),
     "a tensor that counts": (lambda: Written(_kept, w=nn.Linear(8, 3), seen=torch.zeros(1)),
-                             "is mutated in the forward.*has to be a buffer, or to be left out"),
+                             "is mutated in the forward.*; leave out in evaluation what the model"),
     "NumPy": (lambda: Written(_numpy, w=nn.Linear(8, 3)), "the model computes with NumPy"),
     "no copy of a part": (lambda: nn.Sequential(Uncopied(3, 4, 3)),
                           r"Sequential cannot be copied \(copy.deepcopy: KeyError: 'inner'\)$"),
