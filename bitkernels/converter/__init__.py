@@ -5,8 +5,9 @@ What Larq Compute Engine's converter does for TFLite, for PyTorch (Bannink et al
 
   capture   the model as a graph of operators, by torch.export
   spellings other spellings of one computation become one
-  recognise products of signs in code that computes on real numbers
+  recognise products of signs in code that computes on real numbers; sign_forms: what is a sign
   lower     binary operators to products of packed bits; weights to words
+  sequences norms and activations behind 1-d convolutions as those of images
   epilogue  batch norm, clamp, residual, activation into the product before them
   joins     steps behind a concatenation of products, in front of it
   signs     signs taken early: through pools, joins and norms, and written by the product itself

@@ -13,11 +13,20 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bitkernels.converter.net import Net, aten, fold_constants, shape
-from bitkernels.converter.spellings import respell
+from bitkernels.converter.spellings import clamps_by_where, respell
 
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
              aten.feature_alpha_dropout.default)
+_HINTS = {  # for a user of the model, by what torch.export's reason has in it
+    "fake tensor": "; the model may keep what it computes in its attributes or write to .data of "
+                   "its weights or input",
+    "is mutated in the forward": "; leave out in evaluation what the model counts or keeps",
+    "Could not guard on data-dependent": "; the model may branch on values of a tensor, as in `if "
+                                         "self.temperature < 1e-7`, or count by them: a graph has "
+                                         "one way, so leave the one that evaluation takes",
+    "numpy() is not supported": "; the model computes with NumPy, of which a graph knows nothing",
+}
 _one_at_a_time = threading.RLock()  # torch.export and its tensors share state of the process
 
 
@@ -52,27 +61,25 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     try:
         model = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:
-        raise ValueError(
-            f"convert: {name} cannot be copied (copy.deepcopy: {error}); where a weight is made of "
-            "others, as in pruning, call the model once under torch.no_grad() before") from error
+        hint = ("; where a weight is made of others, as in pruning, call the model once under "
+                "torch.no_grad() before" if "deepcopy protocol" in str(error) else "")
+        raise ValueError(f"convert: {name} cannot be copied (copy.deepcopy: "
+                         f"{type(error).__name__}: {error}){hint}") from error
     if dynamic_shapes is None:
         example_inputs, dynamic_shapes = _batches(example_inputs)
     try:
         program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        if any(_writes(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # the same operators, none in place
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or "no reason"
-        hint = ""
+        hint = next((hint for sign, hint in _HINTS.items() if sign in reason), "")
         if varies and "specialized" in reason:
             hint = ("; where the first size of an input is always the same, say so by "
                     "dynamic_shapes, as of torch.export")
-        elif "fake tensor" in reason:
-            hint = ("; the model may keep what it computes in its attributes or write to .data "
-                    "of its weights or input")
         raise ValueError(f"convert: {name} cannot be exported for these example_inputs "
                          f"(torch.export: {type(error).__name__}: {reason}){hint}") from error
-    if any(_writes(node) for node in program.graph.nodes):
-        program = program.run_decompositions({})  # the same operators, none in place
     _check_writes(name, program.graph_signature)
     net = Net(program.module(check_guards=False))
     for node in net.calls(aten._native_batch_norm_legit_no_training.default):
@@ -103,6 +110,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: A
     for name, _ in (*net.module.named_parameters(), *net.module.named_buffers()):
         net.names[name] = name
     fold_constants(net)
+    clamps_by_where(net)
     return net
 
 

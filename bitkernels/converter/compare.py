@@ -92,7 +92,10 @@ def compare(model: nn.Module, network: Converted, *inputs: Any,
         names = [p.name for p in network.report.products]
         if sorted(names) != sorted(expected.names):
             raise ValueError("compare: model must be the one that network was converted from; it "
-                             f"has the products {expected.names}, network has {names}")
+                             f"has the products {expected.names}, network has {names}"
+                             + ("; give sign_of_zero=1 where convert got it"
+                                if sign_of_zero is None and len(names) > len(expected.names)
+                                else ""))
         compared = _Compared(network, expected, names)
         given_signs = tree_leaves(compared.run(*tree_leaves((inputs, {}))))
     return Comparison(_largest(got, wanted), _largest(given_signs, wanted),

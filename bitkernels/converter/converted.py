@@ -24,6 +24,7 @@ from bitkernels.converter.onnx import RealForm
 from bitkernels.converter.real import channels_last, fold_norms, in_bfloat16
 from bitkernels.converter.recognise import recognise
 from bitkernels.converter.report import ConvertReport, report
+from bitkernels.converter.sequences import lift_sequences
 from bitkernels.converter.signs import move_signs, write_signs
 from bitkernels.nn.conversion.checks import check_shapes
 from bitkernels.packed import WeightImage
@@ -184,7 +185,8 @@ def convert(model: nn.Module, example_inputs: Any = None, *,
       are approximate then, by a few tenths of a percent of a layer's largest, and signs that are
       near their thresholds may change; `bitkernels.converter.compare` counts them.
     sign_of_zero: 1 takes signs of 0 in code that computes on real numbers as +1, where it has 0
-      (torch.sign) or -1. None: what has another sign of 0 stays real, and the report says so.
+      (torch.sign) or -1, also those of weights; but not where a value is exactly 0 for many inputs,
+      as behind a ReLU. None: what has another sign of 0 stays real, and the report says so.
     dynamic_shapes: as of `torch.export.export`, for other sizes that may change.
     verbose: print the report.
 
@@ -254,6 +256,7 @@ def passes(net: Net, real: str, sign_of_zero: int | None,
     """All passes, in their order; why some real layers are not products of bits."""
     reasons = recognise(net, sign_of_zero)
     lower(net)
+    lift_sequences(net)
     fuse_epilogues(net)
     while split_joins(net):
         fuse_epilogues(net)

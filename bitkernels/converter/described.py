@@ -156,9 +156,10 @@ def module_of(described: dict[str, Any], inputs: tuple[Input, ...], tensors: dic
     for node in graph.nodes:  # the file holds them in one order
         if node.target is torch.ops.aten.conv2d.default:
             for used in node.all_input_nodes[1:2]:
-                weight = getattr(root, str(used.target))
-                setattr(root, str(used.target),
-                        weight.contiguous(memory_format=torch.channels_last))
+                if used.op == "get_attr":  # and no weight that the network computes
+                    weight = getattr(root, str(used.target))
+                    setattr(root, str(used.target),
+                            weight.contiguous(memory_format=torch.channels_last))
     return fx.GraphModule(root, graph, "Network")
 
 

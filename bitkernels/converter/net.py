@@ -31,6 +31,8 @@ class Net:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module, self.graph = module, module.graph
         self.names: dict[str, str] = {}  # of constants: from which parameter of the model
+        # Constants made of torch.sign of a 0, as they were if that sign were 1.
+        self.zeros_as_one: dict[fx.Node, Tensor] = {}
 
     def value(self, node: Any) -> Tensor | None:
         """The tensor of a constant, else None."""
@@ -165,48 +167,102 @@ def fold_constants(net: Net) -> None:
     """Computes what depends on constants alone, also with tensors that are made in the graph; what
     is made of nothing else, as zeros, stays there, for it may be large.
 
+    Numbers that are taken from constants, as by `item`, stand in the calls that read them then.
+
     A straight-through form (a - b) + b is a, which else would have another magnitude in each
     value, by the rounding of both steps.
     """
-    differences: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # what each is the difference of
     filled: dict[fx.Node, Tensor] = {}  # what is made of nothing
+    others: dict[fx.Node, Any] = {}  # numbers, and several tensors of one call
+    origins: dict[fx.Node, str] = {}  # of these
+    differences: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # what each is the difference of
+    with_ones: dict[fx.Node, tuple[Tensor, Tensor]] = {}  # the same in net.zeros_as_one
 
-    def value(node: Any) -> Tensor | None:
-        return filled[node] if node in filled else net.value(node)
+    def value(node: Any) -> Any:
+        return others[node] if node in others else filled.get(node, net.value(node))
+
+    def one_value(node: Any) -> Any:
+        return net.zeros_as_one[node] if node in net.zeros_as_one else value(node)
 
     for node in list(net.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
         inputs = node.all_input_nodes
-        if (node.target._schema.is_mutable
-                or torch.Tag.nondeterministic_seeded in node.target.tags
-                or "empty" in node.target._schema.name
-                or any(value(n) is None for n in inputs)):
+        if not _can_fold(node) or any(value(n) is None for n in inputs):
             continue
-        with torch.no_grad():
-            made = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
-        if not isinstance(made, Tensor):
-            continue
+        made, parts = _folded(node, value, differences)
         constants = [n for n in inputs if n not in filled]
+        largest = max(constants, key=lambda n: getattr(value(n), "nbytes", 0), default=node)
+        name = origins.get(largest) or net.origin(largest)
+        if not isinstance(made, Tensor):
+            if constants:
+                others[node], origins[node] = made, name
+            continue
         if not constants:
             filled[node] = made
             continue
-        given = [value(n) if isinstance(n, fx.Node) else None for n in node.args[:2]]
-        plain = node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
-        if node.target is aten.add.Tensor and plain:
-            for difference, other in zip(node.args, reversed(given), strict=True):
-                made = _straight_through(made, differences.get(difference), other)
-        constant = net.constant(made, net.origin(constants[0]))
-        if node.target is aten.sub.Tensor and plain and all(t is not None for t in given):
-            differences[constant] = given[0], given[1]  # type: ignore[assignment]
+        constant = net.constant(made, name)
+        if parts is not None:
+            differences[constant] = parts
+        if is_call(node, aten.sign.default) or any(n in net.zeros_as_one for n in inputs):
+            ones, parts = _folded(node, one_value, differences | with_ones)
+            if is_call(node, aten.sign.default) and _are_by_chance(one_value(node.args[0])):
+                ones = torch.where(ones == 0, 1, ones)
+            if isinstance(ones, Tensor) and not torch.equal(ones, made):
+                net.zeros_as_one[constant] = ones
+                if parts is not None:
+                    with_ones[constant] = parts
         net.replace(node, constant)
+    for node, number in others.items():
+        if isinstance(number, (bool, int, float)):
+            _write_number(node, number)
 
 
-def _straight_through(made: Tensor, difference: tuple[Tensor, Tensor] | None,
+def _folded(node: fx.Node, value: Any, differences: dict[fx.Node, tuple[Tensor, Tensor]],
+            ) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+    """What a call makes of constants; and, if it is a difference of two tensors, these two."""
+    target: Any = node.target
+    with torch.no_grad():
+        made = target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
+        return made, None
+    a, b = (value(n) if isinstance(n, fx.Node) else None for n in node.args)
+    if node.target is aten.add.Tensor:
+        for difference, other in zip(node.args, (b, a), strict=True):
+            if difference in differences:
+                made = _straight_through(made, differences[difference], other)  # type: ignore[index]
+    elif node.target is aten.sub.Tensor and isinstance(a, Tensor) and isinstance(b, Tensor):
+        return made, (a, b)
+    return made, None
+
+
+def _are_by_chance(tensor: Tensor) -> bool:
+    """Whether the zeros of a tensor are a few among many values, as in latent weights, and not one
+    of a few steps, as where signs are added for ternary weights."""
+    zeros = tensor == 0
+    return float(zeros.double().mean()) <= 0.01 and len(tensor[~zeros].abs().unique()) >= 16
+
+
+def _can_fold(node: fx.Node) -> bool:
+    """Whether a call gives the same for the same constants: of an operator that changes nothing
+    and draws no random numbers, or arithmetic on the numbers of others."""
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__module__", "") in ("_operator", "math", "torch")
+    return not (node.target._schema.is_mutable or "empty" in node.target._schema.name
+                or torch.Tag.nondeterministic_seeded in node.target.tags)
+
+
+def _write_number(node: fx.Node, number: float) -> None:
+    for user in list(node.users):
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs),
+                                            lambda n: number if n is node else n)
+
+
+def _straight_through(made: Tensor, difference: tuple[Tensor, Tensor],
                       other: Tensor | None) -> Tensor:
     """`made` is the sum of a difference a - b and another tensor; a, if that is b, and so small
     that the sum is a but for rounding."""
-    if difference is None or other is None or made.shape != difference[0].shape:
+    if other is None or made.shape != difference[0].shape:
         return made
     a, b = difference
     same = made.dtype == a.dtype and b.shape == other.shape and torch.equal(b, other)

@@ -21,6 +21,7 @@ def respell(net: Net) -> None:
     _drop_expansions(net)
     _number_paddings(net)
     _turn_differences(net)
+    _say_types(net)
     for node in net.calls(*_PARTS):
         _slice_parts(net, node)
     for node in net.calls(aten.select.int):
@@ -68,6 +69,35 @@ def _turn_differences(net: Net) -> None:
             net.replace(node, _made(node, aten.add.Tensor, turned, given["other"]))
 
 
+def _say_types(net: Net) -> None:
+    """The type of another tensor by its name, so that a constant of it is one."""
+    for node in net.calls(aten.type_as.default):
+        source: Any = node.args[0]
+        net.replace(node, source if dtype(source) == dtype(node) else _made(
+            node, aten._to_copy.default, source, dtype=dtype(node)))
+
+
+def clamps_by_where(net: Net) -> None:
+    """where(x > c, c, x) is a clamp, of a number that is not 0, whose sign a clamp may change.
+
+    Called when constants are folded.
+    """
+    for node in net.calls(aten.where.self):
+        condition, bound, value = node.args
+        assert isinstance(value, fx.Node)
+        for compare, name in ((aten.gt, "max"), (aten.lt, "min")):
+            if not is_call(condition, compare.Tensor, compare.Scalar):
+                continue
+            of, limit = condition.args  # type: ignore[union-attr]
+            found = net.value(bound)
+            limit = limit if isinstance(limit, (int, float)) else net.value(limit)
+            if of is value and found is not None and limit is not None and found.numel() == 1 and (
+                    float(found) == float(limit) != 0 and dtype(value) == found.dtype
+                    and found.is_floating_point() and shape(value) == shape(node)):
+                net.replace(node, _made(node, aten.clamp.default, value, **{name: float(found)}))
+                break
+
+
 def _slice_parts(net: Net, node: fx.Node) -> None:
     """Parts of a tensor, each a slice of it."""
     given = arguments(node)
@@ -111,11 +141,11 @@ def _shuffle(net: Net, node: fx.Node) -> None:
     net.replace(node, _made(node, aten.reshape.default, moved, [batch, *shape(node)[1:]]))
 
 
-def _made(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+def _made(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A call in front of a node, and the tensor without values that it gives."""
     with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args)
+        node = before.graph.call_function(target, args, kwargs)
     values = fx.map_arg(args, lambda n: n.meta["val"])
-    with args[0].meta["val"].fake_mode:
-        node.meta["val"] = target(*values)
+    with before.meta["val"].fake_mode:
+        node.meta["val"] = target(*values, **kwargs)
     return node

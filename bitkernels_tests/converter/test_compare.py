@@ -138,6 +138,18 @@ def test_another_model_is_refused(pair):
         compare(network(), network(), x)
 
 
+def test_the_sign_of_zero_is_asked_for():
+    class Signs(nn.Linear):
+        def forward(self, input):
+            return nn.functional.linear(input.sign(), self.weight.sign())
+
+    model, x = Signs(32, 4), torch.randn(2, 32)
+    converted = convert(model, x, sign_of_zero=1)
+    assert compare(model, converted, x, sign_of_zero=1).far == 0
+    with pytest.raises(ValueError, match="; give sign_of_zero=1 where convert got it$"):
+        compare(model, converted, x)
+
+
 @pytest.mark.every
 @pytest.mark.parametrize("name", [name for name in models.list_models() if name not in LARGE])
 def test_every_published_network(name):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitkernels.converter import convert
+from bitkernels.converter import compare, convert
 from bitkernels_tests.converter.networks import conv, norm, shuffled
 
 SIGNS = {
@@ -148,9 +148,11 @@ NEARLY = {  # (weight, products, what the report says)
     "within half a percent": (lambda w: w.sign() * (1 + 4e-3 * w.cos()), 0,
                               r"differ by up to [0-9.e-]+ of it"),
     "some are 0": (lambda w: w.sign() * (w > -1), 0, "some are 0"),
-    "two magnitudes": (lambda w: w.sign() * (1 + (w > 0)), 0, "a real layer"),
+    "two magnitudes": (lambda w: w.sign() * (1 + (w > 0)), 0, "more than one magnitude a channel"),
     "a channel of zeros": (lambda w: w.sign() * (torch.arange(8) > 0).view(-1, 1, 1, 1), 1, ""),
-    "not a number": (lambda w: w.sign().where(w > -1, torch.nan), 0, "a real layer"),
+    "not a number": (lambda w: w.sign().where(w > -1, torch.nan), 0, "more than one magnitude"),
+    "from below 0 to above": (lambda w: torch.linspace(-3, 3, 288).view(1, 32, 3, 3).expand_as(w),
+                              0, "more than one magnitude"),
     "a magnitude for each channel": (
         lambda w: w.sign() * torch.linspace(1e-3, 9, 8).view(-1, 1, 1, 1), 1, ""),
 }
@@ -220,3 +222,52 @@ def test_signs_of_what_is_no_sign():
         converted = convert(model, x)
         assert not converted.report.products
         assert torch.allclose(converted(x), model(x), atol=1e-5)
+
+
+LATENT_ZEROS = {
+    "sign": torch.sign, "scaled": scaled, **STRAIGHT_THROUGH,
+    "centred": lambda w: (w - w.mean().round()).sign() * w.abs().mean()}
+TERNARY = {
+    "two signs": lambda w: ((w + 0.5).sign() + (w - 0.5).sign()).sign(),
+    "few are 0": lambda w: ((w + 0.01).sign() + (w - 0.01).sign()).sign() * w.abs().mean(),
+    "many are 0": lambda w: (w * (w.abs() > 0.5)).sign(),
+    "a threshold": lambda w: w.sign() * (w.abs() > 0.5),
+    "rounded": lambda w: w.round().clamp(-1, 1) / 3,
+    "two comparisons": lambda w: (w > 0.5).float() - (w < -0.5).float()}
+
+
+def with_zeros():
+    weight = latent(8, 32, 3, 3)
+    weight[0, 0] = 0.0
+    weight[3, 5, 1, 2] = -0.0
+    return weight
+
+
+@pytest.mark.parametrize("name", LATENT_ZEROS)
+def test_weights_that_are_exactly_0(name):
+    """torch.sign gives 0 of them, as of values; the other weights stay what they were."""
+    made, x = LATENT_ZEROS[name], torch.randn(2, 32, 5, 5)
+    model = Of(made, with_zeros())
+    network = convert(model, x)
+    (_, why), = network.report.real
+    assert not network.report.products and "some are 0, which no bit can say; convert(" in why
+    assert torch.equal(network(x), model(x)) or torch.allclose(network(x), model(x), atol=1e-4)
+
+    network = convert(model, x, sign_of_zero=1)
+    assert len(network.report.products) == 1 and not network.report.real
+    filled = Of(lambda w: torch.where(with_zeros() == 0, made(w).abs().amax((1, 2, 3), True),
+                                      made(w)), with_zeros())
+    assert_close(network(x), filled(x), 1e-5)
+    assert torch.equal(model.weight, with_zeros())
+    found = compare(model, network, x, sign_of_zero=1)
+    assert found.far == 0
+
+
+@pytest.mark.parametrize("name", TERNARY)
+def test_ternary_weights_stay_real(name):
+    model, x = Of(TERNARY[name], with_zeros()), torch.randn(2, 32, 5, 5)
+    network = convert(model, x, sign_of_zero=1)
+    assert not network.report.products
+    assert dict(network.report.real)["weight"] == (
+        "its weights are signs, but some are 0, which no bit can say")
+    assert torch.allclose(network(x), model(x), atol=1e-4)

@@ -33,6 +33,17 @@ def gated(y, v):
     return y * y.mean((2, 3), keepdim=True).sigmoid().expand_as(y)
 
 
+TOP = torch.tensor(1.5)
+
+
+def above(y, bound):
+    return torch.where(y > bound, bound, y)
+
+
+def below(y, bound):
+    return torch.where(y < bound, bound, y)
+
+
 def swapped(parts):
     return torch.cat([*parts][::-1], 1)
 
@@ -49,12 +60,20 @@ RESPELLED = {
     "one of the parts": (lambda y, v: y + y.split(1, 1)[-1], "split"),
     "unbound": (lambda y, v: swapped(F.pad(y, (1, 1)).unflatten(1, (2, 16)).unbind(1)), "unbind"),
     "an index": (lambda y, v: y * y[:, 3:4] + (y[:, :, -1] - y[:, :, 0]).unsqueeze(2), "select"),
+    "a type of another": (lambda y, v: v.double().type_as(y) * y, "type_as"),
+    "its own type": (lambda y, v: y * v.type_as(y), "type_as"),
+    "clamps by where": (lambda y, v: below(above(y, TOP), -2 * TOP), "where"),
     "shuffled channels": (lambda y, v: F.channel_shuffle(y, 4), "channel_shuffle"),
     "shuffled pixels": (lambda y, v: F.pixel_shuffle(y, 2).repeat_interleave(4, 1),
                         "pixel_shuffle"),
 }
 KEPT = {
     "a difference with a factor": (lambda y, v: torch.rsub(y, 1, alpha=2), "rsub"),
+    "a choice of another": (lambda y, v: torch.where(y > TOP, TOP, y + 1), "where"),
+    "another bound": (lambda y, v: torch.where(y > TOP, 2 * TOP, y), "where"),
+    "bounds of channels": (lambda y, v: torch.where(y > v, v, y), "where"),
+    "bounds of another type": (lambda y, v: above(y, TOP.double()).float(), "where"),
+    "at 0": (lambda y, v: below(y, 0 * TOP), "where"),
     "integers": (lambda y, v: y + (3 - (y > 0).to(torch.uint8)), "rsub"),
     "of the batch": (lambda y, v: y - y[0], "select"),
     "of another type": (lambda y, v: y + v[0, 0, 0, 0].double().expand_as(y).float(), "expand_as"),

@@ -185,6 +185,24 @@ def _data(model, x):
     return model.w(x)
 
 
+def _branch(model, x):
+    return model.c(x) if model.k < 1e-7 else x
+
+
+def _kept(model, x):
+    model.seen.fill_(x.shape[0])
+    return model.w(x)
+
+
+def _numpy(model, x):
+    return x.clamp(max=float(model.w.weight.numpy().max()))
+
+
+class Uncopied(nn.Conv2d):
+    def __deepcopy__(self, memo):
+        raise KeyError("inner")
+
+
 REFUSED = {
     "a buffer that changes": (lambda: image(_count, k=nn.Buffer(torch.zeros(()))),
                               "must not change its buffers in evaluation, changes k"),
@@ -196,6 +214,13 @@ REFUSED = {
     "a fixed batch": (lambda: Written(lambda s, x: x.reshape(4, -1) * x.new_ones(4, 1)),
                       "where the first size of an input is always the same, say so by dynamic_sh"),
     "weights that are written": (lambda: Written(_data, w=nn.Linear(8, 3)), "write to .data of"),
+    "a branch on a buffer": (lambda: image(_branch, k=nn.Buffer(torch.ones(1))),
+                             "may branch on values of a tensor, .* leave the one that evaluation"),
+    "a tensor that counts": (lambda: Written(_kept, w=nn.Linear(8, 3), seen=torch.zeros(1)),
+                             "is mutated in the forward.*; leave out in evaluation what the model"),
+    "NumPy": (lambda: Written(_numpy, w=nn.Linear(8, 3)), "the model computes with NumPy"),
+    "no copy of a part": (lambda: nn.Sequential(Uncopied(3, 4, 3)),
+                          r"Sequential cannot be copied \(copy.deepcopy: KeyError: 'inner'\)$"),
     "a part that is converted": (
         lambda: nn.Sequential(convert(conv(3, 3), X), nn.ReLU()), "convert: 0 is converted alread"),
 }
