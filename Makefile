@@ -22,6 +22,7 @@ ENGINE := $(wildcard csrc/*.h $(addprefix csrc/,$(foreach room,torch cpu network
 # The size of code that plans networks, and of kernels for old processors, matters more than its speed.
 LIBRARY_SOURCES := $(wildcard csrc/cpu/*.cpp csrc/network/*.cpp)
 KERNEL_TEST := $(wildcard csrc/cpu/*.cpp csrc/tests/*.cpp)
+NAIVE := $(wildcard csrc/tests/*.cpp)
 NETWORK_TEST := $(LIBRARY_SOURCES) $(wildcard csrc/tests/network/*.cpp)
 CXX_FORMATTED = $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks examples)
@@ -29,8 +30,8 @@ PY_FORMATTED = $(wildcard setup.py bitkernels bitkernels_tests benchmarks exampl
 WARN := -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option
 KERNEL_FLAGS := -std=c++17 -ffp-contract=off -fno-math-errno -pthread -Icsrc $(WARN)
 # Reports name lines; what -g has more, of variables, is a third of what compiling costs.
-SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
-RACES := -O1 -g1 -fsanitize=thread -DREAL_THREADS
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+RACES := -fsanitize=thread
 
 # Tests of what does not depend on the CPU kernel in use; test-all leaves them to `make test`.
 OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter docs install metrics models \
@@ -39,20 +40,25 @@ OTHER_TESTS := $(addprefix bitkernels_tests/,backends benchmarks cli converter d
 # What torch asks of operators whatever kernel computes; the reference is asked as well.
 OTHER_CHECKS := $(addprefix --deselect=bitkernels_tests/ops/test_contract.py::test_,opcheck compiled one_compile export raw)
 
-# $(call kernel_test,compiler,flags,folder): the tests of csrc/cpu and of csrc/network in build/folder.
+# $(call kernel_test,compiler,flags,folder,sanitizers): the tests of csrc/cpu and of csrc/network in
+# build/folder. The loops that the kernels are compared with run without sanitizers, which made three
+# quarters of their time; what they allocate is still as long as it is, to the instrumented kernels.
 objects = $(patsubst %.cpp,build/$(1)/%.o,$(notdir $(2)))
 define kernel_test
 	mkdir -p build/$(3)
-	printf '%s\n' $(sort $(KERNEL_TEST) $(NETWORK_TEST)) | xargs -P $(JOBS) -I{} sh -c \
-	  '$(1) $(2) $(KERNEL_FLAGS) -c {} -o build/$(3)/$$(basename {} .cpp).o'
-	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(KERNEL_TEST)) -o build/$(3)/kernel_test
-	$(1) $(2) $(KERNEL_FLAGS) $(call objects,$(3),$(NETWORK_TEST)) -o build/$(3)/network_test
+	printf '%s\n' $(foreach f,$(sort $(KERNEL_TEST) $(NETWORK_TEST)),'$(if $(filter $(NAIVE),$(f)),,$(4)) -c $(f)') | \
+	xargs -P $(JOBS) -I{} sh -c 'set -- {}; for f; do :; done; \
+	  $(1) {} $(2) $(KERNEL_FLAGS) -o build/$(3)/$$(basename $$f .cpp).o'
+	$(1) $(2) $(4) $(KERNEL_FLAGS) $(call objects,$(3),$(KERNEL_TEST)) -o build/$(3)/kernel_test
+	$(1) $(2) $(4) $(KERNEL_FLAGS) $(call objects,$(3),$(NETWORK_TEST)) -o build/$(3)/network_test
 endef
 
 # $(call run_tests,runner,programs with arguments): side by side, in this order.
 run_tests = printf '%s\n' $(2) | xargs -P $(JOBS) -I{} sh -c '$(1) build/{}'
-# Of all kernels, of which scalar takes half the time.
+# $(call tests_of,folder): of all kernels, of which scalar takes half the time.
 tests_of = '$(1)/kernel_test others' '$(1)/kernel_test scalar' '$(1)/network_test'
+# The same, of one random case in four.
+some_of = '$(1)/kernel_test others 4' '$(1)/kernel_test scalar 4' '$(1)/network_test'
 
 # $(call engine,compiler,C compiler,flags,folder,archiver): the library for whole networks without
 # Python and LibTorch, and what is linked with it.
@@ -71,7 +77,8 @@ define classify
 	$(1) -static -s -Wl,--gc-sections build/$(3)/classify.o build/$(3)/libbitkernels.a -pthread -o build/$(3)/classify
 endef
 
-.PHONY: help test bench build test-all kernel-test kernel-test-compilers kernel-test-neon engine engine-neon mutants gpu-check abi-audit lint clean
+.PHONY: help test bench build test-all kernel-test kernel-test-plain kernel-test-sanitized \
+  kernel-test-races kernel-test-compilers kernel-test-neon engine engine-neon mutants gpu-check abi-audit lint clean
 
 help:
 	@echo "make test              build and run the tests"
@@ -113,30 +120,41 @@ $(BUILD_STAMP): $(ENV_STAMP) setup.py pyproject.toml $(ENGINE)
 test-all: build
 	mkdir -p build
 	@kernels=$$($(PY) -m bitkernels --cpu-kernels) && printf '%s\n' $$kernels | sed 1s/.*/reference/ | \
-	xargs -P $(JOBS) -I{} sh -c '[ {} = reference ] || less="$(OTHER_CHECKS)"; \
-	  BITKERNELS_CPU={} OMP_NUM_THREADS=1 $(PY) -m pytest -q $(OTHER_TESTS:%=--ignore=%) $$less > build/test-{}.log 2>&1; code=$$?; \
+	xargs -P $(JOBS) -I{} sh -c '$(MAKE) -s test-with-{} > build/test-{}.log 2>&1; code=$$?; \
 	  echo "== BITKERNELS_CPU={}"; [ $$code = 0 ] || cat build/test-{}.log; \
 	  tail -n 1 build/test-{}.log; exit $$code'
 
-kernel-test:
+test-with-%: build
+	BITKERNELS_CPU=$* OMP_NUM_THREADS=1 $(PY) -m pytest -q $(OTHER_TESTS:%=--ignore=%) \
+	  $(if $(filter-out reference,$*),$(OTHER_CHECKS))
+
+kernel-test: kernel-test-sanitized kernel-test-races kernel-test-plain
+
+kernel-test-plain:
 	$(call kernel_test,$(CXX),-O3,plain)
-	$(call kernel_test,$(CXX),$(SANITIZE),sanitized)
-	$(call kernel_test,$(CXX),$(RACES),races)
-	$(call run_tests,,'races/kernel_test scalar' 'races/network_test threads' $(call tests_of,sanitized) $(call tests_of,plain))
+	$(call run_tests,,$(call tests_of,plain))
+
+kernel-test-sanitized:
+	$(call kernel_test,$(CXX),-O1 -g1,sanitized,$(SANITIZE))
+	$(call run_tests,,$(call tests_of,sanitized))
+
+kernel-test-races:
+	$(call kernel_test,$(CXX),-O1 -g1 -DREAL_THREADS,races,$(RACES))
+	$(call run_tests,,'races/kernel_test scalar' 'races/network_test threads')
 
 # Whether other compilers take the engine, at what costs least time.
 kernel-test-compilers: $(addprefix kernel-test-by-,$(COMPILERS))
 
 kernel-test-by-%:
 	$(call kernel_test,$*,-O1,$*)
-	$(call run_tests,,$(call tests_of,$*))
+	$(call run_tests,,$(call some_of,$*))
 
 mutants: build
 	$(PY) -m bitkernels_tests.mutants --jobs $(JOBS)
 
 kernel-test-neon:
 	$(call kernel_test,$(CXX_NEON),-static -O3,neon)
-	$(call run_tests,$(QEMU),$(call tests_of,neon))
+	$(call run_tests,$(QEMU),'neon/kernel_test others' 'neon/kernel_test scalar 4' 'neon/network_test')
 
 engine:
 	$(call engine,$(CXX),$(CC),$(OPTIMIZE),$(ENGINE_FOLDER),$(AR))

@@ -84,11 +84,13 @@ def failing_test(tests: tuple[str, ...], tree: Path, seconds: float) -> str | No
 
 def engine_failure(which: str, tree: Path, seconds: float) -> str | None:
     """As `failing_test`, of the engine's own test."""
-    flags, objects = (*FLAGS, *ENGINES[which]), []
+    made_with, objects = (*FLAGS, *ENGINES[which]), []
     OBJECTS.mkdir(parents=True, exist_ok=True)
     for source in sorted([*tree.glob("csrc/cpu/*.cpp"), *tree.glob("csrc/tests/*.cpp")]):
         other = source.name.startswith("kernels_") and source.name != f"kernels_{ISA}.cpp"
         path = (ROOT if other else tree) / source.relative_to(tree)
+        flags = tuple(flag for flag in made_with  # as `make kernel-test` does
+                      if source.parent.name != "tests" or not flag.startswith("-fsanitize"))
         code, text = run([COMPILER, *flags, "-E", "-P", path], tree, seconds)
         key = hashlib.sha256("\0".join((COMPILER, *flags, text)).encode()).hexdigest()[:24]
         made = OBJECTS / f"{key}.o"
@@ -100,7 +102,7 @@ def engine_failure(which: str, tree: Path, seconds: float) -> str | None:
             part.replace(made)
         objects.append(made)
     program = tree / "kernel_test"
-    code, said = run([COMPILER, *flags, *objects, "-o", program], tree, seconds)
+    code, said = run([COMPILER, *made_with, *objects, "-o", program], tree, seconds)
     if code:
         raise Broken(f"the engine's test does not link: {said.splitlines()[0]}")
     code, said = run([program, ISA], tree, seconds, TSAN_OPTIONS="halt_on_error=1")

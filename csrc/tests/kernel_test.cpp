@@ -2,6 +2,7 @@
 // take one bit at a time. Buffers are exactly as long as the headers state, for the sanitizers.
 #include "kernel_test.h"
 
+#include <cstdlib>
 #include <thread>
 
 #include "cpu/mask_grad.h"
@@ -376,15 +377,24 @@ void test_kernel(const Kernel& k) {
 }  // namespace
 }  // namespace bitkernels
 
-// The kernels named by the arguments, or all.
-// Names of kernels, all where there are none; or "others", those besides scalar, of which a machine
-// may have none.
-int main(int count, char** names) {
+// Arguments: names of kernels, all where there are none; "others" are those besides scalar, of
+// which a machine may have none. A number: of the random cases, one in so many.
+int main(int count, char** arguments) {
   using namespace bitkernels;
-  const bool others = count == 2 && std::string(names[1]) == "others";
+  std::vector<std::string> names;
+  for (int i = 1; i < count; ++i) {
+    const int number = std::atoi(arguments[i]);
+    if (number > 0)
+      one_in = number;
+    else
+      names.emplace_back(arguments[i]);
+  }
+  const auto named = [&](const std::string& name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
+  const bool others = named("others");
   const auto asked = [&](const Kernel& k) {
-    if (others) return std::string(k.name) != "scalar";
-    return count == 1 || std::find(names + 1, names + count, std::string(k.name)) != names + count;
+    return names.empty() || named(k.name) || (others && std::string(k.name) != "scalar");
   };
   for (int i = 0; i < kKernelCount; ++i) {
     if (!asked(*kKernels[i])) continue;
