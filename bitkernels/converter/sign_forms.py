@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitkernels.converter.net import PRODUCTS, Net, arguments, aten, dtype, is_call, ops
+from bitkernels.converter.net import (
+    PRODUCTS,
+    Net,
+    arguments,
+    aten,
+    dtype,
+    is_call,
+    ops,
+    shape,
+)
 
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
          aten.lift_fresh_copy.default)
@@ -139,7 +148,8 @@ def _is_real(node: fx.Node) -> bool:
 
 def _in_type(value: float | None, node: fx.Node) -> float | None:
     """A number as a node of integers or bools holds it."""
-    return value if value is None or _is_real(node) else float(torch.tensor(value).to(dtype(node)))
+    return value if value is None or _is_real(node) else float(
+        torch.tensor(value, device="cpu").to(dtype(node)))
 
 
 def _sign_again(net: Net, node: Any) -> Sign | None:
@@ -232,14 +242,14 @@ def _padded(net: Net, node: fx.Node) -> Sign | None:
 
 def _again(node: fx.Node, sign: Sign, *rest: Any) -> Sign | None:
     """The call of a node on what a sign is of, in place of the sign."""
-    source, target = sign.source, node.target
-    if source.meta["val"].shape != node.args[0].meta["val"].shape:  # type: ignore[union-attr]
+    source = sign.source
+    if shape(source) != shape(node.args[0]):  # type: ignore[arg-type]
         return None
     with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, (source, *rest))  # type: ignore[arg-type]
+        made = node.graph.call_function(
+            node.target, (source, *rest))  # type: ignore[arg-type]
     with source.meta["val"].fake_mode:
-        made.meta["val"] = target(source.meta["val"], *fx.map_arg(  # type: ignore[operator]
-            rest, lambda n: n.meta["val"]))
+        made.meta["val"] = torch.empty_like(node.meta["val"], dtype=dtype(source))
     return replace(sign, source=made)
 
 
@@ -259,7 +269,7 @@ def _scaled(net: Net, node: fx.Node) -> Sign | None:
     if found is None or dtype(found.source) != dtype(node):
         return None
     factor *= found.factor
-    held = torch.tensor(factor, dtype=dtype(node))  # 0 or infinite, if the type ends before it
+    held = torch.tensor(factor, dtype=dtype(node), device="cpu")  # 0 or infinite: its type ends
     return replace(found, factor=factor) if held.isfinite() and held != 0 else None
 
 
@@ -314,7 +324,7 @@ def _both_values(net: Net, node: Any) -> tuple[tuple[fx.Node, str], Tensor] | No
     """A comparison, and what is made of it where it is false and where it is true, computed as the
     model does: integers wrap around and cut off, bools add up to true."""
     if (compared := _compared(node)) is not None:
-        return compared, torch.tensor([False, True])
+        return compared, torch.tensor([False, True], device="cpu")
     casts = is_call(node, *_SAME, *_CASTS)
     if not casts and not is_call(node, aten.neg.default, aten.add.Tensor, aten.sub.Tensor,
                                  *_SCALES):

@@ -112,12 +112,15 @@ SIGNS = {
     "padded with -1, then with 0": (padded(indexed, -1.0), {"padding": 1}),
     "padded on one side": (padded(indexed, -1.0, 0, 1, 0, 1), {}),
     "cropped": (padded(indexed, 1.0, -1, -1, -1, -1), {"padding": 1}),
+    "cropped twice": (
+        lambda x: F.pad(-F.pad(indexed(torch.cat([x, x], 1)), (0, 0, 0, 0, 0, -32), value=1.0),
+                        (-1, -1), value=-1.0), {"padding": 1}),
     "reflected": (lambda x: F.pad(indexed(x), (1, 1, 1, 1), mode="reflect"), {}),
     "of what is padded": (lambda x: indexed(F.pad(x, (1, 1, 1, 1))), {}),
     "of what is padded below 0": (lambda x: indexed(F.pad(x, (1, 1, 1, 1), value=-2.0)), {}),
     "of what is padded, then padded": (lambda x: indexed(F.pad(x, (1, 1, 1, 1))), {"padding": 1}),
 }
-IN_PYTORCH = ("cropped", "reflected")  # which the engine does not have
+IN_PYTORCH = ("cropped", "cropped twice", "reflected")  # which the engine does not have
 
 
 @pytest.mark.parametrize("name", SIGNS)
@@ -127,7 +130,7 @@ def test_is_a_sign(name):
     assert len(network.report.products) == 1
     assert dict(network.report.others).keys() <= {
         "contiguous", "bitkernels.sign_pack", "bitkernels.packed_max_pool2d", "pad", "transpose",
-        "reshape", "sym_size", "relu"}
+        "reshape", "sym_size", "relu", "cat"}
     if cpu.active() is not None and name not in IN_PYTORCH:
         assert isinstance(network.engine(X), Engine), network.engine(X)
 
@@ -198,6 +201,14 @@ def test_zeros_filled_again(value, at_zero, zeros):
     assert len(network.report.products) == (at_zero == 1)
     if at_zero == -1:
         assert re.search("sign of 0 is -1", dict(network.report.real)["weight"])
+
+
+def test_a_default_device():
+    model = Binary(SIGNS["by a number below 0"][0], {}).eval()
+    chain = Binary(SIGNS["a half less, twice"][0], {}).eval()
+    with torch.device("meta"):
+        networks = [convert(m, X) for m in (model, chain)]
+    assert all(len(n.report.products) == 1 for n in networks)
 
 
 def test_random_numbers_are_never_equal():
