@@ -49,7 +49,7 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
     for node in net.calls(*_CONVS, aten.linear.default):
         given = arguments(node)
         weight = net.value(given["weight"])
-        if weight is None or not weight.is_floating_point():
+        if weight is None or not weight.is_floating_point() or weight.dim() < 2:
             continue
         padding = _padding(given["input"], given)
         input = given["input"] if padding is None else padding.input
@@ -62,7 +62,8 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
                     "that is computed from the input" if net.value(factor) is None
                     else "for each channel or place, not for each output")
             continue
-        inner = _padding(sign.source, given) if padding is None else None
+        inner = _padding(sign.source, given) if padding is None and (
+            shape(sign.source) == shape(input)) else None
         if inner is not None:  # padded first, then the sign taken
             value = math.copysign(1.0, inner.value) if inner.value else sign.at_zero
             if not value or not any(given["padding"]):
@@ -118,7 +119,8 @@ def _padding(input: fx.Node, conv: dict[str, Any]) -> _Padding | None:
     node = through(input)
     own = conv.get("padding")
     rank = len(shape(node)) - 2
-    if not is_call(node, *PADS) or rank not in (1, 2) or isinstance(own, str) or own is None:
+    if not is_call(node, *PADS) or rank not in (1, 2) or isinstance(own, str) or own is None or (
+            len(shape(node)) != len(shape(conv["weight"]))):
         return None
     given, own = arguments(node), [int(n) for n in own] * (rank // len(own))
     value, sizes = float(given["value"] or 0), list(given["pad"])

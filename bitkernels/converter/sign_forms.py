@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from bitkernels.converter.net import PRODUCTS, Net, arguments, aten, dtype, is_call, ops
+from bitkernels.converter.net import (
+    PRODUCTS,
+    Net,
+    arguments,
+    aten,
+    dtype,
+    is_call,
+    ops,
+    shape,
+)
 
 _SAME = (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
          aten.lift_fresh_copy.default)
@@ -57,7 +67,8 @@ def sign_of(net: Net, node: Any) -> Sign | None:
         return _filled(net, *node.args)
     if is_call(node, aten.index_put.default):
         indices = node.args[1]
-        return None if len(indices) != 1 or arguments(node)["accumulate"] else _filled(
+        masked = len(indices) == 1 and dtype(indices[0]) is torch.bool  # integers name places
+        return None if not masked or arguments(node)["accumulate"] else _filled(
             net, node.args[0], indices[0], node.args[2])
     if is_call(node, *_CLAMPS):
         bounds = _bounds(node)
@@ -121,10 +132,10 @@ def number(net: Net, value: Any) -> float | None:
     if is_call(value, *_FULL):
         return _FULL[value.target]
     if is_call(value, aten.full_like.default, aten.full.default):
-        return number(net, value.args[1])
+        return _in_type(number(net, value.args[1]), value)
     if is_call(value, aten.neg.default):
         inner = number(net, value.args[0])
-        return None if inner is None else -inner
+        return None if inner is None else _in_type(-inner, value)
     found = net.value(value)
     if found is None or not found.numel() or not bool((found == found.flatten()[0]).all()):
         return None
@@ -133,6 +144,12 @@ def number(net: Net, value: Any) -> float | None:
 
 def _is_real(node: fx.Node) -> bool:
     return bool(node.meta["val"].is_floating_point())
+
+
+def _in_type(value: float | None, node: fx.Node) -> float | None:
+    """A number as a node of integers or bools holds it."""
+    return value if value is None or _is_real(node) else float(
+        torch.tensor(value, device="cpu").to(dtype(node)))
 
 
 def _sign_again(net: Net, node: Any) -> Sign | None:
@@ -171,13 +188,12 @@ def _filled(net: Net, signs: Any, where: Any, value: Any,
     if at_zero is None or found is None or found.factor != 1 or (
             not _are_zeros(net, where, found, compare)):
         return None
-    return replace(found, at_zero=found.at_zero or int(at_zero))
+    return replace(found, at_zero=int(at_zero))
 
 
 def _are_zeros(net: Net, node: Any, sign: Sign, compare: Any = aten.eq.Scalar) -> bool:
-    """Whether a node compares a sign, or what it is the sign of, with 0."""
-    while is_call(node, *_SAME, *_CASTS):
-        node = node.args[0]
+    """Whether a node is true where what a sign is of is 0: it compares that, or a sign of it."""
+    node = _uncast(node)
     if not is_call(node, compare) or node.args[1] != 0:
         return False
     of = sign_of(net, node.args[0])
@@ -187,9 +203,7 @@ def _are_zeros(net: Net, node: Any, sign: Sign, compare: Any = aten.eq.Scalar) -
 
 def _zeros_added(net: Net, node: fx.Node) -> Sign | None:
     """s + (s == 0)."""
-    mask: Any = node.args[1]
-    while is_call(mask, *_SAME, *_CASTS):
-        mask = mask.args[0]
+    mask = _uncast(node.args[1])
     found = sign_of(net, node.args[0]) if is_call(mask, aten.eq.Scalar) else None
     if found is None or found.factor != 1 or arguments(node)["alpha"] != 1 or (
             found.at_zero or not _are_zeros(net, mask, found)):
@@ -228,14 +242,14 @@ def _padded(net: Net, node: fx.Node) -> Sign | None:
 
 def _again(node: fx.Node, sign: Sign, *rest: Any) -> Sign | None:
     """The call of a node on what a sign is of, in place of the sign."""
-    source, target = sign.source, node.target
-    if source.meta["val"].shape != node.args[0].meta["val"].shape:  # type: ignore[union-attr]
+    source = sign.source
+    if shape(source) != shape(node.args[0]):  # type: ignore[arg-type]
         return None
     with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, (source, *rest))  # type: ignore[arg-type]
+        made = node.graph.call_function(
+            node.target, (source, *rest))  # type: ignore[arg-type]
     with source.meta["val"].fake_mode:
-        made.meta["val"] = target(source.meta["val"], *fx.map_arg(  # type: ignore[operator]
-            rest, lambda n: n.meta["val"]))
+        made.meta["val"] = torch.empty_like(node.meta["val"], dtype=dtype(source))
     return replace(sign, source=made)
 
 
@@ -254,7 +268,9 @@ def _scaled(net: Net, node: fx.Node) -> Sign | None:
         factor = given if node.target is aten.mul.Tensor else 1 / given
     if found is None or dtype(found.source) != dtype(node):
         return None
-    return replace(found, factor=found.factor * factor)
+    factor *= found.factor
+    held = torch.tensor(factor, dtype=dtype(node), device="cpu")  # 0 or infinite: its type ends
+    return replace(found, factor=factor) if held.isfinite() and held != 0 else None
 
 
 def factor_of(net: Net, node: Any) -> Any:
@@ -292,49 +308,52 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     return a is b or (
         a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs
+        and torch.Tag.nondeterministic_seeded not in getattr(a.target, "tags", ())
         and len(a.args) == len(b.args) and all(map(_equal, a.args, b.args)))
 
 
 def _of_comparison(net: Net, node: fx.Node) -> Sign | None:
     """2 (x >= 0) - 1, 1 - 2 (x < 0) and other such numbers made of a comparison."""
-    factor, offset, value = 1.0, 0.0, node
-    while True:
-        while is_call(value, *_SAME, *_CASTS):
-            value = value.args[0]  # type: ignore[assignment]
-        if (compared := _compared(value)) is not None:
-            break
-        if is_call(value, aten.neg.default):
-            factor, value = -factor, value.args[0]  # type: ignore[assignment]
-            continue
-        if not is_call(value, aten.add.Tensor, aten.sub.Tensor, *_SCALES):
-            return None
-        given = number(net, value.args[1])
-        if given is None or arguments(value).get("alpha", 1) != 1:
-            return None
-        if value.target in _SCALES:
-            factor *= given if value.target is aten.mul.Tensor else 1 / (given or float("nan"))
-        else:
-            offset += factor * (given if value.target is aten.add.Tensor else -given)
-        value = value.args[0]  # type: ignore[assignment]
-    if {offset, factor + offset} != {1.0, -1.0}:
+    found = _both_values(net, node)
+    if found is None or found[1].tolist() not in ([-1, 1], [1, -1]):
         return None
-    return _oriented(*compared, upward=factor > 0)
+    return _oriented(*found[0], upward=bool(found[1][1] > 0))
+
+
+def _both_values(net: Net, node: Any) -> tuple[tuple[fx.Node, str], Tensor] | None:
+    """A comparison, and what is made of it where it is false and where it is true, computed as the
+    model does: integers wrap around and cut off, bools add up to true."""
+    if (compared := _compared(node)) is not None:
+        return compared, torch.tensor([False, True], device="cpu")
+    casts = is_call(node, *_SAME, *_CASTS)
+    if not casts and not is_call(node, aten.neg.default, aten.add.Tensor, aten.sub.Tensor,
+                                 *_SCALES):
+        return None
+    given = () if casts or node.target is aten.neg.default else (number(net, node.args[1]),)
+    found = None if None in given else _both_values(net, node.args[0])
+    if found is None:
+        return None
+    values = found[1] if casts else node.target(found[1], *given, **node.kwargs)
+    return found[0], values.to(dtype(node))
 
 
 def _difference(node: fx.Node) -> Sign | None:
     """(x > 0) - (x < 0) as numbers, with either of them or both true of 0."""
-    if node.target is not aten.sub.Tensor or arguments(node)["alpha"] != 1:
+    if node.target is not aten.sub.Tensor or arguments(node)["alpha"] != 1 or (
+            not dtype(node).is_signed):
         return None
-    sides = []
-    for side in node.args[:2]:
-        while is_call(side, *_SAME, *_CASTS):
-            side = side.args[0]  # type: ignore[union-attr]
-        sides.append(_compared(side))
-    (high, low) = sides
+    high, low = (_compared(_uncast(side)) for side in node.args[:2])
     if high is None or low is None or high[0] is not low[0] or high[1] not in ("gt", "ge") or (
             low[1] not in ("lt", "le")):
         return None
     return Sign(high[0], (high[1] == "ge") - (low[1] == "le"))
+
+
+def _uncast(mask: Any) -> Any:
+    """A comparison behind casts of its result, which is 0 and 1 in every type."""
+    while is_call(mask, *_SAME, *_CASTS):
+        mask = mask.args[0]
+    return mask
 
 
 def _compared(node: Any) -> tuple[fx.Node, str] | None:

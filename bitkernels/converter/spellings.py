@@ -90,9 +90,11 @@ def clamps_by_where(net: Net) -> None:
                 continue
             of, limit = condition.args  # type: ignore[union-attr]
             found = net.value(bound)
-            limit = limit if isinstance(limit, (int, float)) else net.value(limit)
-            if of is value and found is not None and limit is not None and found.numel() == 1 and (
-                    float(found) == float(limit) != 0 and dtype(value) == found.dtype
+            given = net.value(limit)
+            if given is not None and given.numel() == 1:
+                limit = float(given)
+            if of is value and found is not None and found.numel() == 1 and (
+                    float(found) == limit != 0 and dtype(value) == found.dtype
                     and found.is_floating_point() and shape(value) == shape(node)):
                 net.replace(node, _made(node, aten.clamp.default, value, **{name: float(found)}))
                 break

@@ -54,6 +54,20 @@ def where_zero(x):
     return torch.where(signs == 0, torch.tensor(1.0), signs)
 
 
+def by_places(x):
+    signs = torch.sign(x)
+    signs[(signs == 0).long()] = 1
+    return signs
+
+
+def of_one_channel(x):
+    return indexed(F.pad(x[:, :1], (1, 1, 1, 1))) * torch.full((1, 32, 8, 10), 0.5)
+
+
+def plus_random(x):
+    return (indexed(x) - torch.rand_like(x)) + torch.rand_like(x)
+
+
 def shuffled(x):
     return x.reshape(-1, 2, 16, 6, 8).transpose(1, 2).reshape(-1, 32, 6, 8)
 
@@ -70,6 +84,9 @@ SIGNS = {
     "zeros by an index": (indexed, {}),
     "zeros by masked_fill": (lambda x: x.sign().masked_fill(x == 0, 1), {}),
     "zeros by a sum": (lambda x: x.sign() + (x == 0).float(), {}),
+    "greater, zeros by a mask": (
+        lambda x: torch.where(x > 0, 1.0, -1.0).masked_fill(x == 0, 1), {}),
+    "integers": (lambda x: ((x < 0).int() * -2 + 1).float() * 1.0, {}),
     "twice": (lambda x: (x.sign() + 0.1).sign(), {}),
     "two comparisons": (lambda x: (x >= 0).float() - (x < 0).float(), {}),
     "a half less, twice": (lambda x: ((x >= 0).float() - 0.5) * 2, {}),
@@ -82,6 +99,8 @@ SIGNS = {
     "turned": (lambda x: indexed(x).transpose(2, 3), {"padding": 1}),
     "shuffled": (lambda x: shuffled(indexed(x)), {"padding": 1}),
     "the largest": (lambda x: F.max_pool2d(0.5 * indexed(x), 3, 2, 1), {"padding": 1}),
+    "an integer of a fraction times": (
+        lambda x: indexed(x) * torch.full_like(x, 1.7, dtype=torch.int32), {}),
     "a number of another type": (
         lambda x: ((x >= 0).type_as(x) * 2 - 1) * torch.full((1,), 0.3).type_as(x), {}),
     "of a ReLU": (lambda x: torch.where(x.relu() >= 0, 1.0, -1.0), {}),
@@ -93,12 +112,15 @@ SIGNS = {
     "padded with -1, then with 0": (padded(indexed, -1.0), {"padding": 1}),
     "padded on one side": (padded(indexed, -1.0, 0, 1, 0, 1), {}),
     "cropped": (padded(indexed, 1.0, -1, -1, -1, -1), {"padding": 1}),
+    "cropped twice": (
+        lambda x: F.pad(-F.pad(indexed(torch.cat([x, x], 1)), (0, 0, 0, 0, 0, -32), value=1.0),
+                        (-1, -1), value=-1.0), {"padding": 1}),
     "reflected": (lambda x: F.pad(indexed(x), (1, 1, 1, 1), mode="reflect"), {}),
     "of what is padded": (lambda x: indexed(F.pad(x, (1, 1, 1, 1))), {}),
     "of what is padded below 0": (lambda x: indexed(F.pad(x, (1, 1, 1, 1), value=-2.0)), {}),
     "of what is padded, then padded": (lambda x: indexed(F.pad(x, (1, 1, 1, 1))), {"padding": 1}),
 }
-IN_PYTORCH = ("cropped", "reflected")  # which the engine does not have
+IN_PYTORCH = ("cropped", "cropped twice", "reflected")  # which the engine does not have
 
 
 @pytest.mark.parametrize("name", SIGNS)
@@ -108,7 +130,7 @@ def test_is_a_sign(name):
     assert len(network.report.products) == 1
     assert dict(network.report.others).keys() <= {
         "contiguous", "bitkernels.sign_pack", "bitkernels.packed_max_pool2d", "pad", "transpose",
-        "reshape", "sym_size", "relu"}
+        "reshape", "sym_size", "relu", "cat"}
     if cpu.active() is not None and name not in IN_PYTORCH:
         assert isinstance(network.engine(X), Engine), network.engine(X)
 
@@ -153,6 +175,12 @@ OTHERS = {  # what stays real, whatever sign_of_zero is
         "a sign times a factor that is computed from the input"),
     "a factor for each channel": (lambda x: x.sign() * EYE[0], "a sign times a factor for each"),
     "0 and 1": (lambda x: (x >= 0).float(), "a real layer"),
+    "of one channel, expanded": (of_one_channel, "a real layer"),
+    "whether, of a sign": (lambda x: (2 * (x >= 0).float() - 1).bool().float() * 1, "a real layer"),
+    "halves cut off": (lambda x: ((x >= 0).float() - 0.5).int().float() * 2, "a real layer"),
+    "bytes": (lambda x: ((x >= 0).byte() * 2 - 1).float() * 1, "a real layer"),
+    "a difference of bytes": (lambda x: ((x > 0).byte() - (x < 0).byte()) * 0.5, "a real layer"),
+    "times what is 0 in float32": (lambda x: indexed(x) * 1e-50, "a real layer"),
     "turned around": (lambda x: (x < 0).float() - (x > 0).float(), "a real layer"),
 }
 
@@ -163,6 +191,56 @@ def test_is_no_sign(name):
     report = converted(function, {}, sign_of_zero=1).report
     assert len(report.products) == (name == "of a product of signs")
     assert re.search(says, dict(report.real)["weight"])
+
+
+@pytest.mark.parametrize("value, at_zero", [(-1, -1), (1, 1)])
+@pytest.mark.parametrize("zeros", [lambda x: x == 0, lambda x: x.sign() == 0])
+def test_zeros_filled_again(value, at_zero, zeros):
+    """What is filled in last is the sign of 0, whatever stood there."""
+    network = converted(lambda x: indexed(x).masked_fill(zeros(x), value), {})
+    assert len(network.report.products) == (at_zero == 1)
+    if at_zero == -1:
+        assert re.search("sign of 0 is -1", dict(network.report.real)["weight"])
+
+
+def test_a_default_device():
+    model = Binary(SIGNS["by a number below 0"][0], {}).eval()
+    chain = Binary(SIGNS["a half less, twice"][0], {}).eval()
+    with torch.device("meta"):
+        networks = [convert(m, X) for m in (model, chain)]
+    assert all(len(n.report.products) == 1 for n in networks)
+
+
+def test_random_numbers_are_never_equal():
+    """Two draws do not cancel each other, as the two sides of a straight-through form."""
+    network = convert(Binary(plus_random, {}).eval(), X)
+    assert network.report.products == ()
+
+
+def test_zeros_are_no_places():
+    """An index of integers names images, where one of bools names the zeros."""
+    model = Binary(by_places, {}).eval()
+    network = convert(model, X)
+    with torch.no_grad():
+        assert torch.allclose(network(X), model(X), atol=1e-4)
+    assert network.report.products == ()
+
+
+def test_inputs_without_a_batch():
+    """A convolution of one image has two sizes to pad, as one of a batch."""
+    model = Binary(padded(indexed, 1.0, 1, 1), {"padding": (1, 0)}).eval()
+    network = convert(model, X[0], dynamic_shapes=({},))
+    with torch.no_grad():
+        assert torch.allclose(network(X[0]), model(X[0]), atol=1e-4)
+
+
+def test_weights_that_are_one_vector():
+    class Model(nn.Module):
+        def forward(self, x):
+            return F.linear(indexed(x), torch.ones(8))
+
+    network = convert(Model(), X)
+    assert torch.equal(network(X), Model()(X)) and network.report.products == ()
 
 
 class Layer(nn.Module):
@@ -176,7 +254,8 @@ class Layer(nn.Module):
         return self.layer(self.function(x))
 
 
-@pytest.mark.parametrize("factor, kept", [(0.3, set()), (-1.0, {"sign", "eq", "where", "mul"})])
+@pytest.mark.parametrize("factor, kept", [
+    (0.3, set()), *((f, {"sign", "eq", "where", "mul"}) for f in (-1.0, 1e-50))])
 def test_signs_that_a_binary_layer_takes(factor, kept):
     """It takes the sign of its input, whatever the factor above 0."""
     model = Layer(lambda x: where_zero(x) * factor).eval()

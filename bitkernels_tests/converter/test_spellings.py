@@ -71,6 +71,7 @@ KEPT = {
     "a difference with a factor": (lambda y, v: torch.rsub(y, 1, alpha=2), "rsub"),
     "a choice of another": (lambda y, v: torch.where(y > TOP, TOP, y + 1), "where"),
     "another bound": (lambda y, v: torch.where(y > TOP, 2 * TOP, y), "where"),
+    "limits of channels": (lambda y, v: torch.where(y > v, TOP, y), "where"),
     "bounds of channels": (lambda y, v: torch.where(y > v, v, y), "where"),
     "bounds of another type": (lambda y, v: above(y, TOP.double()).float(), "where"),
     "at 0": (lambda y, v: below(y, 0 * TOP), "where"),
