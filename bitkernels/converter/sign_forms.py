@@ -303,13 +303,20 @@ def _straight_through(net: Net, node: fx.Node, of: Any = sign_of) -> Any:
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two nodes are one, or the same call of equal nodes."""
-    a, b = through(a), through(b)
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-        return bool(a == b)
-    return a is b or (
-        a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs
-        and torch.Tag.nondeterministic_seeded not in getattr(a.target, "tags", ())
-        and len(a.args) == len(b.args) and all(map(_equal, a.args, b.args)))
+    waiting, met = [(a, b)], set()
+    while waiting:  # a graph may be deep, and what several calls read is compared once
+        a, b = map(through, waiting.pop())
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+            if type(a) is not type(b) or a != b:
+                return False
+        elif a is not b and (a, b) not in met:
+            met.add((a, b))
+            if not (a.op == b.op == "call_function" and a.target is b.target
+                    and a.kwargs == b.kwargs and len(a.args) == len(b.args)
+                    and torch.Tag.nondeterministic_seeded not in getattr(a.target, "tags", ())):
+                return False
+            waiting += zip(a.args, b.args, strict=True)
+    return True
 
 
 def _of_comparison(net: Net, node: fx.Node) -> Sign | None:

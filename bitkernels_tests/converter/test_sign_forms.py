@@ -217,6 +217,21 @@ def test_random_numbers_are_never_equal():
     assert network.report.products == ()
 
 
+def deep(x):
+    for _ in range(60):
+        x = torch.tanh(x + x)
+    return x
+
+
+def straight_through_twice(x):
+    return torch.where(x >= 0, 1.0, -1.0) - deep(x) + deep(x)
+
+
+def test_a_deep_estimator_that_is_computed_twice():
+    """Each of its 60 sums has one call as both its parts: 2^60 ways to it."""
+    assert converted(straight_through_twice, {}).report.products
+
+
 def test_zeros_are_no_places():
     """An index of integers names images, where one of bools names the zeros."""
     model = Binary(by_places, {}).eval()
