@@ -98,6 +98,16 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def new_call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call in front of a node, and the tensor without values that it gives."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with before.meta["val"].fake_mode:
+        node.meta["val"] = target(*values, **named)
+    return node
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call by name, with the schema's defaults."""
     schema: Any = node.target._schema  # type: ignore[union-attr]

@@ -9,10 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitkernels.converter.net import CONV, LINEAR, Net, arguments, aten, dtype, is_call, ops, shape
+from bitkernels.converter.net import (
+    CONV,
+    LINEAR,
+    Net,
+    arguments,
+    aten,
+    dtype,
+    is_call,
+    new_call,
+    ops,
+    shape,
+)
 from bitkernels.converter.sign_forms import (
     OF_SIGNS,
     PADS,
+    TAKE_SIGNS,
     Sign,
     factor_of,
     often_zero,
@@ -24,8 +36,6 @@ from bitkernels.converter.sign_forms import (
 # was stored. Types that round more coarsely have the step between two of their numbers.
 TOLERANCE = 1e-5
 _PACK = ops.sign_pack.default
-_TAKE_SIGNS = (ops.binary_conv2d.default, ops.binary_conv2d.padding, ops.binary_linear.default,
-               ops.binary_conv_transpose2d.default)  # of their input
 _CONVS = (aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default)
 _TAKE = "convert(..., sign_of_zero=1) takes it as +1"
 ZERO_IS_0 = f"torch.sign(0) is 0, which no bit can say; {_TAKE}"
@@ -40,7 +50,7 @@ def recognise(net: Net, sign_of_zero: int | None) -> dict[fx.Node, str]:
     what a sign is of.
     """
     reasons: dict[fx.Node, str] = {}
-    for pack in net.calls(*_TAKE_SIGNS):
+    for pack in net.calls(*TAKE_SIGNS):
         input: Any = pack.args[0]
         found = sign_of(net, input)
         if found is not None and found.at_zero == 1 and found.factor > 0 and (
@@ -157,12 +167,9 @@ def _replace(net: Net, node: fx.Node, given: dict[str, Any], sign: Sign,
             kept[key] = [along, kept[key][-1]]
     scale = (scale * sign.factor).float()
     factor = None if bool((scale == 1).all()) else net.constant(scale, f"{name}.scale")
+    if row:
+        source = new_call(node, aten.unsqueeze.default, source, 2)
     with net.graph.inserting_before(node):
-        if row:
-            image = net.graph.call_function(aten.unsqueeze.default, (source, 2))
-            with source.meta["val"].fake_mode:
-                image.meta["val"] = source.meta["val"].unsqueeze(2)
-            source = image
         signs = net.graph.call_function(_PACK, (source, None, dim))
         made = net.graph.call_function(CONV if conv else LINEAR, (), dict(
             words=signs, weight_words=net.constant(_PACK(weight, None, 1), name),

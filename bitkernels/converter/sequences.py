@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from bitkernels.converter.net import Net, arguments, aten, is_call, ops, shape
+from bitkernels.converter.net import Net, arguments, aten, is_call, new_call, ops, shape
 
 # Whose value at a place depends on the value there alone, and on its channel.
 _BY_VALUE = (aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default,
@@ -82,19 +82,10 @@ def _as_image(net: Net, before: fx.Node, value: Any) -> Any:
     constant = net.value(value)
     if constant is not None:
         return net.constant(constant.unsqueeze(rank - 1), net.origin(value))
-    return _made(before, aten.unsqueeze.default, value, 2) if rank == 3 else None
+    return new_call(before, aten.unsqueeze.default, value, 2) if rank == 3 else None
 
 
 def _row(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
-    made = _made(before, target, *args, **kwargs)
-    row = _made(before, aten.squeeze.dim, made, 2)
+    made = new_call(before, target, *args, **kwargs)
+    row = new_call(before, aten.squeeze.dim, made, 2)
     return row if shape(row) == shape(before) else None
-
-
-def _made(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args, kwargs)
-    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with before.meta["val"].fake_mode:
-        node.meta["val"] = target(*values, **named)
-    return node

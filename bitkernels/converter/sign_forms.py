@@ -26,8 +26,9 @@ _SIGNS = (aten.sign.default, aten.sgn.default)
 _WHERE = (aten.where.self, aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther)
 _MASKED = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _CLAMPS = (aten.clamp.default, aten.hardtanh.default)
-OF_SIGNS = (*PRODUCTS, ops.binary_conv2d.default, ops.binary_conv2d.padding,
-            ops.binary_linear.default, ops.binary_conv_transpose2d.default)
+TAKE_SIGNS = (ops.binary_conv2d.default, ops.binary_conv2d.padding, ops.binary_linear.default,
+              ops.binary_conv_transpose2d.default)  # of their input
+OF_SIGNS = (*PRODUCTS, *TAKE_SIGNS)
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _SCALES = (aten.mul.Tensor, aten.div.Tensor)
 _FULL = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from bitkernels.converter.net import Net, arguments, aten, dtype, is_call, shape
+from bitkernels.converter.net import Net, arguments, aten, dtype, is_call, new_call, shape
 from bitkernels.ops.geometry import same_padding
 
 _BROADCAST = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
@@ -65,15 +65,15 @@ def _turn_differences(net: Net) -> None:
     for node in net.calls(aten.rsub.Scalar):
         given = arguments(node)
         if given["alpha"] == 1 and dtype(given["self"]).is_floating_point:
-            turned = _made(node, aten.neg.default, given["self"])
-            net.replace(node, _made(node, aten.add.Tensor, turned, given["other"]))
+            turned = new_call(node, aten.neg.default, given["self"])
+            net.replace(node, new_call(node, aten.add.Tensor, turned, given["other"]))
 
 
 def _say_types(net: Net) -> None:
     """The type of another tensor by its name, so that a constant of it is one."""
     for node in net.calls(aten.type_as.default):
         source: Any = node.args[0]
-        net.replace(node, source if dtype(source) == dtype(node) else _made(
+        net.replace(node, source if dtype(source) == dtype(node) else new_call(
             node, aten._to_copy.default, source, dtype=dtype(node)))
 
 
@@ -96,7 +96,7 @@ def clamps_by_where(net: Net) -> None:
             if of is value and found is not None and found.numel() == 1 and (
                     float(found) == limit != 0 and dtype(value) == found.dtype
                     and found.is_floating_point() and shape(value) == shape(node)):
-                net.replace(node, _made(node, aten.clamp.default, value, **{name: float(found)}))
+                net.replace(node, new_call(node, aten.clamp.default, value, **{name: float(found)}))
                 break
 
 
@@ -113,7 +113,7 @@ def _slice_parts(net: Net, node: fx.Node) -> None:
     for user in users:
         index = int(user.args[1]) % len(sizes)  # type: ignore[arg-type]
         start = sum(sizes[:index])
-        net.replace(user, _one(net, user, source, dim, index) if single else _made(
+        net.replace(user, _one(net, user, source, dim, index) if single else new_call(
             user, aten.slice.Tensor, source, dim, start, start + sizes[index]))
     net.graph.erase_node(node)
 
@@ -121,8 +121,8 @@ def _slice_parts(net: Net, node: fx.Node) -> None:
 def _one(net: Net, node: fx.Node, source: Any, dim: Any, index: int) -> fx.Node:
     """What is at one index along a dimension."""
     end = index + 1 if index != -1 else None
-    return _made(node, aten.squeeze.dim,
-                 _made(node, aten.slice.Tensor, source, dim, index, end), dim)
+    return new_call(node, aten.squeeze.dim,
+                 new_call(node, aten.slice.Tensor, source, dim, index, end), dim)
 
 
 def _shuffle(net: Net, node: fx.Node) -> None:
@@ -132,22 +132,12 @@ def _shuffle(net: Net, node: fx.Node) -> None:
     if len(sizes) != 4 or not all(isinstance(n, int) for n in sizes[1:]):
         return
     channels, height, width = sizes[1:]
-    batch = sizes[0] if isinstance(sizes[0], int) else _made(node, aten.sym_size.int, source, 0)
+    batch = sizes[0] if isinstance(sizes[0], int) else new_call(node, aten.sym_size.int, source, 0)
     if node.target is aten.channel_shuffle.default:
         apart, order = [factor, channels // factor, height, width], [0, 2, 1, 3, 4]
     else:
         apart = [channels // factor**2, factor, factor, height, width]
         order = [0, 1, 4, 2, 5, 3]
-    moved = _made(node, aten.permute.default,
-                  _made(node, aten.reshape.default, source, [batch, *apart]), order)
-    net.replace(node, _made(node, aten.reshape.default, moved, [batch, *shape(node)[1:]]))
-
-
-def _made(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call in front of a node, and the tensor without values that it gives."""
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args, kwargs)
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    with before.meta["val"].fake_mode:
-        node.meta["val"] = target(*values, **kwargs)
-    return node
+    moved = new_call(node, aten.permute.default,
+                  new_call(node, aten.reshape.default, source, [batch, *apart]), order)
+    net.replace(node, new_call(node, aten.reshape.default, moved, [batch, *shape(node)[1:]]))
