@@ -17,6 +17,7 @@ from bitkernels.backends import cpu
 from bitkernels.models import preprocessing
 from bitkernels.models.preprocessing import Preprocessing, recorded
 from bitkernels.models.registry import Entry, entry, takes_image_size
+from bitkernels.models.weights import weights_file
 from bitkernels.models.weights.hub import HUB, config_of
 from bitkernels.train.errors import TrainError, first_line
 
@@ -89,10 +90,8 @@ def asked(options: argparse.Namespace) -> Network:
     if not has_config(options.model):
         found = _published(options)
     else:
-        for name in ("weights", "num_classes"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is for published networks; "
-                                 f"{options.model} has its own")
+        _refuse_own(options.model, "published networks", weights=options.weights,
+                    num_classes=options.num_classes)
         config = config_of(options.model)
         if config["in_channels"] != 3:
             raise ValueError(f"{options.model} takes images of {config['in_channels']} channels, "
@@ -108,20 +107,22 @@ def _published(options: argparse.Namespace) -> Network:
     published = entry(options.model)
     if options.weights is None:
         raise ValueError(f"--weights is needed for {options.model}, a published network")
-    rule = labels = None
-    if has_config(options.weights):
-        config = config_of(options.weights)
-        rule, labels = config["preprocessing"], config.get("labels")
-    elif os.path.isfile(options.weights):
-        rule = recorded(options.weights)
+    here = os.path.exists(options.weights) or options.weights.startswith(HUB)
+    rule = recorded(weights_file(options.weights)) if here else None
     return Network(options.num_classes or published.num_classes,
                    rule or preprocessing.get(published.preprocessing).at(published.image_size),
-                   labels, published)
+                   published=published)
 
 
 def has_config(name: str) -> bool:
     """Whether it is a folder or a repository of the Hub, which say themselves what they are."""
     return os.path.isdir(name) or name.startswith(HUB)
+
+
+def _refuse_own(name: str, others: str, **own: Any) -> None:
+    for option, value in own.items():
+        if value is not None:
+            raise ValueError(f"--{option.replace('_', '-')} is for {others}; {name} has its own")
 
 
 def saved(name: str, size: int | None, **own: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -130,10 +131,7 @@ def saved(name: str, size: int | None, **own: int | None) -> tuple[nn.Module, tu
     own: options that it decides itself. Raises ValueError where one is given, and as
     `from_pretrained`.
     """
-    for option, value in own.items():
-        if value is not None:
-            raise ValueError(f"--{option.replace('_', '-')} is for networks by name; {name} has "
-                             "its own")
+    _refuse_own(name, "networks by name", **own)
     config = config_of(name)
     rule = config["preprocessing"]
     side = size or (rule.size if rule else config["options"].get("image_size", 32))

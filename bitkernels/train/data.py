@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from bitkernels.models.preprocessing import Preprocessing
+from bitkernels.models.preprocessing import PREPROCESSING, Preprocessing
 from bitkernels.ops._checks import describe
 from bitkernels.train.errors import DataError, first_line
 
@@ -91,7 +91,16 @@ class Data:
 
     def check(self) -> None:
         """Raises DataError for parts without images, and for a first image that is none after the
-        transform; one that cannot be read is an error in its turn."""
+        transform; one that cannot be read is an error in its turn. For labels that are not one a
+        class, and a preprocessing that is none of the package's."""
+        if self.labels is not None and len(self.labels) != self.classes:
+            raise DataError(f"labels of {self.name} must be one for each of {self.classes} "
+                            f"classes, got {len(self.labels)}")
+        rule = self.preprocessing
+        known = None if rule is None else PREPROCESSING.get(rule.name)
+        if rule is not None and (known is None or known.at(rule.size) != rule):
+            raise DataError(f"preprocessing of {self.name} must be one of "
+                            f"{', '.join(PREPROCESSING)}, at any size, got another {rule.name!r}")
         for what, source in (("training", self.train), ("held-out", self.held_out)):
             if not len(source):
                 raise DataError(f"{self.name} has no {what} images")

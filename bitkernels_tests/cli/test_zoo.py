@@ -227,6 +227,17 @@ def test_weights_of_a_training_bring_their_preprocessing(trained):
         assert cli_zoo.asked(options).rule == rule.at(32)
 
 
+def test_weights_that_say_nothing_of_pictures(zoo, capsys, tmp_path, keeps_threads):
+    """A folder with a file of weights alone, as load_weights takes it: as published."""
+    (tmp_path / "model.safetensors").write_bytes((zoo[0] / "weights.safetensors").read_bytes())
+    given = [x if x != zoo[0] / "weights.safetensors" else tmp_path for x in arguments(
+        zoo, "evaluate", "--root", zoo[0], "--json", "--quiet")]
+    found = json.loads(call(capsys, *given)[1])
+    expected = json.loads(call(capsys, *arguments(
+        zoo, "evaluate", "--root", zoo[0], "--json", "--quiet"))[1])
+    assert found["top1"] == expected["top1"] and found["weights"] == str(tmp_path)
+
+
 def test_folders_that_do_not_fit_are_one_line(trained, capsys, tmp_path, keeps_threads):
     root, run, _ = trained
     config = json.loads((run / "config.json").read_text())

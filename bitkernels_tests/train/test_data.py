@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bitkernels import models
+from bitkernels.models import preprocessing
 from bitkernels.train import DataError, DivergedError, TrainError, datasets, fit, recipes
 from bitkernels.train.data import Batches, Pictures, Shift, Tensors, held_out_batches, loader
 
@@ -183,6 +184,17 @@ def test_images_of_another_kind_are_refused_before_the_first_step(part, change, 
     what = "training" if part == "train" else "held-out"
     with pytest.raises(DataError, match=rf"{what} images of generated .*\(3, 32, 32\).*{got}"):
         of_images(change, part).check()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"labels": ("one", "two")}, "labels of digits must be one for each of 10 classes, got 2"),
+    ({"preprocessing": replace(preprocessing.get("cifar"), mean=(0.0, 0.0, 0.0))},
+     "one of larq, imagenet, bnext, cifar, at any size, got another 'cifar'"),
+    ({"preprocessing": replace(preprocessing.get("cifar"), name="mine")}, "got another 'mine'")])
+def test_what_a_training_would_record_wrongly_is_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        replace(datasets.digits(), **change).check()
+    replace(datasets.digits(), preprocessing=preprocessing.get("cifar").at(8)).check()
 
 
 def test_a_part_without_images_is_refused():

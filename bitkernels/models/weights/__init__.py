@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, path_or_name: str | os.PathLike[str], *,
     """
     target = check_target(model)
     origin = os.fspath(path_or_name)
-    path = _file(origin)
+    path = weights_file(origin)
     if kind(path) == "keras":
         from bitkernels.models.weights.keras import load as load_keras
 
@@ -55,7 +55,8 @@ def load_weights(model: nn.Module, path_or_name: str | os.PathLike[str], *,
         load(target, read(path), origin, head)
 
 
-def _file(origin: str) -> Path:
+def weights_file(origin: str) -> Path:
+    """The file that `load_weights` reads, downloaded where it is not here."""
     if origin.startswith(HUB):
         return hub_file(origin, "model.safetensors", "pytorch_model.bin")
     path = Path(origin)

@@ -66,7 +66,7 @@ def _save(model: nn.Module, folder: Path, repository: str) -> None:
         if config["packed"]:
             save_packed(model, new / WEIGHTS)
         else:
-            replace_file(new / WEIGHTS, _weights(model))
+            replace_file(new / WEIGHTS, _weights(model, _rule(config)))
         replace_file(new / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         card = _card(config, fresh, (new / WEIGHTS).stat().st_size, repository)
         replace_file(new / CARD, card.encode())
@@ -110,14 +110,18 @@ def config_of(origin: str) -> dict[str, Any]:
     recorded, else as the network was published with. Raises as `from_pretrained`.
     """
     config = _read_config(_part(origin, CONFIG))
-    rule = config.get("preprocessing")
-    if rule is not None:
-        rule = preprocessing.get(rule["name"]).at(rule["size"])
-    elif config["maker"] == "create_model":
+    rule = _rule(config)
+    if rule is None and config["maker"] == "create_model":
         published = entry(config["model"])
         rule = preprocessing.get(published.preprocessing).at(
             config["options"].get("image_size", published.image_size))
     return {**config, "preprocessing": rule}
+
+
+def _rule(config: dict[str, Any]) -> preprocessing.Preprocessing | None:
+    """The preprocessing that a config has recorded."""
+    recorded = config.get("preprocessing")
+    return recorded and preprocessing.get(recorded["name"]).at(recorded["size"])
 
 
 def push_to_hub(model: nn.Module, name: str, *, private: bool | None = None,
@@ -225,14 +229,14 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _weights(model: nn.Module) -> bytes:
+def _weights(model: nn.Module, rule: preprocessing.Preprocessing | None) -> bytes:
     try:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(needs("files of weights", "safetensors", error)) from None
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for key, value in model.state_dict().items()}
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+    return safetensors.torch.save(tensors, {"format": "pt", **preprocessing.metadata(rule)})
 
 
 def _made(config: dict[str, Any]) -> nn.Module:
